@@ -1,0 +1,27 @@
+# Everything a newcomer needs: `make demo` and `make test` set up their own environment first.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup demo test lint bench
+help: ; @grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
+
+setup: .venv/ready ## a virtual environment with the pinned dependencies
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup ## cache, train, evaluate, browse and steer on the bundled model, offline
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/demo.py
+
+test: setup ## the tests, ten minutes at most on two cores
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: setup ## style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup ## speed against the limit and the alternatives, side by side
+	$(BIN)/python benchmarks/objective.py

@@ -1,0 +1,55 @@
+"""The commands of `sae`: flags from a dataclass, one call, one-sentence errors. `scripts/` and the console commands both come here."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from sae.errors import InputError
+
+
+def run(function: Callable[[Any], Any], config_class: type, description: str) -> None:
+    """Parses the command line into `config_class` and calls `function` with it.
+
+    Exit codes: 0 done, 2 unusable input (one sentence on stderr), 130 interrupted.
+    """
+    import tyro
+
+    config = tyro.cli(config_class, description=description, config=(tyro.conf.OmitArgPrefixes,))
+    try:
+        function(config)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def cache_activations() -> None:
+    from sae.activations.harvest import HarvestConfig, harvest
+
+    run(harvest, HarvestConfig, "Record a language model's activations on text and store them, shuffled, in a cache.")
+
+
+def train_sae() -> None:
+    from sae.training import TrainingConfig, train
+
+    run(train, TrainingConfig, "Train one or several dictionaries on an activation cache.")
+
+
+def evaluate_sae() -> None:
+    from sae.evaluation import EvaluationConfig, evaluate
+
+    run(evaluate, EvaluationConfig, "Measure a dictionary on held-out tokens: reconstruction, sparsity, the model's loss.")
+
+
+def build_feature_index() -> None:
+    from sae.features.index import IndexConfig, build_index
+
+    run(build_index, IndexConfig, "One pass over a cache: every feature's activations, statistics and logit lens, in one folder.")
+
+
+def browse_features() -> None:
+    from sae.features.browse import BrowseConfig, browse
+
+    run(browse, BrowseConfig, "List and search features in the terminal and write pages that open without a network.")

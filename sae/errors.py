@@ -1,0 +1,5 @@
+"""The one exception for input that cannot be used."""
+
+
+class InputError(ValueError):
+    """What was expected, what came and what to do, in one sentence; commands print it without a traceback and exit with code 2."""

@@ -1,0 +1,94 @@
+"""Files that are either whole or absent: temporary name, fsync, rename."""
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sae.errors import InputError
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; at a clean exit it is flushed to disk and takes the name, otherwise it is removed.
+
+    Raises `InputError` when the disk is full; what stood at `path` before is then still there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.errno == 28:  # ENOSPC
+            raise InputError(f"the disk ran full while writing {path}; free some space and run the same command again") from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """`what` names the kind of file in the error sentence, for example "a dictionary's cfg.json"."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"expected {what} at {path}, which does not exist; check the folder's name") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"expected {what} at {path}, but it is not valid JSON ({error})") from None
+
+
+def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None) -> None:
+    """`tensors` of torch, as safetensors, atomically."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic(path) as temporary:
+        try:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:  # carries the operating system's error only in its text
+            if "os error 28" in str(error):
+                raise OSError(28, "No space left on device") from error
+            raise
+
+
+def crc32(path: Path) -> str:
+    """Checksum of a file's bytes, eight hexadecimal digits."""
+    value = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return f"{value:08x}"
+
+
+def require_free_space(folder: Path, needed: int, what: str) -> None:
+    """Raises `InputError` if the disk that holds `folder` has fewer than `needed` bytes left."""
+    existing = next(p for p in [folder, *folder.resolve().parents] if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise InputError(
+            f"{what} needs about {needed / 1e9:.2f} GB but {folder} has {free / 1e9:.2f} GB free; "
+            "free some space, choose another folder or ask for fewer tokens"
+        )
+
+

@@ -1,0 +1,59 @@
+"""Progress of long work: a bar in a terminal, a line every ten seconds in a log."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Progress:
+    """Counts `unit`s towards `total` and shows rate, time left and the latest fields."""
+
+    def __init__(self, what: str, total: int, unit: str, done: int = 0):
+        self.what, self.total, self.unit, self.done = what, total, unit, done
+        self.fields: dict[str, str] = {}
+        self._start, self._first, self._printed = time.monotonic(), done, time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            try:
+                import rich.progress as bars
+            except ImportError:  # machines with a GPU are often bare
+                print("rich is not installed: progress comes as plain lines", file=sys.stderr)
+            else:
+                columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TextColumn("{task.fields[text]}"))
+                from rich.console import Console
+
+                self._bar = bars.Progress(*columns, bars.TimeRemainingColumn(), console=Console(stderr=True))
+                self._task = self._bar.add_task(what, total=total, completed=done, text="")
+                self._bar.start()
+
+    def advance(self, n: int, **fields: str) -> None:
+        """`n` more units are done; `fields` are shown behind them, for example `loss="0.31"`."""
+        self.done += n
+        self.fields.update(fields)
+        if self._bar:
+            self._bar.update(self._task, completed=self.done, text=self.line())
+        elif time.monotonic() - self._printed > 10:
+            self._printed = time.monotonic()
+            print(f"{self.what}: {self.line()}", file=sys.stderr, flush=True)
+
+    def line(self) -> str:
+        rate = (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
+        parts = [f"{self.done:,} of {self.total:,} {self.unit}", f"{rate:,.0f} {self.unit}/s"]
+        return ", ".join(parts + [f"{k} {v}" for k, v in self.fields.items()])
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+        else:
+            print(f"{self.what}: {self.line()}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress(what: str, total: int, unit: str, done: int = 0) -> Iterator[Progress]:
+    """`with progress("harvest", 10**6, "tokens") as bar: bar.advance(4096, written="2 MB")`"""
+    bar = Progress(what, total, unit, done)
+    try:
+        yield bar
+    finally:
+        bar.close()

@@ -1,0 +1,9 @@
+"""The command of `steering`, for `scripts/` and the console alike."""
+
+from sae.command_line import run
+
+
+def steer() -> None:
+    from steering.steer import SteerConfig, steer
+
+    run(steer, SteerConfig, "Print a model's continuation of a prompt without and with a feature added.")
