@@ -1,0 +1,151 @@
+"""How well a dictionary rebuilds activations, and with how many features; sums over any number of rows in float64.
+
+b rows (tokens) · d model width · f features
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae.dictionary import SparseAutoencoder
+from sae.errors import InputError
+
+DENSE_ABOVE = 0.1
+"""a feature that fires on a larger share of rows than this counts as dense"""
+CHUNK_BYTES = 128 << 20
+"""of one [rows, f] tensor of activations"""
+
+
+class Reconstruction(NamedTuple):
+    rows: int
+    """rows (tokens) scanned"""
+    fvu: float
+    """Σ‖x − x̂‖² / Σ‖x − x̄‖² with x̄ the mean row: the fraction of variance unexplained"""
+    explained_variance: float
+    """1 − fvu"""
+    explained_second_moment: float
+    """1 − Σ‖x − x̂‖² / Σ‖x‖²: about the origin, so a large mean flatters it; some tools report this as explained variance"""
+    mse: float
+    """mean over rows of ‖x − x̂‖², summed over dimensions"""
+    l0: float
+    """mean number of features that fire on a row"""
+    l0_percentiles: dict[str, int]
+    """of the number of features that fire on a row"""
+    l1: float
+    """mean over rows of Σ_f activation · decoder norm"""
+    cosine: float
+    """mean over rows of cos(x, x̂), 0 where either is the zero vector"""
+    norm_ratio: float
+    """mean ‖x̂‖ / mean ‖x‖: below 1 is shrinkage"""
+    relative_bias: float
+    """E[x̂·x̂] / E[x·x̂]: 1 when unbiased, below 1 when a common factor would improve the fit (Rajamanoharan et al. 2024, eq. 10)"""
+    dead: int
+    """features that fired on no scanned row"""
+    dense: int
+    """features that fired on more than a tenth of the rows"""
+    density_f: Tensor
+    """share of rows on which each feature fires, float64 [f], on the CPU"""
+    mean_d: Tensor
+    """the mean row x̄, float64 [d]"""
+
+
+@dataclass
+class ReconstructionMetrics:
+    """Running sums; `add` batches of any size, in any order, `merge` what was summed elsewhere, then ask for the `result`."""
+
+    decoder_norm_f: Tensor
+    d_in: int
+
+    def __post_init__(self) -> None:
+        device, f = self.decoder_norm_f.device, len(self.decoder_norm_f)
+        self.rows = 0
+        self.mean_d = torch.zeros(self.d_in, dtype=torch.float64, device=device)
+        self.centred = torch.zeros((), dtype=torch.float64, device=device)  # Σ‖x − mean‖²
+        # squared error, cosine, ‖x‖, ‖x̂‖, x̂·x̂, x·x̂
+        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
+        self.fired_f = torch.zeros(f, dtype=torch.int64, device=device)
+        self.activity_f = torch.zeros(f, dtype=torch.float64, device=device)
+        self.l0_histogram = torch.zeros(f + 1, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def add(self, x_bd: Tensor, acts_bf: Tensor, x_hat_bd: Tensor) -> None:
+        """`x_bd` in any float dtype, the activations and reconstruction of the same rows."""
+        fired_bf = acts_bf > 0
+        self.fired_f += fired_bf.sum(0)
+        self.l0_histogram += torch.bincount(fired_bf.sum(1), minlength=len(self.l0_histogram))
+        self.activity_f += acts_bf.sum(0, dtype=torch.float64)
+        x_bd, x_hat_bd = x_bd.double(), x_hat_bd.double()
+        x_norm_b, x_hat_norm_b = x_bd.norm(dim=1), x_hat_bd.norm(dim=1)
+        product_b = (x_bd * x_hat_bd).sum(1)
+        cosine_b = product_b / (x_norm_b * x_hat_norm_b).clamp(min=torch.finfo(torch.float64).tiny)
+        error_b = (x_bd - x_hat_bd).square().sum(1)
+        self.sums += torch.stack([t.sum() for t in (error_b, cosine_b, x_norm_b, x_hat_norm_b, x_hat_norm_b**2, product_b)])
+        mean_d = x_bd.mean(0)
+        self._merge_variance(len(x_bd), mean_d, (x_bd - mean_d).square().sum())
+
+    def _merge_variance(self, rows: int, mean_d: Tensor, centred: Tensor) -> None:
+        """Chan, Golub and LeVeque's update: no cancellation, however large the mean."""
+        if not rows:
+            return
+        total, shift_d = self.rows + rows, mean_d - self.mean_d
+        self.centred += centred + shift_d.square().sum() * (self.rows * rows / total)
+        self.mean_d += shift_d * (rows / total)
+        self.rows = total
+
+    def merge(self, other: "ReconstructionMetrics") -> None:
+        """Adds what another instance for the same dictionary has summed."""
+        self._merge_variance(other.rows, other.mean_d, other.centred)
+        for name in ("sums", "fired_f", "activity_f", "l0_histogram"):
+            getattr(self, name).add_(getattr(other, name))
+
+    def result(self) -> Reconstruction:
+        """Raises `InputError` when no row was added or when a value is not finite."""
+        if not self.rows:
+            raise InputError("expected at least one row of activations to measure a dictionary on, got none; give it more rows")
+        n = self.rows
+        error, cosine, x_norm, x_hat_norm, x_hat_square, product = self.sums.tolist()  # host sync
+        centred, mean_square = self.centred.item(), self.mean_d.square().sum().item()  # host sync
+        if not all(map(torch.isfinite, (self.sums.sum(), self.centred))):
+            raise InputError(f"expected finite activations and reconstructions, found NaN or infinity among {n:,} rows; check the cache")
+        fvu = ratio(error, centred)
+        cumulative = self.l0_histogram.cumsum(0).cpu()  # host sync
+        density_f = (self.fired_f / n).cpu().double()  # host sync
+        return Reconstruction(
+            rows=n,
+            fvu=fvu,
+            explained_variance=1 - fvu,
+            explained_second_moment=1 - ratio(error, centred + n * mean_square),
+            mse=error / n,
+            l0=self.fired_f.sum().item() / n,  # host sync
+            l0_percentiles={str(q): int((cumulative < q / 100 * n).sum()) for q in (5, 25, 50, 75, 95)},
+            l1=(self.activity_f @ self.decoder_norm_f.double()).item() / n,  # host sync
+            cosine=cosine / n,
+            norm_ratio=ratio(x_hat_norm, x_norm),
+            relative_bias=ratio(x_hat_square, product),
+            dead=int((density_f == 0).sum()),
+            dense=int((density_f > DENSE_ABOVE).sum()),
+            density_f=density_f,
+            mean_d=self.mean_d.cpu(),  # host sync
+        )
+
+
+def ratio(a: float, b: float) -> float:
+    """a / b, NaN where b is 0 (a constant input has no variance to explain)."""
+    return a / b if b else float("nan")
+
+
+@torch.no_grad()
+def measure(dictionary: SparseAutoencoder, x_bd: Tensor, metrics: ReconstructionMetrics | None = None) -> ReconstructionMetrics:
+    """Adds the rows `x_bd` to `metrics` (new ones if None), a chunk at a time so that [rows, f] never exists for large f.
+
+    A chunk is moved to the dictionary's device when its turn comes.
+    """
+    metrics = metrics or ReconstructionMetrics(dictionary.W_dec_fd.norm(dim=-1), dictionary.d_in)
+    chunk = max(1, CHUNK_BYTES // (4 * dictionary.d_sae))
+    for start in range(0, len(x_bd), chunk):
+        x = x_bd[start : start + chunk].to(dictionary.W_dec_fd.device)
+        acts_bf = dictionary.encode(x)
+        metrics.add(x, acts_bf, dictionary.decode(acts_bf))
+    return metrics
