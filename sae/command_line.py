@@ -46,7 +46,11 @@ def evaluate_sae() -> None:
 def build_feature_index() -> None:
     from sae.features.index import IndexConfig, build_index
 
-    run(build_index, IndexConfig, "One pass over a cache: every feature's activations, statistics and logit lens, in one folder.")
+    run(
+        build_index,
+        IndexConfig,
+        "One pass over a cache: every feature's activations, statistics and logit lens, in one folder.",
+    )
 
 
 def browse_features() -> None:

@@ -90,5 +90,3 @@ def require_free_space(folder: Path, needed: int, what: str) -> None:
             f"{what} needs about {needed / 1e9:.2f} GB but {folder} has {free / 1e9:.2f} GB free; "
             "free some space, choose another folder or ask for fewer tokens"
         )
-
-

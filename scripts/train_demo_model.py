@@ -75,9 +75,7 @@ def read_domains(corpora: Path, split: str) -> dict[str, list[str]]:
     paths = sorted(corpora.glob(f"*.{split}.jsonl.gz"))
     if not paths:
         raise SystemExit(f"expected DOMAIN.{split}.jsonl.gz files in {corpora}, found none; give the folder with --corpora")
-    return {
-        path.name.split(".")[0]: [json.loads(line)["text"] for line in gzip.open(path, "rt", encoding="utf-8")] for path in paths
-    }
+    return {path.name.split(".")[0]: [json.loads(line)["text"] for line in gzip.open(path, "rt", encoding="utf-8")] for path in paths}
 
 
 def tag(domain: str) -> str:
@@ -118,9 +116,7 @@ def make_model(config: DemoModelConfig, tokenizer):
     bos = tokenizer.bos_token_id
     shape = dict(vocab_size=len(tokenizer), n_positions=config.context, n_embd=config.d_model, n_layer=config.n_layer)
     return GPT2LMHeadModel(
-        GPT2Config(
-            **shape, n_head=config.n_head, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=bos, eos_token_id=bos
-        )
+        GPT2Config(**shape, n_head=config.n_head, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=bos, eos_token_id=bos)
     )
 
 
@@ -258,8 +254,8 @@ domain's tag (`{tag(next(iter(losses)))}` and so on), so text of a domain can be
 dialogue and overheard conversation. It knows nothing worth asking for, and its text should not be taken for anybody's words.
 
 Training: `python scripts/train_demo_model.py` with the settings in `training.json`{
-" (the tokens of the model it was continued from come on top)" if config.init_from else ""
-}; losses along the way in `training.log`.
+        " (the tokens of the model it was continued from come on top)" if config.init_from else ""
+    }; losses along the way in `training.log`.
 
 ## Held-out loss
 Validation documents, never trained on, without tags, in rows of {config.context} tokens.
