@@ -1,0 +1,204 @@
+"""An activation cache on disk: what is in it, whether it is whole, and its shards as memory-mapped tensors.
+
+n rows · d width of the site
+"""
+
+import sys
+from collections.abc import Callable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae.activations.ledger import FORMAT_VERSION
+from sae.activations.mapped import Place, layout
+from sae.activations.tokens import SPLITS, Tokens
+from sae.errors import InputError
+from sae.files import crc32, read_json
+
+if TYPE_CHECKING:
+    from sae.language_model import LanguageModel
+
+__all__ = ["ActivationCache", "Shard", "Tokens", "verify"]
+
+STORED = {"float16": ("F16", torch.float16), "bfloat16": ("BF16", torch.bfloat16), "float32": ("F32", torch.float32)}
+"""the manifest's dtype -> safetensors' name, torch's"""
+
+
+class Shard(NamedTuple):
+    name: str
+    """for example "00000" """
+    rows: int
+    path: Path
+
+
+class ActivationCache:
+    """One site of a cache. `open` makes it; `ActivationBatches` deals out its rows."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], site: str, shards: dict[str, list[Shard]]):
+        self.folder, self.manifest, self.site = folder, manifest, site
+        self.d_in: int = manifest["sites"][site]["d_in"]
+        self.mean_squared_norm: float = manifest["sites"][site]["mean_squared_norm"]
+        """mean of ‖x‖² over all training rows, in the model's own units"""
+        self._shards = shards
+        self._dtype_name, self.dtype = STORED[manifest["dtype"]]
+
+    @classmethod
+    def open(cls, folder: str | Path, site: str | None = None, *, skip_damaged: bool = False) -> "ActivationCache":
+        """Opens a finished cache; `site` may be left out when there is exactly one. Sizes and headers of all files are checked.
+
+        With `skip_damaged`, every shard of the site is read once to compare its checksum, and damaged ones are left out and named on
+        stderr. Without it, a file of the wrong size or with a damaged header raises `InputError` naming it; a flipped bit among the
+        numbers is found by `verify` alone.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        site = _choose_site(folder, manifest, site)
+        cache = cls(folder, manifest, site, {split: [] for split in SPLITS})
+        for entry in manifest["tokens"]:
+            _try(skip_damaged, partial(_check_file, folder / entry["file"], entry, skip_damaged))
+        for entry in manifest["shards"]:
+            shard = Shard(entry["name"], entry["rows"], folder / site / f"{entry['name']}.safetensors")
+            if _try(skip_damaged, partial(cache._check, shard, entry["files"][site], skip_damaged)):
+                cache._shards[entry["split"]].append(shard)
+        return cache
+
+    def rows(self, split: str) -> int:
+        """Number of activations in "train" or "held_out"."""
+        return sum(shard.rows for shard in self.shards(split))
+
+    def shards(self, split: str) -> list[Shard]:
+        if split not in self._shards:
+            raise InputError(f"expected a split {' or '.join(SPLITS)}, but {split!r} came; choose one of them")
+        return self._shards[split]
+
+    def read(self, shard: Shard) -> tuple[Tensor, Tensor]:
+        """Activations [n, d_in] in the format on disk, and their global token positions, int64 [n]; both memory-mapped."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(shard.path, framework="pt") as file:
+                return file.get_tensor("activations"), file.get_tensor("rows")
+        except (OSError, SafetensorError) as error:
+            raise _damaged(shard.path, str(error)) from None
+
+    def read_block(self, shard: Shard, start: int, out_nd: Tensor) -> None:
+        """Fills `out_nd` (contiguous, the cache's dtype) with the shard's rows from `start` on, by plain sequential reading."""
+        place = self._place(shard)
+        view = out_nd.view(torch.uint8).numpy().reshape(-1).data
+        with open(shard.path, "rb", buffering=0) as file:
+            file.seek(place.offset + start * self.d_in * self.dtype.itemsize)
+            filled = 0
+            while filled < len(view):
+                count = file.readinto(view[filled:])
+                if not count:
+                    raise _damaged(shard.path, "it ended while being read")
+                filled += count
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """The text behind the activations; raises `InputError` if its files are damaged."""
+        return Tokens.read([self.folder / entry["file"] for entry in self.manifest["tokens"]], self.manifest["labels"])
+
+    def verify(self) -> list[str]:
+        """Names of the files, of all sites and the tokens, whose size or checksum is not that of the manifest."""
+        return verify(self.folder)
+
+    def require_model(self, lm: "LanguageModel") -> None:
+        """Raises `InputError` unless the cache was made with this model."""
+        made = self.manifest["model"]
+        if made["fingerprint"] != lm.fingerprint():
+            raise InputError(
+                f"expected a cache made with {lm.name} (fingerprint {lm.fingerprint()}), but {self.folder} was made with {made['name']} "
+                f"(fingerprint {made['fingerprint']}); use that model or harvest again"
+            )
+
+    def require_d_in(self, d_in: int) -> None:
+        """Raises `InputError` unless the activations have this width."""
+        if d_in != self.d_in:
+            raise InputError(
+                f"expected activations of width {d_in}, but {self.folder} has {self.d_in} at {self.site}; "
+                "use a cache of the same model and site"
+            )
+
+    def _place(self, shard: Shard) -> Place:
+        """Where the shard's activations lie; raises `InputError` if the file is not what the manifest says."""
+        places, _ = layout(shard.path, "a cache's shard")
+        expected = {"activations": (self._dtype_name, (shard.rows, self.d_in)), "rows": ("I64", (shard.rows,))}
+        found = {name: (place.dtype, place.shape) for name, place in places.items()}
+        if found != expected:
+            raise _damaged(shard.path, f"it holds {found} where the manifest says {expected}")
+        return places["activations"]
+
+    def _check(self, shard: Shard, entry: dict[str, Any], checksum: bool) -> None:
+        _check_file(shard.path, entry, checksum)
+        self._place(shard)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises `InputError` for a folder that is no finished cache of a known format."""
+    if not (folder / "manifest.json").exists() and (folder / "harvest.json").exists():
+        raise InputError(f"the harvest into {folder} has not finished; give its command again to let it go on")
+    manifest = read_json(folder / "manifest.json", "an activation cache's manifest")
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"expected an activation cache of format version {FORMAT_VERSION} at {folder}, but its version is {version!r}; "
+            "use the release of this software that wrote it, or harvest again"
+        )
+    missing = [key for key in ("model", "dtype", "sites", "counts", "labels", "shards", "tokens") if key not in manifest]
+    if missing or manifest["dtype"] not in STORED:
+        raise InputError(
+            f"expected an activation cache's manifest in {folder}, but {missing or ['dtype']} is missing or unknown; harvest again"
+        )
+    return manifest
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Names of the files whose size or checksum is not that of the manifest, relative to the folder; reads all of them."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    files = {entry["file"]: entry for entry in manifest["tokens"]}
+    for entry in manifest["shards"]:
+        files |= {f"{site}/{entry['name']}.safetensors": file for site, file in entry["files"].items()}
+    damaged = []
+    for name, file in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != file["bytes"] or crc32(path) != file["crc32"]:
+            damaged.append(name)
+    return damaged
+
+
+def _choose_site(folder: Path, manifest: dict[str, Any], site: str | None) -> str:
+    sites = list(manifest["sites"])
+    if site is None and len(sites) == 1:
+        return sites[0]
+    if site is None or site not in sites:
+        came = "none was named" if site is None else f"{site!r} was asked for"
+        raise InputError(f"expected one of the sites in {folder}, {', '.join(sites)}, but {came}; name one")
+    return site
+
+
+def _try(skip_damaged: bool, check: Callable[[], None]) -> bool:
+    try:
+        check()
+    except InputError as error:
+        if not skip_damaged:
+            raise
+        print(f"left out: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def _check_file(path: Path, entry: dict[str, Any], checksum: bool) -> None:
+    size = path.stat().st_size if path.is_file() else None
+    if size != entry["bytes"]:
+        raise _damaged(path, "it is missing" if size is None else f"it has {size} bytes instead of {entry['bytes']}")
+    if checksum and crc32(path) != entry["crc32"]:
+        raise _damaged(path, "its checksum is wrong")
+
+
+def _damaged(path: Path, why: str) -> InputError:
+    return InputError(f"expected a whole file at {path}, but {why}; read the others with skip_damaged, or harvest again")

@@ -1,0 +1,299 @@
+"""Text through a language model into an activation cache: first all tokens, then pool after pool of shuffled activations."""
+
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from sae.activations.ledger import FORMAT_VERSION, Ledger, claim, describe_file, has_size, only_writer
+from sae.activations.plan import Pool, count_rows, padding, plan_pools
+from sae.activations.record import Recorder
+from sae.activations.text import TextConfig, check_source, documents, text_files
+from sae.activations.tokens import Cutter, Part, Tokens, tokenise
+from sae.errors import InputError
+from sae.files import read_json, require_free_space, write_json, write_tensors
+from sae.progress import progress
+
+if TYPE_CHECKING:
+    from sae.language_model import LanguageModel
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(kw_only=True)
+class HarvestConfig(TextConfig):
+    """What to record, from which text, and where to put it."""
+
+    out: Path
+    """Folder of the cache. Given again with the same settings, an interrupted harvest goes on where it stopped."""
+    model: str = "checkpoints/demo-lm"
+    """A Hugging Face causal language model: a folder or a hub name."""
+    revision: str | None = None
+    """Revision of the model on the hub."""
+    sites: tuple[str, ...] = ()
+    """Where to record, for example resid_post.2; several cost one forward pass."""
+    tokens: int = 1_000_000
+    """Token budget; the last document is cut to fit."""
+    context: int | None = None
+    """Tokens per sequence at most; the model's own context by default, at most 1024."""
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Number format on disk."""
+    held_out: float = 0.05
+    """Share of documents kept from training, for measuring."""
+    keep_bos: bool = False
+    """Store activations at beginning-of-text tokens too; their norm is often hundreds of times that of others."""
+    seed: int = 0
+    """Decides order, shuffling and which documents are held out."""
+    pool_tokens: int = 1 << 18
+    """Tokens shuffled together in memory, and repeated after an interruption."""
+    shard_tokens: int = 1 << 16
+    """Rows per file at most."""
+    batch_tokens: int = 1 << 13
+    """Tokens per forward pass, padding included."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    model_dtype: str = "auto"
+    """Number format of the model: auto, float32, bfloat16 or float16."""
+    device_map: str | None = None
+    """"auto" spreads a large model over several devices."""
+    dry_run: bool = False
+    """Only print what would be done; text is read and tokenised, nothing is written."""
+    verify: bool = False
+    """Only read the cache at --out again and compare every file's checksum."""
+
+
+def harvest(config: HarvestConfig) -> Path:
+    """Makes the cache, or finishes one that was interrupted; returns its folder.
+
+    Killed at any moment and started again, it ends with the same bytes as one that was not.
+    Raises `InputError` for unusable options or text, a folder begun with other settings or another model, activations that are not
+    finite in the number format on disk, and a full disk.
+    """
+    if config.verify:
+        return _verify(config)
+    _check(config)
+    from sae.language_model import LanguageModel
+
+    lm = LanguageModel.load(
+        config.model, device=config.device, dtype=config.model_dtype, device_map=config.device_map, revision=config.revision
+    )
+    widths = {site: lm.width(site) for site in config.sites}
+    if config.dry_run:
+        return _dry_run(config, lm, widths)
+    with only_writer(config.out):
+        claim(config.out, _settings(config), _model_record(lm))
+        ledger = Ledger(config.out)
+        if (config.out / "manifest.json").exists():
+            ledger.clear()  # a kill may have come between the two last steps
+            print(f"{config.out} is already complete", file=sys.stderr)
+            return config.out
+        tokens = _write_tokens(config, lm, ledger)
+        pools = _plan(config, lm, tokens)
+        recorder = Recorder(lm, tokens, widths, DTYPES[config.dtype], _left_out_id(config, lm), config.batch_tokens, config.seed)
+        _write_pools(config, recorder, pools, ledger)
+        write_json(config.out / "manifest.json", _manifest(config, recorder, pools, ledger))
+        ledger.clear()
+    _report(config.out)
+    return config.out
+
+
+def _check(config: HarvestConfig) -> None:
+    check_source(config)
+    if not config.sites:
+        raise InputError("expected at least one site to record, but none came; give for example --sites resid_post.2")
+    if len(set(config.sites)) < len(config.sites):
+        raise InputError(f"expected every site once, but --sites is {' '.join(config.sites)}; leave out the repetition")
+    for name, least in (("tokens", 2), ("pool_tokens", 1), ("shard_tokens", 1), ("batch_tokens", 1), ("seed", 0)):
+        if getattr(config, name) < least:
+            raise InputError(
+                f"expected --{name.replace('_', '-')} of at least {least}, but {getattr(config, name)} came; give a larger number"
+            )
+    if not 0 <= config.held_out < 1:
+        raise InputError(f"expected --held-out from 0 up to but not including 1, but {config.held_out} came; 0.05 is usual")
+    if config.dtype not in DTYPES:
+        raise InputError(f"expected --dtype {', '.join(DTYPES)}, but {config.dtype!r} came; choose one of them")
+
+
+def _verify(config: HarvestConfig) -> Path:
+    from sae.activations.cache import verify
+
+    defaults = HarvestConfig(out=config.out, verify=True)
+    given = [f.name for f in fields(config) if getattr(config, f.name) != getattr(defaults, f.name)]
+    if given:
+        raise InputError(f"--verify needs --out alone, but --{given[0].replace('_', '-')} came too; leave it out")
+    damaged = verify(config.out)
+    if damaged:
+        raise InputError(
+            f"{len(damaged)} damaged files in {config.out}: {', '.join(damaged)}; read the rest with skip_damaged, or harvest again"
+        )
+    print(f"{config.out}: every file is as it was written")
+    return config.out
+
+
+def _settings(config: HarvestConfig) -> dict[str, Any]:
+    """What decides the content of the cache. The device is not in it: a harvest may go on elsewhere."""
+    settings = asdict(config)
+    for name in ("out", "device", "device_map", "dry_run", "verify"):
+        del settings[name]
+    settings["text_bytes"] = [path.stat().st_size for path in text_files(config)]
+    return json.loads(json.dumps(settings))
+
+
+def _model_record(lm: "LanguageModel") -> dict[str, Any]:
+    return {"name": lm.name, "revision": lm.revision, "fingerprint": lm.fingerprint(), "dtype": str(lm.dtype).removeprefix("torch.")}
+
+
+def _context(config: HarvestConfig, lm: "LanguageModel") -> int:
+    context = config.context or min(lm.context, 1024)
+    if not 2 <= context <= lm.context:
+        raise InputError(f"expected --context from 2 to {lm.context}, the model's own, but {context} came; choose one in between")
+    return context
+
+
+def _cut(config: HarvestConfig, lm: "LanguageModel") -> tuple[Cutter, Iterator[Part]]:
+    cutter = Cutter(_context(config, lm), config.tokens, lm.bos_id, config.seed, config.held_out)
+    vocabulary = lm.model.get_input_embeddings().weight.shape[0]
+    return cutter, cutter.parts(tokenise(documents(config, lm.bos_id), lm.tokenizer, vocabulary))
+
+
+def _require_tokens(config: HarvestConfig, cutter: Cutter) -> None:
+    source = config.dataset or ", ".join(config.text)
+    if cutter.tokens == 0:
+        raise InputError(f"expected text in {source}, but it holds no usable text ({cutter.empty_documents} empty documents); give another")
+    if cutter.tokens < config.tokens - 1:  # a lone beginning-of-text token is never written
+        print(f"the text ended at {cutter.tokens:,} of the {config.tokens:,} tokens asked for", file=sys.stderr)
+
+
+def _write_tokens(config: HarvestConfig, lm: "LanguageModel", ledger: Ledger) -> Tokens:
+    """Stage 1. Interrupted, it starts over: tokenising is cheap beside the forward passes."""
+    whole = all(has_size(config.out / entry["file"], entry["bytes"]) for entry in ledger.of("tokens"))
+    if not (ledger.of("counts") and whole):
+        ledger.clear()
+        cutter, parts = _cut(config, lm)
+        with progress("tokens", config.tokens, "tokens") as bar:
+            for number, part in enumerate(parts):
+                name = f"tokens/{number:05d}.safetensors"
+                write_tensors(config.out / name, {key: torch.from_numpy(value) for key, value in part._asdict().items()})
+                counts = {"tokens": len(part.ids), "sequences": len(part.sequence_split), "documents": len(part.document_label)}
+                ledger.append({"kind": "tokens", "file": name, **describe_file(config.out / name), **counts})
+                bar.advance(len(part.ids))
+        _require_tokens(config, cutter)
+        totals = {name: getattr(cutter, name) for name in ("documents", "empty_documents", "sequences", "tokens")}
+        ledger.append({"kind": "counts", "label_names": cutter.label_names, **totals})
+    return Tokens.read([config.out / entry["file"] for entry in ledger.of("tokens")], ledger.of("counts")[0]["label_names"])
+
+
+def _left_out_id(config: HarvestConfig, lm: "LanguageModel") -> int | None:
+    return None if config.keep_bos else lm.bos_id
+
+
+def _plan(config: HarvestConfig, lm: "LanguageModel", tokens: Tokens) -> list[Pool]:
+    pools = plan_pools(
+        tokens,
+        seed=config.seed,
+        pool_tokens=config.pool_tokens,
+        shard_tokens=config.shard_tokens,
+        left_out_id=_left_out_id(config, lm),
+    )
+    rows = count_rows(pools)
+    if rows["train"] == 0:
+        raise InputError("expected text to train on, but every sequence is a lone beginning-of-text token; give more text")
+    if rows["held_out"] == 0 and config.held_out > 0:
+        print("too few documents to hold any out: the cache has training rows only", file=sys.stderr)
+    return pools
+
+
+def _bytes(config: HarvestConfig, rows: int, widths: dict[str, int]) -> int:
+    return rows * sum(width * DTYPES[config.dtype].itemsize + 8 for width in widths.values())
+
+
+def _dry_run(config: HarvestConfig, lm: "LanguageModel", widths: dict[str, int]) -> Path:
+    cutter, cut = _cut(config, lm)
+    parts = list(cut)
+    _require_tokens(config, cutter)
+    pools = _plan(config, lm, Tokens.join(parts, cutter.label_names))
+    rows = count_rows(pools)
+    size = _bytes(config, sum(rows.values()), widths) + 4 * cutter.tokens
+    memory = _bytes(config, max(pool.rows for pool in pools), widths)
+    shards = sum(len(pool.shards) for pool in pools) * len(widths)
+    print(
+        f"would write into {config.out}: {cutter.documents:,} documents, {cutter.sequences:,} sequences, {cutter.tokens:,} tokens; "
+        f"{rows['train']:,} training and {rows['held_out']:,} held-out rows at {', '.join(widths)}; "
+        f"{shards:,} shards, {size / 1e6:,.1f} MB; {memory / 1e6:,.1f} MB of memory for a pool"
+    )
+    return config.out
+
+
+def _write_pools(config: HarvestConfig, recorder: Recorder, pools: list[Pool], ledger: Ledger) -> None:
+    """Stage 2, the forward passes. Pools whose files are all there are passed over."""
+
+    def path_of(site: str, name: str) -> Path:
+        return config.out / site / f"{name}.safetensors"
+
+    done = {
+        (entry["split"], entry["number"])
+        for entry in ledger.of("pool")
+        if all(has_size(path_of(site, s["name"]), file["bytes"]) for s in entry["shards"] for site, file in s["files"].items())
+    }
+    left = [pool for pool in pools if (pool.split, pool.number) not in done]
+    require_free_space(config.out, _bytes(config, sum(pool.rows for pool in left), recorder.widths), "the harvest")
+    lengths = recorder.tokens.sequence_starts[1:] - recorder.tokens.sequence_starts[:-1]
+    n_left = sum(int(lengths[pool.sequences].sum()) for pool in left)
+    written = 0
+    with progress("harvest", len(recorder.tokens.ids), "tokens", len(recorder.tokens.ids) - n_left) as bar:
+        for pool in left:
+            entry = recorder.write(pool, path_of, bar.advance)
+            ledger.append(entry)
+            written += sum(file["bytes"] for shard in entry["shards"] for file in shard["files"].values())
+            bar.advance(0, written=f"{written / 1e6:,.1f} MB")
+
+
+def _manifest(config: HarvestConfig, recorder: Recorder, pools: list[Pool], ledger: Ledger) -> dict[str, Any]:
+    """The same for every harvest of the same settings: no times, no names of machines."""
+    lm, tokens, counts = recorder.lm, recorder.tokens, ledger.of("counts")[0]
+    entries = {(entry["split"], entry["number"]): entry for entry in ledger.of("pool")}
+    shards = [shard for pool in pools for shard in entries[pool.split, pool.number]["shards"]]
+    train = [shard for shard in shards if shard["split"] == "train"]
+    n_train = sum(shard["rows"] for shard in train)
+    rows = count_rows(pools)
+    sites = {
+        site: {"d_in": d, "mean_squared_norm": math.fsum(shard["squared_norm"][site] for shard in train) / n_train}
+        for site, d in recorder.widths.items()
+    }
+    left_out = {
+        "beginning_of_text": len(tokens.ids) - sum(rows.values()),
+        "padding": padding(pools, tokens, config.batch_tokens),
+    }
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": _model_record(lm),
+        "tokenizer": lm.tokenizer.name_or_path if lm.tokenizer is not None else None,
+        "dataset": {f.name: getattr(config, f.name) for f in fields(TextConfig)},
+        "context": _context(config, lm),
+        "dtype": config.dtype,
+        "seed": config.seed,
+        "held_out": config.held_out,
+        "sites": sites,
+        "counts": {
+            **{name: counts[name] for name in ("documents", "empty_documents", "sequences", "tokens")},
+            "rows": rows,
+            "left_out": left_out,
+        },
+        "labels": counts["label_names"],
+        "shards": shards,
+        "tokens": [{key: value for key, value in entry.items() if key != "kind"} for entry in ledger.of("tokens")],
+        "complete": True,
+    }
+
+
+def _report(folder: Path) -> None:
+    manifest = read_json(folder / "manifest.json", "a cache's manifest")
+    rows = manifest["counts"]["rows"]
+    size = sum(file["bytes"] for shard in manifest["shards"] for file in shard["files"].values())
+    norms = ", ".join(f"{site} {value['mean_squared_norm']:.4g}" for site, value in manifest["sites"].items())
+    print(f"{folder}: {rows['train']:,} training and {rows['held_out']:,} held-out rows, {size / 1e6:,.1f} MB; mean squared norm {norms}")

@@ -1,0 +1,98 @@
+"""What a harvest has finished so far: an append-only file of JSON lines, each written after the files it names are safely on disk."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sae.errors import InputError
+from sae.files import crc32, read_json, sync_folder, write_json
+
+FORMAT_VERSION = 1
+
+
+class Ledger:
+    """`progress.jsonl` of a cache that is being made."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "progress.jsonl"
+        self.entries: list[dict[str, Any]] = []
+        if self.path.exists():
+            data = self.path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if len(whole) < len(data):  # killed, or the disk full, in the middle of a line
+                os.truncate(self.path, len(whole))
+            self.entries = [json.loads(line) for line in whole.splitlines()]
+
+    def append(self, entry: dict[str, Any]) -> None:
+        try:
+            with open(self.path, "ab") as file:
+                file.write(json.dumps(entry).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            sync_folder(self.path.parent)
+        except OSError as error:
+            if error.errno != 28:  # ENOSPC
+                raise
+            raise InputError(f"the disk ran full while writing {self.path}; free some space and run the same command again") from error
+        self.entries.append(entry)
+
+    def clear(self) -> None:
+        self.path.unlink(missing_ok=True)
+        self.entries = []
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [entry for entry in self.entries if entry["kind"] == kind]
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "crc32": crc32(path)}
+
+
+def has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Holds the folder, so that a second harvest into it is refused; the operating system lets go of it even after kill -9."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another harvest is writing into {folder}; wait for it or choose another --out") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def claim(folder: Path, settings: dict[str, Any], model: dict[str, Any]) -> None:
+    """Makes `folder` the place of a harvest with these settings, or checks that it already is; removes what a kill left half-written.
+
+    Raises `InputError` for a folder with other things in it, or one that was begun with other settings or another model.
+    """
+    path = folder / "harvest.json"
+    begun = path.exists()
+    leftovers = [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")] if begun else folder.glob(".harvest.json.*.tmp")
+    for leftover in leftovers:
+        leftover.unlink()
+    if not begun:
+        other = next(iter(sorted(p.name for p in folder.iterdir())), None)
+        if other is not None:
+            raise InputError(f"expected an empty folder or an unfinished cache at {folder}, but it holds {other!r}; choose another --out")
+        write_json(path, {"format_version": FORMAT_VERSION, "settings": settings, "model": model})
+        return
+    stored = read_json(path, "a harvest's settings")
+    for what, mine in (("settings", settings), ("model", model)):
+        theirs = stored.get(what, {})
+        for key in sorted({*mine, *theirs}):
+            if mine.get(key) != theirs.get(key):
+                raise InputError(
+                    f"{folder} was begun with {what} {key} = {theirs.get(key)!r}, but now it is {mine.get(key)!r}; "
+                    "give the same command to resume, or choose another --out"
+                )
