@@ -14,7 +14,7 @@ def run(function: Callable[[Any], Any], config_class: type, description: str) ->
     """
     import tyro
 
-    config = tyro.cli(config_class, description=description, config=(tyro.conf.OmitArgPrefixes,))
+    config: Any = tyro.cli(config_class, description=description, config=(tyro.conf.OmitArgPrefixes,))
     try:
         function(config)
     except InputError as error:

@@ -114,9 +114,19 @@ def make_model(config: DemoModelConfig, tokenizer):
     if config.init_from:
         return GPT2LMHeadModel.from_pretrained(config.init_from, dtype=torch.float32)
     bos = tokenizer.bos_token_id
-    shape = dict(vocab_size=len(tokenizer), n_positions=config.context, n_embd=config.d_model, n_layer=config.n_layer)
     return GPT2LMHeadModel(
-        GPT2Config(**shape, n_head=config.n_head, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=bos, eos_token_id=bos)
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=config.context,
+            n_embd=config.d_model,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+            bos_token_id=bos,
+            eos_token_id=bos,
+        )
     )
 
 

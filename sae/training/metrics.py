@@ -66,7 +66,7 @@ def density_histogram(run: Run) -> Any:
     import wandb
 
     density_f = run.fired_f[run.fired_f > 0].double() / run.rows_counted
-    return wandb.Histogram(torch.log10(density_f).cpu().numpy())  # host sync
+    return wandb.Histogram(torch.log10(density_f).tolist())  # host sync
 
 
 def keep_until(path: Path, step: int) -> None:
