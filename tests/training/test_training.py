@@ -1,0 +1,220 @@
+"""The trainer on real caches: exact resume, the sweep, the guards, the log."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from sae.activations.harvest import HarvestConfig, harvest
+from sae.dictionary import SparseAutoencoder
+from sae.errors import InputError
+from sae.training import TrainingConfig, train
+from sae.training.config import l1_now, learning_rate
+from sae.training.run import Run
+
+WEIGHTS = "sae_weights.safetensors"
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Activations of a small random GPT-2 on random bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("training")
+    vocab = {"<|endoftext|>": 0} | {c: i + 1 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    bpe = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end).save_pretrained(folder / "lm")
+    torch.manual_seed(0)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(vocab), n_positions=64, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    ).save_pretrained(folder / "lm")
+    letters = torch.randint(97, 123, (100, 90), generator=torch.Generator().manual_seed(1)).tolist()
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": bytes(row).decode()}) + "\n" for row in letters))
+    out = folder / "cache"
+    harvest(HarvestConfig(text=(str(folder / "text.jsonl"),), model=str(folder / "lm"), out=out, sites=("resid_post.0",), context=32, tokens=8000))
+    return out
+
+
+def config_for(cache, out, **changes):
+    settings = dict(cache=cache, out=out, d_sae=40, l1=(1.0,), steps=60, batch_size=128, lr=3e-3, log_every=10, checkpoint_every=20)
+    return TrainingConfig(**(settings | dict(resample_every=15, dead_steps=5, device="cpu") | changes))
+
+
+def contents(folder):
+    """Weights, and the log without its clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return (folder / WEIGHTS).read_bytes(), [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+def test_training_lowers_the_loss_and_saves_a_dictionary_for_raw_activations(cache, tmp_path):
+    from sae.activations.cache import ActivationCache
+
+    (folder,) = train(config_for(cache, tmp_path / "d", steps=400, l1=(0.1,), lr=1e-2))
+    _, lines = contents(folder)
+    assert lines[-1]["step"] == 400
+    assert lines[-1]["fvu"] < 0.5 * lines[0]["fvu"]
+    opened = ActivationCache.open(cache)
+    x_bd = opened.read(opened.shards("held_out")[0])[0].float()
+    fvu = (SparseAutoencoder.load(folder)(x_bd) - x_bd).square().sum() / (x_bd - x_bd.mean(0)).square().sum()
+    assert fvu == pytest.approx(lines[-1]["fvu"], rel=0.5)  # raw activations, other tokens, no scaling by the caller
+    assert SparseAutoencoder.load(folder).site == "resid_post.0"
+
+
+def test_a_stopped_run_continues_bit_for_bit(cache, tmp_path, monkeypatch):
+    train(config_for(cache, tmp_path / "whole"))
+    calls = 0
+    update = Run.update
+
+    def interrupted(self, *args):
+        nonlocal calls
+        calls += 1
+        if calls == 33:
+            os.kill(os.getpid(), signal.SIGTERM)
+        update(self, *args)
+
+    monkeypatch.setattr(Run, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config_for(cache, tmp_path / "parts"))
+    assert not (tmp_path / "parts" / WEIGHTS).exists()
+    train(config_for(cache, tmp_path / "parts"))
+    assert calls == 60
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_kill_minus_nine_at_random_moments_then_resume(cache, tmp_path):
+    """A killed process leaves a folder from which the same command finishes as if it had never been killed."""
+    command = [sys.executable, "-c", "from sae.command_line import train_sae; train_sae()"]
+    flags = "--d-sae 40 --l1 1 --steps 3000 --batch-size 128 --log-every 100 --checkpoint-every 150 --device cpu".split()
+
+    def start(out):
+        return subprocess.Popen([*command, "--cache", cache, "--out", out, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait() == 0
+    for delay in (0.3, 0.9, 0.1):
+        process = start(tmp_path / "parts")
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "parts" / "checkpoint.safetensors").exists() and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+    assert start(tmp_path / "parts").wait() == 0
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_a_sweep_equals_its_runs_one_by_one(cache, tmp_path):
+    folders = train(config_for(cache, tmp_path / "sweep", l1=(0.5, 2.0)))
+    for l1, folder in zip((0.5, 2.0), folders):
+        (alone,) = train(config_for(cache, tmp_path / f"alone_{l1}", l1=(l1,)))
+        assert contents(folder) == contents(alone)
+    sparsities = [contents(folder)[1][-1]["l0"] for folder in folders]
+    assert sparsities[0] > sparsities[1]
+
+
+def test_other_settings_in_the_same_folder_are_refused(cache, tmp_path):
+    train(config_for(cache, tmp_path / "d"))
+    before = contents(tmp_path / "d")
+    train(config_for(cache, tmp_path / "d"))  # complete: nothing happens
+    assert contents(tmp_path / "d") == before
+    with pytest.raises(InputError, match="lr 0.003 there, 0.001 now"):
+        train(config_for(cache, tmp_path / "d", lr=1e-3))
+    train(config_for(cache, tmp_path / "d", lr=1e-3, restart=True))
+    assert contents(tmp_path / "d")[0] != before[0]
+    assert len(contents(tmp_path / "d")[1]) == 6
+
+
+def test_a_diverging_run_stops_and_keeps_its_checkpoint(cache, tmp_path):
+    config = config_for(cache, tmp_path / "d", lr=1e6, lr_warmup=0.0, checkpoint_every=1, steps=50)
+    with pytest.raises(InputError, match="training diverged at step .* is untouched"):
+        train(config)
+    state = load_file(tmp_path / "d" / "checkpoint.safetensors")
+    assert all(t.isfinite().all() for t in state.values())
+
+
+def test_non_finite_activations_stop_the_run(cache, tmp_path, monkeypatch):
+    from sae.activations.batches import ActivationBatches
+
+    following = ActivationBatches.__next__
+
+    def with_a_nan(self):
+        x_bd = following(self)
+        if self.position == 30:
+            x_bd[7, 3] = float("nan")
+        return x_bd
+
+    monkeypatch.setattr(ActivationBatches, "__next__", with_a_nan)
+    with pytest.raises(InputError, match="1 of the activations in the batch of step 30 are not finite"):
+        train(config_for(cache, tmp_path / "d"))
+    assert (tmp_path / "d" / "checkpoint.safetensors").exists()
+
+
+def test_dead_features_are_resampled_and_live_again(cache, tmp_path):
+    """A feature killed by hand is found dead and points at a badly reconstructed row; living ones are not touched."""
+    config = config_for(cache, tmp_path)
+    torch.manual_seed(0)
+    dictionary = SparseAutoencoder.initial(16, 40, seed=0)
+    run, x_bd = Run(1.0, dictionary, config), torch.randn(64, 16)
+    run.silent_steps_f[[3, 11]] = 5
+    before = {name: t.clone() for name, t in run.state().items()}
+    residual_bd = torch.nn.functional.normalize(x_bd - dictionary(x_bd), dim=-1)
+    assert run.resample(x_bd, step=1) == 2
+    after = run.state()
+    living = [j for j in range(40) if j not in (3, 11)]
+    for name in ("W_enc_fd", "W_dec_fd", "b_enc_f"):
+        assert torch.equal(before[name][living], after[name][living])
+    for j in (3, 11):
+        cosine = (residual_bd @ after["W_dec_fd"][j]).max() / after["W_dec_fd"][j].norm()
+        assert cosine > 0.9999
+        assert (dictionary.encode(x_bd)[:, j] > 0).any()
+    assert not run.dead_f().any()
+
+
+def test_schedules():
+    config = TrainingConfig(cache=None, out=None, steps=1000, lr=2.0, lr_warmup=0.1, lr_decay=0.2, l1_warmup=0.05)  # type: ignore[arg-type]
+    assert learning_rate(0, config) == pytest.approx(0.02)
+    assert learning_rate(99, config) == learning_rate(800, config) == 2.0
+    assert learning_rate(900, config) == pytest.approx(1.0)
+    assert learning_rate(999, config) == pytest.approx(0.01)
+    assert l1_now(24, 8.0, config) == pytest.approx(4.0)
+    assert l1_now(49, 8.0, config) == l1_now(999, 8.0, config) == 8.0
+
+
+@pytest.mark.parametrize(
+    "change", [{"steps": 0}, {"l1": ()}, {"l1": (1.0, 1.0)}, {"l1": (-1.0,)}, {"lr_decay": 1.5}, {"clip": -1.0}, {"lr": float("nan")}]
+)
+def test_settings_that_cannot_be_meant_are_refused(cache, tmp_path, change):
+    with pytest.raises(InputError, match="--"):
+        train(config_for(cache, tmp_path / "d", **change))
+    assert not (tmp_path / "d").exists()
+
+
+def test_training_imports_with_torch_numpy_and_safetensors_alone():
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, *rest):
+        if name.split('.')[0] in {'transformers', 'datasets', 'wandb', 'tyro', 'rich', 'sklearn', 'matplotlib', 'pandas', 'scipy', 'tokenizers'}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import sae.dictionary, sae.objective, sae.training
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_wandb_offline_holds_metrics_and_histograms(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(config_for(cache, tmp_path / "d", wandb="offline", steps=20))
+    files = list((tmp_path / "d").glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 1
+    assert b"log10_density" in files[0].read_bytes()
