@@ -1,0 +1,401 @@
+"""Every family on a tiny randomly initialised model, against Hugging Face's own hidden states and by-hand products.
+
+s sequences · p positions · d model width · v vocabulary
+"""
+
+from functools import cache
+
+import pytest
+import torch
+import transformers as hf
+
+from sae.errors import InputError
+from sae.language_model import KINDS, LanguageModel, NonFiniteLogits, Site, parse_site
+
+N_LAYERS, VOCAB = 3, 50
+COMMON = dict(vocab_size=VOCAB, bos_token_id=0, eos_token_id=None, pad_token_id=None)
+GPT2 = dict(n_embd=32, n_layer=N_LAYERS, n_head=4, n_positions=64, **COMMON)
+LLAMA = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=N_LAYERS, num_attention_heads=4, max_position_embeddings=64, **COMMON)
+GROUPED = dict(num_key_value_heads=2, **LLAMA)
+HEAD_DIM = dict(head_dim=12, **GROUPED)  # 4 heads of 12: wider than the stream
+OPT = dict(hidden_size=32, ffn_dim=40, num_hidden_layers=N_LAYERS, num_attention_heads=4, max_position_embeddings=64)
+OPT |= dict(vocab_size=VOCAB, word_embed_proj_dim=32, bos_token_id=0, eos_token_id=None, pad_token_id=1)
+SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+
+CONFIGS = {
+    "gpt2": lambda: hf.GPT2Config(**GPT2),
+    "gptj": lambda: hf.GPTJConfig(rotary_dim=4, **GPT2),
+    "gpt_neo": lambda: hf.GPTNeoConfig(
+        hidden_size=32,
+        num_layers=N_LAYERS,
+        num_heads=4,
+        max_position_embeddings=64,
+        attention_types=[[["global", "local", "global"], 1]],
+        window_size=4,
+        **COMMON,
+    ),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(use_parallel_residual=True, **LLAMA),
+    "gpt_neox sequential": lambda: hf.GPTNeoXConfig(use_parallel_residual=False, **LLAMA),
+    "llama": lambda: hf.LlamaConfig(**GROUPED),
+    "mistral": lambda: hf.MistralConfig(sliding_window=4, **GROUPED),
+    "mixtral": lambda: hf.MixtralConfig(num_local_experts=2, **GROUPED),
+    "qwen2": lambda: hf.Qwen2Config(**GROUPED),
+    "qwen3": lambda: hf.Qwen3Config(**HEAD_DIM),
+    "phi": lambda: hf.PhiConfig(**LLAMA),
+    "phi3": lambda: hf.Phi3Config(**GROUPED),
+    "olmo": lambda: hf.OlmoConfig(**LLAMA),
+    "olmo2": lambda: hf.Olmo2Config(**GROUPED),
+    "gemma2": lambda: hf.Gemma2Config(sliding_window=4, layer_types=SLIDING, **HEAD_DIM),
+    "gemma3_text": lambda: hf.Gemma3TextConfig(sliding_window=4, layer_types=SLIDING, **HEAD_DIM),
+    "gemma3": lambda: hf.Gemma3Config(
+        text_config=hf.Gemma3TextConfig(sliding_window=4, layer_types=SLIDING, **HEAD_DIM),
+        vision_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14),
+        mm_tokens_per_image=4,
+        boi_token_index=47,
+        eoi_token_index=48,
+        image_token_index=49,
+    ),
+    "opt": lambda: hf.OPTConfig(**OPT),
+    "opt 350m": lambda: hf.OPTConfig(**{**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+}
+FAMILIES = sorted(CONFIGS)
+PROJECTIONS = {"gpt2": "attn.c_proj", "gptj": "attn.out_proj", "gpt_neo": "attn.attention.out_proj", "phi": "self_attn.dense"}
+PROJECTIONS |= {"gpt_neox": "attention.dense", "opt": "self_attn.out_proj"}
+
+
+@cache
+def tiny(family: str) -> LanguageModel:
+    torch.manual_seed(FAMILIES.index(family))
+    config = CONFIGS[family]()
+    kind = hf.Gemma3ForConditionalGeneration if family == "gemma3" else hf.AutoModelForCausalLM
+    model = kind(config) if family == "gemma3" else kind.from_config(config)
+    for name, weight in model.named_parameters():  # biases and norms start at 0 or 1, which would hide mistakes
+        if weight.ndim == 1:
+            torch.nn.init.normal_(weight, mean=1.0 if "norm" in name and "bias" not in name else 0.0, std=0.3)
+        else:
+            torch.nn.init.normal_(weight, std=0.15)
+    lm = LanguageModel(model, name=family)
+    if lm.model.generation_config:  # random models would end at any token
+        lm.model.generation_config.eos_token_id = None
+    return lm
+
+
+def ids_of(rows: int = 2, length: int = 9, seed: int = 0):
+    return torch.randint(2, 40, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def hidden_states(lm: LanguageModel, ids_sp: torch.Tensor) -> tuple:
+    with torch.no_grad():
+        return lm.model(input_ids=ids_sp, output_hidden_states=True, use_cache=False).hidden_states
+
+
+def blocks_of(lm: LanguageModel) -> torch.nn.ModuleList:
+    """Found by another road than the table of paths."""
+    lists = [m for m in lm.model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList) and len(m) == N_LAYERS]
+    return lists[0]
+
+
+def projection_of(lm: LanguageModel, family: str, layer: int) -> torch.nn.Module:
+    return blocks_of(lm)[layer].get_submodule(PROJECTIONS.get(family.split()[0], "self_attn.o_proj"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_residual_sites_are_the_hidden_states(family):
+    lm, ids_sp = tiny(family), ids_of()
+    states = hidden_states(lm, ids_sp)
+    seen = lm.record(ids_sp, lm.sites())
+    for layer in range(N_LAYERS):
+        assert torch.equal(seen[f"resid_pre.{layer}"], states[layer])
+        if layer < N_LAYERS - 1:
+            assert torch.equal(seen[f"resid_post.{layer}"], states[layer + 1])
+    last = seen[f"resid_post.{N_LAYERS - 1}"]
+    if family == "opt 350m":
+        assert lm.final_norm is None
+        assert torch.equal(lm.model.model.decoder.project_out(last), states[-1])
+    else:
+        assert torch.equal(lm.final_norm(last), states[-1])
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "opt 350m"])  # its norms stand on the stream itself
+def test_the_stream_grows_by_attention_and_mlp(family):
+    lm, ids_sp = tiny(family), ids_of()
+    seen = lm.record(ids_sp, lm.sites())
+    for layer in range(N_LAYERS):
+        total = sum(seen[f"{kind}.{layer}"] for kind in ("resid_pre", "attn_out", "mlp_out"))
+        torch.testing.assert_close(seen[f"resid_post.{layer}"], total, rtol=1e-5, atol=1e-5)
+        assert seen[f"attn_out.{layer}"].norm() > 0.1
+        assert seen[f"mlp_out.{layer}"].norm() > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_times_output_projection_is_the_attention_output(family):
+    lm, ids_sp = tiny(family), ids_of()
+    outputs, handles = {}, []
+    for layer in range(N_LAYERS):
+        module = blocks_of(lm)[layer].get_submodule(PROJECTIONS.get(family.split()[0], "self_attn.o_proj").rpartition(".")[0])
+        handles.append(module.register_forward_hook(lambda _m, _a, out, layer=layer: outputs.update({layer: out[0]})))
+    seen = lm.record(ids_sp, [*(f"head_out.{layer}" for layer in range(N_LAYERS)), f"resid_post.{N_LAYERS - 1}"])
+    for handle in handles:
+        handle.remove()
+    for layer in range(N_LAYERS):
+        projection = projection_of(lm, family, layer)
+        weight = projection.weight if isinstance(projection, hf.pytorch_utils.Conv1D) else projection.weight.T
+        by_hand = seen[f"head_out.{layer}"] @ weight + (projection.bias if projection.bias is not None else 0)
+        torch.testing.assert_close(by_hand, outputs[layer], rtol=1e-5, atol=1e-5)
+        assert lm.width(f"head_out.{layer}") == weight.shape[0] == seen[f"head_out.{layer}"].shape[-1]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "gemma3", "opt"])
+@pytest.mark.parametrize("site", ["resid_pre.1", "attn_out.1", "head_out.1", "mlp_out.1", "resid_post.1"])
+def test_recording_stops_after_the_deepest_site(family, site):
+    lm, calls = tiny(family), []
+    blocks = blocks_of(lm)
+    handles = [block.register_forward_pre_hook(lambda _m, _a, i=i: calls.append(i)) for i, block in enumerate(blocks)]
+    handles.append(lm.model.get_output_embeddings().register_forward_pre_hook(lambda _m, _a: calls.append("unembedding")))
+    try:
+        lm.record(ids_of(), ["resid_pre.0", site])
+        assert calls == [0, 1]  # for resid_pre.1, block 1 is entered and left at its door
+        calls.clear()
+        lm.logits(ids_of())
+        assert calls == [0, 1, 2, "unembedding"]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def additive(d: int, seed: int = 5, size: float = 1.5):
+    vector_d = size * torch.randn(d, generator=torch.Generator().manual_seed(seed))
+    return lambda value: value + vector_d
+
+
+def edits_everywhere(lm: LanguageModel):
+    return {f"{kind}.1": additive(lm.width(f"{kind}.1"), seed) for seed, kind in enumerate(KINDS)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_generation_under_an_edit_equals_uncached_recomputation(family):
+    lm, ids_sp = tiny(family), ids_of()
+    steps = []  # the logits of each cached step's last position
+    with lm.edited(edits_everywhere(lm)):
+        hook = lm.model.register_forward_hook(lambda _m, _a, out: steps.append(out.logits[:, -1]))
+        cached = lm.generate(ids_sp, max_new_tokens=8, temperature=0)
+        hook.remove()
+        by_hugging_face = lm.model.generate(
+            input_ids=ids_sp, attention_mask=torch.ones_like(ids_sp), max_new_tokens=8, do_sample=False, pad_token_id=0
+        )
+        uncached = ids_sp
+        for _ in range(8):
+            uncached = torch.cat([uncached, lm.logits(uncached)[:, -1:].argmax(-1)], dim=1)
+        uncached_logits = lm.logits(uncached[:, :-1])[:, -8:]
+    assert cached.tolist() == uncached.tolist() == by_hugging_face.tolist()
+    torch.testing.assert_close(torch.stack(steps, dim=1), uncached_logits, rtol=1e-4, atol=1e-4)
+    assert (lm.logits(uncached[:, :-1])[:, -8:] - uncached_logits).abs().amax(dim=(0, 2)).min() > 0.05  # every step is edited
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_zero_edits_and_leaving_the_context_change_no_bit(family):
+    lm, ids_sp = tiny(family), ids_of()
+    before = lm.logits(ids_sp)
+    with lm.edited({site: lambda value: value + torch.zeros(value.shape[-1]) for site in lm.sites()}):
+        assert torch.equal(lm.logits(ids_sp), before)
+    with lm.edited(edits_everywhere(lm)):
+        assert not torch.equal(lm.logits(ids_sp), before)
+    assert torch.equal(lm.logits(ids_sp), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_left_padded_batch_equals_one_by_one(family):
+    lm = tiny(family)
+    rows = [ids_of(1, length, seed=length) for length in (4, 9, 6)]
+    ids_sp = torch.cat([torch.nn.functional.pad(row, (9 - row.shape[1], 0), value=1) for row in rows])
+    mask_sp = torch.cat([torch.nn.functional.pad(torch.ones_like(row), (9 - row.shape[1], 0)) for row in rows])
+    with lm.edited(edits_everywhere(lm)):
+        batch = lm.generate(ids_sp, mask_sp, max_new_tokens=5, temperature=0)
+        batch_logits = lm.logits(ids_sp, mask_sp)
+        batch_seen = lm.record(ids_sp, ["mlp_out.2", "head_out.2"], mask_sp)
+        for i, row in enumerate(rows):
+            n = row.shape[1]
+            torch.testing.assert_close(batch_logits[i, -n:], lm.logits(row)[0], rtol=1e-4, atol=1e-4)
+            for site, value in lm.record(row, ["mlp_out.2", "head_out.2"]).items():
+                torch.testing.assert_close(batch_seen[site][i, -n:], value[0], rtol=1e-4, atol=1e-4)
+            assert batch[i, -n - 5 :].tolist() == lm.generate(row, max_new_tokens=5, temperature=0)[0].tolist()
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in ("gemma2", "gemma3", "gemma3_text", "olmo2")])  # norm in between
+def test_adding_at_the_heads_equals_adding_the_projection(family):
+    lm, ids_sp = tiny(family), ids_of()
+    projection = projection_of(lm, family, 1)
+    weight = projection.weight if isinstance(projection, hf.pytorch_utils.Conv1D) else projection.weight.T
+    vector = torch.randn(lm.width("head_out.1"), generator=torch.Generator().manual_seed(3))
+    with lm.edited({"head_out.1": lambda value: value + vector}):
+        at_heads = lm.logits(ids_sp)
+    with lm.edited({"attn_out.1": lambda value: value + vector @ weight}):
+        at_attention = lm.logits(ids_sp)
+    torch.testing.assert_close(at_heads, at_attention, rtol=1e-4, atol=1e-4)
+    assert (at_heads - lm.logits(ids_sp)).abs().max() > 0.01
+
+
+def test_an_edit_replaces_and_nested_edits_apply_in_order():
+    lm, ids_sp = tiny("llama"), ids_of()
+    with lm.edited({"resid_post.0": lambda value: torch.full_like(value, 2.0)}), lm.edited({"resid_post.0": lambda value: value * 3}):
+        seen = lm.record(ids_sp, ["resid_post.0", "resid_pre.1"])
+    assert (seen["resid_post.0"] == 6).all()
+    assert (seen["resid_pre.1"] == 6).all()
+
+
+def test_an_edit_of_the_wrong_shape_is_refused_and_leaves_no_hook():
+    lm, ids_sp = tiny("gpt2"), ids_of()
+    before = lm.logits(ids_sp)
+    wrong = lm.edited({"resid_post.1": lambda value: value[:, -1]})
+    with wrong, pytest.raises(InputError, match=r"edit at resid_post\.1 to return shape \(2, 9, 32\)"):
+        lm.logits(ids_sp)
+    with pytest.raises(InputError), lm.edited({"resid_post.0": lambda value: value * 0, "resid_post.9": lambda value: value}):
+        pass
+    assert torch.equal(lm.logits(ids_sp), before)
+
+
+def test_gradients_reach_what_an_edit_brings_in():
+    lm, ids_sp = tiny("llama"), ids_of()
+    vector_d = torch.zeros(lm.d_model, requires_grad=True)
+    with lm.edited({"resid_post.1": lambda value: value + vector_d}):
+        lm.logits(ids_sp)[:, -1, 7].sum().backward()
+    step = 1e-2 * torch.nn.functional.one_hot(torch.tensor(4), lm.d_model)
+    with lm.edited({"resid_post.1": lambda value: value + step}):
+        up = lm.logits(ids_sp)[:, -1, 7].sum()
+    with lm.edited({"resid_post.1": lambda value: value - step}):
+        down = lm.logits(ids_sp)[:, -1, 7].sum()
+    torch.testing.assert_close(vector_d.grad[4], (up - down) / 2e-2, rtol=1e-2, atol=1e-3)
+    assert not lm.logits(ids_sp).requires_grad
+
+
+@pytest.mark.parametrize("text", ["resid_post", "resid_post.x", "resid_post.-1", "resid_post.01", "residual.1", "blocks.1", ""])
+def test_malformed_site(text):
+    with pytest.raises(InputError, match=r"one of resid_pre\.0 to resid_pre\.L.*head_out\.0 to head_out\.L, got"):
+        parse_site(text)
+
+
+def test_a_site_reads_back_as_written_and_an_absent_one_lists_what_there_is():
+    assert parse_site("head_out.12") == Site("head_out", 12)
+    assert str(Site("head_out", 12)) == "head_out.12"
+    for call in (lambda: tiny("gpt2").width("resid_post.3"), lambda: tiny("gpt2").record(ids_of(), ["resid_post.3"])):
+        with pytest.raises(InputError, match=r"resid_post\.0 to resid_post\.2.*got 'resid_post\.3'"):
+            call()
+
+
+def test_unknown_architecture_says_what_was_looked_for():
+    model = hf.AutoModelForCausalLM.from_config(
+        hf.BloomConfig(hidden_size=16, n_layer=1, n_head=2, **{**COMMON, "eos_token_id": 1}), attn_implementation="eager"
+    )
+    with pytest.raises(InputError, match=r"h with attn, mlp and attn\.c_proj; .*BloomModel"):
+        LanguageModel(model, name="some-bloom")
+
+
+def test_an_architecture_of_known_shape_but_unknown_sums_offers_only_what_is_certain():
+    config = hf.GraniteConfig(residual_multiplier=0.2, **GROUPED)  # scales what it adds, so the attention's output is not what is added
+    lm, ids_sp = LanguageModel(hf.AutoModelForCausalLM.from_config(config)), ids_of()
+    assert lm.sites()[:4] == ["resid_pre.0", "resid_post.0", "head_out.0", "resid_pre.1"]
+    assert torch.equal(lm.record(ids_sp, ["resid_post.1"])["resid_post.1"], hidden_states(lm, ids_sp)[2])
+    with pytest.raises(InputError, match=r"got 'attn_out\.0'"):
+        lm.width("attn_out.0")
+
+
+def test_sampling_repeats_with_its_seed_and_leaves_global_randomness_alone():
+    lm, ids_sp = tiny("gpt2"), ids_of()
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    first = lm.generate(ids_sp, max_new_tokens=10, seed=4)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(lm.generate(ids_sp, max_new_tokens=10, seed=4), first)
+    assert not torch.equal(lm.generate(ids_sp, max_new_tokens=10, seed=5), first)
+    assert torch.equal(first[:, :9], ids_sp)
+
+
+def test_sampled_frequencies_follow_temperature_and_top_p():
+    lm = tiny("gpt2")
+    ids_sp = ids_of(1, 4).expand(4000, -1)
+    logits_v = lm.logits(ids_sp[:1])[0, -1].double()
+    drawn = lm.generate(ids_sp, max_new_tokens=1, temperature=0.7, top_p=0.6)[:, -1]
+    counts_v = torch.bincount(drawn, minlength=VOCAB) / 4000
+    probs = (logits_v / 0.7).softmax(-1)
+    kept, total = [], 0.0
+    for token in probs.argsort(descending=True).tolist():
+        if total >= 0.6:
+            break
+        kept.append(token)
+        total += probs[token].item()
+    expected_v = torch.zeros(VOCAB, dtype=torch.double)
+    expected_v[kept] = probs[kept] / total
+    assert set(drawn.tolist()) <= set(kept)
+    assert (counts_v - expected_v).abs().max() < 5 * 0.5 / 4000**0.5
+
+
+def test_a_row_ends_at_the_end_of_text_and_generation_when_all_have():
+    lm, ids_sp = tiny("gpt2"), ids_of(2)
+    free = lm.generate(ids_sp, max_new_tokens=8, temperature=0)[:, 9:]
+    end = free[0, 2].item()
+    lengths = [row.tolist().index(end) + 1 if end in row.tolist() else 8 for row in free]
+    lm.model.generation_config.eos_token_id = end
+    try:
+        new = lm.generate(ids_sp, max_new_tokens=8, temperature=0)[:, 9:]
+        assert new.shape[1] == max(lengths)
+        for row, whole, n in zip(new, free, lengths):
+            assert row[:n].tolist() == whole[:n].tolist()
+            assert (row[n:] == lm.pad_id).all()
+    finally:
+        lm.model.generation_config.eos_token_id = None
+
+
+def test_generate_ignores_penalties_in_the_models_generation_config():
+    lm, ids_sp = tiny("llama"), ids_of()
+    plain = lm.generate(ids_sp, max_new_tokens=12, temperature=0)
+    lm.model.generation_config.repetition_penalty = 50.0
+    try:
+        assert torch.equal(lm.generate(ids_sp, max_new_tokens=12, temperature=0), plain)
+    finally:
+        lm.model.generation_config.repetition_penalty = None
+
+
+def test_non_finite_logits_are_an_error():
+    lm = tiny("gpt2")
+    with lm.edited({"resid_post.2": lambda value: value * float("inf")}), pytest.raises(NonFiniteLogits, match="new token 1"):
+        lm.generate(ids_of(), max_new_tokens=3)
+
+
+@pytest.mark.parametrize("bad", [dict(max_new_tokens=0), dict(max_new_tokens=2, temperature=-1), dict(max_new_tokens=2, top_p=0)])
+def test_unusable_sampling_settings(bad):
+    with pytest.raises(InputError, match="expected max_new_tokens"):
+        tiny("gpt2").generate(ids_of(), **bad)
+
+
+def test_longer_than_the_context():
+    with pytest.raises(InputError, match=r"at most 64 positions.*got 60 and 5 new ones"):
+        tiny("gpt2").generate(ids_of(1, 60), max_new_tokens=5)
+    with pytest.raises(InputError, match=r"at most 64 positions.*got 65"):
+        tiny("gpt2").logits(ids_of(1, 65))
+
+
+def test_fingerprint_knows_other_weights():
+    assert tiny("llama").fingerprint() == tiny("llama").fingerprint()
+    torch.manual_seed(99)
+    other = LanguageModel(hf.LlamaForCausalLM(CONFIGS["llama"]()))
+    assert other.fingerprint() != tiny("llama").fingerprint()
+
+
+def test_stories_model_says_its_known_greedy_words(shared):
+    lm = LanguageModel.load(str(shared / "models" / "stories260k"), device="cpu")
+    ids_sp, mask_sp = lm.encode([""])
+    assert ids_sp.tolist() == [[lm.bos_id]]
+    text = lm.tokenizer.decode(lm.generate(ids_sp, mask_sp, max_new_tokens=45, temperature=0)[0], skip_special_tokens=True)
+    known = "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."
+    assert text.strip().startswith(known)
+
+
+def test_starter_model_predicts_text_and_encodes_left_padded(shared):
+    lm = LanguageModel.load(str(shared / "models" / "starter-lm"), device="cpu")
+    ids_sp, mask_sp = lm.encode(["What are you", "I do not know what you want from"])
+    assert mask_sp.sum(1).tolist()[1] == ids_sp.shape[1] > mask_sp.sum(1).tolist()[0]
+    assert ids_sp[mask_sp.bool()].tolist().count(lm.bos_id) == 2
+    assert ids_sp[1, 0] == lm.bos_id
+    words = [lm.tokenizer.decode(i) for i in lm.logits(ids_sp, mask_sp)[0, -1].topk(10).indices]
+    assert " doing" in words
