@@ -1,0 +1,51 @@
+"""A cache written by the documented format alone, without the code that harvests, so that readers are held against the document."""
+
+import json
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+SITE = "resid_post.1"
+
+
+def write_cache(folder: Path, shard_rows: list[int], d_in: int = 3, dtype: str = "float32", held_out: tuple[int, ...] = ()) -> Path:
+    """A cache whose row with global token position r is [r, 0, 0, ...]; one sequence of all tokens; `held_out` are shard numbers."""
+    shards, start = [], 0
+    for number, rows in enumerate(shard_rows):
+        positions = torch.arange(start, start + rows)
+        activations = torch.zeros(rows, d_in, dtype=getattr(torch, dtype))
+        activations[:, 0] = positions
+        file = _save(folder / SITE / f"{number:05d}.safetensors", {"activations": activations, "rows": positions})
+        split = "held_out" if number in held_out else "train"
+        shards.append({"name": f"{number:05d}", "split": split, "rows": rows, "files": {SITE: file}})
+        start += rows
+    tokens = {
+        "ids": torch.arange(start, dtype=torch.int32),
+        "sequence_starts": torch.tensor([0, start]),
+        "sequence_document": torch.tensor([0]),
+        "document_label": torch.tensor([-1], dtype=torch.int32),
+        "sequence_split": torch.tensor([0], dtype=torch.uint8),
+    }
+    file = _save(folder / "tokens" / "00000.safetensors", tokens)
+    manifest = {
+        "format_version": 1,
+        "model": {"name": "handmade", "revision": None, "fingerprint": "0123456789ab"},
+        "dtype": dtype,
+        "sites": {SITE: {"d_in": d_in, "mean_squared_norm": 1.0}},
+        "counts": {},
+        "labels": [],
+        "shards": shards,
+        "tokens": [{"file": "tokens/00000.safetensors", **file}],
+        "complete": True,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor]) -> dict:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path)
+    data = path.read_bytes()
+    return {"bytes": len(data), "crc32": f"{zlib.crc32(data):08x}"}

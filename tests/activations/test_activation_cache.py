@@ -1,0 +1,102 @@
+"""Opening a cache: what is in it, and what is said when it is damaged."""
+
+import json
+
+import pytest
+import torch
+from handmade_cache import SITE, write_cache
+
+from sae.activations.cache import ActivationCache, verify
+from sae.errors import InputError
+
+
+def test_reads_what_the_format_says(tmp_path):
+    cache = ActivationCache.open(write_cache(tmp_path, [5, 7, 4], 6, "float16", held_out=(1,)))
+    assert (cache.site, cache.d_in, cache.mean_squared_norm) == (SITE, 6, 1.0)
+    assert (cache.rows("train"), cache.rows("held_out")) == (9, 7)
+    activations, rows = cache.read(cache.shards("train")[1])
+    assert activations.dtype == torch.float16
+    assert rows.tolist() == [12, 13, 14, 15] == activations[:, 0].tolist()
+    assert cache.verify() == []
+
+
+def test_reading_is_memory_mapped(tmp_path):
+    cache = ActivationCache.open(write_cache(tmp_path, [1 << 16], 128))  # 32 MiB
+
+    def resident() -> int:
+        return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+    before = resident()
+    activations, _ = cache.read(cache.shards("train")[0])
+    assert resident() - before < 4 << 20
+    assert activations[-1, 0] == (1 << 16) - 1
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 4, 100, -1])
+def test_a_truncated_shard_is_named_and_the_rest_is_readable(tmp_path, kept_bytes, capsys):
+    write_cache(tmp_path, [5, 7, 4])
+    path = tmp_path / SITE / "00001.safetensors"
+    path.write_bytes(path.read_bytes()[:kept_bytes])
+    with pytest.raises(InputError, match=r"00001\.safetensors.*skip_damaged"):
+        ActivationCache.open(tmp_path)
+    cache = ActivationCache.open(tmp_path, skip_damaged=True)
+    assert "00001.safetensors" in capsys.readouterr().err
+    assert [shard.name for shard in cache.shards("train")] == ["00000", "00002"]
+    assert cache.verify() == [f"{SITE}/00001.safetensors"]
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    write_cache(tmp_path, [5, 7])
+    (tmp_path / SITE / "00000.safetensors").unlink()
+    with pytest.raises(InputError, match=r"00000\.safetensors.*missing"):
+        ActivationCache.open(tmp_path)
+
+
+@pytest.mark.parametrize("where", [3, 30, -1])  # the length of the header, the header, the numbers
+def test_a_flipped_bit_is_found(tmp_path, where, capsys):
+    write_cache(tmp_path, [5, 7])
+    path = tmp_path / SITE / "00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[where] ^= 4
+    path.write_bytes(data)
+    assert verify(tmp_path) == [f"{SITE}/00001.safetensors"]
+    cache = ActivationCache.open(tmp_path, skip_damaged=True)
+    assert [shard.name for shard in cache.shards("train")] == ["00000"]
+    assert "00001.safetensors" in capsys.readouterr().err
+    if where >= 0:  # cheap to see, so seen without reading everything
+        with pytest.raises(InputError, match=r"00001\.safetensors"):
+            ActivationCache.open(tmp_path)
+
+
+def test_damaged_tokens_are_named_and_leave_the_activations_readable(tmp_path):
+    write_cache(tmp_path, [5])
+    path = tmp_path / "tokens" / "00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(InputError, match=r"tokens/00000\.safetensors"):
+        ActivationCache.open(tmp_path)
+    cache = ActivationCache.open(tmp_path, skip_damaged=True)
+    assert cache.rows("train") == 5
+    with pytest.raises(InputError, match=r"tokens/00000\.safetensors"):
+        _ = cache.tokens
+
+
+def test_a_foreign_or_unfinished_folder_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        ActivationCache.open(tmp_path)
+    (tmp_path / "harvest.json").write_text("{}")
+    with pytest.raises(InputError, match="not finished"):
+        ActivationCache.open(tmp_path)
+    write_cache(tmp_path, [5])
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2}))
+    with pytest.raises(InputError, match="version 1.* is 2"):
+        ActivationCache.open(tmp_path)
+
+
+def test_another_site_width_or_model_is_refused(tmp_path):
+    cache = ActivationCache.open(write_cache(tmp_path, [5], 6))
+    with pytest.raises(InputError, match=r"resid_post\.1.*resid_post\.0"):
+        ActivationCache.open(tmp_path, "resid_post.0")
+    cache.require_d_in(6)
+    with pytest.raises(InputError, match="width 7.*6"):
+        cache.require_d_in(7)
