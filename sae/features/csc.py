@@ -1,0 +1,123 @@
+"""Non-zero activations from row order to feature order, larger than memory: sorted runs on disk, then one merge.
+
+f features · r rows of a run
+
+A compressed sparse column matrix: `offsets` [f + 1] int64, and for the entries offsets[j] to offsets[j + 1] of feature j the token
+`positions` (uint32, ascending) and `values` (float16). Runs and merge sort plain 64-bit words in which (feature, row, value) or
+(feature, position, value) are packed from the top, which is several times faster than sorting indices.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from sae.features.storage import create, open_arrays, write_arrays
+from sae.progress import progress
+
+RUN_ENTRIES = 1 << 23  # entries sorted at a time: 24 bytes of memory each
+MAX_FEATURES = MAX_ROWS = 1 << 24
+MAX_VALUE = float(np.finfo(np.float16).max)
+
+
+class Spool:
+    """Takes non-zeros in row order and writes sorted runs into `folder`."""
+
+    def __init__(self, folder: Path, d_sae: int, run_entries: int = RUN_ENTRIES):
+        self.folder, self.d_sae, self.run_entries = folder, d_sae, run_entries
+        self.paths: list[Path] = []
+        self.entries = self.clipped = 0
+        self._keys: list[np.ndarray] = []
+        self._positions: list[np.ndarray] = []
+        self._waiting = self._rows = 0
+
+    def add(self, positions: np.ndarray, row: np.ndarray, feature: np.ndarray, value: np.ndarray) -> None:
+        """Rows at token `positions` [r]; entry i has `value[i]` for `feature[i]` on row `row[i]`. Values above 65,504 are cut to it."""
+        if self._rows + len(positions) > MAX_ROWS:
+            self.flush()
+        self.clipped += int((value > MAX_VALUE).sum())
+        bits = np.minimum(value, MAX_VALUE).astype(np.float16).view(np.uint16)
+        key = feature.astype(np.uint64) << np.uint64(40)
+        key |= (row + self._rows).astype(np.uint64) << np.uint64(16)
+        key |= bits
+        self._keys.append(key)
+        self._positions.append(positions.astype(np.uint32))
+        self._rows += len(positions)
+        self._waiting += len(key)
+        self.entries += len(key)
+        if self._waiting >= self.run_entries:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits in memory as one run."""
+        if not self._waiting:
+            return
+        key = np.concatenate(self._keys)
+        positions = np.concatenate(self._positions)
+        self._keys, self._positions, self._waiting, self._rows = [], [], 0, 0
+        key.sort()
+        path = self.folder / f"run-{len(self.paths):05d}.safetensors"
+        bounds = np.arange(self.d_sae + 1, dtype=np.uint64) << np.uint64(40)
+        row = (key >> np.uint64(16)) & np.uint64(MAX_ROWS - 1)
+        values = key.astype(np.uint16).view(np.float16)  # the lowest 16 bits
+        write_arrays(path, {"offsets": np.searchsorted(key, bounds), "positions": positions[row], "values": values})
+        self.paths.append(path)
+
+
+def merge(runs: list[Path], d_sae: int, path: Path, block_entries: int = RUN_ENTRIES) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Merges `runs` into the matrix at `path`, block of features after block, and removes them.
+
+    Yields each block's first feature and its part of the matrix, offsets counted from the block's beginning, while it is in memory.
+    """
+    parts = [open_arrays(run) for run in runs]
+    counts_f = np.zeros(d_sae, np.int64)
+    for part in parts:
+        counts_f += np.diff(part["offsets"])
+    offsets = np.r_[0, np.cumsum(counts_f)]
+    n = int(offsets[-1])
+    records = create(path, {"offsets": ("I64", (d_sae + 1,)), "positions": ("U32", (n,)), "values": ("F16", (n,))})
+    records["offsets"][:] = offsets
+    with progress("sort by feature", n, "activations") as bar:
+        begin = 0
+        while begin < d_sae:
+            end = int(np.searchsorted(offsets, offsets[begin] + block_entries, "right")) - 1
+            end = min(max(end, begin + 1), begin + (1 << 16), d_sae)
+            low, high = offsets[begin], offsets[end]
+            key = np.concatenate([_keys(part, begin, end) for part in parts]) if parts else np.zeros(0, np.uint64)
+            key.sort()
+            positions = (key >> np.uint64(16)).astype(np.uint32)  # the middle 32 bits
+            values = key.astype(np.uint16).view(np.float16)
+            records["positions"][low:high], records["values"][low:high] = positions, values
+            yield begin, {"offsets": offsets[begin : end + 1] - low, "positions": positions, "values": values}
+            bar.advance(int(high - low))
+            begin = end
+    for array in records.values():
+        if isinstance(array, np.memmap):
+            array.flush()
+    for run in runs:
+        run.unlink()
+
+
+def _keys(part: dict[str, np.ndarray], begin: int, end: int) -> np.ndarray:
+    """(feature - begin: 16 bits, position: 32, value: 16) of a run's entries of features `begin` to `end` - 1."""
+    offsets = part["offsets"][begin : end + 1]
+    low, high = offsets[0], offsets[-1]
+    key = np.repeat(np.arange(end - begin, dtype=np.uint64) << np.uint64(48), np.diff(offsets))
+    key |= part["positions"][low:high].astype(np.uint64) << np.uint64(16)
+    key |= part["values"][low:high].view(np.uint16)
+    return key
+
+
+def statistics(block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Columns of a block's features: count, sum (float64, of the stored values), max, and the first token that reaches it (-1: none)."""
+    offsets = block["offsets"]
+    count = np.diff(offsets)
+    fires = np.flatnonzero(count)
+    total, top, where = np.zeros(len(count)), np.zeros(len(count), np.float32), np.full(len(count), -1, np.int64)
+    if len(fires):
+        values = block["values"].astype(np.float32)
+        total[fires] = np.add.reduceat(values, offsets[fires], dtype=np.float64)
+        top[fires] = np.maximum.reduceat(values, offsets[fires])
+        at_top = np.where(values == np.repeat(top, count), block["positions"].astype(np.int64), np.iinfo(np.int64).max)
+        where[fires] = np.minimum.reduceat(at_top, offsets[fires])
+    return {"count": count, "sum": total, "max": top, "top_position": where}

@@ -1,0 +1,53 @@
+"""The logit lens: which tokens a feature's decoder row raises and lowers when it is read as if it were the last layer's output.
+
+f features · d model width · v vocabulary
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from sae.language_model import LanguageModel
+
+KEPT = 20
+BLOCK_BYTES = 1 << 26  # of one block of logits
+DESCRIPTION = (
+    "W_U (g * P W_dec[j]) minus its mean over the vocabulary: the change of the logits for one unit of activation, up to the division by "
+    "the residual's own size in the final norm; g is that norm's weight, P takes off the mean over the width where the norm does"
+)
+
+
+@torch.no_grad()
+def folded_unembedding(lm: "LanguageModel") -> tuple[Tensor, str]:
+    """W_U with the final norm's linear part folded in, float32 [v, d], and a sentence that says what it is."""
+    W_U_vd = lm.model.get_output_embeddings().weight.float()
+    norm: Any = lm.final_norm
+    if norm is None:
+        return W_U_vd, f"{DESCRIPTION} (this model has no final norm)"
+    weight_d = getattr(norm, "weight", None)
+    if isinstance(norm, nn.LayerNorm) or weight_d is None:  # OLMo's norm has no weight and does take the mean off
+        W_U_vd = W_U_vd if weight_d is None else W_U_vd * weight_d.float()
+        return W_U_vd - W_U_vd.mean(dim=-1, keepdim=True), f"{DESCRIPTION} (LayerNorm)"  # W (x - mean x) = (W - row means) x
+    gain_d = norm(torch.ones_like(weight_d)).float()  # an RMSNorm gives its gain, be that the weight or 1 + weight (Gemma)
+    return W_U_vd * gain_d, f"{DESCRIPTION} (RMSNorm)"
+
+
+@torch.no_grad()
+def logit_lens(W_dec_fd: Tensor, W_U_vd: Tensor, kept: int = KEPT) -> dict[str, np.ndarray]:
+    """The `kept` highest and lowest tokens of each feature and their values: top_* from the highest, bottom_* from the lowest."""
+    W_U_vd = W_U_vd - W_U_vd.mean(dim=0)  # a constant over the vocabulary does nothing to the softmax
+    kept = min(kept, len(W_U_vd))
+    rows = max(1, BLOCK_BYTES // (4 * len(W_U_vd)))
+    top, bottom = [], []
+    for block_fd in W_dec_fd.split(rows):
+        logits_fv = block_fd.float().to(W_U_vd.device) @ W_U_vd.T
+        top.append([x.cpu() for x in logits_fv.topk(kept)])  # host sync
+        bottom.append([x.cpu() for x in logits_fv.topk(kept, largest=False)])  # host sync
+    columns = {}
+    for side, blocks in (("top", top), ("bottom", bottom)):
+        columns[f"{side}_token_values"] = torch.cat([values for values, _ in blocks]).numpy()
+        columns[f"{side}_token_ids"] = torch.cat([ids for _, ids in blocks]).numpy().astype(np.int32)
+    return columns
