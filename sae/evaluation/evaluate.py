@@ -1,0 +1,215 @@
+"""Measure a dictionary on the held-out tokens of an activation cache."""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae.dictionary import WEIGHTS, SparseAutoencoder
+from sae.errors import InputError
+from sae.evaluation.language_model_loss import ARMS, LanguageModelLoss, language_model_loss
+from sae.evaluation.reconstruction import Reconstruction, ReconstructionMetrics, measure
+from sae.files import crc32, read_json, write_json
+from sae.progress import progress
+
+if TYPE_CHECKING:
+    from sae.activations.cache import ActivationCache
+
+READ_ROWS = 4096
+
+
+@dataclass
+class EvaluationConfig:
+    dictionary: Path
+    """folder of the dictionary"""
+    cache: Path
+    """activation cache with the dictionary's site; its held-out tokens are used, never its training tokens"""
+    model: str | None = None
+    """hub name or folder of the language model; by default the one the cache was made with"""
+    sequences: int = 200
+    """held-out sequences for the language model's loss; 0 measures reconstruction alone and needs no model"""
+    rows: int = 1_000_000
+    """held-out activations for reconstruction, at most"""
+    batch: int = 8
+    """sequences in one forward pass"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one"""
+    seed: int = 0
+    """of the choice of sequences and of the bootstrap"""
+    out: Path | None = None
+    """where the numbers go; by default evaluation.json in the dictionary's folder"""
+
+    def check(self) -> None:
+        """Raises `InputError` for values that cannot be meant."""
+        for name, least in (("sequences", 0), ("rows", 1), ("batch", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+
+
+def evaluate(config: EvaluationConfig) -> dict[str, Any]:
+    """Measures, prints a table and writes `evaluation.json`; gives what is in that file.
+
+    Raises `InputError` for a cache of another model, site or width, for one without held-out tokens or whose held-out tokens were
+    trained on, and for values that are not finite.
+    """
+    from sae.activations.cache import ActivationCache
+
+    config.check()
+    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    dictionary = SparseAutoencoder.load(config.dictionary, device)
+    cache = ActivationCache.open(config.cache, dictionary.site)
+    cache.require_d_in(dictionary.d_in)
+    refuse_other_model(config.dictionary, dictionary, cache)
+    refuse_training_tokens(config.dictionary, cache)
+    reconstruction = reconstruct(dictionary, cache, config.rows)
+    loss = splice(config, dictionary, cache, reconstruction.mean_d, device) if config.sequences else None
+    result = {
+        "dictionary": str(config.dictionary),
+        "weights_crc32": crc32(config.dictionary / WEIGHTS),
+        "d_in": dictionary.d_in,
+        "d_sae": dictionary.d_sae,
+        "site": cache.site,
+        "model": cache.manifest["model"],
+        "cache": str(config.cache),
+        "split": "held_out",
+        "seed": config.seed,
+        "reconstruction": describe(reconstruction),
+        "language_model": finite(loss._asdict()) if loss else None,
+    }
+    write_json(config.out or config.dictionary / "evaluation.json", result)
+    print_table(config, cache, reconstruction, loss)
+    return result
+
+
+def refuse_other_model(folder: Path, dictionary: SparseAutoencoder, cache: "ActivationCache") -> None:
+    """By fingerprint where the dictionary has one, by name otherwise."""
+    made, said = cache.manifest["model"], dictionary.metadata
+    key = "fingerprint" if said.get("model_fingerprint") else "name"
+    if said.get(f"model_{key}") not in (None, made[key]):
+        raise InputError(
+            f"expected a cache made with the dictionary's model, {said.get('model_name')} ({key} {said[f'model_{key}']}), but {cache.folder} "
+            f"was made with {made['name']} ({key} {made[key]}); harvest one with the dictionary's model"
+        )
+
+
+def refuse_training_tokens(folder: Path, cache: "ActivationCache") -> None:
+    """Raises `InputError` unless the cache holds tokens out, and when the dictionary's own cache split the same text otherwise."""
+    if not cache.rows("held_out"):
+        raise InputError(f"expected held-out tokens in {cache.folder}, but it has training tokens only; harvest with --held-out 0.05")
+    if not (folder / "training.json").exists():
+        return
+    trained_on = Path(read_json(folder / "training.json", "a run's training.json")["settings"]["cache"])
+    if trained_on.resolve() == cache.folder.resolve():
+        return
+    if not (trained_on / "manifest.json").exists():
+        print(f"note: the dictionary was trained on {trained_on}, which is not at hand to compare texts with", file=sys.stderr)
+        return
+    theirs = read_json(trained_on / "manifest.json", "an activation cache's manifest")
+    split = [(manifest["seed"], manifest["held_out"]) for manifest in (theirs, cache.manifest)]
+    if theirs["dataset"] == cache.manifest["dataset"] and split[0] != split[1]:
+        raise InputError(
+            f"the dictionary was trained on {trained_on}, which holds out other documents of the same text (seed and share {split[0]}, here "
+            f"{split[1]}), so its training tokens would be among these; evaluate on {trained_on}"
+        )
+
+
+def reconstruct(dictionary: SparseAutoencoder, cache: "ActivationCache", rows: int) -> Reconstruction:
+    """Over the first `rows` held-out rows; shards were shuffled when they were written."""
+    metrics = ReconstructionMetrics(dictionary.W_dec_fd.norm(dim=-1), dictionary.d_in)
+    total = min(rows, cache.rows("held_out"))
+    with progress("reconstruction", total, "tokens") as bar:
+        for shard in cache.shards("held_out"):
+            x_nd = cache.read(shard)[0][: total - metrics.rows]
+            for x_bd in x_nd.split(READ_ROWS):
+                measure(dictionary, x_bd, metrics)
+                bar.advance(len(x_bd))
+            if metrics.rows == total:
+                break
+    return metrics.result()
+
+
+def splice(
+    config: EvaluationConfig, dictionary: SparseAutoencoder, cache: "ActivationCache", mean_d: Tensor, device: torch.device
+) -> LanguageModelLoss:
+    """On a seeded choice of the held-out sequences, in the cache's own context length."""
+    from sae.language_model import LanguageModel
+
+    lm = LanguageModel.load(
+        config.model or cache.manifest["model"]["name"],
+        device=device,
+        revision=None if config.model else cache.manifest["model"]["revision"],
+    )
+    cache.require_model(lm)
+    tokens = cache.tokens
+    lengths = np.diff(tokens.sequence_starts)
+    candidates = np.flatnonzero((np.asarray(tokens.sequence_split) == 1) & (lengths > 1))
+    if len(candidates) < config.sequences:
+        print(f"note: {len(candidates)} held-out sequences are all there are, {config.sequences} were asked for", file=sys.stderr)
+    chosen = np.random.default_rng(config.seed).permutation(candidates)[: config.sequences]
+    sequences = [np.asarray(tokens.ids[tokens.sequence_starts[i] : tokens.sequence_starts[i + 1]]) for i in chosen]
+    left_out = cache.manifest["counts"]["left_out"]["beginning_of_text"]  # 0 when the cache was asked to keep them
+    untouched_id = lm.bos_id if left_out else None
+    return language_model_loss(
+        lm, dictionary, cache.site, sequences, mean_d, untouched_id=untouched_id, batch=config.batch, seed=config.seed
+    )
+
+
+def describe(reconstruction: Reconstruction) -> dict[str, Any]:
+    """For the file: density as a histogram in half decades, without the mean row."""
+    edges = [-math.inf, *np.arange(-6, 0.01, 0.5).tolist()]
+    density_f = reconstruction.density_f.numpy()
+    counts, _ = np.histogram(np.log10(density_f[density_f > 0]), edges)
+    values = {k: v for k, v in reconstruction._asdict().items() if k not in ("density_f", "mean_d")}
+    histogram = {"log10_upper_edges": edges[1:], "features": counts.tolist()}
+    return finite(values) | {"density_histogram": histogram}
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: an undefined ratio becomes null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+def print_table(config: EvaluationConfig, cache: "ActivationCache", r: Reconstruction, loss: LanguageModelLoss | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("measure", "value", title=f"{config.dictionary} at {cache.site}, held-out tokens of {config.cache}")
+    table.columns[1].justify = "right"
+    features = len(r.density_f)
+    rows = {
+        "activations scanned": f"{r.rows:,}",
+        "FVU (fraction of variance unexplained)": f"{r.fvu:.4f}",
+        "explained variance": f"{r.explained_variance:.4f}",
+        "explained second moment (about 0, not the mean)": f"{r.explained_second_moment:.4f}",
+        "squared error per token": f"{r.mse:.4g}",
+        "cosine of x and reconstruction": f"{r.cosine:.4f}",
+        "norm of reconstruction / norm of x": f"{r.norm_ratio:.4f}",
+        "relative reconstruction bias": f"{r.relative_bias:.4f}",
+        "L0 (features per token)": f"{r.l0:.1f}",
+        "L0, 5th / 50th / 95th percentile": " / ".join(str(r.l0_percentiles[q]) for q in ("5", "50", "95")),
+        "L1 (activation × decoder norm per token)": f"{r.l1:.4g}",
+        f"dead features (never fired) of {features:,}": f"{r.dead:,} ({r.dead / features:.1%})",
+        "dense features (fire on > 10 %)": f"{r.dense:,} ({r.dense / features:.1%})",
+    }
+    if loss:
+        low, high = loss.loss_recovered_interval
+        rows |= {
+            "sequences, next tokens": f"{loss.sequences:,}, {loss.tokens:,}",
+            "loss recovered, against zero": f"{loss.loss_recovered:.4f} [{low:.4f}, {high:.4f}]",
+            "loss recovered, against mean": "{:.4f} [{:.4f}, {:.4f}]".format(
+                loss.loss_recovered_mean, *loss.loss_recovered_mean_interval
+            ),
+            "cross-entropy, nats: " + " / ".join(ARMS): " / ".join(f"{loss.cross_entropy[arm]:.4f}" for arm in ARMS),
+            "KL from clean, nats: " + " / ".join(ARMS[1:]): " / ".join(f"{loss.kl[arm]:.4f}" for arm in ARMS[1:]),
+        }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(table)
+    if loss:
+        console.print("Beginning-of-text positions are left as they are, because no dictionary is trained on them.")

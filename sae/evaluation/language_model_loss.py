@@ -1,0 +1,161 @@
+"""What a dictionary costs the language model: its loss with the dictionary spliced in, against clean, zero and mean ablation.
+
+Spliced means that the value at the dictionary's site is replaced by its reconstruction. Positions that the activation cache leaves out
+(beginning of text) are left untouched in every arm, since no dictionary was trained on them and their norm dwarfs all others. Losses are
+means over the real next tokens of all sequences.
+
+s sequences · p positions · d model width · v vocabulary · n next tokens
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae.dictionary import SparseAutoencoder
+from sae.errors import InputError
+from sae.progress import progress
+
+if TYPE_CHECKING:
+    from sae.language_model import LanguageModel
+
+ARMS = ("clean", "spliced", "zero", "mean")
+LOGITS_BYTES = 64 << 20
+"""of one float32 chunk [n, v] of log-probabilities"""
+RESAMPLES = 1000
+
+
+class LanguageModelLoss(NamedTuple):
+    sequences: int
+    tokens: int
+    """next tokens scored"""
+    cross_entropy: dict[str, float]
+    """nats per token, for each of "clean", "spliced", "zero", "mean" """
+    kl: dict[str, float]
+    """KL(clean ‖ arm) in nats per token, for "spliced", "zero", "mean" """
+    loss_recovered: float
+    """(CE_zero − CE_spliced) / (CE_zero − CE_clean): 1 is no harm done, 0 no better than writing zeros"""
+    loss_recovered_interval: tuple[float, float]
+    """95 % bootstrap interval over sequences"""
+    loss_recovered_mean: float
+    """the same with the mean activation in place of zeros, a stronger baseline"""
+    loss_recovered_mean_interval: tuple[float, float]
+    kl_recovered: float
+    """1 − KL_spliced / KL_zero"""
+
+
+@torch.no_grad()
+def language_model_loss(
+    lm: "LanguageModel",
+    dictionary: SparseAutoencoder,
+    site: str,
+    sequences: Sequence[np.ndarray],
+    mean_d: Tensor,
+    *,
+    untouched_id: int | None,
+    batch: int = 8,
+    seed: int = 0,
+) -> LanguageModelLoss:
+    """`sequences` of token ids; `mean_d` replaces activations in the mean arm; `untouched_id` marks positions left as they are.
+
+    Raises `InputError` for sequences without a next token, or a dictionary whose width is not the site's.
+    """
+    if dictionary.d_in != lm.width(site):
+        raise InputError(f"expected a dictionary {lm.width(site)} wide for {site} of {lm.name}, got one for {dictionary.d_in}")
+    sequences = [ids for ids in sequences if len(ids) > 1]
+    if not sequences:
+        raise InputError("expected sequences of at least two tokens to measure the language model's loss on, got none")
+    sums, order = [], sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # alike lengths share a batch
+    with progress("language model", len(sequences), "sequences") as bar:
+        for start in range(0, len(order), batch):
+            rows = [sequences[i] for i in order[start : start + batch]]
+            sums.append(batch_sums(lm, dictionary, site, rows, mean_d, untouched_id))
+            bar.advance(len(rows))
+    return summarise(np.concatenate(sums), seed)
+
+
+def batch_sums(
+    lm: "LanguageModel", dictionary: SparseAutoencoder, site: str, rows: Sequence[np.ndarray], mean_d: Tensor, untouched_id: int | None
+) -> np.ndarray:
+    """Sums over each sequence's next tokens, float64 [s, 8]: their count, four cross-entropies, three KLs (order of `ARMS`)."""
+    length = max(map(len, rows))
+    mask_sp = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in rows], device=lm.device)
+    ids_sp = torch.zeros_like(mask_sp)
+    for row, ids in zip(ids_sp, rows):  # padded behind, where a causal model cannot look
+        row[: len(ids)] = torch.as_tensor(np.asarray(ids, dtype=np.int64))
+    untouched_sp = ids_sp == (-1 if untouched_id is None else untouched_id)
+
+    def elsewhere(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x_spd: torch.where(untouched_sp.to(x_spd.device)[..., None], x_spd, function(x_spd).to(x_spd))
+
+    device = dictionary.W_dec_fd.device
+    edits: dict[str, Callable[[Tensor], Tensor]] = {
+        "spliced": elsewhere(lambda x_spd: dictionary(x_spd.to(device))),
+        "zero": elsewhere(torch.zeros_like),
+        "mean": elsewhere(lambda x_spd: mean_d.expand(x_spd.shape)),
+    }
+    scored_sp = mask_sp[:, 1:].bool()
+    targets_n = ids_sp[:, 1:][scored_sp]
+    clean_nv = lm.logits(ids_sp, mask_sp)[:, :-1][scored_sp]
+    columns = [torch.ones_like(targets_n, dtype=torch.float64), losses(clean_nv, clean_nv, targets_n)[0]]
+    kls = []
+    for arm in ARMS[1:]:
+        with lm.edited({site: edits[arm]}):
+            cross_entropy_n, kl_n = losses(lm.logits(ids_sp, mask_sp)[:, :-1][scored_sp], clean_nv, targets_n)
+        columns.append(cross_entropy_n)
+        kls.append(kl_n)
+    per_token_nc = torch.stack([*columns, *kls], dim=1)
+    sums_sc = per_token_nc.new_zeros(len(rows), per_token_nc.shape[1])
+    sequence_n = torch.arange(len(rows), device=sums_sc.device)[:, None].expand(scored_sp.shape)[scored_sp]
+    return sums_sc.index_add_(0, sequence_n, per_token_nc).cpu().numpy()  # host sync
+
+
+def losses(logits_nv: Tensor, clean_nv: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the targets and KL(clean ‖ logits), float64 [n]; log-softmax in float32, a chunk of tokens at a time."""
+    chunk = max(1, LOGITS_BYTES // (4 * logits_nv.shape[1]))
+    cross_entropy, kl = [], []
+    for start in range(0, len(logits_nv), chunk):
+        part = slice(start, start + chunk)
+        log_q_nv, log_p_nv = logits_nv[part].float().log_softmax(-1), clean_nv[part].float().log_softmax(-1)
+        cross_entropy.append(-log_q_nv.gather(1, targets_n[part, None])[:, 0].double())
+        kl.append((log_p_nv.exp() * (log_p_nv - log_q_nv)).sum(-1, dtype=torch.float64))
+    return torch.cat(cross_entropy), torch.cat(kl)
+
+
+def summarise(sums_sc: np.ndarray, seed: int) -> LanguageModelLoss:
+    """Means per token from the sums of `batch_sums`; the intervals draw whole sequences, since tokens of one are not independent."""
+    if not np.isfinite(sums_sc).all():
+        raise InputError("expected finite losses, found NaN or infinity; check the model and the dictionary")
+    totals = sums_sc.sum(0)
+    tokens, means = totals[0], totals[1:] / totals[0]
+    cross_entropy, kl = dict(zip(ARMS, means[:4].tolist())), dict(zip(ARMS[1:], means[4:].tolist()))
+    rng, n = np.random.default_rng(seed), len(sums_sc)
+    weights_rs = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float64)
+    drawn_rc = weights_rs @ sums_sc
+    recovered = {arm: (recovery(totals[1:5], arm), interval(recovery(drawn_rc[:, 1:5].T, arm))) for arm in ("zero", "mean")}
+    return LanguageModelLoss(
+        sequences=n,
+        tokens=int(tokens),
+        cross_entropy=cross_entropy,
+        kl=kl,
+        loss_recovered=float(recovered["zero"][0]),
+        loss_recovered_interval=recovered["zero"][1],
+        loss_recovered_mean=float(recovered["mean"][0]),
+        loss_recovered_mean_interval=recovered["mean"][1],
+        kl_recovered=1 - kl["spliced"] / kl["zero"] if kl["zero"] else float("nan"),
+    )
+
+
+def recovery(cross_entropies: np.ndarray, baseline: str) -> np.ndarray:
+    """Loss recovered against an arm, from cross-entropies in the order of `ARMS`; NaN where the baseline does no harm."""
+    clean, spliced, *_ = cross_entropies
+    worst = cross_entropies[ARMS.index(baseline)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(worst == clean, np.nan, (worst - spliced) / (worst - clean))
+
+
+def interval(values_r: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(values_r, [0.025, 0.975])
+    return float(low), float(high)

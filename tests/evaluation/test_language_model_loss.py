@@ -1,0 +1,148 @@
+"""The language model's loss with a dictionary spliced in, on a tiny real GPT-2 with random weights."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from sae.dictionary import SparseAutoencoder
+from sae.errors import InputError
+from sae.evaluation import language_model_loss as module
+from sae.evaluation.language_model_loss import language_model_loss, summarise
+from sae.language_model import LanguageModel
+
+SITE, BOS, D = "resid_post.0", 0, 16
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=50, n_positions=24, n_embd=D, n_layer=2, n_head=2, bos_token_id=BOS, eos_token_id=BOS, initializer_range=0.4
+    )
+    return LanguageModel(GPT2LMHeadModel(config), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def sequences() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [np.concatenate([[BOS], rng.integers(1, 50, n)]).astype(np.int32) for n in (23, 5, 11, 1, 17, 8)]
+
+
+def dictionary_of(W_enc_fd, W_dec_fd, b_dec_d=None) -> SparseAutoencoder:
+    b_dec_d = torch.zeros(D) if b_dec_d is None else b_dec_d
+    return SparseAutoencoder(W_enc_fd, torch.zeros(len(W_enc_fd)), W_dec_fd, b_dec_d).requires_grad_(False)
+
+
+def identity() -> SparseAutoencoder:
+    """relu(x) − relu(−x) = x, exactly."""
+    both = torch.cat([torch.eye(D), -torch.eye(D)])
+    return dictionary_of(both, both.clone())
+
+
+def zero() -> SparseAutoencoder:
+    return dictionary_of(torch.zeros(4, D), torch.zeros(4, D))
+
+
+def run(lm, dictionary, sequences, mean_d=None, **settings):
+    mean_d = torch.full((D,), 0.3, dtype=torch.float64) if mean_d is None else mean_d
+    return language_model_loss(lm, dictionary, SITE, sequences, mean_d, **{"untouched_id": BOS, **settings})
+
+
+def test_identity_recovers_everything_exactly(lm, sequences):
+    result = run(lm, identity(), sequences)
+    assert result.loss_recovered == 1
+    assert result.loss_recovered_mean == 1
+    assert result.kl["spliced"] == 0
+    assert result.kl_recovered == 1
+    assert result.loss_recovered_interval == (1, 1)
+    assert result.cross_entropy["spliced"] == result.cross_entropy["clean"]
+    assert result.kl["zero"] > 0.01
+
+
+def test_zero_dictionary_is_zero_ablation_and_constant_one_is_mean_ablation(lm, sequences):
+    result = run(lm, zero(), sequences)
+    assert result.loss_recovered == 0
+    assert result.cross_entropy["spliced"] == result.cross_entropy["zero"]
+    assert result.kl["spliced"] == result.kl["zero"]
+    constant = dictionary_of(torch.zeros(4, D), torch.zeros(4, D), torch.full((D,), 0.3))
+    result = run(lm, constant, sequences)
+    assert result.loss_recovered_mean == 0
+    assert result.kl["spliced"] == result.kl["mean"]
+
+
+def by_hand(lm, sequences, replace):
+    """Cross-entropy and KL, one unpadded sequence at a time, blocks called one after the other, log-softmax in float64."""
+    model = lm.model.transformer
+    nll = kl = count = 0
+    for ids in sequences:
+        ids = torch.as_tensor(ids, dtype=torch.long)[None]
+        logits = []
+        for edit in (lambda x: x, replace):
+            x = model.wte(ids) + model.wpe(torch.arange(ids.shape[1]))
+            x = model.h[0](x)
+            x = x[0] if isinstance(x, tuple) else x
+            x = torch.cat([x[:, :1], edit(x[:, 1:])], dim=1)  # the first is BOS
+            x = model.h[1](x)
+            x = x[0] if isinstance(x, tuple) else x
+            logits.append(lm.model.lm_head(model.ln_f(x)).double().log_softmax(-1)[0, :-1])
+        clean, edited = logits
+        nll -= edited.gather(1, ids[0, 1:, None]).sum().item()
+        kl += (clean.exp() * (clean - edited)).sum().item()
+        count += len(edited)
+    return nll / count, kl / count
+
+
+def test_losses_equal_a_computation_by_hand(lm, sequences):
+    g = torch.Generator().manual_seed(2)
+    dictionary = dictionary_of(torch.randn(40, D, generator=g), torch.randn(40, D, generator=g) / 20)
+    result = run(lm, dictionary, sequences, batch=4)
+    assert result.tokens == sum(len(s) - 1 for s in sequences)
+    for arm, replace in {"spliced": dictionary, "zero": torch.zeros_like, "mean": lambda x: torch.full_like(x, 0.3)}.items():
+        cross_entropy, kl = by_hand(lm, sequences, replace)
+        assert result.cross_entropy[arm] == pytest.approx(cross_entropy, rel=1e-5)
+        assert result.kl[arm] == pytest.approx(kl, rel=1e-4)
+    clean, _ = by_hand(lm, sequences, lambda x: x)
+    assert result.cross_entropy["clean"] == pytest.approx(clean, rel=1e-5)
+    ce = result.cross_entropy
+    assert result.loss_recovered == pytest.approx((ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"]))
+    assert result.loss_recovered_mean == pytest.approx((ce["mean"] - ce["spliced"]) / (ce["mean"] - ce["clean"]))
+
+
+def test_beginning_of_text_is_left_untouched(lm, sequences):
+    """Only BOS positions remain in a text of BOS alone, so nothing may change there; without an untouched id it does."""
+    only_bos = [np.full(6, BOS, dtype=np.int32)]
+    assert run(lm, zero(), only_bos).kl["spliced"] == 0
+    assert run(lm, zero(), only_bos, untouched_id=None).kl["spliced"] > 0
+
+
+def test_batches_and_chunks_do_not_matter(lm, sequences, monkeypatch):
+    whole = run(lm, zero(), sequences, batch=6)
+    monkeypatch.setattr(module, "LOGITS_BYTES", 4 * 50 * 7)
+    single = run(lm, zero(), sequences, batch=1)
+    for arm, value in whole.cross_entropy.items():
+        assert single.cross_entropy[arm] == pytest.approx(value, rel=1e-6)
+
+
+def test_bootstrap_interval_has_the_spread_of_a_ratio_over_sequences():
+    """Recovered loss of sequence i is u_i with one token each and CE_zero − CE_clean = 1: a mean of u_i, with a known error."""
+    u_s = np.random.default_rng(0).normal(0.8, 0.1, 400)
+    one, nil = np.ones(400), np.zeros(400)
+    sums_sc = np.stack([one, nil, 1 - u_s, one, one, nil, one, one], axis=1)
+    result = summarise(sums_sc, seed=0)
+    low, high = result.loss_recovered_interval
+    half = 1.96 * u_s.std() / 20
+    assert result.loss_recovered == pytest.approx(u_s.mean())
+    assert (low, high) == (pytest.approx(u_s.mean() - half, abs=0.2 * half), pytest.approx(u_s.mean() + half, abs=0.2 * half))
+    assert summarise(sums_sc, seed=0).loss_recovered_interval == (low, high)
+
+
+def test_unusable_input_is_refused(lm, sequences):
+    with pytest.raises(InputError, match="at least two tokens"):
+        run(lm, zero(), [np.array([BOS])])
+    wide = SparseAutoencoder(torch.zeros(4, D + 1), torch.zeros(4), torch.zeros(4, D + 1), torch.zeros(D + 1))
+    with pytest.raises(InputError, match="16 wide"):
+        run(lm, wide, sequences)
+    broken = dictionary_of(torch.zeros(4, D), torch.zeros(4, D), torch.full((D,), float("nan")))
+    with pytest.raises(InputError, match="finite"):
+        run(lm, broken, sequences)
