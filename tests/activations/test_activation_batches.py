@@ -93,5 +93,5 @@ def test_a_shard_that_shrinks_while_reading_is_named(tmp_path):
     batches = ActivationBatches(cache, 100)
     path = tmp_path / "resid_post.1/00000.safetensors"
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(InputError, match="00000.safetensors"):
+    with pytest.raises(InputError, match=r"00000\.safetensors"):
         next(batches)

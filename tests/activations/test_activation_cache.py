@@ -89,7 +89,7 @@ def test_a_foreign_or_unfinished_folder_is_refused_in_a_sentence(tmp_path):
     write_cache(tmp_path, [5])
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2}))
-    with pytest.raises(InputError, match="version 1.* is 2"):
+    with pytest.raises(InputError, match=r"version 1.* is 2"):
         ActivationCache.open(tmp_path)
 
 
@@ -98,5 +98,5 @@ def test_another_site_width_or_model_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"resid_post\.1.*resid_post\.0"):
         ActivationCache.open(tmp_path, "resid_post.0")
     cache.require_d_in(6)
-    with pytest.raises(InputError, match="width 7.*6"):
+    with pytest.raises(InputError, match=r"width 7.*6"):
         cache.require_d_in(7)

@@ -125,7 +125,7 @@ def test_unusable_input_is_named_in_a_sentence(tmp_path, name, content, options,
 def test_missing_input_is_named(tmp_path):
     with pytest.raises(InputError, match="nowhere"):
         read(tmp_path / "nowhere.txt")
-    with pytest.raises(InputError, match="no .txt"):
+    with pytest.raises(InputError, match=r"no \.txt"):
         read(tmp_path)
     with pytest.raises(InputError, match="neither"):
         read()

@@ -1,5 +1,7 @@
 """Cutting documents into sequences, and the plan of pools and batches, against brute force."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -28,7 +30,7 @@ def test_sequences_hold_the_documents_up_to_the_budget(contents, bos_id, context
         assert not used or budget < 2
         return
     starts = tokens.sequence_starts
-    sequences = [tokens.ids[a:b].tolist() for a, b in zip(starts, starts[1:])]
+    sequences = [tokens.ids[a:b].tolist() for a, b in pairwise(starts)]
     assert all(1 + (bos_id is not None) <= len(s) <= context for s in sequences)
     assert all(s[0] == BOS for s in sequences) or bos_id is None
     lead = bos_id is not None
@@ -55,7 +57,7 @@ def test_windows_never_leave_their_sequence():
     assert tokens.ids.tolist() == [99, 0, 1, 2, 3, 4, 99, 5, 6, 7, 8, 9, 99, 5, 5, 5]
     for position in range(len(tokens.ids)):
         ids, offset = tokens.window(position, 2, 1)
-        sequence = next(range(a, b) for a, b in zip(tokens.sequence_starts, tokens.sequence_starts[1:]) if a <= position < b)
+        sequence = next(range(a, b) for a, b in pairwise(tokens.sequence_starts) if a <= position < b)
         expected = [p for p in range(position - 2, position + 2) if p in sequence]
         assert ids.tolist() == tokens.ids[expected].tolist()
         assert expected[offset] == position
