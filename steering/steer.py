@@ -1,0 +1,181 @@
+"""The steering command: a prompt's continuation without and with a dictionary feature added."""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from sae.dictionary import WEIGHTS, SparseAutoencoder
+from sae.errors import InputError
+from sae.features.records import FeatureIndex
+from sae.files import crc32
+from sae.language_model import LanguageModel, NonFiniteLogits
+from steering.directions.feature import feature_direction
+from steering.intervention import steered
+from steering.measure import continuation_loss, word_rate
+from steering.vector import SteeringVector
+
+SIDE_BY_SIDE = 80  # columns of a terminal below which two columns of text become unreadable
+
+
+@dataclass(kw_only=True)
+class SteerConfig:
+    index: Path
+    """Folder of the feature index: it knows each feature's maximum activation."""
+    dictionary: Path | None = None
+    """Folder of the dictionary; the one the index was built from without it."""
+    model: str | None = None
+    """Model by hub name or folder; the one the index names without it."""
+    feature: int | None = None
+    """Feature to add (give this or --search)."""
+    search: str | None = None
+    """Add the first feature that the index lists for this word ("one|two" for several)."""
+    strength: float = 1.0
+    """1 is the feature's own maximum activation; negative steers away."""
+    prompt: str = ""
+    """Text to continue."""
+    max_new_tokens: int = 40
+    """Length of each continuation."""
+    samples: int = 3
+    """Continuations of each kind."""
+    seed: int = 0
+    """Of the sampling; equal seeds give equal text."""
+    temperature: float = 1.0
+    """0 always takes the likeliest token."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this share of the probability."""
+    positions: Literal["all", "generated"] = "all"
+    """Where to add: every position, or only those that choose generated tokens."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+def steer(config: SteerConfig) -> dict[str, Any]:
+    """Prints both kinds of text, and gives them with the strengths and measures as plain values.
+
+    Raises `InputError` when the parts do not belong together or the feature cannot steer.
+    """
+    if (config.feature is None) == (config.search is None):
+        raise InputError("expected either --feature or --search, got both or neither; give one of them")
+    if not math.isfinite(config.strength) or config.samples < 1:
+        raise InputError(f"expected a finite strength and at least one sample, got {config.strength} and {config.samples}")
+    index, dictionary, lm = load_parts(config)
+    feature = first_found(index, config.search) if config.search is not None else config.feature
+    assert feature is not None
+    max_activation = float(index.feature(feature).columns["max"])
+    vector = feature_direction(dictionary, feature, max_activation, index.info["site"])
+    report = compare(lm, vector, config)
+    report = {"feature": feature, "max_activation": max_activation, "activation": config.strength * max_activation, **report}
+    if config.json:
+        print(json.dumps(report, indent=1, allow_nan=False))
+    else:
+        show(report)
+    return report
+
+
+def load_parts(config: SteerConfig) -> tuple[FeatureIndex, SparseAutoencoder, LanguageModel]:
+    """Index, dictionary and model, or `InputError` if they were not made with one another."""
+    index = FeatureIndex.open(config.index)
+    folder = config.dictionary or Path(index.info["dictionary"])
+    dictionary = SparseAutoencoder.load(folder)
+    if crc32(folder / WEIGHTS) != index.info["dictionary_crc32"]:
+        raise InputError(f"expected the dictionary that {config.index} was built from, but the weights in {folder} differ; index it again")
+    if config.feature is not None:
+        index.feature(config.feature)  # a wrong number is said before the model is loaded
+    known = index.info["model"]
+    lm = LanguageModel.load(config.model or known["name"], device=config.device)
+    if known.get("fingerprint") not in (None, lm.fingerprint()):
+        raise InputError(f"expected the model of {config.index}, {known['name']}, but {lm.name} has other weights; give that model")
+    return index, dictionary, lm
+
+
+def first_found(index: FeatureIndex, word: str) -> int:
+    found = index.search(word, 1)
+    if not found:
+        raise InputError(f"expected a feature of {index.folder} that fires on {word!r}, found none; try another word")
+    return found[0].feature
+
+
+def compare(lm: LanguageModel, vector: SteeringVector, config: SteerConfig) -> dict[str, Any]:
+    """Continuations without and with `strength` times the vector, and what can be measured of both."""
+    ids_sp, mask_sp = lm.encode([config.prompt])
+    ids_sp, mask_sp = (x.expand(config.samples, -1) for x in (ids_sp, mask_sp))
+    prompt_length = ids_sp.shape[1]
+    settings: dict[str, Any] = dict(
+        max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, seed=config.seed
+    )
+    plain_sp = lm.generate(ids_sp, mask_sp, **settings)
+    recorded = lm.record(plain_sp, [vector.site])[vector.site]
+    typical_norm = recorded[:, 1:].float().norm(dim=-1).median().item()  # host sync; the first token's norm is often far from typical
+    positions: dict[str, Any] = {"positions": config.positions}
+    if config.positions == "generated":
+        positions["prompt_length"] = prompt_length
+    failure, steered_sp = None, None
+    try:
+        with steered(lm, [(vector, config.strength)], **positions):
+            steered_sp = lm.generate(ids_sp, mask_sp, **settings)
+    except NonFiniteLogits as error:
+        failure = f"{error}: strength {config.strength:g} is more than its arithmetic can carry"
+    return {
+        "strength": config.strength,
+        "relative_to_residual_norm": abs(config.strength) * vector.norm / typical_norm,
+        "site": vector.site,
+        "prompt": config.prompt,
+        "unsteered": described(lm, ids_sp, plain_sp, config.search),
+        "steered": None if steered_sp is None else described(lm, ids_sp, steered_sp, config.search),
+        "failure": failure,
+    }
+
+
+def described(lm: LanguageModel, prompt_sp: Tensor, whole_sp: Tensor, word: str | None) -> dict[str, Any]:
+    """Continuations as text, their loss under the unsteered model, and, if a word was searched for, how often it comes."""
+    from sae.features.text import words_of
+
+    start = len(lm.tokenizer.decode(prompt_sp[0], skip_special_tokens=True))
+    texts = [text[start:] for text in lm.tokenizer.batch_decode(whole_sp, skip_special_tokens=True)]
+    report: dict[str, Any] = {"texts": texts, "nats_per_token": continuation_loss(lm, prompt_sp, whole_sp[:, prompt_sp.shape[1] :])}
+    if word is not None:
+        rate = word_rate(texts, words_of(word))
+        report |= {"word_count": rate.found, "words": rate.words}
+    return report
+
+
+def show(report: dict[str, Any]) -> None:
+    """The report as text in a terminal: two columns where they fit, else one under the other."""
+    from rich.console import Console, Group
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(file=sys.stdout)
+    console.print(Text(f"feature {report['feature']} at {report['site']}", style="bold"))
+    console.print(
+        Text(
+            f"strength {report['strength']:g} = {report['strength']:g} x its maximum activation ({report['max_activation']:.3g}), "
+            f"an activation of {report['activation']:.3g}, {report['relative_to_residual_norm']:.2f} x the residual norm there"
+        )
+    )
+    console.print(Text(f"prompt: {report['prompt'] or '(none)'}"))
+    heads, bodies = ["unsteered", "steered"], []
+    for side in heads:
+        if report[side] is None:
+            bodies.append([Text(report["failure"], style="red")])
+            continue
+        texts: list[Any] = [Text(f"{i}. {text.strip()}\n") for i, text in enumerate(report[side]["texts"], 1)]
+        facts = f"{report[side]['nats_per_token']:.2f} nats per token under the unsteered model"
+        if "word_count" in report[side]:
+            facts += f"; the word {report[side]['word_count']} times in {report[side]['words']} words"
+        bodies.append([*texts, Text(facts, style="dim")])
+    if console.width >= SIDE_BY_SIDE:
+        table = Table(*heads, expand=True, show_lines=True)
+        table.add_row(*(Group(*body) for body in bodies))
+        console.print(table)
+    else:
+        for head, body in zip(heads, bodies):
+            console.print(Panel(Group(*body), title=head, title_align="left"))
