@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test lint bench
+.PHONY: help setup demo test lint bench bench-peers
 help: ; @grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
 
 setup: .venv/ready ## a virtual environment with the pinned dependencies
@@ -25,3 +25,10 @@ lint: setup ## style, format and types
 
 bench: setup ## speed against the limit and the alternatives, side by side
 	$(BIN)/python benchmarks/objective.py
+
+bench-peers: .peers/ready ## an environment of its own for the alternatives that benchmarks/ measures against
+.peers/ready: benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv .peers
+	.peers/bin/python -m pip install --quiet torch==2.13.0
+	.peers/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers/requirements.txt
+	touch $@

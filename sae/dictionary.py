@@ -109,7 +109,8 @@ class SparseAutoencoder(nn.Module):
                 "apply_b_dec_to_input": True,
                 "normalize_activations": "none",
                 "reshape_activations": "hook_z" if kind == "head_out" else "none",
-                "metadata": {"hook_name": hook_name, **self.metadata},
+                # without the version SAELens takes the folder for an older format and drops the metadata
+                "metadata": {"sae_lens_version": "6.0.0", "hook_name": hook_name, **self.metadata},
             },
         )
 

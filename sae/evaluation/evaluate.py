@@ -90,10 +90,11 @@ def refuse_other_model(folder: Path, dictionary: SparseAutoencoder, cache: "Acti
     """By fingerprint where the dictionary has one, by name otherwise."""
     made, said = cache.manifest["model"], dictionary.metadata
     key = "fingerprint" if said.get("model_fingerprint") else "name"
-    if said.get(f"model_{key}") not in (None, made[key]):
+    theirs = said.get(f"model_{key}")
+    if theirs not in (None, made[key]):
         raise InputError(
-            f"expected a cache made with the dictionary's model, {said.get('model_name')} ({key} {said[f'model_{key}']}), but {cache.folder} "
-            f"was made with {made['name']} ({key} {made[key]}); harvest one with the dictionary's model"
+            f"expected a cache made with the model of the dictionary {folder}, {said.get('model_name')} ({key} {theirs}), "
+            f"but {cache.folder} was made with {made['name']} ({key} {made[key]}); harvest one with the dictionary's model"
         )
 
 
@@ -113,8 +114,8 @@ def refuse_training_tokens(folder: Path, cache: "ActivationCache") -> None:
     split = [(manifest["seed"], manifest["held_out"]) for manifest in (theirs, cache.manifest)]
     if theirs["dataset"] == cache.manifest["dataset"] and split[0] != split[1]:
         raise InputError(
-            f"the dictionary was trained on {trained_on}, which holds out other documents of the same text (seed and share {split[0]}, here "
-            f"{split[1]}), so its training tokens would be among these; evaluate on {trained_on}"
+            f"the dictionary was trained on {trained_on}, which holds out other documents of the same text (seed and share "
+            f"{split[0]}, here {split[1]}), so its training tokens would be among these; evaluate on {trained_on}"
         )
 
 
@@ -201,9 +202,7 @@ def print_table(config: EvaluationConfig, cache: "ActivationCache", r: Reconstru
         rows |= {
             "sequences, next tokens": f"{loss.sequences:,}, {loss.tokens:,}",
             "loss recovered, against zero": f"{loss.loss_recovered:.4f} [{low:.4f}, {high:.4f}]",
-            "loss recovered, against mean": "{:.4f} [{:.4f}, {:.4f}]".format(
-                loss.loss_recovered_mean, *loss.loss_recovered_mean_interval
-            ),
+            "loss recovered, against mean": "{:.4f} [{:.4f}, {:.4f}]".format(loss.loss_recovered_mean, *loss.loss_recovered_mean_interval),
             "cross-entropy, nats: " + " / ".join(ARMS): " / ".join(f"{loss.cross_entropy[arm]:.4f}" for arm in ARMS),
             "KL from clean, nats: " + " / ".join(ARMS[1:]): " / ".join(f"{loss.kl[arm]:.4f}" for arm in ARMS[1:]),
         }

@@ -1,0 +1,129 @@
+"""The command: a real cache of a tiny GPT-2, its held-out tokens only, and refusals."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from sae.activations.cache import ActivationCache
+from sae.activations.harvest import HarvestConfig, harvest
+from sae.dictionary import SparseAutoencoder
+from sae.errors import InputError
+from sae.evaluation import EvaluationConfig, evaluate
+
+D, SITE = 16, "resid_post.0"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a tiny language model, lm/, token ids, and their cache/ of float32 activations."""
+    home = tmp_path_factory.mktemp("evaluate")
+    torch.manual_seed(0)
+    settings = dict(vocab_size=40, n_positions=16, n_embd=D, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(GPT2Config(**settings, initializer_range=0.4)).save_pretrained(home / "lm")
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 40, (60 * 21,), generator=g, dtype=torch.int32)
+    save_file({"ids": ids, "document_starts": torch.arange(0, 60 * 21 + 1, 21)}, home / "ids.safetensors")
+    make_cache(home, "cache")
+    return home
+
+
+def make_cache(home, name, **changes):
+    settings = dict(text=(str(home / "ids.safetensors"),), model=str(home / "lm"), sites=(SITE,), context=12, tokens=1200)
+    harvest(HarvestConfig(out=home / name, **(settings | dict(dtype="float32", held_out=0.3) | changes)))
+
+
+def identity(home, **metadata) -> SparseAutoencoder:
+    """relu(x) − relu(−x) = x, exactly; 32 features."""
+    both = torch.cat([torch.eye(D), -torch.eye(D)])
+    made = json.loads((home / "cache" / "manifest.json").read_text())["model"]
+    known = {"site": SITE, "model_name": made["name"], "model_fingerprint": made["fingerprint"]}
+    return SparseAutoencoder(both, torch.zeros(2 * D), both.clone(), torch.zeros(D), known | metadata)
+
+
+def test_identity_dictionary_is_perfect_on_every_count(home, tmp_path, capsys):
+    identity(home).save(tmp_path)
+    result = evaluate(EvaluationConfig(tmp_path, home / "cache", device="cpu"))
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == json.loads(json.dumps(result))
+    assert result["reconstruction"]["fvu"] == 0
+    assert result["reconstruction"]["l0"] == D  # of x and −x, one fires
+    assert result["language_model"]["loss_recovered"] == 1
+    assert result["language_model"]["kl"]["spliced"] == 0
+    histogram = result["reconstruction"]["density_histogram"]
+    assert sum(histogram["features"]) + result["reconstruction"]["dead"] == 2 * D
+    assert "loss recovered" in capsys.readouterr().out
+
+
+def test_only_held_out_rows_and_sequences_are_measured(home, tmp_path):
+    identity(home).save(tmp_path)
+    cache = ActivationCache.open(home / "cache")
+    x_nd = torch.cat([cache.read(shard)[0] for shard in cache.shards("held_out")]).double().numpy()
+    result = evaluate(EvaluationConfig(tmp_path, home / "cache", device="cpu"))
+    assert result["reconstruction"]["rows"] == len(x_nd) == cache.rows("held_out") < cache.rows("train")
+    assert result["reconstruction"]["l1"] == pytest.approx(np.abs(x_nd).sum(1).mean(), rel=1e-5)
+    tokens = cache.tokens
+    held_out = np.flatnonzero(np.asarray(tokens.sequence_split) == 1)
+    assert result["language_model"]["tokens"] == (np.diff(tokens.sequence_starts)[held_out] - 1).sum()
+
+
+def test_fewer_rows_and_no_model_when_asked(home, tmp_path):
+    identity(home).save(tmp_path)
+    out = tmp_path / "elsewhere.json"
+    result = evaluate(EvaluationConfig(tmp_path, home / "cache", rows=17, sequences=0, device="cpu", out=out))
+    assert result["reconstruction"]["rows"] == 17
+    assert result["language_model"] is None
+    assert out.exists()
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_constant_dictionary_gives_null_where_a_ratio_is_undefined(home, tmp_path):
+    zeros = torch.zeros(3, D)
+    SparseAutoencoder(zeros, torch.zeros(3), zeros.clone(), torch.zeros(D), {"site": SITE}).save(tmp_path)
+    result = evaluate(EvaluationConfig(tmp_path, home / "cache", device="cpu"))
+    assert "NaN" not in (tmp_path / "evaluation.json").read_text()
+    assert result["reconstruction"]["relative_bias"] is None
+    assert result["language_model"]["loss_recovered"] == 0
+    assert result["reconstruction"]["dead"] == 3
+
+
+def test_unsuitable_caches_are_refused(home, tmp_path):
+    identity(home, model_fingerprint="0123456789ab").save(tmp_path / "other_model")
+    identity(home, model_fingerprint=None, model_name="gpt2").save(tmp_path / "other_name")
+    identity(home, site="resid_post.1").save(tmp_path / "other_site")
+    wide = torch.zeros(3, D + 1)
+    SparseAutoencoder(wide, torch.zeros(3), wide.clone(), torch.zeros(D + 1)).save(tmp_path / "wider")
+    expected = {"other_model": "0123456789ab", "other_name": "gpt2", "other_site": SITE, "wider": "width 17"}
+    for name, said in expected.items():
+        with pytest.raises(InputError, match=said):
+            evaluate(EvaluationConfig(tmp_path / name, home / "cache", device="cpu"))
+
+
+def test_training_tokens_are_refused(home, tmp_path):
+    """A cache without held-out tokens, and one that holds out other documents than the cache trained on."""
+    identity(home).save(tmp_path)
+    make_cache(home, "all_train", held_out=0.0)
+    with pytest.raises(InputError, match="held-out"):
+        evaluate(EvaluationConfig(tmp_path, home / "all_train", sequences=0, device="cpu"))
+    make_cache(home, "other_split", seed=5)
+    (tmp_path / "training.json").write_text(json.dumps({"settings": {"cache": str(home / "other_split")}}))
+    with pytest.raises(InputError, match="other documents"):
+        evaluate(EvaluationConfig(tmp_path, home / "cache", sequences=0, device="cpu"))
+    evaluate(EvaluationConfig(tmp_path, home / "other_split", sequences=0, device="cpu"))
+
+
+def test_another_model_than_the_caches_is_refused(home, tmp_path):
+    identity(home).save(tmp_path)
+    torch.manual_seed(1)
+    settings = dict(vocab_size=40, n_positions=16, n_embd=D, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(GPT2Config(**settings)).save_pretrained(tmp_path / "lm")
+    with pytest.raises(InputError, match="fingerprint"):
+        evaluate(EvaluationConfig(tmp_path, home / "cache", model=str(tmp_path / "lm"), device="cpu"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("rows", 0), ("batch", 0), ("sequences", -1), ("seed", -1)])
+def test_impossible_settings_are_refused(home, tmp_path, name, value):
+    with pytest.raises(InputError, match=f"--{name}"):
+        evaluate(EvaluationConfig(tmp_path, home / "cache", **{name: value}))
