@@ -29,7 +29,8 @@ def steered(
     `positions` "all" is every position, prompt and beginning-of-text included. "generated" is the last position of the prompt and all
     after it: exactly those that choose the generated tokens. It needs `prompt_length`, the prompt's columns with its padding (on the
     left), `ids_sp.shape[1]`; what belongs to the prompt is then the same with a KV cache and without.
-    Raises `InputError` for a site the model lacks, a direction of another width, or positions that are not offered.
+    Raises `InputError` for a site the model lacks, a direction of another width, or positions that are not offered, and `OverflowError`
+    where the model would not fail but say anything at all: a norm that overflows turns every activation into zero.
     """
     if positions not in POSITIONS:
         raise InputError(f"expected positions to be one of {', '.join(POSITIONS)}, got {positions!r}")
@@ -50,6 +51,9 @@ def _summed(lm: LanguageModel, vectors: Sequence[SteeringVector | tuple[Steering
             raise InputError(f"expected a direction of width {width} for {vector.site} of {lm.name!r}, got {len(vector.direction_d)}")
         delta_d = coefficient * vector.direction_d.to(lm.device)
         total[vector.site] = total[vector.site] + delta_d if vector.site in total else delta_d
+    for site, delta_d in total.items():
+        if not torch.isfinite(delta_d.square().sum()):  # host sync
+            raise OverflowError(f"what is added at {site} is so long that float32 cannot hold its square, which the model's norms need")
     return total
 
 

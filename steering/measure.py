@@ -57,6 +57,10 @@ def continuation_loss(lm: LanguageModel, prompt_ids_sp: Tensor, generated_ids_sn
     logits_snv = lm.logits(torch.cat([prompt_ids_sp, generated_ids_sn], dim=1), mask)[:, -new - 1 : -1].float()
     target_sn = generated_ids_sn.to(logits_snv.device, torch.long)
     loss_sn = torch.nn.functional.cross_entropy(logits_snv.transpose(1, 2), target_sn, reduction="none")
-    ends_sn = torch.isin(target_sn, target_sn.new_tensor(lm.eos_ids))
-    counted_sn = ends_sn.cumsum(1) - ends_sn.long() == 0
-    return (loss_sn[counted_sn].mean()).item()  # host sync
+    return loss_sn[until_end(lm, target_sn)].mean().item()  # host sync
+
+
+def until_end(lm: LanguageModel, generated_ids_sn: Tensor) -> Tensor:
+    """True up to and including each row's first end-of-text token, bool [s, n]; what follows only fills the row."""
+    ends_sn = torch.isin(generated_ids_sn, generated_ids_sn.new_tensor(lm.eos_ids))
+    return ends_sn.cumsum(1) - ends_sn.long() == 0

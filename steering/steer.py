@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from sae.dictionary import WEIGHTS, SparseAutoencoder
@@ -16,7 +17,7 @@ from sae.files import crc32
 from sae.language_model import LanguageModel, NonFiniteLogits
 from steering.directions.feature import feature_direction
 from steering.intervention import steered
-from steering.measure import continuation_loss, word_rate
+from steering.measure import continuation_loss, until_end, word_rate
 from steering.vector import SteeringVector
 
 SIDE_BY_SIDE = 80  # columns of a terminal below which two columns of text become unreadable
@@ -111,8 +112,6 @@ def compare(lm: LanguageModel, vector: SteeringVector, config: SteerConfig) -> d
         max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, seed=config.seed
     )
     plain_sp = lm.generate(ids_sp, mask_sp, **settings)
-    recorded = lm.record(plain_sp, [vector.site])[vector.site]
-    typical_norm = recorded[:, 1:].float().norm(dim=-1).median().item()  # host sync; the first token's norm is often far from typical
     positions: dict[str, Any] = {"positions": config.positions}
     if config.positions == "generated":
         positions["prompt_length"] = prompt_length
@@ -120,17 +119,24 @@ def compare(lm: LanguageModel, vector: SteeringVector, config: SteerConfig) -> d
     try:
         with steered(lm, [(vector, config.strength)], **positions):
             steered_sp = lm.generate(ids_sp, mask_sp, **settings)
-    except NonFiniteLogits as error:
-        failure = f"{error}: strength {config.strength:g} is more than its arithmetic can carry"
+    except (NonFiniteLogits, OverflowError) as error:
+        failure = f"no text: {error}; strength {config.strength:g} is more than the model's arithmetic can carry"
     return {
         "strength": config.strength,
-        "relative_to_residual_norm": abs(config.strength) * vector.norm / typical_norm,
+        "relative_to_residual_norm": abs(config.strength) * vector.norm / typical_norm(lm, vector.site, plain_sp, prompt_length),
         "site": vector.site,
         "prompt": config.prompt,
         "unsteered": described(lm, ids_sp, plain_sp, config.search),
         "steered": None if steered_sp is None else described(lm, ids_sp, steered_sp, config.search),
         "failure": failure,
     }
+
+
+def typical_norm(lm: LanguageModel, site: str, whole_sp: Tensor, prompt_length: int) -> float:
+    """Median norm at the site over the tokens of a text, without its first one, whose norm is often far from any other's."""
+    norm_sp = lm.record(whole_sp, [site])[site].float().norm(dim=-1)
+    new_sn = until_end(lm, whole_sp[:, prompt_length:]).to(norm_sp.device)
+    return torch.cat([norm_sp[0, 1:prompt_length], norm_sp[:, prompt_length:][new_sn]]).median().item()  # host sync
 
 
 def described(lm: LanguageModel, prompt_sp: Tensor, whole_sp: Tensor, word: str | None) -> dict[str, Any]:
@@ -150,7 +156,7 @@ def show(report: dict[str, Any]) -> None:
     """The report as text in a terminal: two columns where they fit, else one under the other."""
     from rich.console import Console, Group
     from rich.panel import Panel
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     console = Console(file=sys.stdout)
@@ -158,7 +164,7 @@ def show(report: dict[str, Any]) -> None:
     console.print(
         Text(
             f"strength {report['strength']:g} = {report['strength']:g} x its maximum activation ({report['max_activation']:.3g}), "
-            f"an activation of {report['activation']:.3g}, {report['relative_to_residual_norm']:.2f} x the residual norm there"
+            f"an activation of {report['activation']:.3g}, {report['relative_to_residual_norm']:.3g} x the residual norm there"
         )
     )
     console.print(Text(f"prompt: {report['prompt'] or '(none)'}"))
@@ -173,7 +179,7 @@ def show(report: dict[str, Any]) -> None:
             facts += f"; the word {report[side]['word_count']} times in {report[side]['words']} words"
         bodies.append([*texts, Text(facts, style="dim")])
     if console.width >= SIDE_BY_SIDE:
-        table = Table(*heads, expand=True, show_lines=True)
+        table = Table(*(Column(head, ratio=1, overflow="fold") for head in heads), expand=True)
         table.add_row(*(Group(*body) for body in bodies))
         console.print(table)
     else:

@@ -91,8 +91,7 @@ def hidden_states(lm: LanguageModel, ids_sp: torch.Tensor) -> tuple:
 
 def blocks_of(lm: LanguageModel) -> torch.nn.ModuleList:
     """Found by another road than the table of paths."""
-    lists = [m for m in lm.model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList) and len(m) == N_LAYERS]
-    return lists[0]
+    return next(m for m in lm.model.get_decoder().modules() if isinstance(m, torch.nn.ModuleList) and len(m) == N_LAYERS)
 
 
 def projection_of(lm: LanguageModel, family: str, layer: int) -> torch.nn.Module:

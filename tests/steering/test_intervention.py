@@ -1,4 +1,4 @@
-"""Vectors and interventions: the contracts on tiny randomly initialised models of four families.
+"""Interventions: the contracts on tiny randomly initialised models of four families.
 
 s sequences · p positions · d model width
 """
@@ -9,10 +9,8 @@ import pytest
 import torch
 import transformers as hf
 
-from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
 from sae.language_model import LanguageModel
-from steering.directions.feature import feature_direction
 from steering.intervention import steered
 from steering.vector import SteeringVector
 
@@ -149,66 +147,3 @@ def test_adding_at_the_heads_equals_adding_their_projection():
 def test_unusable_interventions(added, settings, sentence):
     with pytest.raises(InputError, match=sentence), steered(tiny("gpt2"), [added], **settings):
         pass
-
-
-def test_vector_arithmetic_is_that_of_its_direction():
-    one, two = vector("mlp_out.1", 0), vector("mlp_out.1", 1)
-    total = 3 * one + two * 0.5
-    torch.testing.assert_close(total.direction_d, one.direction_d * 3 + two.direction_d / 2)
-    assert total.provenance == {"sum": [{"factor": 3, "of": {"seed": 0}}, {"factor": 0.5, "of": {"seed": 1}}]}
-    assert total.norm == pytest.approx(total.direction_d.double().square().sum().sqrt().item(), rel=1e-6)
-    for other in (vector("mlp_out.0"), vector("mlp_out.1", width=16)):
-        with pytest.raises(InputError, match="one site and width"):
-            one + other
-    with pytest.raises(InputError, match="finite factor"):
-        float("nan") * one
-    with pytest.raises(InputError, match="finite numbers"):
-        SteeringVector("mlp_out.1", torch.tensor([1.0, float("inf")]))
-
-
-def test_vector_survives_its_file(tmp_path):
-    saved = vector("resid_post.1")
-    saved.save(tmp_path / "some" / "vector.safetensors")
-    loaded = SteeringVector.load(tmp_path / "some" / "vector.safetensors")
-    assert torch.equal(loaded.direction_d, saved.direction_d)
-    assert (loaded.site, loaded.provenance) == (saved.site, saved.provenance)
-
-
-def test_unusable_vector_files(tmp_path):
-    from safetensors.torch import save_file
-
-    vector("resid_post.1").save(tmp_path / "cut")
-    (tmp_path / "cut").write_bytes((tmp_path / "cut").read_bytes()[:-20])
-    save_file({"weights": torch.ones(2)}, tmp_path / "other")
-    for name, sentence in {"absent": "does not exist", "cut": "no whole safetensors", "other": "got a file with weights"}.items():
-        with pytest.raises(InputError, match=sentence):
-            SteeringVector.load(tmp_path / name)
-
-
-def dictionary(metadata=None) -> SparseAutoencoder:
-    torch.manual_seed(3)
-    return SparseAutoencoder(torch.randn(6, 32), torch.zeros(6), 3 * torch.randn(6, 32), torch.randn(32), metadata)
-
-
-def test_strength_one_is_what_the_feature_adds_at_its_maximum():
-    sae = dictionary({"site": "resid_post.1", "model_name": "m"})
-    made = feature_direction(sae, 4, 2.5)
-    acts_f = torch.zeros(6)
-    silent = sae.decode(acts_f)
-    acts_f[4] = 2.5
-    torch.testing.assert_close(made.direction_d, (sae.decode(acts_f) - silent).detach(), rtol=1e-5, atol=1e-5)
-    assert made.site == "resid_post.1"
-    assert made.provenance == {"method": "feature", "feature": 4, "max_activation": 2.5, "model": "m"}
-
-
-def test_features_that_cannot_steer():
-    sae = dictionary()
-    for feature, highest, site, sentence in [
-        (6, 1.0, "resid_post.1", "features 0 to 5"),
-        (-1, 1.0, "resid_post.1", "features 0 to 5"),
-        (2, 0.0, "resid_post.1", "never fires"),
-        (2, float("nan"), "resid_post.1", "never fires"),
-        (2, 1.0, None, "name its site"),
-    ]:
-        with pytest.raises(InputError, match=sentence):
-            feature_direction(sae, feature, highest, site)
