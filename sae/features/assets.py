@@ -33,16 +33,17 @@ code,.row,.tok{font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monosp
 code{white-space:pre;overflow:hidden;text-overflow:ellipsis}
 li span{font-variant-numeric:tabular-nums;color:var(--soft)}
 .down span{color:var(--low)}
-.row{display:grid;grid-template-columns:3.6rem 6.5rem minmax(0,5fr) minmax(0,6fr);
+.row{display:grid;grid-template-columns:3.6rem 7.8rem minmax(0,5fr) minmax(0,6fr);
   align-items:baseline;border-bottom:1px solid var(--line);line-height:1.75}
 .row>*{overflow:hidden;white-space:pre;unicode-bidi:isolate}
-.row:focus>*{white-space:pre-wrap;overflow-wrap:anywhere}
 .row:focus{outline:2px solid rgb(var(--hot)/.6)}
 .v{font-variant-numeric:tabular-nums}
 .g{color:var(--soft);text-overflow:ellipsis;padding-right:.6rem}
-.l{display:flex;justify-content:flex-end}
+.l{display:flex;justify-content:flex-end;mask-image:linear-gradient(to right,transparent,#000 1.2rem)}
+.row:focus{display:block}
+.row:focus .l,.row:focus .l>span,.row:focus .r{display:inline;white-space:pre-wrap;overflow-wrap:anywhere;mask-image:none}
+.row:focus .v,.row:focus .g{display:inline-block;margin-right:.8rem}
 .l>span{flex:none}
-.row:focus .l>span{flex:0 1 auto;text-align:right}
 .r{text-overflow:ellipsis}
 b{font-weight:inherit;border-bottom:1px solid rgb(var(--hot));border-radius:2px}
 b.c{font-weight:700;border-bottom-width:3px}
@@ -56,7 +57,8 @@ b.c{font-weight:700;border-bottom-width:3px}
 .a8{background:rgb(var(--hot)/.49)}
 .a9{background:rgb(var(--hot)/.55)}
 u{text-decoration:none;opacity:.5}
-i{font-style:normal;color:var(--soft);white-space:normal}
+i{font-style:normal;color:var(--soft);white-space:nowrap}
+i.s{font-size:0}i.s::before{content:"\\b7";font-size:.84rem}
 i.n::before{content:"\\21b5"}
 i.t::before{content:"\\21e5"}
 i.q::before{content:"\\240d"}

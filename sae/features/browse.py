@@ -87,7 +87,7 @@ def select(index: FeatureIndex, config: BrowseConfig) -> tuple[list[int], dict[i
 def describe(index: FeatureIndex, j: int, hit: Any, n: int) -> dict[str, Any]:
     """One feature as plain JSON values."""
     columns = index.feature(j).columns
-    word = index.vocabulary.words
+    word = index.vocabulary.spelling
     return {
         "feature": j,
         **{name: columns[name].item() for name in ("density", "count", "max", "mean", "decoder_norm")},
@@ -119,11 +119,11 @@ def print_table(index: FeatureIndex, features: list[int], found: dict[int, Any],
         numbers = [str(j), f"{100 * columns['density']:.3g}%", f"{columns['max']:.3g}"]
         numbers += [f"{getattr(found[j], name):.3g}" for name in extra]
         words = [
-            _plain(" ".join(repr(index.vocabulary.words(t))[1:-1].strip() for t, _ in tokens))
+            _plain(" ".join(_clean(index.vocabulary.spelling(t)).strip() for t, _ in tokens))
             for tokens in (index.top_tokens(j, 3), index.lens_tokens(j, 4))
         ]
-        contexts = index.top_contexts(j, 1, before=7, after=5)
-        table.add_row(*numbers, *words, context_text(contexts[0]) if contexts else "")
+        contexts = index.top_contexts(j, 1, before=12, after=8)
+        table.add_row(*numbers, *words, context_text(contexts[0], 24) if contexts else "")
     Console().print(table)
 
 
@@ -138,13 +138,13 @@ def print_feature(index: FeatureIndex, j: int, n: int, seed: int) -> None:
         f"fires on {int(columns['count']):,} of {index.info['tokens_scanned']:,} tokens ({100 * columns['density']:.3g}%), "
         f"maximum {columns['max']:.3g}, mean when firing {columns['mean']:.3g}"
     )
-    word = index.vocabulary.words
+    word = index.vocabulary.spelling
     for name, tokens in (
         ("fires on", [(t, f"{100 * share:.0f}%") for t, share in index.top_tokens(j, 10)]),
         ("promotes", [(t, f"{value:+.2f}") for t, value in index.lens_tokens(j)]),
         ("suppresses", [(t, f"{value:+.2f}") for t, value in index.lens_tokens(j, bottom=True)]),
     ):
-        console.print(_plain(f"{name:<11}" + "  ".join(f"{word(token)!r} {text}" for token, text in tokens)))
+        console.print(_plain(f"{name:<11}" + "  ".join(f"'{_clean(word(token))}' {text}" for token, text in tokens)))
     for title, contexts in (("Top activations", index.top_contexts(j, n)), ("Random activations", index.random_contexts(j, n, seed))):
         console.print(f"\n{title}", style="bold")
         half = max(20, (console.width - 26) // 2)

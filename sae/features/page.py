@@ -185,7 +185,7 @@ def _lens_section(index: FeatureIndex, j: int) -> str:
 
 
 def _token_list(index: FeatureIndex, tokens: list[tuple[int, str]]) -> str:
-    items = (f"<li><code>{visible(index.vocabulary.words(token))}</code><span>{text}</span></li>" for token, text in tokens)
+    items = (f"<li><code>{_word(index, token)}</code><span>{text}</span></li>" for token, text in tokens)
     return f"<ol>{''.join(items)}</ol>"
 
 
@@ -217,7 +217,12 @@ def table_html(index: FeatureIndex, features: Sequence[int], heading: str) -> st
 
 
 def _words(index: FeatureIndex, tokens: list) -> str:
-    return " ".join(f"<code>{visible(index.vocabulary.words(token))}</code>" for token, _ in tokens)
+    return " ".join(f"<code>{_word(index, token)}</code>" for token, _ in tokens)
+
+
+def _word(index: FeatureIndex, token: int) -> str:
+    """A token by itself, its spaces marked: " the" and "the" are different tokens."""
+    return "".join('<i class="s"> </i>' if letter == " " else visible(letter) for letter in index.vocabulary.spelling(token))
 
 
 def _number(value: float) -> str:

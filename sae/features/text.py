@@ -32,7 +32,7 @@ class Vocabulary(NamedTuple):
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return [decoder.decode(self.pieces[i]) for i in ids]
 
-    def words(self, token: int) -> str:
+    def spelling(self, token: int) -> str:
         """The token's own text, for lists of tokens; bytes that are no whole character are written as \\xNN."""
         return self.pieces[token].decode("utf-8", "backslashreplace")
 

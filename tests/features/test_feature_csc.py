@@ -1,0 +1,70 @@
+"""The sparse matrix on disk equals scipy's and numpy's, however it is cut into chunks, runs and blocks."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse import csc_matrix
+
+from sae.features.csc import Spool, merge, statistics
+from sae.features.storage import open_arrays
+
+
+@st.composite
+def matrices(draw):
+    rows, features = draw(st.integers(1, 30)), draw(st.integers(1, 12))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    dense = rng.random((rows, features)).astype(np.float32) * 10.0 ** rng.integers(-3, 4)
+    return np.where(rng.random((rows, features)) < draw(st.floats(0, 1)), dense, 0).astype(np.float32), rng
+
+
+@settings(max_examples=40, deadline=None)
+@given(matrices(), st.integers(1, 40), st.integers(1, 60), st.integers(1, 9))
+def test_spool_and_merge_equal_scipy(matrix, run_entries, block_entries, chunk):
+    dense, rng = matrix
+    rows, features = dense.shape
+    order = rng.permutation(rows)  # a cache's rows come shuffled
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        spool = Spool(folder, features, run_entries)
+        for low in range(0, rows, chunk):
+            positions = order[low : low + chunk]
+            row, feature = np.nonzero(dense[positions])
+            spool.add(positions, row, feature, dense[positions][row, feature])
+        spool.flush()
+        blocks = [statistics(block) for _, block in merge(spool.paths, features, folder / "records.safetensors", block_entries)]
+        records = {name: np.array(array) for name, array in open_arrays(folder / "records.safetensors").items()}
+        assert [path.name for path in folder.iterdir()] == ["records.safetensors"]  # runs are gone
+
+    expected = csc_matrix(dense)
+    np.testing.assert_array_equal(records["offsets"], expected.indptr)
+    np.testing.assert_array_equal(records["positions"], expected.indices)
+    np.testing.assert_array_equal(records["values"], expected.data.astype(np.float16))
+
+    columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    halves = dense.astype(np.float16).astype(np.float64)
+    np.testing.assert_array_equal(columns["count"], (dense > 0).sum(0))
+    np.testing.assert_array_equal(columns["max"], halves.max(0))
+    np.testing.assert_allclose(columns["sum"], halves.sum(0), rtol=1e-12)
+    fires = dense.any(0)
+    np.testing.assert_array_equal(columns["top_position"][fires], halves.argmax(0)[fires])
+    assert (columns["top_position"][~fires] == -1).all()
+
+
+def test_no_activations_at_all(tmp_path):
+    spool = Spool(tmp_path, 3)
+    spool.add(np.arange(5), *np.zeros((2, 0), np.int64), np.zeros(0, np.float32))
+    spool.flush()
+    list(merge(spool.paths, 3, tmp_path / "records.safetensors"))
+    assert open_arrays(tmp_path / "records.safetensors")["offsets"].tolist() == [0, 0, 0, 0]
+
+
+def test_values_beyond_half_precision_are_cut_and_counted_and_tiny_ones_kept_as_zero(tmp_path):
+    spool = Spool(tmp_path, 1)
+    spool.add(np.arange(3), np.arange(3), np.zeros(3, np.int64), np.array([1e6, 1e-12, 2.0], np.float32))
+    spool.flush()
+    list(merge(spool.paths, 1, tmp_path / "records.safetensors"))
+    assert spool.clipped == 1
+    assert open_arrays(tmp_path / "records.safetensors")["values"].tolist() == [65504.0, 0.0, 2.0]

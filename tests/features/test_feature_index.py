@@ -1,0 +1,134 @@
+"""The index against brute force on a world whose activations are known exactly."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from feature_world import VOCABULARY, save_dictionary
+
+import sae.features.index as index_module
+from sae.errors import InputError
+from sae.features.index import IndexConfig, build_index
+from sae.features.records import FeatureIndex
+
+
+def config_of(world, out, **changes):
+    return IndexConfig(cache=world.cache, dictionary=world.dictionary_folder, out=out, device="cpu", **changes)
+
+
+def assert_equals_dense(index: FeatureIndex, dense: np.ndarray) -> None:
+    """All records and statistics; the stored values are the float16 roundings, here exact."""
+    scanned = np.asarray(index.tokens["scanned"])
+    dense = dense * scanned[:, None]
+    for j in range(index.d_sae):
+        feature = index.feature(j)
+        np.testing.assert_array_equal(feature.positions, np.flatnonzero(dense[:, j]))
+        np.testing.assert_array_equal(feature.values, dense[feature.positions, j])
+    np.testing.assert_array_equal(index.columns["count"], (dense > 0).sum(0))
+    np.testing.assert_array_equal(index.columns["density"], ((dense > 0).sum(0) / scanned.sum()).astype(np.float32))
+    np.testing.assert_array_equal(index.columns["max"], dense.max(0))
+    np.testing.assert_allclose(index.columns["mean"], dense.sum(0) / np.maximum((dense > 0).sum(0), 1), rtol=1e-6)
+
+
+def test_index_equals_brute_force(world, dense):
+    ids = np.asarray(world.index.tokens["ids"])
+    np.testing.assert_array_equal(world.index.tokens["scanned"], ids != 0)  # all but beginning-of-text
+    assert world.index.info["tokens_scanned"] == (ids != 0).sum()
+    assert_equals_dense(world.index, dense)
+
+
+def test_small_chunks_give_the_same_files(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(index_module, "CHUNK_BYTES", 40 * 4 * 7)  # seven rows at a time
+    build_index(config_of(world, tmp_path / "index"))
+    for name in ("columns", "records", "tokens"):
+        file = f"{name}.safetensors"
+        assert (tmp_path / "index" / file).read_bytes() == (world.index.folder / file).read_bytes()
+
+
+def test_budget_takes_whole_sequences(world, dense, tmp_path):
+    index = FeatureIndex.open(build_index(config_of(world, tmp_path / "index", tokens=1000)))
+    scanned, ids = np.asarray(index.tokens["scanned"]), np.asarray(index.tokens["ids"])
+    assert 900 < index.info["tokens_scanned"] <= 1000
+    starts = index.tokens["sequence_starts"]
+    for low, high in itertools.pairwise(starts):
+        inside = scanned[low:high][ids[low:high] != 0]
+        assert inside.all() or not inside.any()
+    assert_equals_dense(index, dense)
+
+
+def test_splits_are_kept_apart(world, tmp_path):
+    index = FeatureIndex.open(build_index(config_of(world, tmp_path / "index", splits=("held_out",))))
+    split = np.repeat(index.tokens["sequence_split"], np.diff(index.tokens["sequence_starts"]))
+    np.testing.assert_array_equal(index.tokens["scanned"], (split == 1) & (np.asarray(index.tokens["ids"]) != 0))
+
+
+def test_logit_lens_is_the_change_of_the_logits(world):
+    """Adding a feature to a stream changes the logits by the lens values over the stream's standard deviation, to first order."""
+    from sae.language_model import LanguageModel
+
+    lm = LanguageModel.load(str(world.model), device="cpu")
+    model = lm.model.double()
+    head = torch.nn.Sequential(model.transformer.ln_f, model.lm_head)
+    x_d = torch.randn(VOCABULARY, dtype=torch.float64) * 10
+    row_d = world.dictionary.W_dec_fd[7].double()
+    step = 1e-5
+    change_v = (head(x_d + step * row_d) - head(x_d))[: len(world.tokenizer)] / step
+    # moving along x itself changes nothing after the norm, so that part of the row is taken off on both sides
+    centred_d = x_d - x_d.mean()
+    sigma = centred_d.pow(2).mean().sqrt()
+    along = (row_d @ centred_d) / (centred_d @ centred_d)
+    change_v += (head(x_d) - head(torch.zeros_like(x_d)))[: len(world.tokenizer)] * along
+    expected_v = (change_v - change_v.mean()) * sigma
+    columns = world.index.feature(7).columns
+    top, bottom = expected_v.topk(20), (-expected_v).topk(20)
+    np.testing.assert_allclose(columns["top_token_values"], top.values, rtol=1e-3)
+    np.testing.assert_allclose(columns["bottom_token_values"], -bottom.values, rtol=1e-3)
+    assert columns["top_token_ids"].tolist() == top.indices.tolist()
+
+
+def test_what_does_not_belong_together_is_refused(world, tmp_path):
+    W_enc_fd, b = torch.ones(2, VOCABULARY), torch.zeros(2)
+    cases = {
+        "site": save_dictionary(tmp_path / "site", W_enc_fd, b, world.cache, site="resid_post.0"),
+        "model": save_dictionary(tmp_path / "model", W_enc_fd, b, world.cache, model_fingerprint="000000000000"),
+        "name": save_dictionary(tmp_path / "name", W_enc_fd, b, world.cache, model_name="other", model_fingerprint=None),
+        "width": save_dictionary(tmp_path / "width", W_enc_fd[:, :8], b, world.cache),
+    }
+    for name in cases:
+        config = dataclasses.replace(config_of(world, tmp_path / "index"), dictionary=tmp_path / name)
+        with pytest.raises(InputError, match=r"expected .*"):
+            build_index(config)
+        assert not (tmp_path / "index").exists()
+
+
+@pytest.mark.parametrize("changes", [{"splits": ("test",)}, {"splits": ()}, {"tokens": 0}])
+def test_unusable_options_are_refused(world, tmp_path, changes):
+    with pytest.raises(InputError):
+        build_index(config_of(world, tmp_path / "index", **changes))
+    assert list(tmp_path.iterdir()) == []  # nothing is left behind
+
+
+def test_only_an_older_index_is_replaced(world, tmp_path):
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "letter.txt").write_text("dear")
+    with pytest.raises(InputError, match="something else"):
+        build_index(config_of(world, tmp_path / "index"))
+    assert (tmp_path / "index" / "letter.txt").read_text() == "dear"
+    (tmp_path / "index" / "letter.txt").rename(tmp_path / "index" / "index.json")
+    build_index(config_of(world, tmp_path / "index", tokens=500))
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    assert FeatureIndex.open(tmp_path / "index").info["tokens_scanned"] <= 500
+
+
+def test_an_index_cut_short_is_refused(world, tmp_path):
+    out = build_index(config_of(world, tmp_path / "index", tokens=500))
+    records = out / "records.safetensors"
+    records.write_bytes(records.read_bytes()[:-2])
+    with pytest.raises(InputError, match="records"):
+        FeatureIndex.open(out)
+    (out / "index.json").write_text(json.dumps({"format_version": 0}))
+    with pytest.raises(InputError, match="format"):
+        FeatureIndex.open(out)

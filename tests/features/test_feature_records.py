@@ -1,0 +1,79 @@
+"""What is read from an index, against brute force."""
+
+import numpy as np
+import pytest
+
+from sae.errors import InputError
+
+
+def sequences(index):
+    return np.searchsorted(index.tokens["sequence_starts"], np.arange(len(index.tokens["ids"])), "right") - 1
+
+
+def brute_top(index, column, n, per_document, before, after):
+    """The greedy choice, by plain loops over all tokens."""
+    of = sequences(index)
+    document = np.asarray(index.tokens["sequence_document"])[of]
+    covered, used, chosen = set(), {}, []
+    for p in sorted(np.flatnonzero(column), key=lambda p: (-column[p], p)):
+        window = [q for q in range(p - before, p + after + 1) if 0 <= q < len(column) and of[q] == of[p]]
+        if len(chosen) < n and not covered & set(window) and used.get(document[p], 0) < per_document:
+            covered |= set(window)
+            used[document[p]] = used.get(document[p], 0) + 1
+            chosen.append((p, window))
+    return chosen
+
+
+@pytest.mark.parametrize("j", [0, 4, 17])
+@pytest.mark.parametrize(("n", "per_document", "before", "after"), [(20, 2, 5, 3), (200, 1, 0, 0), (7, 100, 40, 40)])
+def test_top_contexts_equal_brute_force(world, dense, j, n, per_document, before, after):
+    index = world.index
+    contexts = index.top_contexts(j, n, per_document, before, after)
+    expected = brute_top(index, dense[:, j], n, per_document, before, after)
+    assert [c.position for c in contexts] == [p for p, _ in expected]
+    for context, (position, window) in zip(contexts, expected):
+        np.testing.assert_array_equal(context.ids, index.tokens["ids"][window])
+        np.testing.assert_array_equal(context.values, dense[window, j])
+        assert window[context.centre] == position
+        assert context.value == dense[position, j]
+        label = index.tokens["document_label"][context.document]
+        assert context.label == index.info["label_names"][label]
+
+
+def test_random_contexts_are_a_fair_sample_of_firing_tokens(world, dense):
+    firing = np.flatnonzero(dense[:, 17])
+    drawn = [c.position for seed in range(60) for c in world.index.random_contexts(17, 20, seed, 2, 2)]
+    assert set(drawn) <= set(firing)
+    assert len({c.position for c in world.index.random_contexts(17, 20, 0, 2, 2)}) == 20  # without replacement
+    thirds = np.histogram(np.searchsorted(firing, drawn), 3, (0, len(firing)))[0] / len(drawn)
+    np.testing.assert_allclose(thirds, 1 / 3, atol=0.05)  # 1,200 draws: standard error 0.014
+    assert [c.position for c in world.index.random_contexts(17, 5, 1)] == [c.position for c in world.index.random_contexts(17, 5, 1)]
+
+
+def test_histogram_counts_every_activation_once(world, dense):
+    edges, counts = world.index.histogram(17)
+    values = dense[dense[:, 17] > 0, 17]
+    assert counts.sum() == len(values)
+    np.testing.assert_allclose(edges[1:] / edges[:-1], 2**0.25)
+    for low, high, count in zip(edges[:-1], edges[1:], counts):
+        assert count == ((values >= low) & (values < high)).sum()
+    assert len(world.index.histogram(3)[1]) == 0
+
+
+def test_top_tokens_are_shares_of_the_activation(world, dense):
+    ids = np.asarray(world.index.tokens["ids"])
+    mass = np.bincount(ids, dense[:, 17], 420)
+    for token, share in world.index.top_tokens(17, 5):
+        assert share == pytest.approx(mass[token] / mass.sum(), rel=1e-9)
+    assert world.index.top_tokens(17, 1)[0][0] == mass.argmax()
+
+
+def test_a_feature_that_never_fires_has_nothing_to_show(world):
+    assert world.index.feature(3).columns["count"] == 0
+    assert world.index.top_contexts(3) == world.index.random_contexts(3) == world.index.top_tokens(3) == []
+
+
+@pytest.mark.parametrize("j", [-1, 40, 10**9])
+def test_feature_out_of_range_is_one_sentence(world, j):
+    with pytest.raises(InputError, match=rf"feature {j} does not exist: .* 0 to 39"):
+        world.index.feature(j)
