@@ -267,10 +267,11 @@ class LanguageModel:
         of each: signs are the same in every float dtype, so a model is recognised whichever it was loaded in."""
         digest = hashlib.sha256(self.model.config.get_text_config().model_type.encode())
         for name, weight in self.model.named_parameters():
-            if weight.is_floating_point() and not weight.is_meta:
-                sample = weight.detach().reshape(-1)[:: max(1, weight.numel() // 256)][:256]
-                digest.update(f"{name} {tuple(weight.shape)}".encode())
-                digest.update(torch.signbit(sample).cpu().numpy().tobytes())  # host sync
+            if weight.is_floating_point() and name not in getattr(self.model, "all_tied_weights_keys", {}):
+                with _on_hand(self.model, name) as values:
+                    sample = values.detach().reshape(-1)[:: max(1, weight.numel() // 256)][:256]
+                    digest.update(f"{name} {tuple(weight.shape)}".encode())
+                    digest.update(torch.signbit(sample).cpu().numpy().tobytes())  # host sync
         return digest.hexdigest()[:12]
 
     def _inputs(self, ids_sp: Tensor, mask_sp: Tensor | None, new: int = 0) -> tuple[Tensor, Tensor]:
@@ -355,6 +356,17 @@ def _family(decoder: nn.Module, name: str) -> Family:
     raise InputError(
         f"expected {name!r} to keep its blocks as one of ({looked_for}), found {type(decoder).__name__}, which has none of them"
     )
+
+
+@contextmanager
+def _on_hand(model: nn.Module, name: str) -> Iterator[Tensor]:
+    """A parameter's values, also when `device_map` left them on disk or on the host."""
+    with ExitStack() as stack:
+        if model.get_parameter(name).is_meta:
+            from accelerate.utils import align_module_device
+
+            stack.enter_context(align_module_device(model.get_submodule(name.rpartition(".")[0]), "cpu"))
+        yield model.get_parameter(name)
 
 
 def _position_ids(mask_sp: Tensor) -> Tensor:

@@ -85,3 +85,25 @@ def test_unusable_load_settings(lm, tmp_path, settings, sentence):
     lm.model.save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match=sentence):
         LanguageModel.load(str(tmp_path / "model"), **settings)
+
+
+def test_a_model_partly_on_disk_gives_the_same_values_and_fingerprint(lm, tmp_path):
+    pytest.importorskip("accelerate", reason="device_map needs the package accelerate")
+    lm.model.save_pretrained(tmp_path / "model")
+    places = {"lm_head": "cpu", "transformer.h.1": "disk"}
+    places |= {f"transformer.{name}": "cpu" for name in ("wte", "wpe", "h.0", "ln_f", "drop")}
+    spread = LanguageModel.load(str(tmp_path / "model"), device_map=places, dtype="float32")
+    assert spread.fingerprint() == lm.fingerprint()
+    for _ in range(2):  # a recording that was cut short leaves the model usable
+        assert torch.equal(spread.record(IDS_SP, ["attn_out.1"])["attn_out.1"], lm.record(IDS_SP, ["attn_out.1"])["attn_out.1"])
+    assert torch.equal(spread.logits(IDS_SP), lm.logits(IDS_SP))
+
+
+def test_device_map_without_its_package_is_one_sentence(lm, tmp_path):
+    import importlib.util
+
+    if importlib.util.find_spec("accelerate"):
+        pytest.skip("accelerate is installed")
+    lm.model.save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="pip install accelerate"):
+        LanguageModel.load(str(tmp_path / "model"), device_map="auto")
