@@ -65,7 +65,7 @@ def feature_html(index: FeatureIndex, j: int, n: int = 20, seed: int = 0) -> str
     model = info["model"]["name"].rstrip("/").rsplit("/", 1)[-1]  # the folder or hub name, without the path of whoever made it
     count, scanned = int(columns["count"]), info["tokens_scanned"]
     facts = {
-        "density": f"{_percent(count / scanned)}" + (f" (one token in {round(scanned / count):,})" if count else ""),
+        "density": f"{_percent(count / scanned)}" + (f" (one token in {round(scanned / count):,})" if 0 < 2 * count <= scanned else ""),
         "fires on": f"{count:,} of {scanned:,} tokens scanned",
         "maximum": _number(columns["max"]),
         "mean when firing": _number(columns["mean"]),
