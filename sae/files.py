@@ -64,12 +64,15 @@ def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = N
     from safetensors.torch import save_file
 
     with atomic(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         try:
             save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata)
         except SafetensorError as error:  # carries the operating system's error only in its text
             if "os error 28" in str(error):
                 raise OSError(28, "No space left on device") from error
             raise
+        temporary.chmod(mode)  # safetensors writes through a private file of its own
 
 
 def crc32(path: Path) -> str:

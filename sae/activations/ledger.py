@@ -78,8 +78,8 @@ def claim(folder: Path, settings: dict[str, Any], model: dict[str, Any]) -> None
     """
     path = folder / "harvest.json"
     begun = path.exists()
-    leftovers = [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")] if begun else folder.glob(".harvest.json.*.tmp")
-    for leftover in leftovers:
+    patterns = (".*.tmp", "*/.*.tmp", "*/.tmp*") if begun else (".harvest.json.*.tmp",)  # ours, and safetensors' own
+    for leftover in [path for pattern in patterns for path in folder.glob(pattern)]:
         leftover.unlink()
     if not begun:
         other = next(iter(sorted(p.name for p in folder.iterdir())), None)
