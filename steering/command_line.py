@@ -7,3 +7,9 @@ def steer() -> None:
     from steering.steer import SteerConfig, steer
 
     run(steer, SteerConfig, "Print a model's continuation of a prompt without and with a feature added.")
+
+
+def measure_steering() -> None:
+    from steering.strengths import StrengthsConfig, strengths
+
+    run(strengths, StrengthsConfig, "Measure what adding a feature does at several strengths, against a random direction.")

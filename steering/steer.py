@@ -5,7 +5,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ SIDE_BY_SIDE = 80  # columns of a terminal below which two columns of text becom
 
 
 @dataclass(kw_only=True)
-class SteerConfig:
+class PartsConfig:
     index: Path
     """Folder of the feature index: it knows each feature's maximum activation."""
     dictionary: Path | None = None
@@ -35,6 +35,20 @@ class SteerConfig:
     """Feature to add (give this or --search)."""
     search: str | None = None
     """Add the first feature that the index lists for this word ("one|two" for several)."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+class Parts(NamedTuple):
+    lm: LanguageModel
+    feature: int
+    max_activation: float
+    vector: SteeringVector
+    """at strength 1"""
+
+
+@dataclass(kw_only=True)
+class SteerConfig(PartsConfig):
     strength: float = 1.0
     """1 is the feature's own maximum activation; negative steers away."""
     prompt: str = ""
@@ -51,8 +65,6 @@ class SteerConfig:
     """Sample among the likeliest tokens that hold this share of the probability."""
     positions: Literal["all", "generated"] = "all"
     """Where to add: every position, or only those that choose generated tokens."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
     json: bool = False
     """Print one JSON object instead of a table."""
 
@@ -62,15 +74,9 @@ def steer(config: SteerConfig) -> dict[str, Any]:
 
     Raises `InputError` when the parts do not belong together or the feature cannot steer.
     """
-    if (config.feature is None) == (config.search is None):
-        raise InputError("expected either --feature or --search, got both or neither; give one of them")
     if not math.isfinite(config.strength) or config.samples < 1:
         raise InputError(f"expected a finite strength and at least one sample, got {config.strength} and {config.samples}")
-    index, dictionary, lm = load_parts(config)
-    feature = first_found(index, config.search) if config.search is not None else config.feature
-    assert feature is not None
-    max_activation = float(index.feature(feature).columns["max"])
-    vector = feature_direction(dictionary, feature, max_activation, index.info["site"])
+    lm, feature, max_activation, vector = load_parts(config)
     report = compare(lm, vector, config)
     report = {"feature": feature, "max_activation": max_activation, "activation": config.strength * max_activation, **report}
     if config.json:
@@ -80,20 +86,23 @@ def steer(config: SteerConfig) -> dict[str, Any]:
     return report
 
 
-def load_parts(config: SteerConfig) -> tuple[FeatureIndex, SparseAutoencoder, LanguageModel]:
-    """Index, dictionary and model, or `InputError` if they were not made with one another."""
+def load_parts(config: PartsConfig) -> Parts:
+    """Model, feature and direction, or `InputError` if index, dictionary and model were not made with one another."""
+    if (config.feature is None) == (config.search is None):
+        raise InputError("expected either --feature or --search, got both or neither; give one of them")
     index = FeatureIndex.open(config.index)
     folder = config.dictionary or Path(index.info["dictionary"])
     dictionary = SparseAutoencoder.load(folder)
     if crc32(folder / WEIGHTS) != index.info["dictionary_crc32"]:
         raise InputError(f"expected the dictionary that {config.index} was built from, but the weights in {folder} differ; index it again")
-    if config.feature is not None:
-        index.feature(config.feature)  # a wrong number is said before the model is loaded
+    feature = config.feature if config.feature is not None else first_found(index, config.search or "")
+    index.feature(feature)  # a wrong number is said before the model is loaded
     known = index.info["model"]
     lm = LanguageModel.load(config.model or known["name"], device=config.device)
     if known.get("fingerprint") not in (None, lm.fingerprint()):
         raise InputError(f"expected the model of {config.index}, {known['name']}, but {lm.name} has other weights; give that model")
-    return index, dictionary, lm
+    max_activation = float(index.feature(feature).columns["max"])
+    return Parts(lm, feature, max_activation, feature_direction(dictionary, feature, max_activation, index.info["site"]))
 
 
 def first_found(index: FeatureIndex, word: str) -> int:
