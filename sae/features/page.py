@@ -128,6 +128,8 @@ def _token_html(text: str, value: float, scanned: bool, own: bool, top: float) -
 def visible(text: str) -> str:
     """Escaped text in which line breaks, tabs and characters that cannot be seen carry a mark; the element's text stays the same,
     except for control characters that HTML does not allow, which become their pictures."""
+    if text.isprintable():  # nearly all tokens
+        return escape(text)
     parts = []
     for letter in text:
         code = ord(letter)
