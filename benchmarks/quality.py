@@ -67,7 +67,7 @@ class QualityConfig:
 
 def quality(config: QualityConfig) -> None:
     cache = ActivationCache.open(config.cache, config.site)
-    record = {"settings": config.settings(), "points": []}
+    record: dict[str, Any] = {"settings": config.settings(), "points": []}
     if config.out.exists():
         record = read_json(config.out, "a quality.json of this benchmark")
         if record["settings"] != config.settings():
