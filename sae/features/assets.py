@@ -42,7 +42,7 @@ li span{font-variant-numeric:tabular-nums;color:var(--soft)}
 .l{display:flex;justify-content:flex-end;mask-image:linear-gradient(to right,transparent,#000 1.2rem)}
 .row:focus{display:block}
 .row:focus .l,.row:focus .l>span,.row:focus .r{display:inline;white-space:pre-wrap;overflow-wrap:anywhere;mask-image:none}
-.row:focus .v,.row:focus .g{display:inline-block;margin-right:.8rem}
+.row:focus .v,.row:focus .g{display:inline-block;margin-right:.8rem;vertical-align:bottom}
 .l>span{flex:none}
 .r{text-overflow:ellipsis}
 b{font-weight:inherit;border-bottom:1px solid rgb(var(--hot));border-radius:2px}
