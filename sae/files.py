@@ -75,6 +75,13 @@ def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = N
         temporary.chmod(mode)  # safetensors writes through a private file of its own
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes what writers killed in `folder` or its subfolders left half-written: our temporary files, and safetensors' own."""
+    for pattern in (".*.tmp", ".tmp*", "*/.*.tmp", "*/.tmp*"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
 def crc32(path: Path) -> str:
     """Checksum of a file's bytes, eight hexadecimal digits."""
     value = 0

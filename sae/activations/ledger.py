@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import InputError
-from sae.files import crc32, read_json, sync_folder, write_json
+from sae.files import crc32, read_json, remove_leftovers, sync_folder, write_json
 
 FORMAT_VERSION = 1
 
@@ -78,8 +78,9 @@ def claim(folder: Path, settings: dict[str, Any], model: dict[str, Any]) -> None
     """
     path = folder / "harvest.json"
     begun = path.exists()
-    patterns = (".*.tmp", "*/.*.tmp", "*/.tmp*") if begun else (".harvest.json.*.tmp",)  # ours, and safetensors' own
-    for leftover in [path for pattern in patterns for path in folder.glob(pattern)]:
+    if begun:
+        remove_leftovers(folder)
+    for leftover in folder.glob(".harvest.json.*.tmp"):
         leftover.unlink()
     if not begun:
         other = next(iter(sorted(p.name for p in folder.iterdir())), None)

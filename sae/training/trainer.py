@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
-from sae.files import read_json, write_json
+from sae.files import read_json, remove_leftovers, write_json
 from sae.progress import progress
 from sae.training.checkpoint import FILE, refuse_other_settings, restore_checkpoint, save_checkpoint
 from sae.training.config import TrainingConfig
@@ -56,6 +56,7 @@ def train(config: TrainingConfig) -> list[Path]:
         print(f"{config.out} is already complete; --restart trains it again")
         return folders
 
+    remove_leftovers(config.out)
     scale = (cache.d_in / cache.mean_squared_norm) ** 0.5
     runs = [Run(l1, initial_dictionary(config, cache, scale).to(device), config) for l1 in config.l1]
     first = restore_checkpoint(config, runs)

@@ -42,7 +42,11 @@ def cache(tmp_path_factory):
     letters = torch.randint(97, 123, (100, 90), generator=torch.Generator().manual_seed(1)).tolist()
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": bytes(row).decode()}) + "\n" for row in letters))
     out = folder / "cache"
-    harvest(HarvestConfig(text=(str(folder / "text.jsonl"),), model=str(folder / "lm"), out=out, sites=("resid_post.0",), context=32, tokens=8000))
+    harvest(
+        HarvestConfig(
+            text=(str(folder / "text.jsonl"),), model=str(folder / "lm"), out=out, sites=("resid_post.0",), context=32, tokens=8000
+        )
+    )
     return out
 
 
@@ -95,7 +99,22 @@ def test_a_stopped_run_continues_bit_for_bit(cache, tmp_path, monkeypatch):
 def test_kill_minus_nine_at_random_moments_then_resume(cache, tmp_path):
     """A killed process leaves a folder from which the same command finishes as if it had never been killed."""
     command = [sys.executable, "-c", "from sae.command_line import train_sae; train_sae()"]
-    flags = "--d-sae 40 --l1 1 --steps 3000 --batch-size 128 --log-every 100 --checkpoint-every 150 --device cpu".split()
+    flags = [
+        "--d-sae",
+        "40",
+        "--l1",
+        "1",
+        "--steps",
+        "3000",
+        "--batch-size",
+        "128",
+        "--log-every",
+        "100",
+        "--checkpoint-every",
+        "150",
+        "--device",
+        "cpu",
+    ]
 
     def start(out):
         return subprocess.Popen([*command, "--cache", cache, "--out", out, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -110,6 +129,7 @@ def test_kill_minus_nine_at_random_moments_then_resume(cache, tmp_path):
         process.kill()
         process.wait()
     assert start(tmp_path / "parts").wait() == 0
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 

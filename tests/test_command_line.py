@@ -1,0 +1,59 @@
+"""The commands: every one explains itself, errors are one sentence and exit code 2, and scripts equal console commands."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(p for p in (ROOT / "scripts").glob("*.py"))
+
+
+def run(*command, cwd=ROOT):
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_help_explains_every_flag(script):
+    done = run(script, "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage" in done.stdout.lower()
+
+
+def test_console_commands_are_the_scripts():
+    section = (ROOT / "pyproject.toml").read_text().split("[project.scripts]")[1].split("[")[0]  # Python 3.10 has no tomllib
+    commands = re.findall(r'^([\w-]+) = "([\w.]+):(\w+)"', section, re.MULTILINE)
+    assert len(commands) >= 7
+    for name, module, function in commands:
+        script = (ROOT / "scripts" / f"{name.replace('-', '_')}.py").read_text()
+        assert f"from {module} import {function}" in script
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "message"),
+    [
+        ("cache_activations", "--text nowhere.txt --sites resid_post.0 --out {tmp}/c", "nowhere.txt"),
+        ("train_sae", "--cache {tmp}/none --out {tmp}/d", "does not exist"),
+        ("evaluate_sae", "--dictionary {tmp}/none --cache {tmp}/none", "does not exist"),
+        ("build_feature_index", "--dictionary {tmp}/none --cache {tmp}/none --out {tmp}/i", "does not exist"),
+        ("browse_features", "--index {tmp}/none --list max", "none"),
+        ("steer", "--index {tmp}/none --feature 1", "none"),
+        ("measure_steering", "--index {tmp}/none", "either --feature or --search"),
+        ("train_demo_model", "--corpora {tmp} --out {tmp}/m", "--corpora"),
+    ],
+)
+def test_unusable_input_is_one_sentence_and_exit_code_2(script, flags, message, tmp_path):
+    done = run(ROOT / "scripts" / f"{script}.py", *flags.format(tmp=tmp_path).split())
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert message in error
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_an_unknown_flag_is_refused():
+    done = run(ROOT / "scripts" / "train_sae.py", "--cache", "x", "--out", "y", "--learning-rate", "1")
+    assert done.returncode == 2
+    assert "learning-rate" in done.stderr + done.stdout
