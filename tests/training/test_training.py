@@ -99,22 +99,7 @@ def test_a_stopped_run_continues_bit_for_bit(cache, tmp_path, monkeypatch):
 def test_kill_minus_nine_at_random_moments_then_resume(cache, tmp_path):
     """A killed process leaves a folder from which the same command finishes as if it had never been killed."""
     command = [sys.executable, "-c", "from sae.command_line import train_sae; train_sae()"]
-    flags = [
-        "--d-sae",
-        "40",
-        "--l1",
-        "1",
-        "--steps",
-        "3000",
-        "--batch-size",
-        "128",
-        "--log-every",
-        "100",
-        "--checkpoint-every",
-        "150",
-        "--device",
-        "cpu",
-    ]
+    flags = "--d-sae 40 --l1 1 --steps 3000 --batch-size 128 --log-every 100 --checkpoint-every 150 --device cpu".split()  # noqa: SIM905
 
     def start(out):
         return subprocess.Popen([*command, "--cache", cache, "--out", out, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -147,7 +132,7 @@ def test_other_settings_in_the_same_folder_are_refused(cache, tmp_path):
     before = contents(tmp_path / "d")
     train(config_for(cache, tmp_path / "d"))  # complete: nothing happens
     assert contents(tmp_path / "d") == before
-    with pytest.raises(InputError, match="lr 0.003 there, 0.001 now"):
+    with pytest.raises(InputError, match=r"lr 0\.003 there, 0.001 now"):
         train(config_for(cache, tmp_path / "d", lr=1e-3))
     train(config_for(cache, tmp_path / "d", lr=1e-3, restart=True))
     assert contents(tmp_path / "d")[0] != before[0]
@@ -156,7 +141,7 @@ def test_other_settings_in_the_same_folder_are_refused(cache, tmp_path):
 
 def test_a_diverging_run_stops_and_keeps_its_checkpoint(cache, tmp_path):
     config = config_for(cache, tmp_path / "d", lr=1e6, lr_warmup=0.0, checkpoint_every=1, steps=50)
-    with pytest.raises(InputError, match="training diverged at step .* is untouched"):
+    with pytest.raises(InputError, match=r"training diverged at step .* is untouched"):
         train(config)
     state = load_file(tmp_path / "d" / "checkpoint.safetensors")
     assert all(t.isfinite().all() for t in state.values())
@@ -222,9 +207,10 @@ def test_settings_that_cannot_be_meant_are_refused(cache, tmp_path, change):
 def test_training_imports_with_torch_numpy_and_safetensors_alone():
     code = """
 import sys
+heavy = {'transformers', 'datasets', 'wandb', 'tyro', 'rich', 'sklearn', 'matplotlib', 'pandas', 'scipy', 'tokenizers'}
 class Refuse:
     def find_spec(self, name, *rest):
-        if name.split('.')[0] in {'transformers', 'datasets', 'wandb', 'tyro', 'rich', 'sklearn', 'matplotlib', 'pandas', 'scipy', 'tokenizers'}:
+        if name.split('.')[0] in heavy:
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
 import sae.dictionary, sae.objective, sae.training
