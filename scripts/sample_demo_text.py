@@ -24,7 +24,7 @@ class SampleConfig:
     """folder of the model; the domains are those in its training.json"""
     out: Path = Path("checkpoints/demo-lm/tokens.safetensors")
     """token file to write"""
-    tokens_per_domain: int = 75_000
+    tokens_per_domain: int = 50_000
     """at least so many tokens from each domain"""
     batch: int = 256
     """documents sampled together"""
@@ -75,9 +75,7 @@ def sample_documents(lm: LanguageModel, tag_id: int, config: SampleConfig, seed:
     """A batch of documents of one domain: beginning-of-text, then text up to the model's next beginning-of-text or its context."""
     bos_id = lm.tokenizer.bos_token_id
     prompt_sp = torch.tensor([[bos_id, tag_id]]).expand(config.batch, 2).to(lm.device)
-    ids_sp = lm.generate(
-        prompt_sp, max_new_tokens=lm.context - 2, temperature=config.temperature, top_p=config.top_p, seed=seed
-    )
+    ids_sp = lm.generate(prompt_sp, max_new_tokens=lm.context - 2, temperature=config.temperature, top_p=config.top_p, seed=seed)
     documents = []
     for row in ids_sp[:, 2:].tolist():  # host sync
         end = next((i for i, token in enumerate(row) if token == bos_id), len(row))

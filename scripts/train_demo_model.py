@@ -10,12 +10,17 @@ b rows (sequences) · p positions · v vocabulary
 import gzip
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from sae.command_line import run
+from sae.errors import InputError
 
 BOS = "<|endoftext|>"
 
@@ -27,17 +32,17 @@ class DemoModelConfig:
     out: Path = Path("checkpoints/demo-lm")
     """folder of the finished model, in Hugging Face layout"""
     init_from: Path | None = None
-    """continue this model instead of a fresh one; its tokenizer and shape are kept and the next four settings are unused"""
+    """continue this model instead of a fresh one; its tokenizer and shape are kept, so the next four settings must be left alone"""
     n_layer: int = 6
     d_model: int = 256
     n_head: int = 8
     vocab_size: int = 8192
     context: int = 256
-    """positions per training row"""
+    """positions per training row; a model given with --init-from is cut to so many"""
     batch_rows: int = 16
     """rows per step; on a GPU use 128 or more"""
     tokens: int = 10_000_000
-    """length of the schedule, in training tokens"""
+    """length of the schedule, in training tokens; 0 only measures, and writes the model with its card"""
     muon_lr: float = 0.02
     """peak rate of the hidden matrices"""
     adam_lr: float = 2e-3
@@ -74,7 +79,7 @@ class Muon(torch.optim.Optimizer):
 def read_domains(corpora: Path, split: str) -> dict[str, list[str]]:
     paths = sorted(corpora.glob(f"*.{split}.jsonl.gz"))
     if not paths:
-        raise SystemExit(f"expected DOMAIN.{split}.jsonl.gz files in {corpora}, found none; give the folder with --corpora")
+        raise InputError(f"expected DOMAIN.{split}.jsonl.gz files in {corpora}, found none; give the folder with --corpora")
     return {path.name.split(".")[0]: [json.loads(line)["text"] for line in gzip.open(path, "rt", encoding="utf-8")] for path in paths}
 
 
@@ -112,7 +117,13 @@ def make_model(config: DemoModelConfig, tokenizer):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     if config.init_from:
-        return GPT2LMHeadModel.from_pretrained(config.init_from, dtype=torch.float32)
+        model = GPT2LMHeadModel.from_pretrained(config.init_from, dtype=torch.float32)
+        if config.context > model.config.n_positions:
+            raise InputError(f"{config.init_from} has {model.config.n_positions} positions; --context {config.context} asks for more")
+        wpe = model.transformer.wpe
+        wpe.weight = torch.nn.Parameter(wpe.weight[: config.context].clone())
+        wpe.num_embeddings = model.config.n_positions = config.context
+        return model
     bos = tokenizer.bos_token_id
     return GPT2LMHeadModel(
         GPT2Config(
@@ -185,6 +196,11 @@ def rate(step: int, steps: int) -> float:
 def train(config: DemoModelConfig) -> None:
     from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
+    shape_fields = ("n_layer", "d_model", "n_head", "vocab_size")
+    if config.init_from and any(getattr(config, name) != getattr(DemoModelConfig, name) for name in shape_fields):
+        raise InputError(
+            "a model given with --init-from keeps its shape and tokenizer; leave out --n-layer, --d-model, --n-head, --vocab-size"
+        )
     torch.manual_seed(config.seed)
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     texts = read_domains(config.corpora, "train")
@@ -202,7 +218,7 @@ def train(config: DemoModelConfig) -> None:
             logits_bpv = model(ids_bp[:, :-1]).logits
         return F.cross_entropy(logits_bpv.float().flatten(0, 1), ids_bp[:, 1:].flatten())
 
-    step_loss = torch.compile(loss_of) if config.compile else loss_of
+    step_loss = torch.compile(loss_of) if config.compile and steps else loss_of
     config.out.mkdir(parents=True, exist_ok=True)
     state_path = config.out / "training_state.pt"
     first = 0
@@ -215,7 +231,7 @@ def train(config: DemoModelConfig) -> None:
         print(f"resuming at step {first} of {steps}", flush=True)
 
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
-    with Progress(*columns) as progress, open(config.out / "training.log", "a") as log:
+    with Progress(*columns) as progress, open(config.out / "training.log" if steps else os.devnull, "a") as log:
         bar = progress.add_task("training", total=steps, completed=first, loss=float("nan"))
         for step in range(first, steps):
             for optimiser, peak in ((muon, config.muon_lr), (adam, config.adam_lr)):
@@ -248,13 +264,20 @@ def train(config: DemoModelConfig) -> None:
 def write_card(config: DemoModelConfig, model, losses: dict[str, dict[str, float]]) -> None:
     mean = {k: float(np.mean([row[k] for row in losses.values()])) for k in ("nats_per_token", "bits_per_character")}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(config).items()}
-    (config.out / "training.json").write_text(json.dumps({"settings": settings, "mean": mean, "held_out": losses}, indent=1) + "\n")
+    record: dict[str, Any] = {"settings": settings, "mean": mean, "held_out": losses}
+    if config.init_from and (config.init_from / "training.json").exists():
+        record["continued_from"] = json.loads((config.init_from / "training.json").read_text())
+    (config.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     c = model.config
     rows = "\n".join(
         f"| {d} | {r['nats_per_token']:.3f} | {math.exp(r['nats_per_token']):.1f} | {r['bits_per_character']:.3f} |"
         for d, r in losses.items()
     )
+    history = f"`python scripts/train_demo_model.py` with the settings in `training.json`, {config.tokens:,} tokens"
+    earlier = record.get("continued_from", {}).get("tokens")
+    if earlier:
+        history = f"{earlier:,} tokens in an earlier run, whose record is in `training.json`" + f"; then {history}" * bool(config.tokens)
     (config.out / "README.md").write_text(f"""# demo-lm
 
 A {parameters:.1f}M-parameter GPT-2-architecture language model ({c.n_layer} layers of width {c.n_embd}, {c.n_head} heads,
@@ -263,9 +286,7 @@ for trying the toolkit offline. It was trained on English text of {len(losses)} 
 domain's tag (`{tag(next(iter(losses)))}` and so on), so text of a domain can be sampled with its label. It learned to swear from film
 dialogue and overheard conversation. It knows nothing worth asking for, and its text should not be taken for anybody's words.
 
-Training: `python scripts/train_demo_model.py` with the settings in `training.json`{
-        " (the tokens of the model it was continued from come on top)" if config.init_from else ""
-    }; losses along the way in `training.log`.
+Training: {history}.
 
 ## Held-out loss
 Validation documents, never trained on, without tags, in rows of {config.context} tokens.
@@ -278,6 +299,4 @@ Validation documents, never trained on, without tags, in rows of {config.context
 
 
 if __name__ == "__main__":
-    import tyro
-
-    train(tyro.cli(DemoModelConfig, description=__doc__))
+    run(train, DemoModelConfig, __doc__ or "")

@@ -1,0 +1,100 @@
+"""The main job on the bundled model, offline: cache, train, evaluate, index, browse, steer. Prints every command before it runs it.
+
+Each command can be typed by hand. A demo that was interrupted goes on where it stopped; `--restart` begins anew.
+"""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from sae.command_line import run
+from sae.dictionary import WEIGHTS
+from sae.files import crc32
+
+MODEL = Path("checkpoints/demo-lm")
+SHIPPED = Path("checkpoints/demo-sae")
+# Also how checkpoints/demo-sae was made; its README says so.
+TRAINING = "--d-sae 4096 --l1 5 --steps 1500 --batch-size 2048 --lr 1e-3"
+
+
+@dataclass
+class DemoConfig:
+    out: Path = Path("runs/demo")
+    """folder of everything the demo makes"""
+    word: str = "fuck"
+    """a word to look for among the features"""
+    strengths: tuple[float, ...] = (1.0, 2.0)
+    """multiples of the found feature's maximum activation to steer with"""
+    restart: bool = False
+    """remove what an earlier demo made"""
+
+
+def demo(config: DemoConfig) -> None:
+    if config.restart:
+        shutil.rmtree(config.out, ignore_errors=True)
+    out = config.out
+    cache, dictionary, index, pages = out / "cache", out / "sae", out / "index", out / "pages"
+    began = time.monotonic()
+    text = MODEL / "tokens.safetensors"
+    call("cache_activations", f"--model {MODEL} --text {text} --sites resid_post.2 --tokens 1500000 --out {cache}")
+    call("train_sae", f"--cache {cache} --out {dictionary} {TRAINING}")
+    call("evaluate_sae", f"--dictionary {dictionary} --cache {cache}")
+    call("build_feature_index", f"--dictionary {dictionary} --cache {cache} --tokens 500000 --out {index}")
+    call("browse_features", f"--index {index} --search {shlex.quote(config.word)} --top 8 --html {pages}")
+    feature = json.loads(call("browse_features", f"--index {index} --search {shlex.quote(config.word)} --top 1 --json", show=False))[0]
+    number = feature["feature"]
+    call("steer", f"--index {index} --feature {number} --strength {config.strengths[0]:g} --prompt 'I think'")
+    table = out / "steering.json"
+    given = " ".join(f"{s:g}" for s in config.strengths)
+    call("measure_steering", f"--index {index} --feature {number} --strengths {given} --samples 16 --out {table}")
+    summary(config, number, time.monotonic() - began)
+
+
+def call(script: str, flags: str, show: bool = True) -> str:
+    """Runs a script of ours, after printing it as one would type it; ends the demo with the script's exit code if that is not 0."""
+    began = time.monotonic()
+    if show:
+        print(f"\n$ python scripts/{script}.py {flags}", flush=True)
+    command = [sys.executable, str(Path(__file__).with_name(f"{script}.py")), *shlex.split(flags)]
+    done = subprocess.run(command, stdout=None if show else subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+    if show:
+        print(f"({time.monotonic() - began:.0f} s)", flush=True)
+    return done.stdout or ""
+
+
+def summary(config: DemoConfig, feature: int, seconds: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    out = config.out
+    measured = json.loads((out / "sae" / "evaluation.json").read_text())
+    reconstruction, loss = measured["reconstruction"], measured["language_model"]
+    rows = json.loads((out / "steering.json").read_text())["rows"]
+    table = Table(title=f"The demo took {seconds / 60:.1f} minutes", show_header=False)
+    table.add_row("activations", str(out / "cache"))
+    table.add_row("dictionary", str(out / "sae"))
+    table.add_row("held-out quality", f"FVU {reconstruction['fvu']:.3f} at L0 {reconstruction['l0']:.1f}")
+    low, high = loss["loss_recovered_interval"]
+    table.add_row("loss recovered", f"{loss['loss_recovered']:.3f} ({low:.3f} to {high:.3f})")
+    table.add_row(f"feature for {config.word!r}", f"{feature}; open {out / 'pages' / 'index.html'} in a browser")
+    for row in rows:
+        added = "unsteered" if row["direction"] == "none" else f"{row['direction']} x {row['strength']:g}"
+        per_thousand = 1000 * row["found"] / max(1, row["words"])
+        rate = f"{row['found']} curse words in {row['words']:,} ({per_thousand:.1f} per 1,000), {row['nats_per_token']:.2f} nats per token"
+        table.add_row(added, rate)
+    if SHIPPED.exists():
+        same = crc32(SHIPPED / WEIGHTS) == crc32(out / "sae" / WEIGHTS)
+        found = "to the last bit" if same else "in method; bits differ with the processor and its thread count"
+        table.add_row(str(SHIPPED), f"the shipped dictionary, the same {found}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run(demo, DemoConfig, __doc__ or "")
