@@ -34,8 +34,8 @@ class TrainingConfig:
     """share of the steps, at the end, over which it falls linearly to zero"""
     l1_warmup: float = 0.05
     """share of the steps over which the L1 coefficient rises linearly"""
-    clip: float = 0.0
-    """largest norm of the whole gradient; 0 leaves it alone"""
+    clip: float = 1.0
+    """largest norm of the whole gradient, so that the large first ones do not linger in Adam's second moment; 0 leaves it alone"""
     decoder_norm: float = 0.1
     """norm of the decoder rows at the start"""
     resample_every: int = 2500
