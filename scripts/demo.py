@@ -19,7 +19,9 @@ from sae.files import crc32
 MODEL = Path("checkpoints/demo-lm")
 SHIPPED = Path("checkpoints/demo-sae")
 # Also how checkpoints/demo-sae was made; its README says so.
-TRAINING = "--d-sae 4096 --l1 5 --steps 1500 --batch-size 2048 --lr 1e-3"
+TRAINING = "--d-sae 4096 --l1 3 --steps 1300 --batch-size 2048 --lr 3e-3 --resample-every 300 --dead-steps 150"
+
+SAMPLING = "--temperature 0.9 --top-p 0.95"  # as the model's bundled text was sampled
 
 
 @dataclass
@@ -41,17 +43,17 @@ def demo(config: DemoConfig) -> None:
     cache, dictionary, index, pages = out / "cache", out / "sae", out / "index", out / "pages"
     began = time.monotonic()
     text = MODEL / "tokens.safetensors"
-    call("cache_activations", f"--model {MODEL} --text {text} --sites resid_post.2 --tokens 1500000 --out {cache}")
+    call("cache_activations", f"--model {MODEL} --text {text} --sites resid_post.2 --tokens 1000000 --out {cache}")
     call("train_sae", f"--cache {cache} --out {dictionary} {TRAINING}")
     call("evaluate_sae", f"--dictionary {dictionary} --cache {cache}")
     call("build_feature_index", f"--dictionary {dictionary} --cache {cache} --tokens 500000 --out {index}")
     call("browse_features", f"--index {index} --search {shlex.quote(config.word)} --top 8 --html {pages}")
     feature = json.loads(call("browse_features", f"--index {index} --search {shlex.quote(config.word)} --top 1 --json", show=False))[0]
     number = feature["feature"]
-    call("steer", f"--index {index} --feature {number} --strength {config.strengths[0]:g} --prompt 'I think'")
+    call("steer", f"--index {index} --feature {number} --strength {config.strengths[0]:g} --prompt 'I think' {SAMPLING}")
     table = out / "steering.json"
     given = " ".join(f"{s:g}" for s in config.strengths)
-    call("measure_steering", f"--index {index} --feature {number} --strengths {given} --samples 16 --out {table}")
+    call("measure_steering", f"--index {index} --feature {number} --strengths {given} --samples 24 {SAMPLING} --out {table}")
     summary(config, number, time.monotonic() - began)
 
 

@@ -57,6 +57,8 @@ def sample(config: SampleConfig) -> Path:
                 tokens = sum(len(d) for d in new)
                 kept += tokens
                 bar.advance(tokens, domain=domain)
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    documents, labels = [documents[i] for i in order], [labels[i] for i in order]  # so that any first part is a fair sample
     lengths = torch.tensor([0] + [len(d) for d in documents])
     write_tensors(
         config.out,
