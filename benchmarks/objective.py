@@ -66,9 +66,9 @@ def make_arms(config: BenchmarkConfig, d_sae: int) -> dict[str, Callable[[], Non
     z_bf = x_bd[:256] @ sae.W_enc_fd.detach().T
     with torch.no_grad():
         sae.b_enc_f.fill_(-float(z_bf.flatten().kthvalue(int(z_bf.numel() * (1 - config.l0 / d_sae))).values))
-    rate = dict(lr=0.0, fused=True)  # the work of a step without its effect, so that every round has the same sparsity
+    lr = 0.0  # the work of a step without its effect, so that every round has the same sparsity
     ours = [p.detach().clone().requires_grad_() for p in sae.parameters()]
-    ours_adam, eager_adam = torch.optim.Adam(ours, **rate), torch.optim.Adam(sae.parameters(), **rate)
+    ours_adam, eager_adam = torch.optim.Adam(ours, lr=lr, fused=True), torch.optim.Adam(sae.parameters(), lr=lr, fused=True)
     workspace = Workspace()
     out_bf = torch.empty(config.batch_size, d_sae)
 

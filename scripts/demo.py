@@ -30,7 +30,7 @@ class DemoConfig:
     """folder of everything the demo makes"""
     word: str = "fuck"
     """a word to look for among the features"""
-    strengths: tuple[float, ...] = (1.0, 2.0)
+    strengths: tuple[float, ...] = (1.0, 1.5, 2.0)
     """multiples of the found feature's maximum activation to steer with"""
     restart: bool = False
     """remove what an earlier demo made"""

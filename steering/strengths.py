@@ -147,7 +147,7 @@ def show(rows: list[Row], feature: int, site: str, config: StrengthsConfig) -> N
     from rich.table import Table
 
     title = f"feature {feature} at {site}: {len(config.prompts)} prompts, {config.samples} continuations each, words of {config.words.name}"
-    table = Table("added", "strength", "words found", "per 1,000 words (95 %)", "nats per token", "distinct-2", title=title)
+    table = Table("added", "strength", "found", "per 1,000 words (95 %)", "nats/token", "distinct-2", title=title)
     for row in rows:
         low, high = (f"{1000 * x:.1f}" for x in row.interval)
         per_thousand = f"{1000 * row.found / max(1, row.words):.1f} ({low} to {high})"

@@ -109,10 +109,13 @@ def print_table(index: FeatureIndex, features: list[int], found: dict[int, Any],
     table = Table(title=heading, title_justify="left", box=None, header_style="bold")
     names = {"FiresOn": ["score", "precision", "recall"], "Promotes": ["value", "lens_rank"]}
     extra = names[type(next(iter(found.values()))).__name__] if found else []
+    console = Console()
+    wide = console.width >= 120  # a narrow terminal has no room for every column beside the context
+    extra = extra if wide else extra[:1]
     for name in ("feature", "density", "max", *(name.replace("_", " ") for name in extra)):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name, width in (("fires on", 22), ("promotes", 26)):
-        table.add_column(name, max_width=width, no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=True, min_width=max(7, len(name)))
+    for name, width in (("fires on", 22), ("promotes", 26))[: 1 + wide]:
+        table.add_column(name, max_width=width, min_width=12, no_wrap=True)
     table.add_column("strongest context", no_wrap=True, ratio=1)
     for j in features:
         columns = index.feature(j).columns
@@ -123,8 +126,8 @@ def print_table(index: FeatureIndex, features: list[int], found: dict[int, Any],
             for tokens in (index.top_tokens(j, 3), index.lens_tokens(j, 4))
         ]
         contexts = index.top_contexts(j, 1, before=12, after=8)
-        table.add_row(*numbers, *words, context_text(contexts[0], 24) if contexts else "")
-    Console().print(table)
+        table.add_row(*numbers, *words[: 1 + wide], context_text(contexts[0], 24 if wide else 12) if contexts else "")
+    console.print(table)
 
 
 def print_feature(index: FeatureIndex, j: int, n: int, seed: int) -> None:
