@@ -21,13 +21,9 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         keep_until(self.path, first_step)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (held for the whole run)
-        self._since, self._step, self._sparse_rows = time.monotonic(), first_step, 0.0
+        self._since, self._step = time.monotonic(), first_step
 
-    def count(self, result: Step) -> None:
-        """Notes which way a step between two lines was computed."""
-        self._sparse_rows += result.sparse_share
-
-    def write(self, run: Run, result: Step, x_bd: Tensor, step: int, resampled: int) -> dict[str, float]:
+    def write(self, run: Run, result: Step, x_bd: Tensor, step: int) -> dict[str, float]:
         """`step` steps are done; `result` is the last one's. Returns the line."""
         seconds, steps = time.monotonic() - self._since, step - self._step
         line = {
@@ -41,17 +37,17 @@ class MetricsLog:
             "l1_coefficient": l1_now(step - 1, run.l1, self.config),
             "lr": learning_rate(step - 1, self.config),
             "dead_fraction": float(run.dead_f().float().mean()),
-            "resampled": resampled,
-            "sparse_path_share": self._sparse_rows / max(1, steps),
+            "resampled": int(run.resampled),
+            "sparse_path_share": float(run.sparse_rows / run.rows_counted),
             "tokens_per_second": round(steps * self.config.batch_size / max(seconds, 1e-9)),
         }
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         if self.wandb is not None:
             self.wandb.log(self._named(line) | self._named({"log10_density": density_histogram(run)}), step=step)
-        run.fired_f.zero_()
-        run.rows_counted.zero_()
-        self._since, self._step, self._sparse_rows = time.monotonic(), step, 0.0
+        for count in run.counts().values():
+            count.zero_()
+        self._since, self._step = time.monotonic(), step
         return line
 
     def _named(self, line: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class Run:
-    """A dictionary of a sweep. `state` and `restore` carry all that the next step depends on."""
+    """A dictionary of a sweep. `state` and `restore` carry all that the next step and the next line of metrics depend on."""
 
     def __init__(self, l1: float, dictionary: SparseAutoencoder, config: TrainingConfig):
         self.l1, self.config, self.dictionary = l1, config, dictionary
@@ -31,6 +31,8 @@ class Run:
         self.silent_steps_f = torch.zeros(dictionary.d_sae, dtype=torch.int64, device=device)
         self.fired_f = torch.zeros(dictionary.d_sae, dtype=torch.int64, device=device)
         self.rows_counted = torch.zeros((), dtype=torch.int64)
+        self.sparse_rows = torch.zeros((), dtype=torch.float64)
+        self.resampled = torch.zeros((), dtype=torch.int64)
 
     def gradients(self, x_bd: Tensor, step: int) -> Step:
         return objective(x_bd, self.weights, l1_now(step, self.l1, self.config), self.config.backend, self.workspace)
@@ -47,6 +49,7 @@ class Run:
         self.silent_steps_f = torch.where(result.fired_f > 0, 0, self.silent_steps_f + 1)
         self.fired_f += result.fired_f
         self.rows_counted += rows
+        self.sparse_rows += result.sparse_share * rows
 
     def dead_f(self) -> Tensor:
         """Which features have not fired for `dead_steps` steps, [f] bool."""
@@ -63,7 +66,7 @@ class Run:
         dead_f = self.dead_f()
         count = int(dead_f.sum())  # host sync
         if not count or count == len(dead_f):
-            return count
+            return 0  # without a living feature there is no scale to follow
         residual_bd = x_bd - self.dictionary(x_bd)
         loss_b = residual_bd.square().sum(-1)
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
@@ -77,14 +80,19 @@ class Run:
             self.adam.state[parameter]["exp_avg"][dead_f] = 0
             self.adam.state[parameter]["exp_avg_sq"][dead_f] = 0
         self.silent_steps_f[dead_f] = 0
+        self.resampled += count
         return count
+
+    def counts(self) -> dict[str, Tensor]:
+        """What has happened since the last line of metrics."""
+        return {name: getattr(self, name) for name in ("fired_f", "rows_counted", "sparse_rows", "resampled")}
 
     def state(self) -> dict[str, Tensor]:
         """References to every tensor that the next step depends on, by name."""
         tensors = {name: weight.detach() for name, weight in zip(Weights._fields, self.weights)}
         for name, weight in zip(Weights._fields, self.weights):
             tensors |= {f"adam.{name}.{moment}": self.adam.state[weight][moment] for moment in MOMENTS}
-        return tensors | {"silent_steps_f": self.silent_steps_f, "fired_f": self.fired_f, "rows_counted": self.rows_counted}
+        return tensors | {"silent_steps_f": self.silent_steps_f} | self.counts()
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:

@@ -5,6 +5,7 @@ b rows (tokens) · d model width · f features
 
 import json
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,7 +84,6 @@ def train(config: TrainingConfig) -> list[Path]:
 def loop(config: TrainingConfig, runs: list[Run], batches, logs: list[MetricsLog], scale: float, first: int) -> list[dict]:
     """Steps `first` to the end; gives each dictionary's last line of metrics."""
     lines: list[dict] = [{} for _ in runs]
-    resampled = [0] * len(runs)
     last_resampling = config.steps * (1 - config.lr_decay)
     with stop_requests() as stop, progress("training", config.steps, "steps", first) as bar:
         for step in range(first, config.steps):
@@ -92,13 +92,11 @@ def loop(config: TrainingConfig, runs: list[Run], batches, logs: list[MetricsLog
                 result = run.gradients(x_bd, step)
                 refuse_runaway(result, x_bd, step, config)
                 run.update(result, len(x_bd), step)
-                log.count(result)
                 done = step + 1
                 if config.resample_every and done % config.resample_every == 0 and done <= last_resampling:
-                    resampled[i] += run.resample(x_bd, step)
+                    run.resample(x_bd, step)
                 if done % config.log_every == 0 or done == config.steps:
-                    lines[i] = log.write(run, result, x_bd, done, resampled[i])
-                    resampled[i] = 0
+                    lines[i] = log.write(run, result, x_bd, done)
             bar.advance(1, **{k: f"{lines[0][k]:.3g}" for k in ("fvu", "l0") if lines[0]})
             if stop or (done % config.checkpoint_every == 0 and done < config.steps):
                 save_checkpoint(config, runs, done)
@@ -122,8 +120,8 @@ def refuse_runaway(result, x_bd: Tensor, step: int, config: TrainingConfig) -> N
     squared_error, loss = float(result.squared_error), float(result.loss)  # host sync
     if squared_error <= 100 * x_bd.shape[1] and loss - loss == 0:
         return
-    kept = "the last checkpoint" if (config.out / FILE).exists() else "no checkpoint yet; nothing"
-    kept = f"{kept} in {config.out} is untouched"
+    saved = (config.out / FILE).exists()
+    kept = f"the last checkpoint in {config.out} is untouched" if saved else "no checkpoint was written yet"
     broken = (~torch.isfinite(x_bd)).any(-1).sum().item()
     if broken:
         raise InputError(f"{broken} of the activations in the batch of step {step + 1} are not finite; harvest them again; {kept}")
@@ -134,6 +132,9 @@ def refuse_runaway(result, x_bd: Tensor, step: int, config: TrainingConfig) -> N
 def stop_requests() -> Iterator[list[int]]:
     """A list that becomes non-empty at SIGTERM or Ctrl-C, so that the loop can end between two steps; a second signal ends at once."""
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield received
+        return
 
     def note(number, frame):
         if received:

@@ -76,7 +76,9 @@ def test_training_lowers_the_loss_and_saves_a_dictionary_for_raw_activations(cac
 
 
 def test_a_stopped_run_continues_bit_for_bit(cache, tmp_path, monkeypatch):
-    train(config_for(cache, tmp_path / "whole"))
+    changes = dict(l1=(15.0,), resample_every=16)  # features die, and some are resampled between the last line of metrics and the stop
+    train(config_for(cache, tmp_path / "whole", **changes))
+    assert [line["resampled"] > 0 for line in contents(tmp_path / "whole")[1]][3]
     calls = 0
     update = Run.update
 
@@ -89,9 +91,9 @@ def test_a_stopped_run_continues_bit_for_bit(cache, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Run, "update", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(config_for(cache, tmp_path / "parts"))
+        train(config_for(cache, tmp_path / "parts", **changes))
     assert not (tmp_path / "parts" / WEIGHTS).exists()
-    train(config_for(cache, tmp_path / "parts"))
+    train(config_for(cache, tmp_path / "parts", **changes))
     assert calls == 60
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
