@@ -64,6 +64,8 @@ class Row(NamedTuple):
     """of the continuations under the unsteered model; NaN where there is no text"""
     distinct_2: float
     """share of different pairs among all pairs of neighbouring tokens"""
+    failed_prompts: int
+    """prompts without text, because at this strength the model's logits are not finite"""
     texts: list[str]
 
 
@@ -105,6 +107,7 @@ def measure(lm: LanguageModel, name: str, vector: SteeringVector, strength: floa
     texts: list[str] = []
     losses: list[float] = []
     pairs: list[tuple[int, int]] = []
+    failed = 0
     for number, prompt in enumerate(config.prompts):
         ids_sp, mask_sp = (t.expand(config.samples, -1) for t in lm.encode([prompt]))
         start = ids_sp.shape[1]
@@ -119,6 +122,7 @@ def measure(lm: LanguageModel, name: str, vector: SteeringVector, strength: floa
                     seed=config.seed + number,
                 )
         except (NonFiniteLogits, OverflowError):
+            failed += 1
             continue
         new_sn = whole_sp[:, start:]
         losses.append(continuation_loss(lm, ids_sp, new_sn))
@@ -129,7 +133,7 @@ def measure(lm: LanguageModel, name: str, vector: SteeringVector, strength: floa
     interval = bootstrap([word_rate([t], words)[:2] for t in texts], config.seed)
     distinct = len(set(pairs)) / len(pairs) if pairs else float("nan")
     nats = float(np.mean(losses)) if losses else float("nan")
-    return Row(name, strength, rate.found, rate.words, interval, nats, distinct, texts)
+    return Row(name, strength, rate.found, rate.words, interval, nats, distinct, failed, texts)
 
 
 def bootstrap(counts: list[tuple[int, int]], seed: int, rounds: int = 1000) -> tuple[float, float]:
@@ -160,4 +164,7 @@ def show(rows: list[Row], feature: int, site: str, config: StrengthsConfig) -> N
             f"{row.nats_per_token:.2f}",
             f"{row.distinct_2:.2f}",
         )
+    failed = [f"{row.direction} x {row.strength:g} on {row.failed_prompts}" for row in rows if row.failed_prompts]
+    if failed:
+        table.caption = f"no text, because the logits were not finite: {', '.join(failed)} of {len(config.prompts)} prompts"
     Console().print(table)
