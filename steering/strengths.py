@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from sae.errors import InputError
+from sae.evaluation.evaluate import finite
 from sae.files import write_json
 from sae.language_model import LanguageModel, NonFiniteLogits
 from sae.progress import progress
@@ -86,7 +87,7 @@ def strengths(config: StrengthsConfig) -> list[Row]:
             bar.advance(len(config.prompts) * config.samples)
     if config.out:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-        write_json(config.out, {"settings": settings, "feature": feature, "rows": [row._asdict() for row in rows]})
+        write_json(config.out, {"settings": settings, "feature": feature, "rows": [finite(row._asdict()) for row in rows]})
     show(rows, feature, vector.site, config)
     return rows
 
