@@ -1,5 +1,6 @@
 """Files that are either whole or absent: temporary name, fsync, rename."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -73,6 +74,24 @@ def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = N
                 raise OSError(28, "No space left on device") from error
             raise
         temporary.chmod(mode)  # safetensors writes through a private file of its own
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Holds the folder against a second run into it; the operating system lets go of it even after kill -9.
+
+    Raises `InputError` while another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run is writing into {folder}; wait for it or choose another --out") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from sae.activations.ledger import FORMAT_VERSION, Ledger, claim, describe_file, has_size, only_writer
+from sae.activations.ledger import FORMAT_VERSION, Ledger, claim, describe_file, has_size
 from sae.activations.plan import Pool, count_rows, padding, plan_pools
 from sae.activations.record import Recorder
 from sae.activations.text import TextConfig, check_source, documents, text_files
 from sae.activations.tokens import Cutter, Part, Tokens, tokenise
 from sae.errors import InputError
-from sae.files import read_json, require_free_space, write_json, write_tensors
+from sae.files import only_writer, read_json, require_free_space, write_json, write_tensors
 from sae.progress import progress
 
 if TYPE_CHECKING:

@@ -1,10 +1,7 @@
 """What a harvest has finished so far: an append-only file of JSON lines, each written after the files it names are safely on disk."""
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +51,6 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 def has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
-
-
-@contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Holds the folder, so that a second harvest into it is refused; the operating system lets go of it even after kill -9."""
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"another harvest is writing into {folder}; wait for it or choose another --out") from None
-        yield
-    finally:
-        os.close(handle)
 
 
 def claim(folder: Path, settings: dict[str, Any], model: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
-from sae.files import read_json, remove_leftovers, write_json
+from sae.files import only_writer, read_json, remove_leftovers, write_json
 from sae.progress import progress
 from sae.training.checkpoint import FILE, refuse_other_settings, restore_checkpoint, save_checkpoint
 from sae.training.config import TrainingConfig
@@ -34,7 +34,6 @@ def train(config: TrainingConfig) -> list[Path]:
     for settings or a cache that cannot be used, and when the activations or the loss are not finite or the loss runs away; the last
     checkpoint then still stands.
     """
-    from sae.activations.batches import ActivationBatches
     from sae.activations.cache import ActivationCache
 
     config.check()
@@ -47,15 +46,23 @@ def train(config: TrainingConfig) -> list[Path]:
         f"({cache.d_in} wide): {config.steps:,} steps of {config.batch_size:,} = {config.steps * config.batch_size / rows:.1f} times "
         f"the cache's {rows:,} rows, on {device}"
     )
-    if config.dry_run:
-        return folders
+    if not config.dry_run:
+        with only_writer(config.out):
+            train_into(folders, config, cache, device)
+    return folders
+
+
+def train_into(folders: list[Path], config: TrainingConfig, cache: "ActivationCache", device: torch.device) -> None:
+    """Begins or resumes the run in the folder, and finishes it."""
+    from sae.activations.batches import ActivationBatches
+
     if config.restart:
         for path in [config.out / FILE, *(f / "training.json" for f in folders)]:
             path.unlink(missing_ok=True)
     if all((folder / "training.json").exists() for folder in folders):
         refuse_other_settings(config, read_json(folders[0] / "training.json", "a run's training.json")["settings"])
         print(f"{config.out} is already complete; --restart trains it again")
-        return folders
+        return
 
     remove_leftovers(config.out)
     scale = (cache.d_in / cache.mean_squared_norm) ** 0.5
@@ -78,7 +85,6 @@ def train(config: TrainingConfig) -> list[Path]:
     for folder, run, line in zip(folders, runs, last):
         finish(folder, run, config, cache, scale, line)
     (config.out / FILE).unlink(missing_ok=True)
-    return folders
 
 
 def loop(config: TrainingConfig, runs: list[Run], batches, logs: list[MetricsLog], scale: float, first: int) -> list[dict]:

@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from sae.activations.harvest import HarvestConfig, harvest
 from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
+from sae.files import only_writer
 from sae.training import TrainingConfig, train
 from sae.training.config import l1_now, learning_rate
 from sae.training.run import Run
@@ -139,6 +140,12 @@ def test_other_settings_in_the_same_folder_are_refused(cache, tmp_path):
     train(config_for(cache, tmp_path / "d", lr=1e-3, restart=True))
     assert contents(tmp_path / "d")[0] != before[0]
     assert len(contents(tmp_path / "d")[1]) == 6
+
+
+def test_a_second_run_into_the_same_folder_is_refused(cache, tmp_path):
+    with only_writer(tmp_path / "d"), pytest.raises(InputError, match="another run is writing"):
+        train(config_for(cache, tmp_path / "d"))
+    train(config_for(cache, tmp_path / "d"))
 
 
 def test_a_diverging_run_stops_and_keeps_its_checkpoint(cache, tmp_path):
