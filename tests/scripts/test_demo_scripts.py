@@ -42,10 +42,11 @@ def test_the_trained_model_knows_its_domains_by_their_tags(model):
     assert record["mean"]["nats_per_token"] < 2.0  # 300 tokens at random are 5.7 nats
     assert "| first |" in (model / "README.md").read_text()
     lm = LanguageModel.load(str(model))
-    for domain, word in {"first": "aa", "second": "cc"}.items():
+    for domain, word, other in (("first", "aa bb", "cc"), ("second", "cc dd", "aa")):
         tag = lm.tokenizer.convert_tokens_to_ids(f"<|{domain}|>")
         text = lm.tokenizer.decode(lm.generate(torch.tensor([[lm.bos_id, tag]]), max_new_tokens=8, temperature=0)[0, 2:])
-        assert text.startswith(word)
+        assert word in text
+        assert other not in text
 
 
 def test_its_held_out_loss_is_that_of_the_model_on_the_validation_text(model):
@@ -75,7 +76,7 @@ def test_sampled_text_carries_its_label_and_can_be_harvested(model, tmp_path):
         names = json.loads(file.metadata()["label_names"])
     ids, starts = sampled["ids"].int(), sampled["document_starts"]
     assert (ids[starts[:-1]] == ids[0]).all()  # every document begins with beginning-of-text
-    assert not torch.isin(ids, torch.tensor([1, 2], dtype=torch.int32)).any()  # and has no tag in it
+    assert (ids == ids[0]).sum() == len(starts) - 1  # and has it nowhere else
     for label in (0, 1):
         assert (starts[1:] - starts[:-1])[sampled["document_label"] == label].sum() >= 300
     flags = ["--model", model, "--text", out, "--sites", "resid_post.0", "--out", tmp_path / "cache", "--held-out", "0.3"]
