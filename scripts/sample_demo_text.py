@@ -1,8 +1,9 @@
 """Sample the bundled model's text, an equal number of tokens from each domain, as the token file that the demo trains on.
 
 Each document is what the model writes after beginning-of-text and a domain's tag; that tag is then dropped and kept as the label, so
-that a feature has to recognise the domain from the text. (A tag that the model writes by itself, once in 13,000 tokens, stays.) The file is safetensors: `ids [n]` (documents end to end, each beginning
-with beginning-of-text), `document_starts [documents + 1]`, `document_label [documents]`, and the label names in the metadata.
+that a feature has to recognise the domain from the text. (A tag that the model writes by itself, once in 13,000 tokens, stays.) The file
+is safetensors: `ids [n]` (documents end to end, each beginning with beginning-of-text), `document_starts [documents + 1]`,
+`document_label [documents]`, and the label names in the metadata.
 """
 
 import json
