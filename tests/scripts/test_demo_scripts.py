@@ -82,5 +82,5 @@ def test_sampled_text_carries_its_label_and_can_be_harvested(model, tmp_path):
     flags = ["--model", model, "--text", out, "--sites", "resid_post.0", "--out", tmp_path / "cache", "--held-out", "0.3"]
     script("cache_activations", *flags)
     tokens = ActivationCache.open(tmp_path / "cache").tokens
-    assert tokens.label_names == names
+    assert [tokens.label_names[i] for i in tokens.document_label] == [names[i] for i in sampled["document_label"]]
     assert len(tokens.ids) == len(ids)
