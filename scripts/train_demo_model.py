@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from sae.command_line import run
 from sae.errors import InputError
+from sae.files import atomic
 
 BOS = "<|endoftext|>"
 
@@ -193,6 +194,31 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / max(1, steps // 50)) * min(1.0, (1 - step / steps) / 0.7)
 
 
+def settings_of(config: DemoModelConfig) -> dict[str, Any]:
+    """What decides the model; where it runs and how often it is saved do not."""
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(config).items()}
+    return {k: v for k, v in settings.items() if k not in ("out", "save_every", "device", "compile")}
+
+
+def save_state(path: Path, parts: dict[str, Any], config: DemoModelConfig, step: int) -> None:
+    state = {name: part.state_dict() for name, part in parts.items()}
+    with atomic(path) as temporary:
+        torch.save(state | {"step": step, "settings": settings_of(config)}, temporary)
+
+
+def resume(path: Path, parts: dict[str, Any], config: DemoModelConfig) -> int:
+    """Steps already done. Raises `InputError` for a state that was saved under other settings."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    if state["settings"] != settings_of(config):
+        raise InputError(f"{path} was saved under other settings; give those to resume it, or another --out to begin anew")
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    print(f"resuming after step {state['step']}", flush=True)
+    return state["step"]
+
+
 def train(config: DemoModelConfig) -> None:
     from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
@@ -221,15 +247,8 @@ def train(config: DemoModelConfig) -> None:
     step_loss = torch.compile(loss_of) if config.compile and steps else loss_of
     config.out.mkdir(parents=True, exist_ok=True)
     state_path = config.out / "training_state.pt"
-    first = 0
-    if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        model.load_state_dict(state["model"])
-        adam.load_state_dict(state["adam"])
-        muon.load_state_dict(state["muon"])
-        first = state["step"]
-        print(f"resuming at step {first} of {steps}", flush=True)
-
+    parts = {"model": model, "adam": adam, "muon": muon}
+    first = resume(state_path, parts, config)
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
     with Progress(*columns) as progress, open(config.out / "training.log" if steps else os.devnull, "a") as log:
         bar = progress.add_task("training", total=steps, completed=first, loss=float("nan"))
@@ -250,9 +269,7 @@ def train(config: DemoModelConfig) -> None:
                 progress.update(bar, loss=loss_now)
             progress.advance(bar)
             if (step + 1) % config.save_every == 0:
-                state = dict(model=model.state_dict(), adam=adam.state_dict(), muon=muon.state_dict(), step=step + 1)
-                torch.save(state, state_path.with_suffix(".tmp"))
-                state_path.with_suffix(".tmp").replace(state_path)
+                save_state(state_path, parts, config, step + 1)
 
     losses = held_out_loss(model, tokenizer, read_domains(config.corpora, "validation"), config.context)
     tokenizer.save_pretrained(config.out)

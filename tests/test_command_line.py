@@ -16,7 +16,7 @@ def run(*command, cwd=ROOT):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
-def test_help_explains_every_flag(script):
+def test_every_script_prints_help(script):
     done = run(script, "--help")
     assert done.returncode == 0, done.stderr
     assert "usage" in done.stdout.lower()

@@ -11,6 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from sae.errors import InputError
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
@@ -30,7 +32,7 @@ def model(tmp_path_factory):
             with gzip.open(folder / f"{domain}.{split}.jsonl.gz", "wt") as file:
                 file.writelines(json.dumps({"text": words * 30, "domain": domain}) + "\n" for _ in range(count))
     shape = "--n-layer 1 --d-model 32 --n-head 2 --vocab-size 300 --context 32 --batch-rows 8 --no-compile --device cpu".split()  # noqa: SIM905
-    script("train_demo_model", "--corpora", folder, "--out", folder / "lm", *shape, "--tokens", 8 * 32 * 60)
+    script("train_demo_model", "--corpora", folder, "--out", folder / "lm", *shape, "--tokens", 8 * 32 * 60, "--save-every", 25)
     return folder / "lm"
 
 
@@ -47,6 +49,21 @@ def test_the_trained_model_knows_its_domains_by_their_tags(model):
         text = lm.tokenizer.decode(lm.generate(torch.tensor([[lm.bos_id, tag]]), max_new_tokens=8, temperature=0)[0, 2:])
         assert word in text
         assert other not in text
+
+
+def test_a_state_saved_under_other_settings_is_refused(tmp_path):
+    sys.path.insert(0, str(SCRIPTS))
+    import train_demo_model as demo
+
+    config = demo.DemoModelConfig(corpora=tmp_path, out=tmp_path)
+    layer = torch.nn.Linear(2, 2)
+    demo.save_state(tmp_path / "state.pt", {"layer": layer}, config, 7)
+    other = torch.nn.Linear(2, 2)
+    assert demo.resume(tmp_path / "state.pt", {"layer": other}, config) == 7
+    assert torch.equal(layer.weight, other.weight)
+    assert demo.resume(tmp_path / "none.pt", {}, config) == 0
+    with pytest.raises(InputError, match="other settings"):
+        demo.resume(tmp_path / "state.pt", {"layer": other}, demo.DemoModelConfig(corpora=tmp_path, out=tmp_path, tokens=5))
 
 
 def test_its_held_out_loss_is_that_of_the_model_on_the_validation_text(model):
