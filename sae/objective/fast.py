@@ -101,10 +101,25 @@ def dense_chunk(centred, acts, fresh, weights, norm_f, l1, rows, gradients, fire
     a = workspace.take("a", acts.shape, acts.dtype, acts.device)
     torch.addmm(norm_f * (l1 / rows), g, weights.W_dec_fd.T, out=a)
     torch.ops.aten.threshold_backward.grad_input(a, acts, 0, grad_input=a)  # a where acts > 0, in one pass
-    fired_f.add_(acts.bool().sum(0))
+    fired_f.add_(positive_counts(acts, workspace))
     gradients.W_enc_fd.addmm_(a.T, centred, beta=0 if fresh else 1)
     gradients.b_enc_f.add_(a.sum(0))
     return error.square().sum()
+
+
+def positive_counts(acts: Tensor, workspace: Workspace) -> Tensor:
+    """How many rows of each column are above zero, [f] int64.
+
+    Torch widens every byte before it sums; here eight are summed in one 64-bit word, over too few rows for a byte to overflow.
+    """
+    rows, f = acts.shape
+    wide = -(-f // 8) * 8
+    mask = workspace.take("positive", (rows, wide), torch.bool, acts.device)
+    mask[:, f:] = False
+    torch.gt(acts, 0, out=mask[:, :f])
+    words = mask.view(torch.int64)
+    bytes_of = torch.stack([part.sum(0) for part in words.split(255)]).view(torch.uint8)
+    return bytes_of.sum(0, dtype=torch.int64)[:f]
 
 
 def active_entries(acts, first_row, workspace) -> tuple[Tensor, Tensor, Tensor]:

@@ -72,11 +72,11 @@ def test_single_precision_equals_float64_to_rounding(path, density, tolerance):
 
 @pytest.mark.parametrize("path", ["dense", "sparse"])
 def test_one_feature_firing_for_all_rows(path):
-    x_bd, weights = random_problem(33, 8, 20, 0.0, 0)
+    x_bd, weights = random_problem(600, 8, 20, 0.0, 0)
     weights.b_enc_f[3] = 7.0
     weights.W_enc_fd[3] = 0.01
     step = objective(x_bd, weights, 2.0, path)
-    assert step.fired_f.tolist() == [33 if j == 3 else 0 for j in range(20)]
+    assert step.fired_f.tolist() == [600 if j == 3 else 0 for j in range(20)]
     assert_equals_formula(step, x_bd, weights, 2.0)
 
 
