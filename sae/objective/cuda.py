@@ -37,12 +37,7 @@ BLOCKS = [
 ]
 
 
-@triton.autotune(
-    BLOCKS[-1:] if INTERPRETED else BLOCKS,
-    key=["B", "F", "D", "PRECISION"],
-    reset_to_zero=["active_ptr"],
-    cache_results=True,
-)
+@triton.autotune(BLOCKS[-1:] if INTERPRETED else BLOCKS, key=["B", "F", "D", "PRECISION"], reset_to_zero=["active_ptr"], cache_results=True)
 @triton.jit
 def encode(
     x_ptr, W_enc_ptr, b_enc_ptr, active_ptr, column_ptr, value_ptr, B, F, D, CAPACITY,
@@ -312,25 +307,20 @@ def prepare(x_bd: Tensor, weights: Weights, workspace: Workspace) -> Batch:
 
 
 def encode_rows(batch: Batch) -> Lists:
-    (b, f, d, capacity), k = batch.sizes, batch.sweep
+    (b, f, d, capacity), k, deterministic = batch.sizes, batch.sweep, batch.workspace.deterministic
     active_kb = batch.take("active", k, b, dtype=torch.int32).zero_()
-    column_kbc, value_kbc = batch.take("column", k, b, capacity, dtype=torch.int32), batch.take("value", k, b, capacity)
-    if batch.workspace.deterministic:
-        column_kbc.fill_(f)  # unused places sort behind the used ones
-
-    def grid(meta: dict[str, int]) -> tuple[int, int]:
-        return triton.cdiv(b, meta["BLOCK_B"]) * triton.cdiv(f, meta["BLOCK_F"]), k
-
+    lists = Lists(active_kb, batch.take("column", k, b, capacity, dtype=torch.int32), batch.take("value", k, b, capacity))
+    if deterministic:
+        lists.column_kbc.fill_(f)  # unused places sort behind the used ones
     precision = "tf32" if batch.workspace.precision == "tf32" else "ieee"
-    b_enc_kf = batch.weights.b_enc_f
-    encode[grid](
-        batch.centred_kbd, batch.W_enc_kfd, b_enc_kf, active_kb, column_kbc, value_kbc, b, f, d, capacity, PRECISION=precision
-    )  # fmt: skip
-    if batch.workspace.deterministic:
-        sorted_kbc, order_kbc = column_kbc.sort(dim=-1)
-        column_kbc.copy_(sorted_kbc)
-        value_kbc.copy_(value_kbc.gather(-1, order_kbc))
-    return Lists(active_kb, column_kbc, value_kbc)
+    encode[lambda meta: (triton.cdiv(b, meta["BLOCK_B"]) * triton.cdiv(f, meta["BLOCK_F"]), k)](
+        batch.centred_kbd, batch.W_enc_kfd, batch.weights.b_enc_f, *lists, b, f, d, capacity, PRECISION=precision
+    )
+    if deterministic:
+        sorted_kbc, order_kbc = lists.column_kbc.sort(dim=-1)
+        lists.column_kbc.copy_(sorted_kbc)
+        lists.value_kbc.copy_(lists.value_kbc.gather(-1, order_kbc))
+    return lists
 
 
 def decode_rows(batch: Batch, lists: Lists) -> tuple[Decoded, Entries]:
