@@ -13,3 +13,21 @@ def measure_steering() -> None:
     from steering.strengths import StrengthsConfig, strengths
 
     run(strengths, StrengthsConfig, "Measure what adding a feature does at several strengths, against a random direction.")
+
+
+def principal_directions() -> None:
+    from steering.principal import PrincipalConfig, principal_study
+
+    run(principal_study, PrincipalConfig, "Whether principal directions mean anything: against random and learned ones at equal KL.")
+
+
+def effect_map() -> None:
+    from steering.effect_map import EffectConfig, effect_map
+
+    run(effect_map, EffectConfig, "What else steering with a feature moves, and a direction that moves it alone.")
+
+
+def compare_directions() -> None:
+    from steering.comparison import CompareConfig, compare_directions
+
+    run(compare_directions, CompareConfig, "Compare ways to steer towards a concept at equal KL, with controls and intervals.")

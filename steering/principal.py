@@ -193,7 +193,7 @@ def principal_study(config: PrincipalConfig) -> dict[str, Any]:
     """
     from steering.principal_report import report, show
 
-    if not 2 <= config.components or config.random < 4 or config.prompts < 2 or config.fit_documents < 2 or config.held_documents < 2:
+    if min(config.components, config.prompts, config.fit_documents, config.held_documents) < 2 or config.random < 4:
         raise InputError("expected at least 2 components, 4 random directions, and 2 prompts, fitting and held-out documents")
     lm = LanguageModel.load(config.model, device=config.device)
     dictionary = None if config.sae is None else load_dictionary(config.sae, lm, config.site)
@@ -277,9 +277,7 @@ def alive_features(dictionary: SparseAutoencoder, acts_nd: Tensor, least: int = 
     return np.flatnonzero(firing_f >= least), highest_f.numpy()
 
 
-def feature_directions(
-    dictionary: SparseAutoencoder, site: str, fit: Sequences, fit_npd: Tensor, count: int, seed: int
-) -> list[Direction]:
+def feature_directions(dictionary: SparseAutoencoder, site: str, fit: Sequences, fit_npd: Tensor, count: int, seed: int) -> list[Direction]:
     """Decoder rows: of `count` random features that fire, and for each label the one along which documents show it best."""
     alive, _ = alive_features(dictionary, fit_npd.flatten(0, 1)[:50_000])
     if len(alive) < count:

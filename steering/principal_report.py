@@ -39,7 +39,7 @@ def drawn(count: int, rng: np.random.Generator, rounds: int = ROUNDS) -> np.ndar
 
 def beats(consistency_kr: np.ndarray, others_kr: np.ndarray, weight_rk: np.ndarray) -> list[Beats]:
     """Each direction's consistency minus the mean of a random group, prompts and the group's members drawn again together."""
-    mean_r = (weight_rk * others_kr.T).sum(1) / weight_rk.sum(1)
+    mean_r = _mean(others_kr, weight_rk)
     return [_beats(own_r, own_r - mean_r, others_kr) for own_r in consistency_kr]
 
 
@@ -49,8 +49,7 @@ def chance(others_kr: np.ndarray, weight_rk: np.ndarray) -> float:
     for i, own_r in enumerate(others_kr):
         rest_rk = weight_rk.copy()
         rest_rk[:, i] = 0
-        mean_r = (rest_rk * others_kr.T).sum(1) / rest_rk.sum(1)
-        passed += _beats(own_r, own_r - mean_r, others_kr).passes
+        passed += _beats(own_r, own_r - _mean(others_kr, rest_rk), others_kr).passes
     return passed / len(others_kr)
 
 
@@ -72,14 +71,16 @@ def holm(p_k: list[float], level: float = 0.025) -> list[bool]:
 def report(
     tokenizer: Any, directions: list[Direction], measured: list[Measured], recovered: list[tuple[str, float]] | None, seed: int
 ) -> dict[str, Any]:
-    """Every number as plain values: `directions`, `groups`, `components_against`, `verdict`."""
+    """Every number as plain values: `groups`, `components_against`, `verdict`, `directions`.
+
+    `recovered` has each direction's label and its AUROC, None where the text has no labels.
+    """
     rng = np.random.default_rng(seed)
     weight_rs = drawn(len(measured[0].linearity_s), rng)
     consistency_kr = np.stack([consistency(m.cosine_ss, weight_rs) for m in measured])
     linearity_kr = np.stack([weight_rs @ m.linearity_s / weight_rs.sum(1) for m in measured])
     rows = []
     for i, (direction, m) in enumerate(zip(directions, measured)):
-        label = None if recovered is None else {"label": recovered[i][0], "auroc": recovered[i][1]}
         rows.append(
             {
                 "group": direction.group,
@@ -87,39 +88,52 @@ def report(
                 "consistency": interval(consistency_kr[i]),
                 "effective_tokens": m.effective_tokens,
                 "linearity": interval(linearity_kr[i]),
-                "label": label,
+                "label": None if recovered is None else {"label": recovered[i][0], "auroc": recovered[i][1]},
                 "sensitivity": m.sensitivity,
                 "plus": _side(tokenizer, m.plus, weight_rs),
                 "minus": _side(tokenizer, m.minus, weight_rs),
             }
         )
-    names = list(dict.fromkeys(d.group for d in directions))
-    of_group = {name: [i for i, d in enumerate(directions) if d.group == name] for name in names}
-    weight_of = {name: drawn(len(members), rng) for name, members in of_group.items()}
+    members = {name: [i for i, d in enumerate(directions) if d.group == name] for name in dict.fromkeys(d.group for d in directions)}
+    weight_of = {name: drawn(len(indices), rng) for name, indices in members.items()}
+    random_r = _mean(consistency_kr[members[IN_SPAN]], weight_of[IN_SPAN])
     groups = []
-    for name, members in of_group.items():
-        weight_rk = weight_of[name]
-
-        def mean_r(values_kr: np.ndarray, weight_rk: np.ndarray = weight_rk) -> np.ndarray:
-            """Over the group, directions drawn again; [k, 1] where the values do not hang on the prompts."""
-            return (weight_rk * values_kr.T).sum(1) / weight_rk.sum(1)
-
-        plain = {
-            "effective_tokens": [measured[i].effective_tokens for i in members],
-            "sensitivity": [measured[i].sensitivity for i in members],
-            "label_auroc": None if recovered is None else [recovered[i][1] for i in members],
-        }
-        means = {key: None if values is None else interval(mean_r(np.array(values)[:, None])) for key, values in plain.items()}
-        consistency_r = mean_r(consistency_kr[members])
-        means |= {"consistency": interval(consistency_r), "linearity": interval(mean_r(linearity_kr[members]))}
-        random_r = (weight_of[IN_SPAN] * consistency_kr[of_group[IN_SPAN]].T).sum(1) / weight_of[IN_SPAN].sum(1)
-        means["consistency_above_random_in_span"] = None if name == IN_SPAN else interval(consistency_r - random_r)
-        unreached = sum(not side.reached for i in members for side in (measured[i].plus, measured[i].minus))
-        groups.append({"group": name, "directions": len(members), "sides_off_budget": unreached, **means})
+    for name, indices in members.items():
+        own = [measured[i] for i in indices]
+        aurocs = None if recovered is None else [recovered[i][1] for i in indices]
+        curves = {"consistency": consistency_kr[indices], "linearity": linearity_kr[indices]}
+        groups.append(_group(name, own, aurocs, curves, weight_of[name], None if name == IN_SPAN else random_r))
     against = {
-        name: _against(rows, consistency_kr, of_group[COMPONENT], of_group[name], weight_of[name]) for name in (IN_SPAN, IN_SPAN_WEIGHTED)
+        name: _against(rows, consistency_kr, members[COMPONENT], members[name], weight_of[name]) for name in (IN_SPAN, IN_SPAN_WEIGHTED)
     }
     return {"groups": groups, "components_against": against, "verdict": verdict(groups, against), "directions": rows}
+
+
+def _mean(values_kr: np.ndarray, weight_rk: np.ndarray) -> np.ndarray:
+    """Mean over directions in every round; values that do not hang on the prompts are [k, 1]."""
+    return (weight_rk * values_kr.T).sum(1) / weight_rk.sum(1)
+
+
+def _group(
+    name: str,
+    measured: list[Measured],
+    aurocs: list[float] | None,
+    curves: dict[str, np.ndarray],
+    weight_rk: np.ndarray,
+    random_r: np.ndarray | None,
+) -> dict[str, Any]:
+    """Means over a group with intervals: of `curves` over prompts and directions, of the others over directions alone."""
+    plain = {
+        "effective_tokens": [m.effective_tokens for m in measured],
+        "sensitivity": [m.sensitivity for m in measured],
+        "label_auroc": aurocs,
+    }
+    means = {key: None if values is None else interval(_mean(np.array(values)[:, None], weight_rk)) for key, values in plain.items()}
+    means |= {key: interval(_mean(values_kr, weight_rk)) for key, values_kr in curves.items()}
+    above = None if random_r is None else interval(_mean(curves["consistency"], weight_rk) - random_r)
+    unreached = sum(not side.reached for m in measured for side in (m.plus, m.minus))
+    known = {"group": name, "directions": len(measured), "sides_off_budget": unreached}
+    return known | means | {"consistency_above_random_in_span": above}
 
 
 def _side(tokenizer: Any, side: Side, weight_rs: np.ndarray) -> dict[str, Any]:
@@ -170,7 +184,8 @@ def verdict(groups: list[dict[str, Any]], against: dict[str, Any]) -> list[str]:
     of = {group["group"]: group["consistency_above_random_in_span"] for group in groups}[COMPONENT]
     word = "are more consistent than" if of["low"] > 0 else "are less consistent than" if of["high"] < 0 else "do not differ from"
     sentences.append(
-        f"As a group the components {word} uniform random directions of their span: {of['value']:+.3f} ({of['low']:+.3f} to {of['high']:+.3f})."
+        f"As a group the components {word} uniform random directions of their span: {of['value']:+.3f} "
+        f"({of['low']:+.3f} to {of['high']:+.3f})."
     )
     return sentences
 
