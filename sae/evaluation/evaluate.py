@@ -157,12 +157,12 @@ def splice(
     if len(candidates) < config.sequences:
         print(f"note: {len(candidates)} held-out sequences are all there are, {config.sequences} were asked for", file=sys.stderr)
     chosen = np.random.default_rng(config.seed).permutation(candidates)[: config.sequences]
-    sequences = [np.asarray(tokens.ids[tokens.sequence_starts[i] : tokens.sequence_starts[i + 1]]) for i in chosen]
-    left_out = cache.manifest["counts"]["left_out"]["beginning_of_text"]  # 0 when the cache was asked to keep them
-    untouched_id = lm.bos_id if left_out else None
-    return language_model_loss(
-        lm, dictionary, cache.site, sequences, mean_d, untouched_id=untouched_id, batch=config.batch, seed=config.seed
-    )
+    stored_n = np.zeros(len(tokens.ids), dtype=bool)  # whatever a token was left out for, it has no row
+    for shard in cache.shards("held_out"):
+        stored_n[cache.read(shard)[1].numpy()] = True
+    spans = [slice(*tokens.sequence_starts[[i, i + 1]]) for i in chosen]
+    sequences, replaced = [np.asarray(tokens.ids[span]) for span in spans], [stored_n[span] for span in spans]
+    return language_model_loss(lm, dictionary, cache.site, sequences, mean_d, replaced=replaced, batch=config.batch, seed=config.seed)
 
 
 def describe(reconstruction: Reconstruction) -> dict[str, Any]:
@@ -206,6 +206,7 @@ def print_table(config: EvaluationConfig, cache: "ActivationCache", r: Reconstru
         low, high = loss.loss_recovered_interval
         rows |= {
             "sequences, next tokens": f"{loss.sequences:,}, {loss.tokens:,}",
+            "positions replaced": f"{loss.replaced:,} of {loss.sequences + loss.tokens:,}",
             "loss recovered, against zero": f"{loss.loss_recovered:.4f} [{low:.4f}, {high:.4f}]",
             "loss recovered, against mean": "{:.4f} [{:.4f}, {:.4f}]".format(loss.loss_recovered_mean, *loss.loss_recovered_mean_interval),
             "cross-entropy, nats: " + " / ".join(ARMS): " / ".join(f"{loss.cross_entropy[arm]:.4f}" for arm in ARMS),
@@ -216,4 +217,6 @@ def print_table(config: EvaluationConfig, cache: "ActivationCache", r: Reconstru
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
     if loss:
-        console.print("Beginning-of-text positions are left as they are, because no dictionary is trained on them.")
+        reasons = cache.manifest["counts"]["left_out"]
+        named = ", ".join(why.replace("_", " ") for why, count in reasons.items() if count and why != "padding")
+        console.print(f"Positions that the cache left out ({named or 'none'}) stay as they are: no dictionary is trained on them.")

@@ -1,8 +1,8 @@
 """What a dictionary costs the language model: its loss with the dictionary spliced in, against clean, zero and mean ablation.
 
-Spliced means that the value at the dictionary's site is replaced by its reconstruction. Positions that the activation cache leaves out
-(beginning of text) are left untouched in every arm, since no dictionary was trained on them and their norm dwarfs all others. Losses are
-means over the real next tokens of all sequences.
+Spliced means that the value at the dictionary's site is replaced by its reconstruction. Positions of which the activation cache holds no
+row (beginning of text, and whatever else it was told to leave out) are left untouched in every arm, since no dictionary is trained on such.
+Losses are means over the real next tokens of all sequences.
 
 s sequences · p positions · d model width · v vocabulary · n next tokens
 """
@@ -31,6 +31,8 @@ class LanguageModelLoss(NamedTuple):
     sequences: int
     tokens: int
     """next tokens scored"""
+    replaced: int
+    """positions whose value was replaced, of `sequences` + `tokens`"""
     cross_entropy: dict[str, float]
     """nats per token, for each of "clean", "spliced", "zero", "mean" """
     kl: dict[str, float]
@@ -54,47 +56,50 @@ def language_model_loss(
     sequences: Sequence[np.ndarray],
     mean_d: Tensor,
     *,
-    untouched_id: int | None,
+    replaced: Sequence[np.ndarray],
     batch: int = 8,
     seed: int = 0,
 ) -> LanguageModelLoss:
-    """`sequences` of token ids; `mean_d` replaces activations in the mean arm; `untouched_id` marks positions left as they are.
+    """`sequences` of token ids; `mean_d` replaces activations in the mean arm; `replaced` says of each token whether its position is
+    replaced (True) or left as it is.
 
     Raises `InputError` for sequences without a next token, or a dictionary whose width is not the site's.
     """
     if dictionary.d_in != lm.width(site):
         raise InputError(f"expected a dictionary {lm.width(site)} wide for {site} of {lm.name}, got one for {dictionary.d_in}")
-    sequences = [ids for ids in sequences if len(ids) > 1]
-    if not sequences:
+    rows = [(ids, own) for ids, own in zip(sequences, replaced, strict=True) if len(ids) > 1]
+    if not rows:
         raise InputError("expected sequences of at least two tokens to measure the language model's loss on, got none")
-    sums, order = [], sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # alike lengths share a batch
-    with progress("language model", len(sequences), "sequences") as bar:
-        for start in range(0, len(order), batch):
-            rows = [sequences[i] for i in order[start : start + batch]]
-            sums.append(batch_sums(lm, dictionary, site, rows, mean_d, untouched_id))
-            bar.advance(len(rows))
+    rows.sort(key=lambda row: len(row[0]))  # alike lengths share a batch
+    sums = []
+    with progress("language model", len(rows), "sequences") as bar:
+        for start in range(0, len(rows), batch):
+            sums.append(batch_sums(lm, dictionary, site, rows[start : start + batch], mean_d))
+            bar.advance(len(sums[-1]))
     return summarise(np.concatenate(sums), seed)
 
 
 def batch_sums(
-    lm: "LanguageModel", dictionary: SparseAutoencoder, site: str, rows: Sequence[np.ndarray], mean_d: Tensor, untouched_id: int | None
+    lm: "LanguageModel", dictionary: SparseAutoencoder, site: str, rows: Sequence[tuple[np.ndarray, np.ndarray]], mean_d: Tensor
 ) -> np.ndarray:
-    """Sums over each sequence's next tokens, float64 [s, 8]: their count, four cross-entropies, three KLs (order of `ARMS`)."""
-    length = max(map(len, rows))
-    mask_sp = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in rows], device=lm.device)
-    ids_sp = torch.zeros_like(mask_sp)
-    for row, ids in zip(ids_sp, rows):  # padded behind, where a causal model cannot look
-        row[: len(ids)] = torch.as_tensor(np.asarray(ids, dtype=np.int64))
-    untouched_sp = ids_sp == (-1 if untouched_id is None else untouched_id)
+    """Of rows of ids and whether they are replaced, sums over each one's next tokens, float64 [s, 9]: their count, four cross-entropies
+    and three KLs (order of `ARMS`); then its replaced positions."""
+    shape = len(rows), max(len(ids) for ids, _ in rows)
+    ids_sp, mask_sp = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    replaced_sp = torch.zeros(shape, dtype=torch.bool)
+    for s, (ids, own) in enumerate(rows):  # padded behind, where a causal model cannot look
+        ids_sp[s, : len(ids)], mask_sp[s, : len(ids)] = torch.from_numpy(ids.astype(np.int64)), 1
+        replaced_sp[s, : len(ids)] = torch.from_numpy(own)
+    ids_sp, mask_sp = ids_sp.to(lm.device), mask_sp.to(lm.device)
 
-    def elsewhere(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda x_spd: torch.where(untouched_sp.to(x_spd.device)[..., None], x_spd, function(x_spd).to(x_spd))
+    def there(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x_spd: torch.where(replaced_sp.to(x_spd.device)[..., None], function(x_spd).to(x_spd), x_spd)
 
     device = dictionary.W_dec_fd.device
     edits: dict[str, Callable[[Tensor], Tensor]] = {
-        "spliced": elsewhere(lambda x_spd: dictionary(x_spd.to(device))),
-        "zero": elsewhere(torch.zeros_like),
-        "mean": elsewhere(lambda x_spd: mean_d.expand(x_spd.shape)),
+        "spliced": there(lambda x_spd: dictionary(x_spd.to(device))),
+        "zero": there(torch.zeros_like),
+        "mean": there(lambda x_spd: mean_d.expand(x_spd.shape)),
     }
     scored_sp = mask_sp[:, 1:].bool()
     targets_n = ids_sp[:, 1:][scored_sp]
@@ -109,7 +114,8 @@ def batch_sums(
     per_token_nc = torch.stack([*columns, *kls], dim=1)
     sums_sc = per_token_nc.new_zeros(len(rows), per_token_nc.shape[1])
     sequence_n = torch.arange(len(rows), device=sums_sc.device)[:, None].expand(scored_sp.shape)[scored_sp]
-    return sums_sc.index_add_(0, sequence_n, per_token_nc).cpu().numpy()  # host sync
+    sums_sc = sums_sc.index_add_(0, sequence_n, per_token_nc).cpu()  # host sync
+    return torch.cat([sums_sc, replaced_sp.sum(1, keepdim=True)], dim=1).numpy()
 
 
 def losses(logits_nv: Tensor, clean_nv: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +135,7 @@ def summarise(sums_sc: np.ndarray, seed: int) -> LanguageModelLoss:
     if not np.isfinite(sums_sc).all():
         raise InputError("expected finite losses, found NaN or infinity; check the model and the dictionary")
     totals = sums_sc.sum(0)
-    tokens, means = totals[0], totals[1:] / totals[0]
+    tokens, means = totals[0], totals[1:8] / totals[0]
     cross_entropy, kl = dict(zip(ARMS, means[:4].tolist())), dict(zip(ARMS[1:], means[4:].tolist()))
     rng, n = np.random.default_rng(seed), len(sums_sc)
     weights_rs = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float64)
@@ -138,6 +144,7 @@ def summarise(sums_sc: np.ndarray, seed: int) -> LanguageModelLoss:
     return LanguageModelLoss(
         sequences=n,
         tokens=int(tokens),
+        replaced=int(totals[8]),
         cross_entropy=cross_entropy,
         kl=kl,
         loss_recovered=float(recovered["zero"][0]),

@@ -13,6 +13,7 @@ from sae.activations.harvest import HarvestConfig, harvest
 from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
 from sae.evaluation import EvaluationConfig, evaluate
+from sae.language_model import LanguageModel
 
 D, SITE = 16, "resid_post.0"
 
@@ -23,7 +24,10 @@ def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("evaluate")
     torch.manual_seed(0)
     settings = dict(vocab_size=40, n_positions=16, n_embd=D, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
-    GPT2LMHeadModel(GPT2Config(**settings, initializer_range=0.4)).save_pretrained(home / "lm")
+    model = GPT2LMHeadModel(GPT2Config(**settings, initializer_range=0.4))
+    model.save_pretrained(home / "lm")
+    model.config.eos_token_id = model.generation_config.eos_token_id = 7
+    model.save_pretrained(home / "lm_eos")
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(1, 40, (60 * 21,), generator=g, dtype=torch.int32)
     save_file({"ids": ids, "document_starts": torch.arange(0, 60 * 21 + 1, 21)}, home / "ids.safetensors")
@@ -67,6 +71,45 @@ def test_only_held_out_rows_and_sequences_are_measured(home, tmp_path):
     tokens = cache.tokens
     held_out = np.flatnonzero(np.asarray(tokens.sequence_split) == 1)
     assert result["language_model"]["tokens"] == (np.diff(tokens.sequence_starts)[held_out] - 1).sum()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"keep_bos": True},
+        {"positions": "2:9"},
+        {"skip_special": True},
+        {"max_norm_ratio": 1.1},
+        {"max_norm_ratio": 1.05, "keep_bos": True},
+    ],
+    ids=str,
+)
+def test_exactly_the_positions_that_the_cache_stored_are_replaced(home, tmp_path, changes):
+    """By hand from the tokens and the norms that the model gives, sequence by sequence: KL of writing zeros there."""
+    make_cache(home, tmp_path / "cache", model=str(home / "lm_eos"), **changes)
+    identity(home).save(tmp_path / "sae")
+    result = evaluate(EvaluationConfig(tmp_path / "sae", tmp_path / "cache", device="cpu"))["language_model"]
+    lm, tokens = LanguageModel.load(str(home / "lm_eos"), device="cpu"), ActivationCache.open(tmp_path / "cache").tokens
+    starts = tokens.sequence_starts
+    sequences = [torch.tensor(tokens.ids[starts[i] : starts[i + 1]].astype(np.int64)) for i in np.flatnonzero(tokens.sequence_split == 1)]
+    norms = [lm.record(ids[None], [SITE])[SITE][0].norm(dim=-1) for ids in sequences]
+    kept = [torch.ones(len(ids), dtype=torch.bool) if changes.get("keep_bos") else ids != 0 for ids in sequences]
+    if changes.get("skip_special"):
+        kept = [own & (ids != 7) for own, ids in zip(kept, sequences)]
+    if "positions" in changes:
+        kept = [own & (torch.arange(len(own)) >= 2) & (torch.arange(len(own)) < 9) for own in kept]
+    if "max_norm_ratio" in changes:  # all held-out sequences are one pool
+        limit = changes["max_norm_ratio"] * torch.cat([norm[own] for norm, own in zip(norms, kept)]).median()
+        kept = [own & (norm <= limit) for own, norm in zip(kept, norms)]
+    kl = 0.0
+    for ids, own in zip(sequences, kept):
+        clean = lm.logits(ids[None])[0, :-1].double().log_softmax(-1)
+        with lm.edited({SITE: lambda x, own=own: torch.where(own[:, None], 0, x)}):
+            zeroed = lm.logits(ids[None])[0, :-1].double().log_softmax(-1)
+        kl += float((clean.exp() * (clean - zeroed)).sum())
+    assert 0 < result["replaced"] == int(sum(own.sum() for own in kept)) < sum(map(len, kept)) + (changes == {"keep_bos": True})
+    assert result["kl"]["zero"] == pytest.approx(kl / result["tokens"], rel=1e-5)
 
 
 def test_fewer_rows_and_no_model_when_asked(home, tmp_path):

@@ -46,7 +46,8 @@ def zero() -> SparseAutoencoder:
 
 def run(lm, dictionary, sequences, mean_d=None, **settings):
     mean_d = torch.full((D,), 0.3, dtype=torch.float64) if mean_d is None else mean_d
-    return language_model_loss(lm, dictionary, SITE, sequences, mean_d, **{"untouched_id": BOS, **settings})
+    replaced = [ids != BOS for ids in sequences]
+    return language_model_loss(lm, dictionary, SITE, sequences, mean_d, **{"replaced": replaced, **settings})
 
 
 def test_identity_recovers_everything_exactly(lm, sequences):
@@ -71,18 +72,18 @@ def test_zero_dictionary_is_zero_ablation_and_constant_one_is_mean_ablation(lm, 
     assert result.kl["spliced"] == result.kl["mean"]
 
 
-def by_hand(lm, sequences, replace):
+def by_hand(lm, sequences, replace, replaced):
     """Cross-entropy and KL, one unpadded sequence at a time, blocks called one after the other, log-softmax in float64."""
     model = lm.model.transformer
     nll = kl = count = 0
-    for ids in sequences:
+    for ids, own in zip(sequences, replaced):
         ids = torch.as_tensor(ids, dtype=torch.long)[None]
         logits = []
         for edit in (lambda x: x, replace):
             x = model.wte(ids) + model.wpe(torch.arange(ids.shape[1]))
             x = model.h[0](x)
             x = x[0] if isinstance(x, tuple) else x
-            x = torch.cat([x[:, :1], edit(x[:, 1:])], dim=1)  # the first is BOS
+            x = torch.stack([edit(x)[0, p] if changed else x[0, p] for p, changed in enumerate(own)])[None]
             x = model.h[1](x)
             x = x[0] if isinstance(x, tuple) else x
             logits.append(lm.model.lm_head(model.ln_f(x)).double().log_softmax(-1)[0, :-1])
@@ -93,27 +94,30 @@ def by_hand(lm, sequences, replace):
     return nll / count, kl / count
 
 
-def test_losses_equal_a_computation_by_hand(lm, sequences):
+@pytest.mark.parametrize("which", ["all but the beginning", "some"])
+def test_losses_equal_a_computation_by_hand(lm, sequences, which):
     g = torch.Generator().manual_seed(2)
     dictionary = dictionary_of(torch.randn(40, D, generator=g), torch.randn(40, D, generator=g) / 20)
-    result = run(lm, dictionary, sequences, batch=4)
+    rng = np.random.default_rng(1)
+    replaced = [ids != BOS if which != "some" else rng.random(len(ids)) < 0.4 for ids in sequences]
+    result = run(lm, dictionary, sequences, batch=4, replaced=replaced)
     assert result.tokens == sum(len(s) - 1 for s in sequences)
+    assert result.replaced == sum(map(sum, replaced))
     for arm, replace in {"spliced": dictionary, "zero": torch.zeros_like, "mean": lambda x: torch.full_like(x, 0.3)}.items():
-        cross_entropy, kl = by_hand(lm, sequences, replace)
+        cross_entropy, kl = by_hand(lm, sequences, replace, replaced)
         assert result.cross_entropy[arm] == pytest.approx(cross_entropy, rel=1e-5)
         assert result.kl[arm] == pytest.approx(kl, rel=1e-4)
-    clean, _ = by_hand(lm, sequences, lambda x: x)
+    clean, _ = by_hand(lm, sequences, lambda x: x, replaced)
     assert result.cross_entropy["clean"] == pytest.approx(clean, rel=1e-5)
     ce = result.cross_entropy
     assert result.loss_recovered == pytest.approx((ce["zero"] - ce["spliced"]) / (ce["zero"] - ce["clean"]))
     assert result.loss_recovered_mean == pytest.approx((ce["mean"] - ce["spliced"]) / (ce["mean"] - ce["clean"]))
 
 
-def test_beginning_of_text_is_left_untouched(lm, sequences):
-    """Only BOS positions remain in a text of BOS alone, so nothing may change there; without an untouched id it does."""
-    only_bos = [np.full(6, BOS, dtype=np.int32)]
-    assert run(lm, zero(), only_bos).kl["spliced"] == 0
-    assert run(lm, zero(), only_bos, untouched_id=None).kl["spliced"] > 0
+def test_nothing_changes_where_nothing_is_replaced(lm, sequences):
+    result = run(lm, zero(), sequences, replaced=[np.zeros(len(ids), dtype=bool) for ids in sequences])
+    assert result.kl == {"spliced": 0, "zero": 0, "mean": 0}
+    assert result.replaced == 0
 
 
 def test_batches_and_chunks_do_not_matter(lm, sequences, monkeypatch):
@@ -128,7 +132,7 @@ def test_bootstrap_interval_has_the_spread_of_a_ratio_over_sequences():
     """Recovered loss of sequence i is u_i with one token each and CE_zero − CE_clean = 1: a mean of u_i, with a known error."""
     u_s = np.random.default_rng(0).normal(0.8, 0.1, 400)
     one, nil = np.ones(400), np.zeros(400)
-    sums_sc = np.stack([one, nil, 1 - u_s, one, one, nil, one, one], axis=1)
+    sums_sc = np.stack([one, nil, 1 - u_s, one, one, nil, one, one, one], axis=1)
     result = summarise(sums_sc, seed=0)
     low, high = result.loss_recovered_interval
     half = 1.96 * u_s.std() / 20
