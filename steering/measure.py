@@ -13,7 +13,7 @@ from torch import Tensor
 from sae.errors import InputError
 from sae.language_model import LanguageModel
 
-WORD = re.compile(r"\w+(?:'\w+)*")
+WORD = re.compile(r"\w+(?:['’]\w+)*")
 
 
 class WordRate(NamedTuple):
@@ -28,17 +28,23 @@ class WordRate(NamedTuple):
         return self.found / self.words if self.words else 0.0
 
 
-def word_rate(texts: Iterable[str], words: Sequence[str]) -> WordRate:
-    """Counts the listed words (or phrases) in `texts`, whole words only, whatever their case.
-
-    Inflected forms count when the list has them: "damn" alone does not count "damned".
-    """
+def listed_words(words: Sequence[str]) -> re.Pattern[str]:
+    """Matches any of the listed words (or phrases) as a whole word, whatever its case and apostrophe. Raises `InputError` for no word."""
     listed = sorted((word.strip().replace("’", "'") for word in words), key=len, reverse=True)
     if not listed or not all(listed):
         raise InputError(f"expected a list of words to count, got {list(words)}")
-    any_listed = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, listed))})(?!\w)", re.IGNORECASE)
-    plain = [text.replace("’", "'") for text in texts]
-    return WordRate(sum(len(any_listed.findall(text)) for text in plain), sum(len(WORD.findall(text)) for text in plain))
+    any_listed = "|".join(map(re.escape, listed)).replace("'", "['’]")
+    return re.compile(rf"(?<!\w)(?:{any_listed})(?!\w)", re.IGNORECASE)
+
+
+def word_rate(texts: Iterable[str], words: Sequence[str]) -> WordRate:
+    """Counts the matches of `listed_words` in `texts`, and all words.
+
+    Inflected forms count when the list has them: "damn" alone does not count "damned".
+    """
+    any_listed = listed_words(words)
+    found = sum(len(any_listed.findall(text)) for text in texts)
+    return WordRate(found, sum(len(WORD.findall(text)) for text in texts))
 
 
 @torch.no_grad()
