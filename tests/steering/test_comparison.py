@@ -1,0 +1,164 @@
+"""The whole comparison on files, with a tiny model that reads bytes, and what it refuses."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sae.dictionary import SparseAutoencoder
+from sae.errors import InputError
+from sae.language_model import LanguageModel
+from steering.arms import MAKERS, NONE, PROMPTING
+from steering.command_line import compare_directions as compare_command
+from steering.comparison import CompareConfig, compare_directions, cosines, fitting, plain
+
+SITE = "resid_post.1"
+
+
+@pytest.fixture(scope="module")
+def parts(byte_lm, tmp_path_factory) -> Path:
+    """model/, sae/ made for it, other-sae/ of another width, and concept.json."""
+    folder = tmp_path_factory.mktemp("parts")
+    byte_lm.model.save_pretrained(folder / "model")
+    byte_lm.tokenizer.save_pretrained(folder / "model")
+    fingerprint = LanguageModel.load(str(folder / "model"), device="cpu").fingerprint()
+    for name, d, made in (("sae", 32, fingerprint), ("narrow", 16, None), ("foreign", 32, "0123456789ab")):
+        W_fd = torch.randn(12, d, generator=torch.Generator().manual_seed(d))
+        metadata = {"site": SITE, "model_name": "model", "model_fingerprint": made}
+        SparseAutoencoder(W_fd, torch.zeros(12), W_fd, torch.zeros(d), metadata).save(folder / name)
+    concept = {
+        "name": "a <b>",
+        "positive": [f"aaaa number {i} of the apples" for i in range(40)],
+        "negative": [f"zzzz zone {i} of the puzzles" for i in range(40)],
+        "prompt_pairs": [["a", "z"]],
+        "prompt": "aaaa",
+    }
+    (folder / "concept.json").write_text(json.dumps(concept))
+    (folder / "empty.json").write_text(json.dumps({"name": "nothing"}))
+    return folder
+
+
+def config_of(parts: Path, **changes) -> CompareConfig:
+    settings = dict(
+        model=str(parts / "model"),
+        sae=parts / "sae",
+        concept=str(parts / "concept.json"),
+        budgets=(0.1, 0.5),
+        prompts=("one", "two", "three of", "four"),
+        samples=2,
+        max_new_tokens=8,
+        device="cpu",
+    )
+    return CompareConfig(**(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def result(parts) -> dict:
+    return compare_directions(config_of(parts, out=parts / "out"))
+
+
+def test_both_files_hold_the_whole_comparison(parts, result):
+    written = json.loads((parts / "out" / "comparison.json").read_text())
+    assert written == json.loads(json.dumps(result, allow_nan=False))
+    assert result["format"] == "comparison-1"
+    assert [arm["method"] for arm in result["arms"]] == [NONE, PROMPTING, *MAKERS]
+    for arm in result["arms"]:
+        assert (arm["best"] is None) == (arm["left_out"] is not None)
+        for level in arm["levels"]:
+            assert len(level["texts"]) == 8
+    page = (parts / "out" / "report.html").read_text()
+    assert "a &lt;b&gt;" in page
+    assert "a <b>" not in page
+    assert all(arm["method"] in page for arm in result["arms"])
+    assert sorted(path.name for path in (parts / "out").iterdir()) == ["comparison.json", "report.html"]
+
+
+def test_one_seed_gives_one_result(parts, result, tmp_path):
+    again = compare_directions(config_of(parts, out=tmp_path))
+    assert {**again, "settings": None} == {**result, "settings": None}
+
+
+def test_cosines_are_those_of_the_directions_at_the_site(result):
+    methods, matrix = result["cosines"]["methods"], torch.tensor(result["cosines"]["matrix"])
+    assert "DiffMean" in methods
+    assert "ActAdd" not in methods
+    torch.testing.assert_close(matrix, matrix.T)
+    torch.testing.assert_close(matrix.diagonal(), torch.ones(len(methods)))
+    assert cosines([], SITE) == {"methods": [], "matrix": []}
+
+
+def test_a_dry_run_says_what_and_how_long_and_writes_nothing(parts, tmp_path, capsys):
+    assert compare_directions(config_of(parts, out=tmp_path / "out", dry_run=True)) == {}
+    said = capsys.readouterr().out
+    assert "20 strengths of 11 arms, 8 continuations of 8 tokens each: about" in said
+    assert "minutes" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_run_leaves_no_file(parts, tmp_path):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 1.5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            compare_directions(config_of(parts, out=tmp_path / "out", samples=100, max_new_tokens=200))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_are_not_finite_become_null():
+    assert plain({"a": [1.0, float("nan"), (float("inf"), Path("x"))], "b": True}) == {"a": [1.0, None, [None, "x"]], "b": True}
+
+
+def test_a_text_longer_than_the_context_loses_its_end(byte_lm):
+    cut = fitting(byte_lm, "abcd" * 1000)
+    assert byte_lm.encode([cut])[0].shape[1] <= byte_lm.context
+    assert ("abcd" * 1000).startswith(cut)
+    assert len(cut) > 100
+    assert fitting(byte_lm, "short") == "short"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (dict(budgets=()), "KL budgets above 0 in rising order, got none"),
+        (dict(budgets=(0.3, 0.1)), "rising order"),
+        (dict(budgets=(float("nan"),)), "rising order"),
+        (dict(budgets=(0.0, 1.0)), "above 0"),
+        (dict(prompts=("a", "b", "c")), "at least 4 different prompts"),
+        (dict(prompts=("a", "b", "c", "c")), "at least 4 different prompts"),
+        (dict(samples=0), "1 sample"),
+        (dict(prompts=("a", "b", "c", "long " * 200)), "expected prompts that leave room for 8 new tokens in the 512 positions"),
+        (dict(concept="empty.json"), "empty concept"),
+        (dict(concept="no_such_concept"), "expected a concept"),
+        (dict(concept="label:bible"), "bible"),
+        (dict(sae=Path("narrow")), "a dictionary of width 32"),
+        (dict(sae=Path("foreign")), "has other weights"),
+        (dict(site="resid_post.2"), "resid_post.1, got resid_post.2"),
+        (dict(sae=None), "expected --site"),
+        (dict(sae=None, site="resid_post.9"), "resid_post.9"),
+        (dict(text=("no/such/file.txt",)), "no/such/file.txt"),
+    ],
+)
+def test_unusable_input_is_said_in_a_sentence(parts, tmp_path, changes, sentence):
+    for name in ("sae", "concept"):
+        if changes.get(name) and (parts / str(changes[name])).exists():
+            changes = changes | {name: type(changes[name])(parts / str(changes[name]))}
+    with pytest.raises(InputError, match=sentence):
+        compare_directions(config_of(parts, out=tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_exits_2_with_one_sentence(parts, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["compare-directions", "--model", str(parts / "model"), "--concept", "no_such_concept"])
+    with pytest.raises(SystemExit) as caught:
+        compare_command()
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: expected a concept")
