@@ -6,6 +6,7 @@ s sequences · r rows of a pass (s, or s times beams) · p positions · t positi
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -18,6 +19,9 @@ from steering.vector import SteeringVector
 
 OPERATIONS = ("add", "rotate", "clamp", "ablate")
 PLACES = ("all", "prompt", "generated", "last")
+
+once = lru_cache(maxsize=8)
+"""of what a pass needs on its device, in its dtype and for its rows: prepared at the first pass of a generation, not at every one"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,19 +235,27 @@ def _adding(site: str, terms: list[_Term], place: _Place, rotate: bool) -> Edit:
     for delta in (fixed_s1d, table_std):
         _refuse_overflow(site, delta)
 
+    @once
+    def fixed(device: torch.device, dtype: torch.dtype, rows: int) -> Tensor:
+        return _of_rows(fixed_s1d.to(device, dtype), rows)
+
+    @once
+    def table(device: torch.device, rows: int) -> Tensor:
+        return _of_rows(table_std.to(device), rows).expand(rows, -1, -1)
+
     def add(value_rpd: Tensor) -> Tensor:
-        rows = len(value_rpd)
+        rows, device = len(value_rpd), value_rpd.device
         where = place.of(value_rpd) if flat else False
         at = spot.of(value_rpd) if positional else False
-        delta = _of_rows(fixed_s1d.to(value_rpd.device), rows)
+        if where is False and at is False:
+            return value_rpd
+        delta = fixed(device, value_rpd.dtype if at is False and not rotate else torch.float32, rows)
         if isinstance(at, Tensor):
-            own_rtd = _of_rows(table_std.to(value_rpd.device), rows).expand(rows, -1, -1)
+            own_rtd = table(device, rows)
             number_rp = spot.coordinates(value_rpd)[0].clamp(0, own_rtd.shape[1] - 1).expand(rows, -1)
             own_rpd = own_rtd.gather(1, number_rp[..., None].expand(-1, -1, own_rtd.shape[2]))
             where, delta = (where, delta + torch.where(at, own_rpd, 0)) if flat else (at, own_rpd)
-        if where is False:
-            return value_rpd
-        changed = _rotated(value_rpd, delta) if rotate else value_rpd + delta.to(value_rpd)
+        changed = _rotated(value_rpd, delta) if rotate else value_rpd + delta.to(value_rpd.dtype)
         return torch.where(where, changed, value_rpd) if isinstance(where, Tensor) else changed
 
     return add
@@ -272,17 +284,18 @@ def _table(site: str, terms: list[_Term], place: _Place) -> tuple[Tensor, _Place
 
 
 def _rotated(value_rpd: Tensor, delta: Tensor) -> Tensor:
-    """Toward where adding would bring it, at its own length; where delta is zero the factor is exactly 1."""
+    """Toward where adding `delta`, float32, would bring it, at its own length; where delta is zero the factor is exactly 1."""
     wide = value_rpd.float()
-    moved = wide + delta.to(wide)
-    tiny = torch.finfo(torch.float32).tiny
-    return (moved * (wide.norm(dim=-1, keepdim=True) / moved.norm(dim=-1, keepdim=True).clamp_min(tiny))).to(value_rpd)
+    moved = wide + delta
+    length, new_length = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (wide, moved))
+    return (moved * (length / new_length.clamp_min(torch.finfo(torch.float32).tiny))).to(value_rpd.dtype)
 
 
 def _setting(site: str, terms: list[_Term], place: _Place, ablate: bool) -> Edit:
     """h + Σ_k (target_k − a_k)·write_k, with a = relu(read·h + bias) of a feature and a = read·h of a vector, all of the same h."""
     if any(term.is_positional for term in terms):
         raise InputError(f"one direction per position at {site} can be added or rotated to, not clamped or ablated")
+    has_features = any(t.read_d is not None for t in terms)
     floor_k = torch.tensor([-torch.inf if t.read_d is None else 0.0 for t in terms], device=place.lm.device)  # ReLU of features alone
     length_k = torch.stack([torch.ones_like(t.strength_s[0]) if t.read_d is not None else t.direction.norm() for t in terms])
     vectors = iter(_orthonormal([t.direction for t in terms if t.read_d is None], ablate))
@@ -291,20 +304,24 @@ def _setting(site: str, terms: list[_Term], place: _Place, ablate: bool) -> Edit
     bias_k = torch.tensor([t.bias for t in terms], device=place.lm.device)
     sequences = max(len(t.strength_s) for t in terms)
     strength_s1k = torch.stack([t.strength_s.expand(sequences) for t in terms], dim=-1)[:, None]
-    if not ablate:
-        strength_s1k = strength_s1k * length_k
+    strength_s1k = -strength_s1k if ablate else strength_s1k * length_k
     _refuse_overflow(site, strength_s1k @ write_kd)
+
+    @once
+    def prepared(device: torch.device, rows: int) -> tuple[Tensor, ...]:
+        return *(t.to(device) for t in (read_kd, write_kd, bias_k, floor_k)), _of_rows(strength_s1k.to(device), rows)
 
     def change(value_rpd: Tensor) -> Tensor:
         where = place.of(value_rpd)
         if where is False:
             return value_rpd
+        read, write, bias, floor, strength = prepared(value_rpd.device, len(value_rpd))
         wide = value_rpd.float()
-        read, write, bias, floor, strength = (t.to(wide.device) for t in (read_kd, write_kd, bias_k, floor_k, strength_s1k))
-        act_rpk = torch.maximum(torch.nn.functional.linear(wide, read, bias), floor)
-        strength = _of_rows(strength, len(wide))
-        gap_rpk = -strength * act_rpk if ablate else strength - act_rpk
-        changed = (wide + gap_rpk @ write).to(value_rpd)
+        act_rpk = torch.nn.functional.linear(wide, read, bias)
+        if has_features:
+            act_rpk = torch.maximum(act_rpk, floor)
+        gap_rpk = strength * act_rpk if ablate else strength - act_rpk
+        changed = torch.addmm(wide.flatten(0, 1), gap_rpk.flatten(0, 1), write).to(value_rpd.dtype).view(value_rpd.shape)
         return torch.where(where, changed, value_rpd) if isinstance(where, Tensor) else changed
 
     return change
