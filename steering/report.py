@@ -72,6 +72,10 @@ def best_level(arm: dict[str, Any]) -> dict[str, Any] | None:
     return next((level for level in arm["levels"] if level["budget"] == arm["best"]["budget"]), None)
 
 
+def _budget(level: dict[str, Any]) -> str:
+    return "–" if level["budget"] is None else f"{level['budget']:g}"
+
+
 def _head(result: Result) -> str:
     concept, target = result["concept"], result["target"]
     facts = {"model": result["model"], "site": result["site"], "dictionary": result["sae"] or "none", "seed": result["seed"]}
@@ -124,7 +128,7 @@ def _table(result: Result, series: Sequence[Series]) -> str:
     for arm, level in shown:
         gain, score = level["score"]["gain"], level["score"]
         note = f'<span class="soft">{escape(arm["note"])}</span>' if arm["note"] else ""
-        budget = number(level["budget"]) + ("" if level["reached"] else "<small>not reached</small>")
+        budget = _budget(level) + ("" if level["reached"] else "<small>not reached</small>")
         cells = [estimate(score["target"]), *[estimate(score["second_target"])] * second, estimate(arm["detection_auroc"]), budget]
         cells += [estimate(level["nats_per_token"]), number(level["distinct_2"]), number(level["longest_repeat"])]
         cells += [number(level["off_topic_kl"]), number(level["top1_flips"])]
@@ -145,7 +149,7 @@ def _table(result: Result, series: Sequence[Series]) -> str:
 def _left_out(arms: Sequence[dict[str, Any]]) -> str:
     items = "".join(f"<li><b>{escape(arm['method'])}</b>: {escape(arm['left_out'])}</li>" for arm in arms if arm["left_out"])
     failed = "".join(
-        f"<li><b>{escape(arm['method'])}</b> at {number(level['budget'])} nats: {escape(level['failure'])}</li>"
+        f"<li><b>{escape(arm['method'])}</b> at {_budget(level)} nats: {escape(level['failure'])}</li>"
         for arm in arms
         for level in arm["levels"]
         if level["failure"]
@@ -198,9 +202,9 @@ def _shared_prompts(levels: Sequence[dict[str, Any]]) -> list[str]:
 def _strength(level: dict[str, Any], before: str = "") -> str:
     if not level["coefficient"]:
         return "without a direction"
-    budget = number(level["budget"]) + " nats" if level.get("budget") is not None else "no budget"
     rho = f", ρ {number(level['rho'])}" if level.get("rho") is not None else ""
-    return f"{before}{budget}{'' if level.get('reached', True) else ' (not reached)'}, coefficient {number(level['coefficient'])}{rho}"
+    reached = "" if level.get("reached", True) else " (not reached)"
+    return f"{before}{_budget(level)} nats{reached}, coefficient {number(level['coefficient'])}{rho}"
 
 
 def _sample(level: dict[str, Any], prompt: str, pattern: Any) -> str:
@@ -254,7 +258,7 @@ def _all_levels(result: Result) -> str:
         for level in arm["levels"]:
             choose, score = level["choose"] or {}, level["score"] or {}
             reached = "" if level["reached"] else "<small>not reached</small>"
-            cells = [number(level["budget"]), number(level["kl"]) + reached]
+            cells = [_budget(level), number(level["kl"]) + reached]
             cells += [number(level.get(key)) for key in ("off_topic_kl", "coefficient", "rho", "max_activations")]
             cells += [number(choose.get("gain"), True), estimate(score.get("gain"), True), estimate(score.get("target"))]
             cells += [

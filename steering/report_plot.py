@@ -78,7 +78,7 @@ def pareto_svg(series: Sequence[Series], kind: str) -> str:
     unit = "words per 1,000" if kind == "words" else "probability"
     parts.append(
         f'<text x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 6:.0f}" text-anchor="middle">off-topic KL, nats per token (log scale)</text>'
-        f'<text transform="translate(14 {(HEIGHT - BOTTOM) / 2:.0f}) rotate(-90)" text-anchor="middle">gain, {unit}</text>'
+        f'<text transform="translate(14 {(HEIGHT - BOTTOM) / 2:.0f}) rotate(-90)" text-anchor="middle" class="name">gain, {unit}</text>'
     )
     label = f"gain in {unit} against off-topic KL for {len(series)} methods"
     return f'<svg class="plot" viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="{label}">{"".join(parts)}</svg>'

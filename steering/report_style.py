@@ -4,7 +4,7 @@
 STYLE = """
 :root{color-scheme:light dark;--page:#fbfaf8;--card:#fff;--text:#1d1c1a;--soft:#6a665f;--line:#e2ded6;--grid:#efece6;--pos:0 104 168;
   --neg:190 84 0;--yes:#00724f;--mark:255 214 102;--k0:#0068a8;--k1:#c45a00;--k2:#00805b;--k3:#a8437d;--k4:#8a6d00;--k5:#5b4fc0;
-  --k6:#b3261e;--k7:#2f7f86;--k8:#6b5a47;--control:#85807a;--baseline:#1d1c1a}
+  --k6:#b3261e;--k7:#2f7f86;--k8:#6b5a47;--control:#7a756f;--baseline:#1d1c1a}
 @media(prefers-color-scheme:dark){
 :root{--page:#161514;--card:#1f1e1c;--text:#eae6df;--soft:#a09a90;--line:#37342f;--grid:#2a2825;--pos:86 180 233;--neg:255 150 60;
   --yes:#4fcf9f;--mark:150 110 0;--k0:#62b6ea;--k1:#ff9d4d;--k2:#3ecf9c;--k3:#e68dc0;--k4:#d9bd3f;
@@ -48,13 +48,13 @@ svg .control{fill:var(--control);opacity:.13}
 .legend span{overflow-wrap:anywhere;min-width:0}
 .scroll{overflow-x:auto;margin:.6rem -.3rem 0;padding:0 .3rem}
 table{border-collapse:collapse;width:100%;font-size:.9rem}
-th,td{text-align:left;padding:.38rem .6rem;border-bottom:1px solid var(--line);vertical-align:middle}
+th,td{text-align:left;padding:.38rem .5rem;border-bottom:1px solid var(--line);vertical-align:middle}
 th{font-weight:600;vertical-align:bottom;line-height:1.25}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 td small,td .soft{display:block;color:var(--soft);font-size:.78rem;font-weight:400}
-td.m{min-width:12rem;max-width:22rem;font-weight:600;overflow-wrap:anywhere}
-td.w{min-width:13rem;padding-block:0}
-td.w svg{height:2rem}
+td.m{min-width:10rem;max-width:19rem;font-weight:600;overflow-wrap:anywhere;position:sticky;left:0;background:var(--card)}
+tr.chosen td.m{background:var(--grid)}
+td.w{min-width:11rem;padding-block:0}
 tr.control td.m,tr.baseline td.m{font-weight:400}
 tr.chosen{background:var(--grid)}
 .whisker line{stroke:var(--c);stroke-width:2}
@@ -90,6 +90,7 @@ i.x{border:1px solid;border-radius:3px;font-size:.8em;padding:0 1px}
 body{padding:.9rem .7rem 3rem}h1{font-size:1.45rem}section{padding:.8rem .8rem}
 .pareto{grid-template-columns:minmax(0,1fr)}.legend{columns:2}
 .samples{grid-template-columns:minmax(0,1fr)}.samples h3{margin-top:.6rem}
-svg.plot text{font-size:20px}.samples>*{grid-column:auto;grid-row:auto}.pairs{grid-template-columns:1fr}.pairs dd{margin-bottom:.4rem}}
+svg.plot text{font-size:19px}svg.plot .name{display:none}td.m{min-width:7.5rem;max-width:7.5rem}
+.samples>*{grid-column:auto;grid-row:auto}.pairs{grid-template-columns:1fr}.pairs dd{margin-bottom:.4rem}}
 @media print{section{break-inside:avoid;border:0}details{display:block}}
 """
