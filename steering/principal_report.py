@@ -23,7 +23,7 @@ class Beats(NamedTuple):
 
     @property
     def passes(self) -> bool:
-        return bool(np.quantile(self.difference_r[1:], 0.025) > 0)
+        return bool(np.nanquantile(self.difference_r[1:], 0.025) > 0)
 
 
 def interval(value_r: np.ndarray) -> Interval:
@@ -54,7 +54,7 @@ def chance(others_kr: np.ndarray, weight_rk: np.ndarray) -> float:
 
 
 def _beats(own_r: np.ndarray, difference_r: np.ndarray, others_kr: np.ndarray) -> Beats:
-    p = (1 + (difference_r[1:] <= 0).sum()) / len(difference_r)
+    p = (1 + (~(difference_r[1:] > 0)).sum()) / len(difference_r)  # a round without two different prompts shows nothing
     return Beats(difference_r, float(p), float((others_kr[:, 0] < own_r[0]).mean()))
 
 
@@ -110,8 +110,9 @@ def report(
 
 
 def _mean(values_kr: np.ndarray, weight_rk: np.ndarray) -> np.ndarray:
-    """Mean over directions in every round; values that do not hang on the prompts are [k, 1]."""
-    return (weight_rk * values_kr.T).sum(1) / weight_rk.sum(1)
+    """Mean over directions in every round, NaN where none counts; values that do not hang on the prompts are [k, 1]."""
+    with np.errstate(invalid="ignore"):
+        return (weight_rk * values_kr.T).sum(1) / weight_rk.sum(1)
 
 
 def _group(
