@@ -108,6 +108,7 @@ class LanguageModel:
         self.attention_mask: Any = None
         """inside a forward under `edited`: the mask the model was given, [s, past + p], or None"""
         self._rows = (0, 0)
+        self._given_mask: Any = ()
         self._fingerprint: str | None = None  # set where not all weights are in memory as they are in the files
         self._cut_off = False
 
@@ -311,16 +312,23 @@ class LanguageModel:
     def _hooked(self, functions: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
         """Shows each site's value to its function, and puts the function's result, if it is not None, in its place."""
 
+        def begin_model(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self._given_mask = kwargs.get("attention_mask", args[1:] or None)  # which of several positional arguments it is, is not known
+
         def begin(_module: nn.Module, args: tuple, kwargs: dict) -> None:
             value = args[0] if args else kwargs.get("input_ids")
             value = kwargs["inputs_embeds"] if value is None else value
             cache = kwargs.get("past_key_values")
             self._rows = (value.shape[0], value.shape[1])
             self.past_length = 0 if cache is None else int(cache.get_seq_length())
-            self.attention_mask = kwargs.get("attention_mask")
+            mask = kwargs.get("attention_mask")
+            # Gemma 3 with images makes masks for its kinds of layers before it calls the decoder
+            self.attention_mask = self._given_mask if isinstance(mask, dict) else mask
 
         with ExitStack() as stack:
             places = {site: self.module(site) for site in functions}
+            stack.callback(setattr, self, "_given_mask", ())  # no later pass shall take it for its own
+            stack.callback(self.model.register_forward_pre_hook(begin_model, with_kwargs=True).remove)
             stack.callback(self._decoder.register_forward_pre_hook(begin, with_kwargs=True).remove)
             for site, function in functions.items():
                 stack.callback(self._attach(*places[site], self._replacing(site, function)).remove)

@@ -3,12 +3,11 @@
 s sequences · p positions · d model width · f features
 """
 
-from functools import cache
-
 import numpy as np
 import pytest
 import torch
 import transformers as hf
+from test_language_model import CONFIGS, FAMILIES, tiny
 
 from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
@@ -16,53 +15,13 @@ from sae.language_model import LanguageModel, NonFiniteLogits
 from steering.intervention import DictionaryFeature, steered
 from steering.vector import SteeringVector
 
-COMMON = dict(vocab_size=50, bos_token_id=0, eos_token_id=None, pad_token_id=None)
-SIZES = dict(hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64, **COMMON)
-CONFIGS = {
-    "gpt2": lambda: hf.GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=64, **COMMON),
-    "gpt_neox": lambda: hf.GPTNeoXConfig(**SIZES),
-    "llama": lambda: hf.LlamaConfig(num_key_value_heads=2, **SIZES),
-    "gemma3": lambda: hf.Gemma3TextConfig(
-        num_key_value_heads=2,
-        head_dim=8,
-        sliding_window=4,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        **SIZES | dict(num_hidden_layers=4),
-    ),
-    "gptj": lambda: hf.GPTJConfig(rotary_dim=4, n_embd=32, n_layer=3, n_head=4, n_positions=64, **COMMON),
-    "gpt_neo": lambda: hf.GPTNeoConfig(
-        hidden_size=32,
-        num_layers=3,
-        num_heads=4,
-        max_position_embeddings=64,
-        attention_types=[[["global", "local", "global"], 1]],
-        window_size=4,
-        **COMMON,
-    ),
-    "phi": lambda: hf.PhiConfig(**SIZES),
-    "opt": lambda: hf.OPTConfig(ffn_dim=40, word_embed_proj_dim=32, **SIZES | dict(pad_token_id=1)),
-}
-FAMILIES = sorted(CONFIGS)
-
-
-@cache
-def tiny(family: str) -> LanguageModel:
-    torch.manual_seed(FAMILIES.index(family))
-    model = hf.AutoModelForCausalLM.from_config(CONFIGS[family]())
-    for weight in model.parameters():
-        if weight.ndim == 2:
-            torch.nn.init.normal_(weight, std=0.2)
-    lm = LanguageModel(model, name=family)
-    lm.model.generation_config.eos_token_id = None
-    return lm
-
 
 def vector(site: str, seed: int = 0, size: float = 1.0, width: int = 32) -> SteeringVector:
     return SteeringVector.at(site, size * torch.randn(width, generator=torch.Generator().manual_seed(seed)), {"seed": seed})
 
 
 def ids_of(rows: int = 2, length: int = 7, seed: int = 0):
-    return torch.randint(2, 50, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(2, 40, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def dictionary(zero_rows: bool = False) -> SparseAutoencoder:
@@ -74,28 +33,49 @@ def dictionary(zero_rows: bool = False) -> SparseAutoencoder:
 
 
 SITE = "resid_post.1"
-SETTINGS = {
-    "add everywhere": ([(vector(SITE), 2.0), vector("head_out.0", 1)], {}),
-    "add to the prompt": ([(vector(SITE), 2.0)], {"positions": "prompt"}),
-    "add where generated": ([(vector(SITE), 2.0), vector("resid_pre.2", 1)], {"positions": "generated"}),
-    "add at the last": ([(vector(SITE), 4.0)], {"positions": "last"}),
-    "add at the first": ([(vector(SITE), 2.0)], {"positions": ("first", 2)}),
-    "add at some": ([(vector(SITE), 2.0)], {"positions": [0, 10]}),  # one of the prompt, one beyond it
-    "add by position": ([(SteeringVector.at(SITE, torch.stack([vector(SITE, i).direction_d for i in range(3)])), 2.0), vector(SITE)], {}),
-    "rotate": ([(vector(SITE), 3.0)], {"operation": "rotate"}),
-    "clamp": ([(DictionaryFeature(dictionary(), i, SITE), 2.0 * i) for i in (0, 3)], {"operation": "clamp"}),
-    "clamp a vector in the prompt": ([(vector(SITE), 3.0)], {"operation": "clamp", "positions": "prompt"}),
-    "ablate": (
-        [vector(SITE), vector(SITE, 1), DictionaryFeature(dictionary(), 2, SITE)],
-        {"operation": "ablate", "positions": "generated"},
-    ),
-}
 NAMED = ("prompt", "generated", "last")
 
 
-def settings_of(name: str, prompt_length: int) -> tuple[list, dict]:
-    items, settings = SETTINGS[name]
-    return items, settings | ({"prompt_length": prompt_length} if settings.get("positions") in NAMED else {})
+def table(site: str, seed: int = 0, positions: int = 3) -> SteeringVector:
+    return SteeringVector.at(site, torch.stack([vector(site, seed + i).direction_d for i in range(positions)]))
+
+
+def united(*vectors: SteeringVector) -> SteeringVector:
+    return SteeringVector({site: direction for one in vectors for site, direction in one.directions.items()})
+
+
+def settings_of(lm: LanguageModel, prompt_length: int) -> dict[str, tuple[list, dict]]:
+    """Every operation and place, with every kind of vector that a method makes: one direction, one per position, at heads, at several
+    sites, a feature."""
+    heads = united(*(vector(f"head_out.{layer}", layer, width=lm.width("head_out.0")) for layer in (0, 2)))
+    cases: dict[str, tuple[list, dict]] = {
+        "add everywhere": ([(vector(SITE), 2.0), heads], {}),
+        "add to the prompt": ([(vector(SITE), 2.0)], {"positions": "prompt"}),
+        "add where generated": ([(vector(SITE), 2.0), vector("resid_pre.2", 1)], {"positions": "generated"}),
+        "add at the last": ([(vector(SITE), 4.0)], {"positions": "last"}),
+        "add at the first": ([(vector(SITE), 2.0)], {"positions": ("first", 2)}),
+        "add at some": ([(vector(SITE), 2.0)], {"positions": [0, 10]}),  # one of the prompt, one beyond it
+        "add by position": ([(table(SITE), 2.0), vector(SITE)], {}),
+        "add by position at several sites": ([(united(table("resid_pre.0", 2), table(SITE), vector("resid_post.0", 5)), -1.5)], {}),
+        "add at heads": ([(heads, 3.0)], {"positions": "generated"}),
+        "rotate": ([(vector(SITE), 3.0)], {"operation": "rotate"}),
+        "rotate by position": ([(table(SITE), 3.0)], {"operation": "rotate"}),
+        "rotate at several sites": ([(united(vector("resid_pre.0", 4), vector("resid_post.2", 5)), 3.0), heads], {"operation": "rotate"}),
+        "clamp": ([(DictionaryFeature(dictionary(), i, SITE), 2.0 * i) for i in (0, 3)], {"operation": "clamp"}),
+        "clamp at several sites": (
+            [(DictionaryFeature(dictionary(), 1, "resid_post.0"), 2.0), (DictionaryFeature(dictionary(), 1, SITE), 3.0), (heads, 1.5)],
+            {"operation": "clamp", "positions": "generated"},
+        ),
+        "clamp a vector in the prompt": ([(vector(SITE), 3.0)], {"operation": "clamp", "positions": "prompt"}),
+        "ablate": (
+            [vector(SITE), vector(SITE, 1), DictionaryFeature(dictionary(), 2, SITE)],
+            {"operation": "ablate", "positions": "generated"},
+        ),
+        "ablate at several sites": ([united(vector("resid_pre.0", 4), vector("resid_post.0", 5)), heads], {"operation": "ablate"}),
+    }
+    for _, settings in cases.values():
+        settings |= {"prompt_length": prompt_length} if settings.get("positions") in NAMED else {}
+    return cases
 
 
 def padded(rows: list[torch.Tensor], longest: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,7 +87,7 @@ def padded(rows: list[torch.Tensor], longest: int) -> tuple[torch.Tensor, torch.
 def test_zero_vectors_and_leaving_the_context_change_no_bit(family):
     lm, ids_sp = tiny(family), ids_of()
     before = lm.logits(ids_sp)
-    zeros = [SteeringVector.at(f"{kind}.1", torch.zeros(lm.width(f"{kind}.1"))) for kind in lm.kinds]
+    zeros = [SteeringVector({f"{kind}.{layer}": torch.zeros(lm.width(f"{kind}.{layer}")) for layer in (0, 1)}) for kind in lm.kinds]
     for operation in ("add", "rotate", "clamp", "ablate"):
         for positions in ("all", "generated", [1, 2]):
             place = {"positions": positions} | ({"prompt_length": 3} if positions == "generated" else {})
@@ -116,11 +96,15 @@ def test_zero_vectors_and_leaving_the_context_change_no_bit(family):
             if operation != "clamp":  # whose coefficient is a target
                 with steered(lm, [(vector(SITE), 0.0)], operation=operation, **place):
                     assert torch.equal(lm.logits(ids_sp), before)
+    by_position = [SteeringVector.at(f"{kind}.1", torch.zeros(2, lm.width(f"{kind}.1"))) for kind in lm.kinds]
+    for operation in ("add", "rotate"):
+        for added in (by_position, [(table(SITE), 0.0)], [*by_position, (vector(SITE), 0.0)]):
+            with steered(lm, added, operation=operation):
+                assert torch.equal(lm.logits(ids_sp), before)
     for operation in ("clamp", "ablate"):
         with steered(lm, [(DictionaryFeature(dictionary(zero_rows=True), 1, SITE), 1.0)], operation=operation):
             assert torch.equal(lm.logits(ids_sp), before)
-    for name in SETTINGS:
-        items, settings = settings_of(name, 7)
+    for items, settings in settings_of(lm, 7).values():
         with steered(lm, items, **settings):
             assert not torch.equal(lm.logits(ids_sp), before)
         assert torch.equal(lm.logits(ids_sp), before)
@@ -129,8 +113,7 @@ def test_zero_vectors_and_leaving_the_context_change_no_bit(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cached_generation_equals_uncached(family):
     lm, ids_sp = tiny(family), ids_of()
-    for name in SETTINGS:
-        items, settings = settings_of(name, ids_sp.shape[1])
+    for name, (items, settings) in settings_of(lm, ids_sp.shape[1]).items():
         steps = []
         with steered(lm, items, **settings):
             hook = lm.model.register_forward_hook(lambda _m, _a, out, steps=steps: steps.append(out.logits[:, -1]))
@@ -150,13 +133,12 @@ def test_left_padded_batch_equals_one_by_one(family):
     lm, longest = tiny(family), 8
     rows = [ids_of(1, length, seed=length) for length in (3, 8, 1)]
     ids_sp, mask_sp = padded(rows, longest)
-    for name in SETTINGS:
-        items, settings = settings_of(name, longest)
-        with steered(lm, items, **settings):
+    for name, (items, settings) in settings_of(lm, longest).items():
+        with lm.edited({}), steered(lm, items, **settings):
             batch = lm.generate(ids_sp, mask_sp, max_new_tokens=4, temperature=0)
             logits = lm.logits(batch, torch.nn.functional.pad(mask_sp, (0, 4), value=1))
         for i, row in enumerate(rows):
-            items, settings = settings_of(name, row.shape[1])
+            items, settings = settings_of(lm, row.shape[1])[name]
             with steered(lm, items, **settings):
                 alone_logits = lm.logits(batch[i : i + 1, longest - row.shape[1] :])
             torch.testing.assert_close(
@@ -218,20 +200,27 @@ def test_the_positions_of_a_prompt_end_with_it():
 
 
 def test_clamping_is_decoding_changed_activations_with_the_error_kept():
+    """At one site and at two, whose second then meets what the first made of it."""
     for family in FAMILIES:
         lm, ids_sp, sae = tiny(family), ids_of(), dictionary()
-        plain = lm.record(ids_sp, [SITE])[SITE]
-        acts = sae.encode(plain)
-        error = plain - sae.decode(acts)
         for operation, targets in (("clamp", {j: 0.7 * j for j in range(5)}), ("ablate", dict.fromkeys(range(5), 0.0))):
-            items = [(DictionaryFeature(sae, j, SITE), target if operation == "clamp" else 1.0) for j, target in targets.items()]
-            with steered(lm, items, operation=operation):
-                clamped = lm.record(ids_sp, [SITE])[SITE]
-            wanted = acts.clone()
-            assert 0.1 < (acts[..., :5] > 0).float().mean() < 0.9  # the encoder's ReLU matters
-            for j, target in targets.items():
-                wanted[..., j] = target
-            torch.testing.assert_close(clamped, sae.decode(wanted) + error, rtol=1e-4, atol=1e-4)
+
+            def items(*sites, operation=operation, targets=targets, sae=sae):
+                given = {j: target if operation == "clamp" else 1.0 for j, target in targets.items()}
+                return [(DictionaryFeature(sae, j, site), c) for site in sites for j, c in given.items()]
+
+            for before in ([], ["resid_post.0"]):
+                with steered(lm, items(*before), operation=operation):
+                    plain = lm.record(ids_sp, [SITE])[SITE]
+                with steered(lm, items(*before, SITE), operation=operation):
+                    clamped = lm.record(ids_sp, [SITE])[SITE]
+                acts = sae.encode(plain)
+                wanted = acts.clone()
+                assert before or 0 < (acts[..., :5] > 0).float().mean() < 1  # the encoder's ReLU matters
+                for j, target in targets.items():
+                    wanted[..., j] = target
+                error = plain - sae.decode(acts)
+                torch.testing.assert_close(clamped, sae.decode(wanted) + error, rtol=1e-4, atol=1e-4)
 
 
 def test_vectors_are_clamped_ablated_and_rotated_to_what_numpy_says():
@@ -260,55 +249,61 @@ def test_vectors_are_clamped_ablated_and_rotated_to_what_numpy_says():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adding_at_the_heads_equals_adding_their_projection(family):
     lm, ids_sp = tiny(family), ids_of()
-    if family == "gemma3":
+    if family in ("gemma2", "gemma3", "gemma3_text", "olmo2"):
         pytest.skip("a norm stands between the projection and attn_out")
-    at_heads = vector("head_out.1")
+    at_heads = vector("head_out.1", width=lm.width("head_out.1"))
     projection = lm.module("head_out.1")[0]
     with torch.no_grad():
-        projected_d = (projection(at_heads.direction_d[None]) - projection(torch.zeros(1, 32)))[0]
+        projected_d = (projection(at_heads.direction_d[None]) - projection(torch.zeros(1, lm.width("head_out.1"))))[0]
     with steered(lm, [(at_heads, 1.5)]):
         expected = lm.logits(ids_sp)
     with steered(lm, [(SteeringVector.at("attn_out.1", projected_d), 1.5)]):
         torch.testing.assert_close(lm.logits(ids_sp), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_coefficients_per_sequence():
-    lm, ids_sp = tiny("gpt2"), ids_of(3)
-    for items, settings in SETTINGS.values():
-        item, place = (
-            items[0][0] if isinstance(items[0], tuple) else items[0],
-            settings | ({"prompt_length": 7} if settings.get("positions") in NAMED else {}),
-        )
-        with steered(lm, [(item, [0.5, 0.0, 1.0])], **place):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_coefficients_per_sequence(family):
+    lm, ids_sp, coefficients = tiny(family), ids_of(3), [0.5, 0.0, 1.0]
+    for name, (items, settings) in settings_of(lm, 7).items():
+        plain = [item[0] if isinstance(item, tuple) else item for item in items]
+        with steered(lm, [(item, coefficients) for item in plain], **settings):
             together = lm.logits(ids_sp)
-        for i, coefficient in enumerate([0.5, 0.0, 1.0]):
-            with steered(lm, [(item, coefficient)], **place):
-                torch.testing.assert_close(together[i], lm.logits(ids_sp[i : i + 1])[0], rtol=1e-4, atol=1e-4)
+        for i, coefficient in enumerate(coefficients):
+            with steered(lm, [(item, coefficient) for item in plain], **settings):
+                alone = lm.logits(ids_sp[i : i + 1])[0]
+            torch.testing.assert_close(together[i], alone, rtol=1e-3, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
+BEAMED = (
+    "add everywhere",
+    "add by position at several sites",
+    "add at heads",
+    "rotate at several sites",
+    "clamp at several sites",
+    "ablate",
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hugging_faces_own_generation_with_beams_and_several_texts(family):
-    lm = tiny(family)
+    """A coefficient for each of two sequences, padded: each as if alone, and greedy search as in our own generation."""
+    lm, coefficients = tiny(family), (1.0, 0.3)
     rows = [ids_of(1, length, seed=length) for length in (3, 6)]
     ids_sp, mask_sp = padded(rows, 6)
     beams = dict(num_beams=3, num_return_sequences=2, do_sample=False, max_new_tokens=4, pad_token_id=1)
-    for item, settings in [
-        (vector(SITE), {}),
-        (vector(SITE), {"positions": "generated"}),
-        (SteeringVector.at(SITE, torch.stack([vector(SITE, i).direction_d for i in range(2)])), {}),
-        (DictionaryFeature(dictionary(), 3, SITE), {"operation": "clamp", "positions": "prompt"}),
-    ]:
-        place = {"prompt_length": 6} if "positions" in settings else {}
-        with steered(lm, [(item, [2.0, -1.0])], **settings, **place):
+    for name in BEAMED:
+        items, settings = settings_of(lm, 6)[name]
+        plain = [item[0] if isinstance(item, tuple) else item for item in items]
+        with steered(lm, [(item, coefficients) for item in plain], **settings):
             together = lm.model.generate(ids_sp, attention_mask=mask_sp, **beams)
         assert together.shape == (4, 10)
-        for i, (row, coefficient) in enumerate(zip(rows, (2.0, -1.0))):
-            place = {"prompt_length": row.shape[1]} if "positions" in settings else {}
-            with steered(lm, [(item, coefficient)], **settings, **place):
+        for i, (row, coefficient) in enumerate(zip(rows, coefficients)):
+            _, settings = settings_of(lm, row.shape[1])[name]
+            with steered(lm, [(item, coefficient) for item in plain], **settings):
                 alone = lm.model.generate(row, attention_mask=torch.ones_like(row), **beams)
                 greedy = lm.model.generate(row, attention_mask=torch.ones_like(row), do_sample=False, max_new_tokens=4, pad_token_id=1)
-                assert torch.equal(greedy, lm.generate(row, max_new_tokens=4, temperature=0))
-            assert torch.equal(together[2 * i : 2 * i + 2, 6 - row.shape[1] :], alone)
+                assert torch.equal(greedy, lm.generate(row, max_new_tokens=4, temperature=0)), name
+            assert torch.equal(together[2 * i : 2 * i + 2, 6 - row.shape[1] :], alone), name
 
 
 @pytest.mark.parametrize("sample", [False, True])
