@@ -101,7 +101,7 @@ def _verdict(sentences: Sequence[str]) -> str:
 
 def _pareto(result: Result, series: Sequence[Series]) -> str:
     legend = "".join(
-        f'<li class="l{s.index}" tabindex="0" style="--c:{s.colour}"><svg viewBox="0 0 24 16" class="series" aria-hidden="true">'
+        f'<li class="l{s.number}" tabindex="0" style="--c:{s.colour}"><svg viewBox="0 0 24 16" class="series" aria-hidden="true">'
         f"{marker(s.shape, 12, 8)}</svg><span>{escape(s.method)}</span></li>"
         for s in series
     )

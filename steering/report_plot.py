@@ -21,7 +21,7 @@ class Point(NamedTuple):
 class Series(NamedTuple):
     """One method's points, in the order of their KL."""
 
-    index: int
+    number: int
     method: str
     kind: str
     colour: str
@@ -115,7 +115,7 @@ def _series(s: Series, shift: float, x_of: Any, y_of: Any) -> str:
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y, _ in at)
     bars = "".join(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y_of(p.gain["low"]):.1f}" y2="{y_of(p.gain["high"]):.1f}"/>' for x, _, p in at)
     dots = "".join(f"<g>{marker(s.shape, x, y, p.reached)}<title>{escape(p.title)}</title></g>" for x, y, p in at)
-    return f'<g class="series s{s.index} {escape(s.kind)}" style="--c:{s.colour}">{bars}<path d="{path}"/>{dots}</g>'
+    return f'<g class="series s{s.number} {escape(s.kind)}" style="--c:{s.colour}">{bars}<path d="{path}"/>{dots}</g>'
 
 
 def marker(shape: str, x: float, y: float, filled: bool = True) -> str:

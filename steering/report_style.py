@@ -34,7 +34,7 @@ svg text{fill:var(--soft);font:12px system-ui,sans-serif}
 svg .axis{stroke:var(--line)}
 svg .grid{stroke:var(--grid)}
 svg .zero{stroke:var(--soft);stroke-dasharray:3 3}
-svg .control{fill:var(--control);opacity:.13}
+svg rect.control{fill:var(--control);opacity:.13}
 .series{transition:opacity .12s}
 .series path,.series line{stroke:var(--c);fill:none;stroke-width:1.8}
 .series line{stroke-width:1.3;opacity:.6}
