@@ -10,7 +10,6 @@ import torch
 from sae.activations.text import TextConfig
 from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
-from sae.evaluation.evaluate import finite
 from sae.features.lens import folded_unembedding, logit_lens
 from sae.files import write_json
 from sae.language_model import LanguageModel
@@ -28,6 +27,7 @@ from steering.effects import (
     rollout_activations,
 )
 from steering.principal import alive_features, load_dictionary
+from steering.principal_report import Interval
 from steering.sequences import Ruler, read_sequences, site_activations
 from steering.strengths import PROMPTS
 from steering.vector import SteeringVector
@@ -123,7 +123,6 @@ def effect_map(config: EffectConfig) -> dict[str, Any]:
     fitted = effects and {k: v for k, v in effects.provenance.items() if k not in ("features", "prompts")}
     result = {"format": "effect-map-1", "settings": settings, "fitted": fitted, "maps": [], "aims": aims(mapped)}
     result["maps"] = [described(lm, dictionary, m, config.top) for m in mapped]
-    result = finite(result)
     if config.out:
         write_json(config.out, result)
     show(result)
@@ -207,8 +206,9 @@ def show(result: dict[str, Any]) -> None:
 
     console = Console()
 
-    def cell(value: dict[str, float], form: str = ".2f") -> str:
-        return f"{value['value']:{form}} ({value['low']:{form}} to {value['high']:{form}})"
+    def cell(value: Interval, form: str = ".2f") -> str:
+        own, low, high = ("-" if value[key] is None else f"{value[key]:{form}}" for key in ("value", "low", "high"))
+        return f"{own} ({low} to {high})"
 
     for found in result["maps"]:
         off = "" if found["reached"] else ", which does not reach the budget"

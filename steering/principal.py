@@ -18,7 +18,6 @@ from torch import Tensor
 from sae.activations.text import TextConfig
 from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
-from sae.evaluation.evaluate import finite
 from sae.files import write_json
 from sae.language_model import LanguageModel
 from sae.progress import progress
@@ -217,7 +216,7 @@ def principal_study(config: PrincipalConfig) -> dict[str, Any]:
     known = {"name": lm.name, "fingerprint": lm.fingerprint()}
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
     result = {"format": "principal-1", "model": known, "settings": settings, "left_out": left_out}
-    result |= finite(report(lm.tokenizer, directions, measured, recovered, config.seed))
+    result |= report(lm.tokenizer, directions, measured, recovered, config.seed)
     write_json(config.out / "principal.json", result)
     show(result)
     return result

@@ -9,7 +9,8 @@ import numpy as np
 
 from steering.principal import COMPONENT, IN_SPAN, IN_SPAN_WEIGHTED, ROUNDS, Direction, Measured, Side, consistency
 
-Interval = dict[str, float]
+Interval = dict[str, Any]
+"""value, low and high; None for a number that is not finite, which JSON does not have"""
 
 
 class Beats(NamedTuple):
@@ -29,7 +30,7 @@ class Beats(NamedTuple):
 def interval(value_r: np.ndarray) -> Interval:
     """The data's own value and the 95 % percentile interval of the rounds."""
     low, high = np.nanquantile(value_r[1:], [0.025, 0.975])
-    return {"value": float(value_r[0]), "low": float(low), "high": float(high)}
+    return {key: float(x) if np.isfinite(x) else None for key, x in (("value", value_r[0]), ("low", low), ("high", high))}
 
 
 def drawn(count: int, rng: np.random.Generator, rounds: int = ROUNDS) -> np.ndarray:
