@@ -197,4 +197,4 @@ def aim_difference(one: Effect, other: Effect, feature: int) -> Aim:
     on_t, others_t = ([e.on(feature) for e in (one, other)], [e.others(feature) for e in (one, other)])
     with np.errstate(invalid="ignore", divide="ignore"):
         share_t = [a / b for a, b in zip(on_t, others_t)]
-    return Aim(*(interval(a - b) for a, b in (on_t, others_t, share_t)))
+        return Aim(*(interval(a - b) for a, b in (on_t, others_t, share_t)))

@@ -28,8 +28,9 @@ class Beats(NamedTuple):
 
 
 def interval(value_r: np.ndarray) -> Interval:
-    """The data's own value and the 95 % percentile interval of the rounds."""
-    low, high = np.nanquantile(value_r[1:], [0.025, 0.975])
+    """The data's own value and the 95 % percentile interval of the rounds, those without a finite number left out."""
+    rounds = value_r[1:][np.isfinite(value_r[1:])]
+    low, high = np.quantile(rounds, [0.025, 0.975]) if len(rounds) else (np.nan, np.nan)
     return {key: float(x) if np.isfinite(x) else None for key, x in (("value", value_r[0]), ("low", low), ("high", high))}
 
 

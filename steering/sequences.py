@@ -84,7 +84,10 @@ class Ruler:
         self._last = 0.3 * self.typical_norm
 
     def coefficient(self, unit: SteeringVector, budget: float, sign: int = 1) -> Found:
-        """The positive coefficient of `sign * unit`, added everywhere, at which KL(unsteered ‖ steered) is `budget` nats per token."""
+        """The positive coefficient of `sign * unit`, added everywhere, at which KL(unsteered ‖ steered) is `budget` nats per token.
+
+        Within the tolerance of `coefficient_for_kl`: the search begins where the last one ended, so its result hangs a little on the order.
+        """
 
         def kl_at(coefficient: float) -> float:
             with steered(self.lm, [(unit, sign * coefficient)]):

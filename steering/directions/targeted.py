@@ -93,5 +93,9 @@ def targeted_direction(effects: Effects, feature: int, bias_weight: float = 1.0)
     towards_d = own_d / own_d.norm()
     if bias_weight and bias_d.any():
         towards_d = towards_d - bias_weight * bias_d / bias_d.norm()
+    if not towards_d.norm() > 0:  # host sync
+        raise InputError(
+            f"feature {feature} rises exactly as under any steering, so no direction can be aimed at it; lower the bias's weight"
+        )
     provenance = {"method": "targeted", "feature": feature, "bias_weight": bias_weight, "effects": effects.provenance}
-    return SteeringVector.at(effects.site, towards_d.float(), provenance).unit()
+    return SteeringVector.at(effects.site, (towards_d / towards_d.norm()).float(), provenance)

@@ -107,3 +107,5 @@ def test_bad_input_is_met_with_a_sentence():
         targeted_direction(effects, 3)
     with pytest.raises(InputError, match="feature 1 was moved by none"):
         targeted_direction(effects, 1)
+    with pytest.raises(InputError, match="rises exactly as under any steering"):
+        targeted_direction(Effects(torch.eye(4)[:, :1], torch.ones(1), "resid_post.1", {}), 0)
