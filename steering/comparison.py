@@ -28,7 +28,7 @@ from steering.neutral import PROMPTS
 from steering.scores import verdict
 
 FORMAT = "comparison-1"
-TIMED_TOKENS = 4  # new tokens of the sample by which a dry run guesses the time
+TIMED_TOKENS = (2, 10)  # new tokens of the two samples by which a dry run guesses the time
 ABOVE_SAMPLING = 1.6  # whole run over sampling alone: calibrating, scoring and making the directions
 
 
@@ -198,16 +198,20 @@ def plain(value: Any) -> Any:
 
 
 def announce(bench: Bench, arms: Sequence[Arm], out: Path) -> None:
-    """What would be done; the time is that of a few tokens without steering, multiplied."""
+    """What would be done; the time is guessed from short continuations without steering."""
     for arm in arms:
         print(f"{arm.method}: " + (f"left out, {arm.left_out}" if arm.left_out else arm.note or "ready"))
     present = [arm for arm in arms if arm.left_out is None]
     levels = sum(len(bench.budgets) if arm.vector else 1 for arm in present)
-    short = replace(bench, sampling=bench.sampling | {"max_new_tokens": TIMED_TOKENS})
-    started = time.monotonic()
-    continuations(short, arms[0], 0.0, bench.samples)
     new = bench.sampling["max_new_tokens"]
-    minutes = (time.monotonic() - started) / TIMED_TOKENS * new * levels * ABOVE_SAMPLING / 60
+    seconds = []
+    for tokens in (min(tokens, new) for tokens in (TIMED_TOKENS[0], *TIMED_TOKENS)):  # the first warms up
+        started = time.monotonic()
+        continuations(replace(bench, sampling=bench.sampling | {"max_new_tokens": tokens}), arms[0], 0.0, bench.samples)
+        seconds.append(time.monotonic() - started)
+    _, short, long = seconds
+    each = long + max(long - short, 0.0) / (TIMED_TOKENS[1] - TIMED_TOKENS[0]) * max(new - TIMED_TOKENS[1], 0)
+    minutes = each * levels * ABOVE_SAMPLING / 60
     texts = len(bench.prompts) * bench.samples
     print(f"{levels} strengths of {len(present)} arms, {texts} continuations of {new} tokens each: about {minutes:.1f} minutes")
     print(f"would write comparison.json and report.html into {out}")

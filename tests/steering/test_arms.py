@@ -146,6 +146,7 @@ def test_prompts_too_long_for_their_place_are_left_out(byte_lm):
     assert "more than the longest prompt" in found["ActAdd"].left_out
 
 
+@pytest.mark.filterwarnings("ignore:.*examples, ")  # of the other arms
 def test_few_texts_are_warned_about_with_an_interval_and_noted(byte_lm):
     few = TEXTS._replace(fit_positive=POSITIVE[:5], fit_negative=NEGATIVE[:9])
     with pytest.warns(UserWarning, match=r"DiffMean: few examples, 5 positive and 9 negative.*95 %"):

@@ -16,6 +16,7 @@ from steering.command_line import compare_directions as compare_command
 from steering.comparison import CompareConfig, compare_directions, cosines, fitting, plain
 
 SITE = "resid_post.1"
+pytestmark = pytest.mark.filterwarnings("ignore:few texts of")
 
 
 @pytest.fixture(scope="module")
