@@ -64,6 +64,8 @@ class Material:
     corpus: Corpus | None = None
     effects: Effects | None = None
     """of the dictionary's rows, fitted before"""
+    feature: int | None = None
+    """of the dictionary, chosen by the person who compares"""
     seed: int = 0
 
     @cached_property
@@ -169,6 +171,16 @@ def _best_features(m: Material) -> list[int]:
     return best
 
 
+def _feature_given(m: Material) -> Made:
+    if m.feature is None:
+        raise InputError("no feature was named")
+    auroc_f, highest_f = m.features
+    highest = float(highest_f[m.feature])
+    vector = feature_direction(m.dictionary, m.feature, highest or 1.0, m.site)  # type: ignore[arg-type]
+    made = _feature(m, vector, f"AUROC {auroc_f[m.feature]:.2f}")
+    return made if highest else (vector, None, f"feature {m.feature}: it never fires on the texts to fit")
+
+
 def _feature_auroc(m: Material) -> Made:
     j = _best_features(m)[0]
     auroc_f, highest_f = m.features
@@ -255,6 +267,7 @@ def _iti(m: Material) -> Made:
 MAKERS: dict[str, tuple[Kind, Callable[[Material], Made]]] = {
     RANDOM: ("control", _random),
     SHUFFLED: ("control", _shuffled),
+    "SAE feature named": ("method", _feature_given),
     "SAE feature by AUROC": ("method", _feature_auroc),
     "SAE feature by output score": ("method", _feature_output),
     "SAE-TS": ("method", _targeted),

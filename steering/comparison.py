@@ -40,6 +40,8 @@ class CompareConfig(TextConfig):
     """Model by hub name or folder."""
     sae: Path | None = None
     """Folder of a dictionary of this model; without it the arms of dictionary features are left out."""
+    feature: int | None = None
+    """A feature of the dictionary to compare as well, such as one found in the browser."""
     effects: Path | None = None
     """Effects of this dictionary's features, fitted by scripts/effect_map.py; without it the arm of SAE-TS is left out."""
     site: str | None = None
@@ -79,10 +81,14 @@ def compare_directions(config: CompareConfig) -> dict[str, Any]:
     lm = LanguageModel.load(config.model, device=config.device)
     dictionary, site = load_dictionary(config, lm)
     refuse_long_prompts(lm, config)
+    if config.feature is not None and not (dictionary and 0 <= config.feature < dictionary.d_sae):
+        has = f"one with features 0 to {dictionary.d_sae - 1}" if dictionary else "none"
+        raise InputError(f"expected a dictionary that has feature {config.feature}, got {has}; give another --sae or --feature")
     corpus = read_corpus(config, lm) if config.text or config.dataset else None
     texts = Texts(*([fitting(lm, text) for text in part] for part in concept_texts(concept, corpus, config.seed)))
     effects = None if config.effects is None else Effects.load(config.effects)
-    material = Material(lm, site, concept, texts, config.prompts, config.max_new_tokens, dictionary, corpus, effects, config.seed)
+    drawn = (config.prompts, config.max_new_tokens)
+    material = Material(lm, site, concept, texts, *drawn, dictionary, corpus, effects, config.feature, config.seed)
     arms = build_arms(material)
     target, second = target_scorer(concept, texts, config.seed), second_scorer(concept, texts, config.seed)
     sampling = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}

@@ -47,7 +47,8 @@ def arms(byte_lm, dictionary):
 def test_every_arm_is_there_as_a_unit_vector(arms):
     assert list(arms) == [NONE, PROMPTING, *MAKERS]
     assert arms["SAE-TS"].left_out == "no fitted effects were given"
-    for method in set(MAKERS) - {"SAE-TS"}:
+    assert arms["SAE feature named"].left_out == "no feature was named"
+    for method in set(MAKERS) - {"SAE-TS", "SAE feature named"}:
         assert arms[method].left_out is None
         assert arms[method].vector.norm == pytest.approx(1, abs=1e-5)
     assert [arms[method].kind for method in (NONE, PROMPTING, RANDOM, SHUFFLED, "DiffMean")] == ["baseline"] * 2 + ["control"] * 2 + [
@@ -94,6 +95,13 @@ def test_the_feature_of_highest_auroc_on_the_texts_to_fit(byte_lm, dictionary, a
     torch.testing.assert_close(arms["SAE feature by AUROC"].vector.direction_d, row_d / row_d.norm())
     assert arms["SAE feature by AUROC"].strongest == pytest.approx((highest_f[best] * row_d.norm()).item(), rel=1e-5)
     assert "output score" in arms["SAE feature by output score"].note
+
+
+@pytest.mark.parametrize("feature", [3, 15])
+def test_a_named_feature_is_its_decoder_row(byte_lm, dictionary, feature):
+    named = {arm.method: arm for arm in build_arms(material(byte_lm, dictionary=dictionary, feature=feature))}["SAE feature named"]
+    row_d = dictionary.W_dec_fd[feature]
+    torch.testing.assert_close(named.vector.direction_d, row_d / row_d.norm())
 
 
 def test_the_targeted_direction_is_aimed_at_the_feature_by_output_score(byte_lm, dictionary, arms):

@@ -143,6 +143,7 @@ def test_a_text_longer_than_the_context_loses_its_end(byte_lm):
         (dict(sae=Path("narrow")), "a dictionary of width 32"),
         (dict(sae=Path("foreign")), "has other weights"),
         (dict(site="resid_post.2"), "resid_post.1, got resid_post.2"),
+        (dict(feature=10**6), "expected a dictionary that has feature 1000000, got one with features 0 to"),
         (dict(sae=None), "expected --site"),
         (dict(sae=None, site="resid_post.9"), "resid_post.9"),
         (dict(text=("no/such/file.txt",)), "no/such/file.txt"),
