@@ -36,14 +36,24 @@ def test_shuffled_labels_lose_the_planted_direction_and_repeat():
         right = diffmean(pos_nd, neg_nd, "resid_post.1")
     shuffled = [shuffled_labels(pos_nd, neg_nd, "resid_post.1", seed).direction_d for seed in range(40)]
     assert right.direction_d[3] > 3.7
-    assert max(abs(float(x[3])) for x in shuffled) < 0.8
+    assert max(abs(float(x[3])) for x in shuffled) < 0.5
     assert torch.equal(shuffled[0], shuffled_labels(pos_nd, neg_nd, "resid_post.1", 0).direction_d)
 
 
-def test_shuffling_reaches_every_split_of_the_rows_and_no_other():
+def test_shuffled_labels_leave_nothing_of_sets_that_lie_far_apart():
+    noise_nd = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    for seed in range(5):
+        vector = shuffled_labels(noise_nd[:20] + 100, noise_nd[20:] - 100, "resid_post.1", seed)
+        assert vector.norm < 3
+        assert abs(vector.direction_d.sum()) < 10
+
+
+def test_shuffling_reaches_every_split_into_even_halves_and_no_other():
     rows_nd = torch.tensor([[1.0, 2.0], [5.0, -1.0], [0.0, 7.0], [-3.0, 4.0]])
-    splits = [(a, b) for a in range(4) for b in range(a)]
-    possible = {tuple((2 * (rows_nd[a] + rows_nd[b]) - rows_nd.sum(0)).div(2).tolist()) for a, b in splits}
+    halves = [((a, b), (1 - a, 5 - b)) for a in (0, 1) for b in (2, 3)]
+    possible = {tuple((rows_nd[list(x)].mean(0) - rows_nd[list(y)].mean(0)).tolist()) for x, y in halves}
     seen = {tuple(shuffled_labels(rows_nd[:2], rows_nd[2:], "resid_post.1", seed).direction_d.tolist()) for seed in range(60)}
-    assert len(possible) == 6
+    assert len(possible) == 4
     assert seen == possible
+    with pytest.raises(InputError, match="more than one row"):
+        shuffled_labels(rows_nd[:1], rows_nd[1:2], "resid_post.1", 0)
