@@ -77,7 +77,7 @@ def build_feature_index() -> None:
     )
 
 
-def browse_features() -> None:
-    from sae.features.browse import BrowseConfig, browse
+def list_features() -> None:
+    from sae.features.list import ListConfig, list_features
 
-    run(browse, BrowseConfig, "List and search features in the terminal and write pages that open without a network.")
+    run(list_features, ListConfig, "List and search features in the terminal and write pages that open without a network.")

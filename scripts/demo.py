@@ -49,8 +49,8 @@ def demo(config: DemoConfig) -> None:
     call("train_sae", f"--cache {cache} --out {dictionary} {TRAINING}")
     call("evaluate_sae", f"--dictionary {dictionary} --cache {cache}")
     call("build_feature_index", f"--dictionary {dictionary} --cache {cache} --tokens 500000 --out {index}")
-    call("browse_features", f"--index {index} --search {shlex.quote(config.word)} --top 8 --html {pages}")
-    feature = json.loads(call("browse_features", f"--index {index} --search {shlex.quote(config.word)} --top 1 --json", show=False))[0]
+    call("list_features", f"--index {index} --search {shlex.quote(config.word)} --top 8 --html {pages}")
+    feature = json.loads(call("list_features", f"--index {index} --search {shlex.quote(config.word)} --top 1 --json", show=False))[0]
     number = feature["feature"]
     call("steer", f"--index {index} --feature {number} --strength {config.strengths[0]:g} --prompt 'I think' {SAMPLING}")
     table = out / "steering.json"

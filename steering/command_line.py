@@ -1,4 +1,4 @@
-"""The command of `steering`, for `scripts/` and the console alike."""
+"""The commands of `steering`, for `scripts/` and the console alike."""
 
 from sae.command_line import run
 
@@ -13,3 +13,10 @@ def measure_steering() -> None:
     from steering.strengths import StrengthsConfig, strengths
 
     run(strengths, StrengthsConfig, "Measure what adding a feature does at several strengths, against a random direction.")
+
+
+def browse_features() -> None:
+    from sae.features.browse import BrowseConfig
+    from steering.panel import browse
+
+    run(browse, BrowseConfig, "Look at features in the web browser: search, prompts, steering, labels; served on this machine alone.")
