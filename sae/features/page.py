@@ -157,7 +157,9 @@ def _buckets_section(index: "FeatureIndex", j: int, count: int, top: float) -> s
     buckets = [bucket for bucket in index.bucket_contexts(j, BUCKET_ROWS) if bucket.contexts]
     blocks = [
         f"<div><h3>{number(bucket.low)} to {number(bucket.high)} <span class='soft'>{bucket.count:,} activations, "
-        f"{percent(bucket.count / max(count, 1))}</span></h3>\n" + "\n".join(row_html(context, top) for context in bucket.contexts) + "</div>"
+        f"{percent(bucket.count / max(count, 1))}</span></h3>\n"
+        + "\n".join(row_html(context, top) for context in bucket.contexts)
+        + "</div>"
         for bucket in buckets
     ]
     if not blocks:
