@@ -77,6 +77,12 @@ def build_feature_index() -> None:
     )
 
 
+def merge_feature_indexes() -> None:
+    from sae.features.merge import MergeConfig, merge_indexes
+
+    run(merge_indexes, MergeConfig, "Join feature indexes of one dictionary that were built on different text.")
+
+
 def list_features() -> None:
     from sae.features.list import ListConfig, list_features
 

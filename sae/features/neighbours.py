@@ -1,0 +1,114 @@
+"""Features that belong to a feature: those whose decoder rows point the same way, and those that fire on the same tokens.
+
+d model width · f features · n tokens of the corpus
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae.features.examples import NONE, smallest
+from sae.progress import progress
+
+KEPT = 20
+BLOCK_BYTES = 1 << 26  # of one block of cosines
+PAIRS = 1 << 20  # pairs of entries of one token counted at a time: about 40 bytes of memory each
+
+
+@torch.no_grad()
+def cosine_neighbours(W_dec_fd: Tensor, ids_fk: np.ndarray, cosines_fk: np.ndarray) -> None:
+    """Fills in the features with the highest cosine of decoder rows, highest first; what is not filled stays as it is.
+
+    Costs 2 f² d operations: nothing at 65,536 features, hours on a CPU at a million.
+    """
+    unit_fd = torch.nn.functional.normalize(W_dec_fd.float(), dim=-1)
+    f = len(unit_fd)
+    kept = min(ids_fk.shape[1], f - 1)
+    if not kept:
+        return
+    rows = max(1, BLOCK_BYTES // (4 * f))
+    for low in range(0, f, rows):
+        block_bf = unit_fd[low : low + rows] @ unit_fd.T
+        block_bf[:, low : low + rows].fill_diagonal_(-2)  # not itself
+        cosines, ids = block_bf.topk(kept)
+        ids_fk[low : low + rows, :kept] = ids.cpu().numpy()  # host sync
+        cosines_fk[low : low + rows, :kept] = cosines.cpu().numpy()  # host sync
+
+
+def by_token(offsets: np.ndarray, positions: np.ndarray, n: int, features_n: np.ndarray, block_entries: int) -> np.ndarray:
+    """The matrix in token order: fills `features_n` [entries] with the features of each token, ascending; gives where each token's begin."""
+    counts = np.zeros(n, np.int64)
+    for low in range(0, len(positions), block_entries):
+        counts += np.bincount(positions[low : low + block_entries], minlength=n)
+    starts = np.r_[0, np.cumsum(counts)]
+    free = starts[:-1].copy()
+    for low in range(0, len(positions), block_entries):
+        part = positions[low : low + block_entries]
+        bounds = np.clip(offsets, low, low + len(part)) - low
+        key = np.repeat(np.arange(len(offsets) - 1, dtype=np.uint64), np.diff(bounds))
+        key |= part.astype(np.uint64) << np.uint64(32)
+        key.sort()
+        token = (key >> np.uint64(32)).astype(np.int64)
+        new = np.r_[True, token[1:] != token[:-1]]
+        heads = np.flatnonzero(new)
+        lengths = np.diff(np.r_[heads, len(token)])
+        features_n[free[token] + np.arange(len(token)) - np.repeat(heads, lengths)] = key.astype(np.uint32)
+        free[token[heads]] += lengths
+    return starts
+
+
+def coactive(
+    offsets: np.ndarray, positions: np.ndarray, starts: np.ndarray, features_n: np.ndarray, ids_fk: np.ndarray, counts_fk: np.ndarray
+) -> None:
+    """Fills in the features that fire on most of the same tokens, most first, the lower of equals first: exact, the sparse Xᵀ X.
+
+    `starts`, `features_n`: from `by_token`. Costs the sum over tokens of the square of the features that fire there.
+    """
+    f, k = len(offsets) - 1, ids_fk.shape[1]
+    lengths = np.diff(starts)
+    pairs = np.r_[0, np.cumsum([_sum_of(lengths, positions[a:b]) for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist())])]
+    with progress("co-activation", f, "features") as bar:
+        low = 0
+        while low < f:
+            high = max(low + 1, int(np.searchsorted(pairs, pairs[low] + PAIRS, "right")) - 1)
+            pair_n, count_n = _count_pairs(offsets, positions, starts, lengths, features_n, low, high)
+            feature_n, other_n = pair_n // f, pair_n % f
+            apart = feature_n + low != other_n  # not with itself
+            feature_n, other_n, count_n = feature_n[apart], other_n[apart], count_n[apart]
+            best = smallest(feature_n, high - low, (int(NONE) - count_n).astype(np.uint32), k)
+            some = best >= 0
+            ids_fk[low:high][some], counts_fk[low:high][some] = other_n[best[some]], count_n[best[some]]
+            bar.advance(high - low)
+            low = high
+
+
+def _sum_of(lengths: np.ndarray, positions: np.ndarray) -> int:
+    return int(lengths[positions].sum())
+
+
+def _count_pairs(offsets, positions, starts, lengths, features_n, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
+    """(feature - low) * f + other feature, ascending, and on how many tokens the two fire together, for features `low` to `high` - 1."""
+    f = len(offsets) - 1
+    begin, end = int(offsets[low]), int(offsets[high])
+    row_n = np.repeat(np.arange(0, (high - low) * f, f), np.diff(offsets[low : high + 1]))
+    few = (high - low) * f <= 4 * PAIRS  # then every pair has a counter of its own, else they are sorted
+    counters = np.zeros((high - low) * f if few else 0, np.int64)
+    sorted_n = np.zeros(0, np.int64)
+    done = begin
+    while done < end:  # once, unless a single feature has more pairs than fit
+        part = positions[done : min(end, done + PAIRS)]
+        many = np.cumsum(lengths[part])
+        part = part[: max(1, int(np.searchsorted(many, PAIRS, "right")))] if many[-1] > PAIRS else part
+        many, length = many[: len(part)], lengths[part]
+        where = np.repeat(starts[part] - (many - length), length) + np.arange(many[-1])
+        pair_n = np.repeat(row_n[done - begin : done - begin + len(part)], length) + features_n[where]
+        if few:
+            counters += np.bincount(pair_n, minlength=len(counters))
+        else:
+            sorted_n = np.sort(np.r_[sorted_n, pair_n])
+        done += len(part)
+    if few:
+        pair_n = np.flatnonzero(counters)
+        return pair_n, counters[pair_n]
+    heads = np.flatnonzero(np.r_[True, sorted_n[1:] != sorted_n[:-1]]) if len(sorted_n) else np.zeros(0, np.int64)
+    return sorted_n[heads], np.diff(np.r_[heads, len(sorted_n)])
