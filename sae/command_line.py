@@ -87,3 +87,9 @@ def list_features() -> None:
     from sae.features.list import ListConfig, list_features
 
     run(list_features, ListConfig, "List and search features in the terminal and write pages that open without a network.")
+
+
+def explain_features() -> None:
+    from sae.features.explain import ExplainConfig, explain
+
+    run(explain, ExplainConfig, "Explain features by tokens, bigrams and patterns, or by a model, and score that on held-out documents.")
