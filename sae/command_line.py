@@ -93,3 +93,9 @@ def explain_features() -> None:
     from sae.features.explain import ExplainConfig, explain
 
     run(explain, ExplainConfig, "Explain features by tokens, bigrams and patterns, or by a model, and score that on held-out documents.")
+
+
+def export_features() -> None:
+    from sae.features.export import ExportConfig, export_features
+
+    run(export_features, ExportConfig, "Write features as a folder that opens from file://, or for Neuronpedia, SAEDashboard, circuit-tracer.")

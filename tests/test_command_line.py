@@ -43,6 +43,7 @@ def test_console_commands_are_the_scripts():
         ("evaluate_sae", "--dictionary {tmp}/none --cache {tmp}/none", "does not exist"),
         ("build_feature_index", "--dictionary {tmp}/none --cache {tmp}/none --out {tmp}/i", "does not exist"),
         ("list_features", "--index {tmp}/none --list max", "none"),
+        ("export_features", "--index {tmp}/none --out {tmp}/e", "none"),
         ("browse_features", "--index {tmp}/none --no-open", "none"),
         ("steer", "--index {tmp}/none --feature 1", "none"),
         ("measure_steering", "--index {tmp}/none", "either --feature or --search"),

@@ -41,14 +41,16 @@ code{white-space:pre;overflow:hidden;text-overflow:ellipsis}
 li span{font-variant-numeric:tabular-nums;color:var(--soft)}
 .k{flex:1;overflow:hidden;white-space:nowrap;text-overflow:ellipsis}
 .down span{color:var(--low)}
-.row{display:grid;grid-template-columns:3.6rem 7.8rem minmax(0,1fr);align-items:baseline;border-bottom:1px solid var(--line);line-height:1.75}
+.row{display:grid;grid-template-columns:3.6rem 7.8rem minmax(0,1fr);align-items:baseline;
+  border-bottom:1px solid var(--line);line-height:1.75}
 .row>*{overflow:hidden;white-space:pre}
 .row:focus{outline:2px solid rgb(var(--hot)/.6)}
 .v,.g{user-select:none;-webkit-user-select:none}
 .v{font-variant-numeric:tabular-nums}
 .g{color:var(--soft);text-overflow:ellipsis;padding-right:.6rem}
 .w{text-overflow:ellipsis;unicode-bidi:isolate}
-.l{display:inline-block;width:45%;overflow:hidden;direction:rtl;vertical-align:bottom;mask-image:linear-gradient(to right,transparent,#000 1.2rem)}
+.l{display:inline-block;width:45%;overflow:hidden;direction:rtl;vertical-align:bottom;
+  mask-image:linear-gradient(to right,transparent,#000 1.2rem)}
 .l>span{direction:ltr;unicode-bidi:isolate}
 .row:focus{display:block}
 .row:focus .w{white-space:pre-wrap;overflow-wrap:anywhere}

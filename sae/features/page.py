@@ -33,7 +33,10 @@ class FeatureView(NamedTuple):
 
     def _repr_html_(self) -> str:
         """In a frame of its own, so that the page's style stays in it; without scripts and without a network."""
-        page = document(f"Feature {self.feature}", feature_html(self.index, self.feature, link=None))
+        from sae.features.explain import read_explanations
+
+        explanations = read_explanations(self.index.folder).get(self.feature, ())
+        page = document(f"Feature {self.feature}", feature_html(self.index, self.feature, explanations=explanations, link=None))
         frame = "width:100%;height:46rem;border:1px solid #8886;border-radius:8px;resize:vertical"
         return f'<iframe sandbox="" style="{frame}" srcdoc="{escape(page)}"></iframe>'
 
@@ -101,7 +104,7 @@ def _facts(columns: dict[str, Any], info: dict[str, Any]) -> str:
         "density": f'{density}<br><span class="soft" title="Wilson interval, as if tokens were independent">'
         f"95 % interval {percent(low)} to {percent(high)}</span>",
         "fires on": f"{count:,} of {scanned:,} tokens scanned",
-        "windows": f"{int(columns['windows']):,} in {int(columns['documents']):,} documents",
+        "sequences": f"{int(columns['sequences']):,} in {int(columns['documents']):,} documents",
         "maximum": number(columns["max"]),
         "mean when firing": f"{number(columns['mean'])} ± {number(columns['std'])}",
         "skewness": number(columns["skewness"]),
@@ -156,7 +159,7 @@ def _contexts_section(title: str, note: str, contexts: "list[Context]", top: flo
 def _buckets_section(index: "FeatureIndex", j: int, count: int, top: float) -> str:
     buckets = [bucket for bucket in index.bucket_contexts(j, BUCKET_ROWS) if bucket.contexts]
     blocks = [
-        f"<div><h3>{number(bucket.low)} to {number(bucket.high)} <span class='soft'>{bucket.count:,} activations, "
+        f"<div><h3>{f'{number(bucket.low)} to' if bucket.low else 'below'} {number(bucket.high)} <span class='soft'>{bucket.count:,} activations, "
         f"{percent(bucket.count / max(count, 1))}</span></h3>\n"
         + "\n".join(row_html(context, top) for context in bucket.contexts)
         + "</div>"
@@ -186,7 +189,8 @@ def _neighbours_section(index: "FeatureIndex", j: int, link: Callable[[int], str
     together = [(c.feature, f"{100 * c.share:.0f}%", f"{c.together:,} tokens") for c in index.coactive(j, NEIGHBOURS)]
     lists = [
         "".join(
-            f"<li>{feature_link(k, link)} <span class='k'>{_words(index, index.top_tokens(k, 2))}</span><span title='{title}'>{text}</span></li>"
+            f"<li>{feature_link(k, link)} <span class='k'>{_words(index, index.top_tokens(k, 2))}</span>"
+            f"<span title='{title}'>{text}</span></li>"
             for k, text, title in side
         )
         for side in (near, together)
@@ -256,7 +260,7 @@ def table_html(index: "FeatureIndex", features: Sequence[int], heading: str) -> 
         lists = (index.lens_tokens(j, 5), index.top_tokens(j, 3))
         cells += [f"<td class='tok'>{_words(index, tokens)}</td>" for tokens in lists]
         best = index.top_contexts(j, 1, before=6, after=4)
-        text = "".join(token_html(t, 0, True, i == best[0].centre, 0) for i, t in enumerate(best[0].texts)) if best else ""
+        text = "".join(token_html(t, 0, True, 0) if i == best[0].centre else visible(t) for i, t in enumerate(best[0].texts)) if best else ""
         rows.append(f"<tr>{''.join(cells)}<td class='tok'>{text}</td></tr>")
     return (
         f"<h1>{escape(heading)}</h1><p class='soft'>{escape(index.info['site'])}, {index.info['tokens_scanned']:,} tokens scanned</p>"

@@ -16,28 +16,38 @@ BREAKS = {"\n": '<i class="n">\n</i>', "\t": '<i class="t">\t</i>', "\r": '<i cl
 
 def row_html(context: Context, top: float) -> str:
     """One line: activation, the document's label, left context, and the firing token with what follows; `top` gets the full shade."""
-    texts, values, scanned = context.texts, context.values.tolist(), context.scanned.tolist()
-    last, left, parts = len(texts) - 1, "", []
-    text, value, seen, own = "", 0.0, False, False
-    for i, piece in enumerate(texts):
-        text += piece
-        value, seen, own = max(value, values[i]), seen or scanned[i], own or i == context.centre
-        if not piece and i < last:  # part of a character that a later token completes: they are shown as one
-            continue
-        if own:
-            left, parts = "".join(parts), []
-        parts.append(token_html(text, value, seen, own, top))
-        text, value, seen, own = "", 0.0, False, False
+    texts, values, scanned, centre = context.texts, context.values.tolist(), context.scanned.tolist(), context.centre
+    if "" in texts:
+        texts, values, scanned, centre = whole_characters(texts, values, scanned, centre)
+    parts = [visible(text) for text in texts]
+    if not all(scanned):
+        parts = [part if seen or not part else f"<u>{part}</u>" for part, seen in zip(parts, scanned)]
+    for i, value in enumerate(values):
+        if value > 0 or i == centre:
+            parts[i] = token_html(texts[i], value, i == centre, top)
     label = escape(context.label or "")
     return (
         f'<div class="row" tabindex="0"><span class="v">{number(context.value)}</span><span class="g" title="{label}">{label}</span>'
-        f'<span class="w"><span class="l"><span dir="ltr">{left}</span></span>{"".join(parts)}</span></div>'
+        f'<span class="w"><span class="l"><span dir="ltr">{"".join(parts[:centre])}</span></span>{"".join(parts[centre:])}</span></div>'
     )
 
 
-def token_html(text: str, value: float, scanned: bool, own: bool, top: float) -> str:
-    if value <= 0 and not own:
-        return visible(text) if scanned or not text else f"<u>{visible(text)}</u>"
+def whole_characters(
+    texts: list[str], values: list[float], scanned: list[bool], centre: int
+) -> tuple[list[str], list[float], list[bool], int]:
+    """The tokens of a character that is split over several shown as one, with the highest of their activations."""
+    ends = [i for i, text in enumerate(texts) if text or i + 1 == len(texts)]
+    starts = [0, *(end + 1 for end in ends[:-1])]
+    return (
+        [texts[end] for end in ends],
+        [max(values[start : end + 1]) for start, end in zip(starts, ends)],
+        [any(scanned[start : end + 1]) for start, end in zip(starts, ends)],
+        next(i for i, end in enumerate(ends) if end >= centre),
+    )
+
+
+def token_html(text: str, value: float, own: bool, top: float) -> str:
+    """A token that fires, or (`own`) that the row is about."""
     level = max(1, min(LEVELS, math.ceil(LEVELS * value / top))) if top > 0 else 1
     return f'<b class="a{level}{" c" if own else ""}" title="{number(value)}">{visible(text)}</b>'
 
