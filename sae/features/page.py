@@ -41,10 +41,12 @@ class FeatureView(NamedTuple):
         return f'<iframe sandbox="" style="{frame}" srcdoc="{escape(page)}"></iframe>'
 
 
-def document(title: str, body: str) -> str:
+def document(title: str, body: str, style: str = "", policy: str = POLICY) -> str:
+    """A whole page; `style` is added to the common one."""
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(title)}</title><style>{STYLE}</style></head>\n'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head>\n"
         f"<body>{body}</body></html>\n"
     )
 
@@ -158,13 +160,12 @@ def _contexts_section(title: str, note: str, contexts: "list[Context]", top: flo
 
 def _buckets_section(index: "FeatureIndex", j: int, count: int, top: float) -> str:
     buckets = [bucket for bucket in index.bucket_contexts(j, BUCKET_ROWS) if bucket.contexts]
-    blocks = [
-        f"<div><h3>{f'{number(bucket.low)} to' if bucket.low else 'below'} {number(bucket.high)} <span class='soft'>{bucket.count:,} activations, "
-        f"{percent(bucket.count / max(count, 1))}</span></h3>\n"
-        + "\n".join(row_html(context, top) for context in bucket.contexts)
-        + "</div>"
-        for bucket in buckets
-    ]
+    blocks = []
+    for bucket in buckets:
+        low = f"{number(bucket.low)} to" if bucket.low else "below"
+        share = f"{bucket.count:,} activations, {percent(bucket.count / max(count, 1))}"
+        rows = "\n".join(row_html(context, top) for context in bucket.contexts)
+        blocks.append(f"<div><h3>{low} {number(bucket.high)} <span class='soft'>{share}</span></h3>\n{rows}</div>")
     if not blocks:
         return ""
     return (
@@ -260,7 +261,10 @@ def table_html(index: "FeatureIndex", features: Sequence[int], heading: str) -> 
         lists = (index.lens_tokens(j, 5), index.top_tokens(j, 3))
         cells += [f"<td class='tok'>{_words(index, tokens)}</td>" for tokens in lists]
         best = index.top_contexts(j, 1, before=6, after=4)
-        text = "".join(token_html(t, 0, True, 0) if i == best[0].centre else visible(t) for i, t in enumerate(best[0].texts)) if best else ""
+        text = ""
+        for context in best:
+            parts = [token_html(t, 0, True, 0) if i == context.centre else visible(t) for i, t in enumerate(context.texts)]
+            text = "".join(parts)
         rows.append(f"<tr>{''.join(cells)}<td class='tok'>{text}</td></tr>")
     return (
         f"<h1>{escape(heading)}</h1><p class='soft'>{escape(index.info['site'])}, {index.info['tokens_scanned']:,} tokens scanned</p>"

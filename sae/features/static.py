@@ -11,13 +11,11 @@ import multiprocessing
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sae.features.assets import STYLE
-from sae.features.page import feature_html
+from sae.features.page import document, feature_html
 from sae.features.records import FeatureIndex
 from sae.features.storage import fresh_folder
 from sae.progress import progress
@@ -74,7 +72,7 @@ def export_static(
     with fresh_folder(out, "stats.js", "export") as folder:
         for name in ("d", "t"):
             (folder / name).mkdir()
-        _write(folder / "index.html", _page(index, heading))
+        _write(folder / "index.html", _page(heading))
         _write(folder / "app.js", resources.files("sae.features").joinpath("web/export.js").read_text(encoding="utf-8"))
         _write(folder / "stats.js", _call("stats", _stats(index, features, heading, notes, explanations)))
         _write_tokens(index, folder, features)
@@ -152,17 +150,16 @@ def _write_tokens(index: FeatureIndex, folder: Path, features: list[int]) -> Non
     _write(folder / "tokens.js", _call("vocabulary", spellings, TOKENS))
 
 
-def _page(index: FeatureIndex, heading: str) -> str:
-    style = STYLE + resources.files("sae.features").joinpath("web/export.css").read_text(encoding="utf-8")
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(heading)}</title><style>{style}</style></head>\n'
-        '<body><header><nav><a href="#/">all features</a><a href="#/t">by token</a><a href="#/random">random</a>'
+def _page(heading: str) -> str:
+    style = resources.files("sae.features").joinpath("web/export.css").read_text(encoding="utf-8")
+    body = (
+        '<header><nav><a href="#/">all features</a><a href="#/t">by token</a><a href="#/random">random</a>'
         '<button id="help">keys <kbd>?</kbd></button></nav><input id="search" type="search" autocomplete="off" aria-label="search" '
         'placeholder="word, or density&gt;0.01"></header>\n'
         '<main id="main" tabindex="-1"><noscript>The script app.js shows the features; allow it to run.</noscript></main>\n'
-        '<dialog id="keys"></dialog><script src="app.js"></script><script src="stats.js"></script></body></html>\n'
+        '<dialog id="keys"></dialog><script src="app.js"></script><script src="stats.js"></script>'
     )
+    return document(heading, body, style, POLICY)
 
 
 def _call(name: str, *values: Any) -> str:
