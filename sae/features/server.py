@@ -63,10 +63,7 @@ class Browser:
         dictionary: "SparseAutoencoder | None",
         steering: Steering | None,
     ):
-        try:
-            from sae.features.explain import read_explanations
-        except ImportError:
-            read_explanations = lambda folder: {}
+        from sae.features.explain import read_explanations
 
         self.index, self.notes, self.lm, self.dictionary, self.steering = index, notes, lm, dictionary, steering
         self.explanations = read_explanations(index.folder)
@@ -268,10 +265,8 @@ def _add_api(app: Any, browser: Browser) -> None:
     from fastapi import Depends, Request
     from fastapi.responses import JSONResponse, StreamingResponse
 
-    try:
-        from sae.features.neuronpedia import feature_json, source_of
-    except ImportError:
-        feature_json = source_of = None
+    from sae.features.neuronpedia import feature_json, source_of
+
     index = browser.index
 
     @app.get("/api/feature/{model:path}/{source}/{j}")
@@ -280,7 +275,7 @@ def _add_api(app: Any, browser: Browser) -> None:
         if (model, source) != known:
             raise NotThere(f"expected /api/feature/{known[0]}/{known[1]}/{j}, the model and source of this index, got {model}/{source}")
         browser.require(j)
-        return JSONResponse(feature_json(index, j))
+        return JSONResponse(feature_json(index, j, browser.explanations.get(j, ())))
 
     @app.get("/api/features")
     def features(request: Request) -> Any:
