@@ -98,4 +98,8 @@ def explain_features() -> None:
 def export_features() -> None:
     from sae.features.export import ExportConfig, export_features
 
-    run(export_features, ExportConfig, "Write features as a folder that opens from file://, or for Neuronpedia, SAEDashboard, circuit-tracer.")
+    run(
+        export_features,
+        ExportConfig,
+        "Write features as a folder that opens from file://, or for Neuronpedia, SAEDashboard, circuit-tracer.",
+    )

@@ -13,7 +13,7 @@ LONGEST_ADDRESS = 40_000  # bytes; a prompt of 2,000 characters is at most 24,00
 LARGEST_BODY = {"/notes/import": 1 << 24}  # bytes
 OTHER_BODY = 1 << 16
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
     "frame-ancestors 'none'"
 )
 HEADERS = {

@@ -139,10 +139,11 @@ def explain_by_model(index: FeatureIndex, corpus: Corpus, features: Sequence[int
     endpoint = Endpoint(config.endpoint or "", config.judge_model, key)
     log = Log(index, config)
     missing = [j for j in features if j not in log.done and index.offsets[j + 1] > index.offsets[j]]
-    contexts = TOP + SAMPLED + TESTED
+    requests = 1 + math.ceil(TESTED / PER_REQUEST)
     print(
-        f"sends to {config.endpoint} for each of {len(missing):,} features up to {contexts} excerpts of {BEFORE + AFTER + 1} tokens from the "
-        f"index's text, in {1 + math.ceil(TESTED / PER_REQUEST)} requests, and nothing else; {len(features) - len(missing):,} are done or never fire"
+        f"sends to {config.endpoint}, for each of {len(missing):,} features, up to {TOP + SAMPLED + TESTED} excerpts of "
+        f"{BEFORE + AFTER + 1} tokens of the index's text in {requests} requests, and nothing else; "
+        f"{len(features) - len(missing):,} features are done already or never fire"
     )
     failed: Counter = Counter()
     with progress("ask", len(missing), "features") as bar:
@@ -313,6 +314,6 @@ def model_summary(explanations: Sequence["Explanation"]) -> str:
     yes = [e.baselines["always_yes"]["accuracy"] for e in scored]
     no = [e.baselines["always_no"]["accuracy"] for e in scored]
     return (
-        f"detection accuracy {np.mean(accuracy):.3f} over {len(scored):,} features (always yes {np.mean(yes):.3f}, always no {np.mean(no):.3f}); "
-        f"{lost:,} contexts without an answer"
+        f"detection accuracy {np.mean(accuracy):.3f} over {len(scored):,} features (always yes {np.mean(yes):.3f}, always no "
+        f"{np.mean(no):.3f}); {lost:,} contexts without an answer"
     )

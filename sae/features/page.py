@@ -57,12 +57,12 @@ def feature_html(
     *,
     notes: "Notes | None" = None,
     explanations: "Sequence[Explanation]" = (),
-    link: Callable[[int], str] | None = lambda j: f"{j}.html",
+    link: Callable[[int], str | None] | None = lambda j: f"{j}.html",
 ) -> str:
     """Everything about one feature, as a fragment. Raises `InputError` if it does not exist.
 
     `notes` gives its label, star and note; `explanations` are those of this feature; `link` gives the address of another feature's
-    page, and without it other features are named but not linked.
+    page, or None; without one, other features are named but not linked.
     """
     columns, info = index.feature(j).columns, index.info
     model = info["model"]["name"].rstrip("/").rsplit("/", 1)[-1]  # the folder or hub name, without the path of whoever made it
@@ -185,7 +185,7 @@ def _lens_section(index: "FeatureIndex", j: int) -> str:
     )
 
 
-def _neighbours_section(index: "FeatureIndex", j: int, link: Callable[[int], str] | None) -> str:
+def _neighbours_section(index: "FeatureIndex", j: int, link: Callable[[int], str | None] | None) -> str:
     near = [(k, f"{cosine:+.2f}", "") for k, cosine in index.cosine_neighbours(j, NEIGHBOURS)]
     together = [(c.feature, f"{100 * c.share:.0f}%", f"{c.together:,} tokens") for c in index.coactive(j, NEIGHBOURS)]
     lists = [
@@ -203,8 +203,9 @@ def _neighbours_section(index: "FeatureIndex", j: int, link: Callable[[int], str
     )
 
 
-def feature_link(j: int, link: Callable[[int], str] | None) -> str:
-    return str(j) if link is None else f'<a href="{escape(link(j))}">{j}</a>'
+def feature_link(j: int, link: Callable[[int], str | None] | None) -> str:
+    address = link(j) if link is not None else None
+    return str(j) if address is None else f'<a href="{escape(address)}">{j}</a>'
 
 
 def _token_list(index: "FeatureIndex", tokens: list[tuple[int, str]]) -> str:
@@ -224,10 +225,12 @@ def write_pages(index: "FeatureIndex", features: Sequence[int], folder: Path, he
     for j in features:
         index.feature(j)
     folder.mkdir(parents=True, exist_ok=True)
+    written = set(features)
     with progress("write pages", len(features), "pages") as bar:
         for i, j in enumerate(features):
             around = (features[i - 1] if i else None, features[i + 1] if i + 1 < len(features) else None)
-            text = document(f"Feature {j} · {index.info['site']}", navigation(*around) + feature_html(index, j))
+            html = feature_html(index, j, link=lambda k: f"{k}.html" if k in written else None)
+            text = document(f"Feature {j} · {index.info['site']}", navigation(*around) + html)
             with atomic(folder / f"{j}.html") as temporary:
                 temporary.write_text(text, encoding="utf-8")
             bar.advance(1)

@@ -93,7 +93,8 @@ def read_prompt(
         effects = _effects(lm, dictionary, index.info["site"], ids_1p, losses_p, pairs, most_pairs)
     firings: list[list[Firing]] = [[] for _ in range(ids_1p.shape[1])]
     for p, j, a in pairs:
-        firings[p].append(Firing(p, j, a, index.percentile(j, a), effects.get((p, j))))
+        stored = float(np.float16(a))  # as the index holds its own
+        firings[p].append(Firing(p, j, a, index.percentile(j, stored), effects.get((p, j))))
     size = lm.model.get_input_embeddings().num_embeddings
     return Reading(
         vocabulary(lm.tokenizer, size).texts(ids_1p[0].tolist()),

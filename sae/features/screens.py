@@ -133,7 +133,7 @@ def _filters(query: Query) -> str:
 
     def field(name: str, title: str) -> str:
         value = getattr(query, name)
-        text = "" if value is None else f"{value:g}" if isinstance(value, float) else value
+        text = "" if value is None else f"{value:.15g}" if isinstance(value, float) else value
         return f'<label>{title} <input name="{name}" value="{escape(text)}" size="8"></label>'
 
     def check(name: str, title: str) -> str:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 WEB = Path(__file__).with_name("web")
 LONGEST_PROMPT = 2_000  # characters
 MOST_STEERED = 8  # features together
+MOST_FIELDS = 20  # of a form
 PATIENCE = 10.0  # seconds that reading a prompt waits for the model
 BUSY = "the model is at work on another text; wait until it is done, or stop it there"
 
@@ -167,8 +168,13 @@ def _add_pages(app: Any, browser: Browser) -> None:
         "/style.css": ("text/css", STYLE + (WEB / "server.css").read_text(encoding="utf-8")),
         "/app.js": ("text/javascript", (WEB / "app.js").read_text(encoding="utf-8")),
     }
-    for path, (kind, text) in files.items():
-        app.get(path)(lambda kind=kind, text=text: Response(text, media_type=kind, headers={"cache-control": "no-cache"}))
+
+    def file(request: Request) -> Any:  # no parameters but the path: FastAPI would take them from the address
+        kind, text = files[request.url.path]
+        return Response(text, media_type=kind, headers={"cache-control": "no-cache"})
+
+    for path in files:
+        app.get(path)(file)
     app.get("/favicon.ico")(lambda: Response(status_code=204))
 
     @app.get("/")
@@ -228,7 +234,10 @@ def _add_changes(app: Any, browser: Browser) -> None:
 
     async def form(request: Request) -> dict[str, str]:
         body = (await request.body()).decode("utf-8", "replace")
-        return {name: values[-1] for name, values in parse_qs(body, keep_blank_values=True, max_num_fields=20).items()}
+        try:
+            return {name: values[-1] for name, values in parse_qs(body, keep_blank_values=True, max_num_fields=MOST_FIELDS).items()}
+        except ValueError:
+            raise InputError(f"expected a form of at most {MOST_FIELDS} fields") from None
 
     async def lines(request: Request) -> list[str]:
         try:
@@ -316,9 +325,9 @@ def _add_api(app: Any, browser: Browser) -> None:
         pairs = [(whole("feature", j), finite("strength", str(strength))) for j, strength in features.items()]
         for j, _ in pairs:
             browser.require(j)
-        pieces = browser.steering(prompt, pairs, sampling(value))
         if browser.model_lock.locked():
             raise Busy(BUSY)
+        pieces = browser.steering(prompt, pairs, sampling(value))
         return StreamingResponse(_events(browser, pieces), media_type="text/event-stream", headers={"cache-control": "no-store"})
 
 

@@ -68,7 +68,7 @@ def export_static(
         )
         for low, part in ((low, features[low : low + SHARD]) for low in range(0, len(features), SHARD))
     ]
-    processes = min(processes or len(os.sched_getaffinity(0)), len(shards))
+    processes = min(processes or _cores(), len(shards))
     with fresh_folder(out, "stats.js", "export") as folder:
         for name in ("d", "t"):
             (folder / name).mkdir()
@@ -83,31 +83,39 @@ def export_static(
     return out / "index.html"
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _rendered(index: FeatureIndex, shards: list[Shard], processes: int) -> Iterator[tuple[Shard, str]]:
+    linked = {j for shard in shards for j in shard.features}
     if processes <= 1:
-        yield from ((shard, _render(index, shard)) for shard in shards)
+        yield from ((shard, _render(index, linked, shard)) for shard in shards)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in whatever state they are
-    with context.Pool(processes, _open, (index.folder.resolve(),)) as pool:
+    with context.Pool(processes, _open, (index.folder.resolve(), linked)) as pool:
         yield from zip(shards, pool.imap(_render_here, shards))
 
 
-_index: FeatureIndex  # of a rendering process
+_mine: tuple[FeatureIndex, set[int]]  # of a rendering process
 
 
-def _open(folder: Path) -> None:
-    global _index
-    _index = FeatureIndex.open(folder)
+def _open(folder: Path, linked: set[int]) -> None:
+    global _mine
+    _mine = FeatureIndex.open(folder), linked
 
 
 def _render_here(shard: Shard) -> str:
-    return _render(_index, shard)
+    return _render(*_mine, shard)
 
 
-def _render(index: FeatureIndex, shard: Shard) -> str:
+def _render(index: FeatureIndex, linked: set[int], shard: Shard) -> str:
+    def link(j: int) -> str | None:
+        return f"#/f/{j}" if j in linked else None
+
     pages = {}
     for j in shard.features:
-        html = feature_html(index, j, notes=shard.notes, explanations=shard.explanations.get(j, ()), link=lambda k: f"#/f/{k}")
+        html = feature_html(index, j, notes=shard.notes, explanations=shard.explanations.get(j, ()), link=link)
         pages[j] = base64.b64encode(zlib.compress(html.encode(), LEVEL)).decode()
     return _call("pages", shard.number, pages)
 

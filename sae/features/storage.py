@@ -96,7 +96,7 @@ def fresh_folder(out: Path, marker: str = "index.json", what: str = "index") -> 
     temporary.mkdir()
     try:
         yield temporary
-        for path in temporary.iterdir():
+        for path in temporary.rglob("*"):
             sync_file(path)
         if out.exists():
             out.rename(old)

@@ -4,6 +4,7 @@ f features · v vocabulary
 """
 
 import math
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -74,7 +75,7 @@ class Query:
     def params(self, **changes: Any) -> str:
         """The parameters that are not as they are without being said, for an address."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        texts = {k: "1" if v is True else f"{v:g}" if isinstance(v, float) else str(v) for k, v in (values | changes).items() if v}
+        texts = {k: "1" if v is True else f"{v:.15g}" if isinstance(v, float) else str(v) for k, v in (values | changes).items() if v}
         return urlencode(texts)
 
     @property
@@ -88,6 +89,7 @@ class Tables:
     def __init__(self, index: FeatureIndex, notes: Notes):
         self.index, self.notes = index, notes
         self._remembered: OrderedDict[Any, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
         pieces = [index.vocabulary.spelling(token) for token in range(len(index.vocabulary.pieces))]
         self._folded = [piece.casefold() for piece in pieces]
         self._rank_v = np.argsort(np.argsort(np.array([piece.strip().casefold() for piece in pieces], dtype=object), kind="stable"))
@@ -98,18 +100,21 @@ class Tables:
         Raises `InputError` for a word that does not occur, or a list there is not.
         """
         key = (query, self.notes.version)
-        if key in self._remembered:
-            self._remembered.move_to_end(key)
-            return self._remembered[key]
+        with self._lock:
+            if key in self._remembered:
+                self._remembered.move_to_end(key)
+                return self._remembered[key]
         chosen = self._started(query)
         chosen = chosen[self._kept(query, chosen)]
         if query.order not in ("match", "list"):
             chosen = self._sorted(query, chosen)
         elif query.up:
             chosen = chosen[::-1]
-        self._remembered[key] = chosen = chosen.astype(np.int32)
-        while len(self._remembered) > REMEMBERED:
-            self._remembered.popitem(last=False)
+        chosen = chosen.astype(np.int32)
+        with self._lock:
+            self._remembered[key] = chosen
+            while len(self._remembered) > REMEMBERED:
+                self._remembered.popitem(last=False)
         return chosen
 
     def _started(self, query: Query) -> np.ndarray:

@@ -190,6 +190,12 @@ def test_no_path_leads_to_a_file(site, path):
     assert "def " not in reply.text
 
 
+def test_the_scripts_address_has_no_parameters(site):
+    plain = site[0].get("/app.js")
+    assert plain.headers["content-type"].startswith("text/javascript")
+    assert site[0].get("/app.js?text=alert(1)&kind=text/html&path=x").content == plain.content
+
+
 @pytest.mark.parametrize(
     ("path", "status", "message"),
     [
