@@ -267,7 +267,9 @@ def describe(rules: list[Rule], vocabulary: Vocabulary) -> str:
             listed = ", ".join(_spell(rule.tokens, vocabulary) for rule in some[:LISTED])
             more = f" and {len(some) - LISTED:,} more" if len(some) > LISTED else ""
             unit = " of activation" if not parts else ""
-            parts.append(f"{words} {listed}{more} ({sum(rule.share for rule in some):.0%}{unit})".replace("%", " %"))
+            share = sum(rule.share for rule in some)
+            percent = f"{100 * share:.0f} %" if share >= 0.005 else "under 1 %"
+            parts.append(f"{words} {listed}{more} ({percent}{unit})")
     return "fires " + "; ".join(parts) if parts else "no rule found"
 
 
