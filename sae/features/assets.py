@@ -34,6 +34,7 @@ svg line{stroke:var(--line)}
 .buckets{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(40rem,100%),1fr));gap:0 2rem}
 .why{margin-top:1rem}.why dl{gap:.35rem .8rem}
 .pairs{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:0 1.2rem}
+.near .pairs{grid-template-columns:minmax(0,1fr);gap:.7rem}
 ol{list-style:none;margin:0;padding:0}
 ol li{display:flex;justify-content:space-between;gap:.5rem;border-bottom:1px solid var(--line)}
 code,.row,.tok{font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;font-size:.84rem}

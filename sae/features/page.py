@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +17,7 @@ from sae.progress import progress
 
 if TYPE_CHECKING:
     from sae.features.explain import Explanation
-    from sae.features.notes import Notes
+    from sae.features.notes import Note, Notes
     from sae.features.records import Context, FeatureIndex
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -55,7 +55,7 @@ def feature_html(
     index: "FeatureIndex",
     j: int,
     *,
-    notes: "Notes | None" = None,
+    notes: "Notes | Mapping[int, Note] | None" = None,
     explanations: "Sequence[Explanation]" = (),
     link: Callable[[int], str | None] | None = lambda j: f"{j}.html",
 ) -> str:
@@ -67,7 +67,7 @@ def feature_html(
     columns, info = index.feature(j).columns, index.info
     model = info["model"]["name"].rstrip("/").rsplit("/", 1)[-1]  # the folder or hub name, without the path of whoever made it
     top = float(columns["max"])
-    shares = [(token, f"{100 * part:.0f}%") for token, part in index.top_tokens(j, 10)]
+    shares = [(token, f"{100 * part:.0f}%" if part >= 0.005 else "&lt;1%") for token, part in index.top_tokens(j, 10)]
     cards = [
         f"<section><h2>Statistics</h2>{_facts(columns, info)}</section>",
         f"<section><h2>Activations</h2>{activation_histogram(*index.histogram(j))}<h3>Fires on "
@@ -89,7 +89,7 @@ def feature_html(
     )
 
 
-def _note(notes: "Notes | None", j: int) -> str:
+def _note(notes: "Notes | Mapping[int, Note] | None", j: int) -> str:
     note: Any = notes.get(j) if notes is not None else None
     if note is None:
         return "</h1>"

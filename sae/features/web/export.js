@@ -50,7 +50,9 @@ function load(name) {
 async function inflate(text) {
   if (!window.DecompressionStream) throw new Error("this browser is too old to unpack the pages: one of 2023 or later can");
   const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
-  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"))).text();
+  const stream = new DecompressionStream("deflate"), writer = stream.writable.getWriter();
+  writer.write(bytes).then(() => writer.close()).catch(() => {});  // what is wrong with the bytes is said by the reading side
+  return new Response(stream.readable).text();
 }
 
 function element(tag, attributes = {}, ...children) {
@@ -184,7 +186,8 @@ async function tokenView(query) {
     ...postings.get(Math.floor(token.id / tokensPerFile))[token.id].slice(0, 20).map(([j, share]) => element("li", {},
       element("a", {href: `#/f/${j}`}, String(j)), element("span", {class: "k"}, stats.labels[j] ?? "", ...words(stats.fires[place.get(j)])),
       element("span", {}, `${short(share / 10)}%`))))));
-  const count = found.length ? `${found.length.toLocaleString("en")} tokens; the ${best.length} nearest are shown.` : "No feature has such a token among its strongest.";
+  const count = !found.length ? "No feature has such a token among its strongest."
+    : best.length < found.length ? `The ${best.length} nearest of ${found.length.toLocaleString("en")} tokens.` : `Tokens found: ${found.length}.`;
   return [`By token: ${query}`, ...title, element("p", {class: "soft"}, count), element("div", {class: "likes"}, ...cards)];
 }
 
