@@ -12,6 +12,8 @@ class Site(NamedTuple):
     url: str
     index: Any
     notes: Any
+    lm: Any = None
+    steering: Any = None
 
 
 class served:

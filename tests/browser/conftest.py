@@ -74,9 +74,9 @@ def demo(tmp_path_factory) -> Iterator[Site]:
     index = FeatureIndex.open(folder / "index")
     lm, dictionary = parts_of(index, None, None, "cpu")
     notes = Notes.open(None, index)
-    app = create_app(index, notes, model=lm, dictionary=dictionary, steering=make_steering(lm, dictionary, index))
-    with served(app) as url:
-        yield Site(url, index, notes)
+    steering = make_steering(lm, dictionary, index)
+    with served(create_app(index, notes, model=lm, dictionary=dictionary, steering=steering)) as url:
+        yield Site(url, index, notes, lm, steering)
     notes.close()
 
 
