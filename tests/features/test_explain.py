@@ -151,7 +151,7 @@ def test_command_explains_every_feature_without_a_connection(folder, monkeypatch
     for j in set(range(40)) - {3}:  # features of this world fire by their token alone, one of them on every token
         token = found[j][0]
         assert token.scores["f1"] > 0.9, token
-        assert token.scores["correlation"] > 0.9
+        assert (token.scores["correlation"] or 0) > 0.9 if j != 4 else token.scores["correlation"] is None
 
 
 def test_a_part_is_explained_as_in_the_whole_and_leaves_the_rest(folder):
