@@ -60,11 +60,11 @@ class ErrorSums:
             along_n = torch.sparse.sampled_addmm(zeros, error_bd, W_dec_fd.T).values()
         value_n = value_n.double()
         change_n = value_n * (value_n * self.square_f.index_select(0, feature_n) - 2 * along_n)
-        x_d = x_bd.double().sum(0).cpu().numpy()  # host sync
+        x_d = x_bd.sum(0, dtype=torch.float64).cpu().numpy()  # host sync
         self._add("feature", change_n.cpu().numpy(), feature_n.cpu().numpy(), len(W_dec_fd))  # host sync
         self._add("x", x_d, np.arange(len(x_d)), len(x_d))
-        self._add("square", x_bd.double().square().sum(-1).cpu().numpy())  # host sync
-        self._add("error", error_bd.double().square().sum(-1).cpu().numpy())  # host sync
+        self._add("square", x_bd.square().sum(-1, dtype=torch.float64).cpu().numpy())  # host sync
+        self._add("error", error_bd.square_().sum(-1, dtype=torch.float64).cpu().numpy())  # host sync
 
     def _add(self, name: str, values: np.ndarray, group: np.ndarray | None = None, groups: int = 1) -> None:
         self.sums[name] = carried(self.sums[name] + exact_sums(values, group, groups))
@@ -72,8 +72,8 @@ class ErrorSums:
 
 def contributions(sums: dict[str, np.ndarray], rows: int) -> tuple[np.ndarray, float]:
     """How much the FVU rises without each feature, float32 [f], and the FVU itself; NaN where the activations do not vary at all."""
-    mean_part = sum(number(column) ** 2 for column in sums["x"].T)
-    centred = (number(sums["square"][:, 0]) - mean_part / (rows << UNIT)) / 2.0**UNIT
+    mean_part = sum(number(column) ** 2 for column in sums["x"].T)  # whole numbers of any size: a large mean cancels nothing
+    centred = ((number(sums["square"][:, 0]) * rows << UNIT) - mean_part) / (rows << 2 * UNIT)
     if centred <= 0:
         return np.full(sums["feature"].shape[1], np.nan, np.float32), float("nan")
     feature = sums["feature"][0] + sums["feature"][1] / 2.0**UNIT

@@ -109,7 +109,7 @@ def _keys(part: dict[str, np.ndarray], begin: int, end: int, shift: int) -> np.n
 
 
 def statistics(block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Columns of a block's features, from the stored values: see `COLUMNS` in records.py. `top_position` is -1 for a feature that is silent."""
+    """Columns of a block's features, from the stored values: see docs/features.md. `top_position` is -1 where there is none."""
     offsets = block["offsets"]
     count = np.diff(offsets)
     fires = np.flatnonzero(count)

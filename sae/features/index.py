@@ -181,8 +181,8 @@ def finish(
     write_arrays(folder / "columns.safetensors", {name: columns[name] for name in sorted(columns)})
     write_arrays(folder / "token_features.safetensors", examples.by_top_token(details["token_ids"], details["token_shares"]))
     write_arrays(folder / "sums.safetensors", sums)
-    write_arrays(folder / "tokens.safetensors", text)
-    write_json(folder / "index.json", info | {"tokens_scanned": n_scanned, "fvu": fvu})
+    write_arrays(folder / "tokens.safetensors", {name: text[name] for name in sorted(text)})
+    write_json(folder / "index.json", info | {"tokens_scanned": n_scanned, "fvu": fvu if np.isfinite(fvu) else None})
 
 
 def refuse_strangers(dictionary: SparseAutoencoder, cache: "ActivationCache") -> None:

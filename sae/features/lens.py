@@ -50,8 +50,8 @@ def logit_lens(W_dec_fd: Tensor, W_U_vd: Tensor, kept: int = KEPT) -> dict[str, 
         logits_fv = block_fd.float().to(W_U_vd.device) @ W_U_vd.T
         top.append([x.cpu() for x in logits_fv.topk(kept)])  # host sync
         bottom.append([x.cpu() for x in logits_fv.topk(kept, largest=False)])  # host sync
-        low_f1 = logits_fv.min(dim=-1, keepdim=True).values
-        step_f1 = (logits_fv.max(dim=-1, keepdim=True).values - low_f1).clamp(min=1e-30) / BINS
+        low_f1, high_f1 = (side[-1][0][:, :1].to(logits_fv.device) for side in (bottom, top))
+        step_f1 = (high_f1 - low_f1).clamp(min=1e-30) / BINS
         bin_fv = logits_fv.sub_(low_f1).div_(step_f1).clamp_(max=BINS - 1).int()
         bin_fv += torch.arange(0, len(block_fd) * BINS, BINS, dtype=torch.int32, device=bin_fv.device)[:, None]
         counts.append(torch.bincount(bin_fv.flatten(), minlength=len(block_fd) * BINS).view(-1, BINS).cpu())  # host sync

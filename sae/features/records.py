@@ -7,6 +7,7 @@ feature is shown as fast as a rare one, and from a cold disk.
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -88,6 +89,8 @@ class FeatureIndex:
     """The folder that `build_index` writes. `columns` maps a statistic to one value (or row) per feature."""
 
     def __init__(self, folder: Path, info: dict[str, Any], columns: dict, records: dict, details: dict, token_features: dict, tokens: dict):
+        small = ("sequence_starts", "sequence_document", "document_label")  # looked through for every context, so not left on the disk
+        tokens = tokens | {name: np.array(tokens[name]) for name in small}
         self.folder, self.info, self.columns, self.tokens = folder, info, columns, tokens
         self.details, self._token_features = details, token_features
         self.offsets, self.positions, self.values = records["offsets"], records["positions"], records["values"]
@@ -114,6 +117,8 @@ class FeatureIndex:
     def feature(self, j: int) -> Feature:
         """Raises `InputError` if `j` is not a feature."""
         low, high = self._bounds(j)
+        for column in self.columns.values():
+            fetch(column, [j], 1)
         return Feature(int(j), self.positions[low:high], self.values[low:high], {k: v[j] for k, v in self.columns.items()})
 
     def context(self, feature: Feature, position: int, before: int, after: int) -> Context:
@@ -137,23 +142,21 @@ class FeatureIndex:
     def bucket_contexts(self, j: int, n: int = BUCKET_SAMPLES, before: int = BEFORE, after: int = AFTER) -> list[Bucket]:
         """The activations by octave (a factor of 2), the highest first, with at most `n` <= 5 of each, drawn by a hash of position and
         feature, so that they are a fair sample of the octave. The last of 12 octaves takes all that is below."""
-        octaves = self._details("histogram", j).reshape(-1, OCTAVE).sum(1)
+        octaves = self._details("histogram", j).reshape(-1, OCTAVE).sum(1, dtype=np.int64)
         fired = np.flatnonzero(octaves)
         if not len(fired):
             return []
+        low, high = self._bounds(j)
         entries = self._details("bucket_entries", j)[:, :n]
         contexts = iter(self._contexts(j, entries.flatten(), before, after))
-        low, high = self._bounds(j)
-        highest = int(fired[-1])
-        buckets = []
-        for k, row in enumerate(entries):
-            shown = [next(contexts) for _ in range(int((row != NONE).sum()))]
-            octave = highest - k
-            last = k == BUCKETS - 1 or octave == 0
-            count = int(octaves[octave]) if not last else high - low - sum(bucket.count for bucket in buckets)
-            if octave >= 0 and count:
-                buckets.append(Bucket(0.0 if last else 2.0 ** (octave + LOWEST), 2.0 ** (octave + 1 + LOWEST), count, shown))
-        return [bucket._replace(contexts=bucket.contexts[:n]) for bucket in buckets]
+        highest, buckets = int(fired[-1]), []
+        for k, found in enumerate((entries != NONE).sum(1)[: highest + 1].tolist()):
+            octave, last = highest - k, k in (BUCKETS - 1, highest)
+            count = high - low - sum(bucket.count for bucket in buckets) if last else int(octaves[octave])
+            if count:
+                bottom = 0.0 if last else 2.0 ** (octave + LOWEST)
+                buckets.append(Bucket(bottom, 2.0 ** (octave + 1 + LOWEST), count, list(islice(contexts, found))))
+        return buckets
 
     def histogram(self, j: int) -> tuple[np.ndarray, np.ndarray]:
         """Edges [bins + 1] at 2^(k/4) and the number of activations in each bin [bins]; empty for a feature that never fires.
