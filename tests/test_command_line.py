@@ -42,6 +42,7 @@ def test_console_commands_are_the_scripts():
         ("export_cache", "--cache {tmp}/none --out {tmp}/e", "does not exist"),
         ("evaluate_sae", "--dictionary {tmp}/none --cache {tmp}/none", "does not exist"),
         ("build_feature_index", "--dictionary {tmp}/none --cache {tmp}/none --out {tmp}/i", "does not exist"),
+        ("merge_feature_indexes", "--parts {tmp}/one {tmp}/two --out {tmp}/i", "does not exist"),
         ("list_features", "--index {tmp}/none --list max", "none"),
         ("export_features", "--index {tmp}/none --out {tmp}/e", "none"),
         ("browse_features", "--index {tmp}/none --no-open", "none"),
