@@ -67,7 +67,7 @@ def screenshots(config: PicturesConfig, chromium: str, url: str, feature: int) -
 
         def write() -> None:
             page.get_by_role("button", name="Write").click()
-            page.wait_for_function("!document.querySelector('#run').disabled")
+            page.locator("#run:enabled").wait_for()
 
         take("features.png", "/?q=fuck%7Cshit&how=fires")
         take("feature.png", f"/f/{feature}")

@@ -74,15 +74,19 @@ def _ranking(browser: "Browser", reading: "Reading", chosen: Sequence[int], orde
     """The firings on the chosen tokens in one order."""
     firings = [firing for p in chosen if 0 <= p < len(reading.firings) for firing in reading.firings[p]]
     firings.sort(key=lambda f: -(f.effect if f.effect is not None else -np.inf) if order == "effect" else -getattr(f, order))
+
+    def effect(firing: "Firing") -> str:
+        text = "–" if firing.effect is None else f"{firing.effect:+.3f}"
+        return f'<td class="num">{text}</td>' if order == "effect" else ""
+
     rows = "".join(
         f'<tr><td class="num"><a class="open" href="/f/{f.feature}">{f.feature}</a></td><td>{name_html(browser, f.feature)}</td>'
         f'<td class="tok"><code>{word_html(reading.texts[f.position])}</code></td><td class="num">{number(f.activation)}</td>'
-        f'<td class="num">{_percentile(f)}</td><td class="num">{"" if f.effect is None else f"{f.effect:+.3f}"}</td></tr>\n'
+        f'<td class="num">{_percentile(f)}</td>{effect(f)}</tr>\n'
         for f in firings
     )
-    heads = '<th class="num">feature</th><th>name</th><th>token</th>' + "".join(
-        f'<th class="num">{name}</th>' for name in ("activation", "percentile", "effect, nats")
-    )
+    numbers = ("activation", "percentile", *(("effect, nats",) if order == "effect" else ()))
+    heads = '<th class="num">feature</th><th>name</th><th>token</th>' + "".join(f'<th class="num">{name}</th>' for name in numbers)
     return f'<section class="scroll"><table class="ranking"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></section>'
 
 

@@ -172,7 +172,7 @@ def feature(browser: "Browser", j: int, query: Query, at: int | None) -> str:
         link=lambda other: f"/f/{other}?{params}",
     )
     editor = _editor(browser, j, f"/f/{j}?{escape(query.params(at=str(at or 0)))}")
-    return page(f"Feature {j}", f'<nav class="place">{"".join(links)}</nav>\n{body}\n{editor}', query)
+    return page(f"Feature {j}", f'<nav class="place">{"".join(links)}</nav>\n{editor}\n{body}', query)
 
 
 def _editor(browser: "Browser", j: int, address: str) -> str:
@@ -187,7 +187,7 @@ def _editor(browser: "Browser", j: int, address: str) -> str:
     return f"""<section class="editor">
 {form}<button data-key="s" name="starred" value="{0 if note.starred else 1}">{"★ starred" if note.starred else "☆ star"}</button></form>
 {form}<label>Label <input data-key="e" name="label" value="{escape(note.label)}" maxlength="200" size="40"></label>
-<label>Note <textarea name="note" rows="2" cols="60" maxlength="10000">
+<label>Note <textarea name="note" rows="1" cols="50" maxlength="10000">
 {escape(note.note)}</textarea></label><button>Keep</button></form>
 {form}<label>List <input name="list" list="lists" maxlength="100" required></label><datalist id="lists">{names}</datalist>
 <button>Add</button></form>{form}{inside}</form></section>"""

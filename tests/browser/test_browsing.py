@@ -136,7 +136,7 @@ def test_a_prompt_shows_its_features_and_every_order_ranks(demo, tab):
         tab.locator(".token").nth(place).click()
         tab.locator("table.ranking").wait_for()
         cells = tab.locator(f"table.ranking tbody td:nth-child({column + 1})").all_inner_texts()
-        values = [float(text.replace(",", "")) for text in cells if text]
+        values = [float(text.replace(",", "")) for text in cells if text != "–"]
         assert len(values) > 3
         assert values == sorted(values, reverse=True)
         strongest[name] = tab.locator("table.ranking a.open").first.inner_text()
@@ -150,7 +150,7 @@ def written(tab, side: str) -> str:
 
 
 def done(tab) -> None:
-    tab.wait_for_function("!document.querySelector('#run').disabled", timeout=30_000)
+    tab.locator("#run:enabled").wait_for(timeout=30_000)
 
 
 def test_two_sides_are_written_and_the_address_brings_them_back(demo, tab):
@@ -199,7 +199,7 @@ def test_a_strength_that_breaks_the_model_is_said_and_not_printed(demo, tab):
 def test_a_text_can_be_stopped_and_another_begun_and_a_second_window_is_told(demo, tab):
     tab.goto(f"{demo.url}/steer?prompt=I+think&feature={FEATURE}&strength=1&max_new_tokens=200")
     tab.get_by_role("button", name="Write").click()
-    tab.wait_for_function("document.querySelector('#steered .written').textContent.length > 30")
+    tab.locator("#steered .written").get_by_text(re.compile(r"I think\s+\S.{10}", re.DOTALL)).wait_for()
     other = tab.context.new_page()
     other.goto(f"{demo.url}/steer?prompt=I+think&feature={FEATURE}&strength=1&max_new_tokens=4")
     other.get_by_role("button", name="Write").click()
