@@ -261,7 +261,7 @@ def describe(rules: list[Rule], vocabulary: Vocabulary) -> str:
         "on the end of": [rule for rule in rules if len(rule.tokens) > 1 and rule.tokens[-1] is not None],
         "after": [rule for rule in rules if rule.tokens[-1] is None],
     }
-    parts = []
+    parts: list[str] = []
     for words, some in sorted(kinds.items(), key=lambda kind: -sum(rule.share for rule in kind[1])):
         if some:
             listed = ", ".join(_spell(rule.tokens, vocabulary) for rule in some[:LISTED])
