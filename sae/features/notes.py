@@ -142,7 +142,7 @@ class Notes:
         """
         if isinstance(lines, (str, Path)):
             try:
-                lines = Path(lines).read_text(encoding="utf-8").splitlines()
+                lines = Path(lines).read_text(encoding="utf-8").split("\n")  # splitlines() would also part at U+0085 inside a note
             except (OSError, UnicodeDecodeError) as error:
                 raise InputError(f"expected notes as lines of JSON in {lines}, but it cannot be read ({error})") from None
         entries = [_parsed(number, line) for number, line in enumerate(lines, 1) if line.strip()]

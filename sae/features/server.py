@@ -241,7 +241,7 @@ def _add_changes(app: Any, browser: Browser) -> None:
 
     async def lines(request: Request) -> list[str]:
         try:
-            return (await request.body()).decode("utf-8").splitlines()
+            return (await request.body()).decode("utf-8").split("\n")
         except UnicodeDecodeError:
             raise InputError("expected notes as lines of JSON in UTF-8, got other bytes") from None
 
