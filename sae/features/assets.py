@@ -49,12 +49,12 @@ li span{font-variant-numeric:tabular-nums;color:var(--soft)}
 .v,.g{user-select:none;-webkit-user-select:none}
 .v{font-variant-numeric:tabular-nums}
 .g{color:var(--soft);text-overflow:ellipsis;padding-right:.6rem}
-.w{text-overflow:ellipsis;unicode-bidi:isolate}
+.w{unicode-bidi:isolate;mask-image:linear-gradient(to left,transparent,#000 1.2rem)}
 .l{display:inline-block;width:45%;overflow:hidden;direction:rtl;vertical-align:bottom;
   mask-image:linear-gradient(to right,transparent,#000 1.2rem)}
 .l>span{direction:ltr;unicode-bidi:isolate}
 .row:focus{display:block}
-.row:focus .w{white-space:pre-wrap;overflow-wrap:anywhere}
+.row:focus .w{white-space:pre-wrap;overflow-wrap:anywhere;mask-image:none}
 .row:focus .l{display:inline;direction:ltr;mask-image:none}
 .row:focus .v,.row:focus .g{display:inline-block;margin-right:.8rem;vertical-align:bottom}
 b{font-weight:inherit;border-bottom:1px solid rgb(var(--hot));border-radius:2px}

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 ROWS, BUCKET_ROWS, NEIGHBOURS = 20, 4, 8
-Z = 1.959964  # of a 95 % interval
+BUCKET_BEFORE, BUCKET_AFTER = 16, 12  # shorter windows: there are up to 48 rows of them
+Z = 1.959963984540054  # of a 95 % interval
 
 
 class FeatureView(NamedTuple):
@@ -159,7 +160,7 @@ def _contexts_section(title: str, note: str, contexts: "list[Context]", top: flo
 
 
 def _buckets_section(index: "FeatureIndex", j: int, count: int, top: float) -> str:
-    buckets = [bucket for bucket in index.bucket_contexts(j, BUCKET_ROWS) if bucket.contexts]
+    buckets = [bucket for bucket in index.bucket_contexts(j, BUCKET_ROWS, BUCKET_BEFORE, BUCKET_AFTER) if bucket.contexts]
     blocks = []
     for bucket in buckets:
         low = f"{number(bucket.low)} to" if bucket.low else "below"

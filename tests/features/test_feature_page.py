@@ -71,7 +71,7 @@ def chromium(tmp_path_factory):
 
 
 def shown_contexts(index, j):
-    buckets = [context for bucket in index.bucket_contexts(j, 4) for context in bucket.contexts]
+    buckets = [context for bucket in index.bucket_contexts(j, 4, 16, 12) for context in bucket.contexts]
     return index.top_contexts(j, 20) + index.random_contexts(j, 20) + buckets
 
 
