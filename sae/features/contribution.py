@@ -54,17 +54,18 @@ class ErrorSums:
         x_bd = x_bd.float()
         starts = starts_of(row_n, len(x_bd))
         error_bd = self.dictionary.b_dec_d.float() - x_bd  # x̂ − x, once the features are added
+        # before that, it serves for the variance, which no shift changes; without a large mean float32 is enough for a row
+        self._add("square", error_bd.square().sum(-1).double().cpu().numpy())  # host sync
+        x_d = error_bd.sum(0, dtype=torch.float64).cpu().numpy()  # host sync
+        self._add("x", x_d, np.arange(len(x_d)), len(x_d))
         add_weighted_sums(error_bd, W_dec_fd, feature_n, starts, value_n, False)
         with torch.sparse.check_sparse_tensor_invariants(False):  # the indices are right by construction, checking them is a pass
             zeros = torch.sparse_csr_tensor(starts, feature_n, torch.zeros_like(value_n), (len(x_bd), len(W_dec_fd)))
             along_n = torch.sparse.sampled_addmm(zeros, error_bd, W_dec_fd.T).values()
         value_n = value_n.double()
         change_n = value_n * (value_n * self.square_f.index_select(0, feature_n) - 2 * along_n)
-        x_d = x_bd.sum(0, dtype=torch.float64).cpu().numpy()  # host sync
         self._add("feature", change_n.cpu().numpy(), feature_n.cpu().numpy(), len(W_dec_fd))  # host sync
-        self._add("x", x_d, np.arange(len(x_d)), len(x_d))
-        self._add("square", x_bd.square().sum(-1, dtype=torch.float64).cpu().numpy())  # host sync
-        self._add("error", error_bd.square_().sum(-1, dtype=torch.float64).cpu().numpy())  # host sync
+        self._add("error", error_bd.square_().sum(-1).double().cpu().numpy())  # host sync
 
     def _add(self, name: str, values: np.ndarray, group: np.ndarray | None = None, groups: int = 1) -> None:
         self.sums[name] = carried(self.sums[name] + exact_sums(values, group, groups))
@@ -74,7 +75,7 @@ def contributions(sums: dict[str, np.ndarray], rows: int) -> tuple[np.ndarray, f
     """How much the FVU rises without each feature, float32 [f], and the FVU itself; NaN where the activations do not vary at all."""
     mean_part = sum(number(column) ** 2 for column in sums["x"].T)  # whole numbers of any size: a large mean cancels nothing
     centred = ((number(sums["square"][:, 0]) * rows << UNIT) - mean_part) / (rows << 2 * UNIT)
-    if centred <= 0:
+    if centred <= 1e-6 * number(sums["square"][:, 0]) / 2.0**UNIT:  # no more than float32's rounding of the squares
         return np.full(sums["feature"].shape[1], np.nan, np.float32), float("nan")
     feature = sums["feature"][0] + sums["feature"][1] / 2.0**UNIT
     return (feature / centred).astype(np.float32), number(sums["error"][:, 0]) / 2.0**UNIT / centred

@@ -16,6 +16,7 @@ from sae.features.storage import create, open_arrays, write_arrays
 from sae.progress import progress
 
 RUN_ENTRIES = 1 << 23  # entries sorted at a time: 24 bytes of memory each
+BLOCK_ENTRIES = 1 << 20  # merged at a time: arrays so small that they stay in the processor's cache, and their memory is used again
 MAX_FEATURES = MAX_ROWS = 1 << 24
 MAX_VALUE = float(np.finfo(np.float16).max)
 
@@ -65,7 +66,7 @@ class Spool:
 
 
 def merge(
-    runs: list[Path], d_sae: int, path: Path, block_entries: int = RUN_ENTRIES, shifts: list[int] | None = None
+    runs: list[Path], d_sae: int, path: Path, block_entries: int = BLOCK_ENTRIES, shifts: list[int] | None = None
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Merges `runs` into the matrix at `path`, block of features after block; `shifts` are added to the runs' positions.
 

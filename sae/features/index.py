@@ -22,7 +22,7 @@ from sae.dictionary import WEIGHTS, SparseAutoencoder
 from sae.errors import InputError
 from sae.features import examples, neighbours
 from sae.features.contribution import MAX_ROWS, ErrorSums, contributions
-from sae.features.csc import MAX_FEATURES, RUN_ENTRIES, Spool, merge, statistics
+from sae.features.csc import BLOCK_ENTRIES, MAX_FEATURES, RUN_ENTRIES, Spool, merge, statistics
 from sae.features.lens import BINS, folded_unembedding, logit_lens
 from sae.features.records import FORMAT_VERSION
 from sae.features.storage import create, fresh_folder, open_arrays, write_arrays
@@ -144,7 +144,8 @@ def derive(
     offsets, positions = records["offsets"], records["positions"]
     path = folder / "by-token.safetensors"  # for a moment
     features_n = create(path, {"features": ("U32", positions.shape)})["features"]
-    starts = neighbours.by_token(offsets, positions, len(shown.ids), features_n, RUN_ENTRIES)
+    at_a_time = min(RUN_ENTRIES, max(BLOCK_ENTRIES, len(shown.ids)))  # each time counts over all tokens
+    starts = neighbours.by_token(offsets, positions, len(shown.ids), features_n, at_a_time)
     neighbours.coactive(offsets, positions, starts, features_n, details["coactive_ids"], details["coactive_counts"])
     path.unlink()
     return columns, details

@@ -71,13 +71,10 @@ def coactive(
         low = 0
         while low < f:
             high = max(low + 1, int(np.searchsorted(pairs, pairs[low] + PAIRS, "right")) - 1)
-            pair_n, count_n = _count_pairs(offsets, positions, starts, lengths, features_n, low, high)
-            feature_n, other_n = pair_n // f, pair_n % f
-            apart = feature_n + low != other_n  # not with itself
-            feature_n, other_n, count_n = feature_n[apart], other_n[apart], count_n[apart]
-            best = smallest(feature_n, high - low, (int(NONE) - count_n).astype(np.uint32), k)
-            some = best >= 0
-            ids_fk[low:high][some], counts_fk[low:high][some] = other_n[best[some]], count_n[best[some]]
+            count = _count_pairs(offsets, positions, starts, lengths, features_n, low, high)
+            best = _best_of_table(count, low, k) if isinstance(count, torch.Tensor) else _best_of_pairs(*count, low, high, f, k)
+            kept = best[0].shape[1]
+            ids_fk[low:high, :kept], counts_fk[low:high, :kept] = best
             bar.advance(high - low)
             low = high
 
@@ -86,8 +83,30 @@ def _sum_of(lengths: np.ndarray, positions: np.ndarray) -> int:
     return int(lengths[positions].sum())
 
 
-def _count_pairs(offsets, positions, starts, lengths, features_n, low: int, high: int) -> tuple[np.ndarray, np.ndarray]:
-    """(feature - low) * f + other feature, ascending, and on how many tokens the two fire together, for features `low` to `high` - 1."""
+def _best_of_table(count_bf: torch.Tensor, low: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features and counts [b, k] from the counts of features from `low` on with all; -1 and 0: there are no more."""
+    f = count_bf.shape[1]
+    count_bf[:, low : low + len(count_bf)].fill_diagonal_(0)  # not with itself
+    key_bf = count_bf.mul_(f).add_(torch.arange(f - 1, -1, -1))  # the count from the top, then the lower feature
+    key_bk = key_bf.topk(min(k, f)).values
+    count_bk = key_bk // f
+    return torch.where(count_bk > 0, f - 1 - key_bk % f, -1).numpy(), count_bk.numpy()
+
+
+def _best_of_pairs(pair_n: np.ndarray, count_n: np.ndarray, low: int, high: int, f: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same from the pairs that there are."""
+    feature_n, other_n = pair_n // f, pair_n % f
+    apart = feature_n + low != other_n  # not with itself
+    feature_n, other_n, count_n = feature_n[apart], other_n[apart], count_n[apart]
+    best = smallest(feature_n, high - low, (int(NONE) - count_n).astype(np.uint32), k)
+    if not len(other_n):
+        return best, np.zeros_like(best)
+    return np.where(best < 0, -1, other_n[best]), np.where(best < 0, 0, count_n[best])
+
+
+def _count_pairs(offsets, positions, starts, lengths, features_n, low: int, high: int) -> Tensor | tuple[np.ndarray, np.ndarray]:
+    """On how many tokens features `low` to `high` - 1 fire together with every other: a table [high - low, f] where that is small, else
+    (feature - low) * f + other feature, ascending, and the counts."""
     f = len(offsets) - 1
     begin, end = int(offsets[low]), int(offsets[high])
     row_n = np.repeat(np.arange(0, (high - low) * f, f), np.diff(offsets[low : high + 1]))
@@ -112,7 +131,6 @@ def _count_pairs(offsets, positions, starts, lengths, features_n, low: int, high
             sorted_n = torch.cat([sorted_n, pair_n]).sort().values
         done += len(part)
     if few:
-        pair_n = counters.nonzero().squeeze(1)
-        return pair_n.numpy(), counters[pair_n].numpy()
+        return counters.view(-1, f)
     pair_n, count_n = sorted_n.unique_consecutive(return_counts=True)
     return pair_n.numpy(), count_n.numpy()

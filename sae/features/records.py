@@ -70,7 +70,7 @@ class Bucket(NamedTuple):
 
     low: float
     high: float
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple has a method of that name
     contexts: list[Context]
     """a fair sample of them, at most 5"""
 
@@ -149,7 +149,7 @@ class FeatureIndex:
         low, high = self._bounds(j)
         entries = self._details("bucket_entries", j)[:, :n]
         contexts = iter(self._contexts(j, entries.flatten(), before, after))
-        highest, buckets = int(fired[-1]), []
+        highest, buckets = int(fired[-1]), list[Bucket]()
         for k, found in enumerate((entries != NONE).sum(1)[: highest + 1].tolist()):
             octave, last = highest - k, k in (BUCKETS - 1, highest)
             count = high - low - sum(bucket.count for bucket in buckets) if last else int(octaves[octave])
