@@ -1,5 +1,6 @@
 """The feature browser: a server on this machine alone, for one index and, with its model, for prompts and steering."""
 
+import gc
 import socket
 import threading
 import webbrowser
@@ -57,6 +58,7 @@ def serve(config: BrowseConfig, make_steering: Callable[[LanguageModel, SparseAu
         settings = uvicorn.Config(
             app, http="h11", ws="none", lifespan="off", log_level="warning", server_header=False, timeout_graceful_shutdown=1
         )
+        gc.freeze()  # what was loaded stays; no collection in the middle of a page need walk through it
         try:
             uvicorn.Server(settings).run(sockets=[listener])
         except KeyboardInterrupt:  # how it is meant to end

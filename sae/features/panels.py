@@ -125,7 +125,7 @@ def steer(browser: "Browser", features: dict[int, float], sampling: "Sampling", 
 <p class="numbers"><label>add feature <input name="add" size="7" inputmode="numeric"></label><button id="add">Add</button></p>
 <p class="numbers">{numbers}<button type="button" id="run">Write</button><button type="button" id="stop" hidden>Stop</button></p></form>
 <noscript><p class="refusal">Writing needs the script of this page.</p></noscript>
-<p id="failure" role="alert" class="refusal" hidden></p><div class="sides">{sides}</div>
+<p id="failure" role="alert" class="refusal" hidden></p><div class="both">{sides}</div>
 <p class="soft">Strength 1 adds what the feature adds where it fires hardest, at every position. Both sides draw with the same random
 numbers, so at strength 0 they are equal. Nats per token are those of the unsteered model: the more, the further the text has left what
 it would say.</p>"""

@@ -172,6 +172,9 @@ def test_two_sides_are_written_and_the_address_brings_them_back(demo, tab):
     tab.get_by_role("button", name="Write").click()
     done(tab)
     sides = {side: written(tab, side) for side in ("unsteered", "steered")}
+    left, right = (tab.locator(f"#{side}").bounding_box() for side in sides)
+    assert left["x"] < right["x"]
+    assert left["y"] == right["y"]
     assert all(text.startswith("I think") and len(text) > 20 for text in sides.values())
     assert sides["unsteered"] != sides["steered"]
     assert "seed 3" in tab.locator("#steered .facts").inner_text()

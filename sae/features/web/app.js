@@ -71,7 +71,7 @@ function steering(form) {
     data.getAll("feature").forEach((feature, i) => { features[feature] = strengths[i]; });
     const wanted = {prompt: data.get("prompt"), features};
     for (const name of ["max_new_tokens", "temperature", "top_p", "seed"]) wanted[name] = data.get(name);
-    for (const side of document.querySelectorAll(".sides section")) {
+    for (const side of document.querySelectorAll(".both section")) {
       side.querySelector(".written").textContent = wanted.prompt;
       side.querySelector(".facts").textContent = "seed " + wanted.seed;
       side.querySelector(".written").classList.remove("refusal");
