@@ -35,7 +35,7 @@ def weight_histogram(edges: np.ndarray, counts: np.ndarray) -> str:
         if count:
             path = f"M{LEFT + (left - low) * scale:.1f} {HEIGHT}v-{h:.1f}h{max((right - left) * scale - 0.6, 0.6):.1f}v{h:.1f}z"
             sides["neg" if left + right < 0 else ""] += path
-    marks = [(LEFT, number(low)), (WIDTH, number(high))]
+    marks: list[tuple[float, str]] = [(LEFT, number(low)), (WIDTH, number(high))]
     if low < 0 < high and 0.15 < -low / (high - low) < 0.85:
         marks.insert(1, (LEFT - low * scale, "0"))
     bars = "".join(f'<path class="{name}" d="{path}"/>' for name, path in sides.items() if path)

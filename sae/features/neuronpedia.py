@@ -208,16 +208,35 @@ def _meta(index: "FeatureIndex", names: Names, creator: str, created: str) -> di
     """Rows of the four small files: what is known, and Neuronpedia's own defaults for the rest."""
     starts = index.tokens["sequence_starts"]
     shared = {"creatorId": creator, "createdAt": created}
-    model = {"id": names.model, "instruct": False, "displayNameShort": names.model, "displayName": names.model, "tlensId": None}
+    model: dict[str, Any] = {
+        "id": names.model,
+        "instruct": False,
+        "displayNameShort": names.model,
+        "displayName": names.model,
+        "tlensId": None,
+    }
     model |= {"dimension": index.info["d_in"], "visibility": "PUBLIC", "defaultSourceSetName": None, "defaultSourceId": None}
     model |= {"inferenceEnabled": False, "layers": 0, "neuronsPerLayer": 0, "owner": "", "updatedAt": created, "website": None}
-    release = {"name": names.set, "description": f"{names.set} of {names.model}", "descriptionShort": names.set, "urls": []}
+    release: dict[str, Any] = {"name": names.set, "description": f"{names.set} of {names.model}", "descriptionShort": names.set, "urls": []}
     release |= {"creatorName": creator, "creatorNameShort": creator, "creatorEmail": None, "visibility": "PUBLIC", "isNewUi": False}
     release |= {"featured": False, "defaultSourceSetName": None, "defaultSourceId": None, "defaultUmapSourceIds": []}
-    sourceset = {"modelId": names.model, "name": names.set, "hasDashboards": True, "visibility": "PUBLIC", "description": "", "type": ""}
+    sourceset: dict[str, Any] = {
+        "modelId": names.model,
+        "name": names.set,
+        "hasDashboards": True,
+        "visibility": "PUBLIC",
+        "description": "",
+        "type": "",
+    }
     sourceset |= {"creatorName": creator, "urls": [], "creatorEmail": None, "releaseName": names.set, "defaultOfModelId": None}
     sourceset |= {"defaultRange": 1, "defaultShowBreaks": True, "showDfa": False, "showCorrelated": False, "showHeadAttribution": False}
-    source = {"id": names.source, "modelId": names.model, "setName": names.set, "hasDashboards": True, "inferenceEnabled": False}
+    source: dict[str, Any] = {
+        "id": names.source,
+        "modelId": names.model,
+        "setName": names.set,
+        "hasDashboards": True,
+        "inferenceEnabled": False,
+    }
     source |= {"inferenceHosts": [], "saelensConfig": None, "saelensRelease": None, "saelensSaeId": None, "hfRepoId": None}
     source |= {"hfFolderId": None, "visibility": "PUBLIC", "defaultOfModelId": None, "hasUmap": False, "hasUmapLogSparsity": False}
     source |= {"hasUmapClusters": False, "num_prompts": len(starts) - 1, "num_tokens_in_prompt": int(np.diff(starts).max())}

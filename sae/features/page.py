@@ -5,9 +5,10 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from sae.features.assets import STYLE, TABLE_SCRIPT
 from sae.features.charts import activation_histogram, weight_histogram
@@ -26,7 +27,8 @@ BUCKET_BEFORE, BUCKET_AFTER = 16, 12  # shorter windows: there are up to 48 rows
 Z = 1.959963984540054  # of a 95 % interval
 
 
-class FeatureView(NamedTuple):
+@dataclass(frozen=True)
+class FeatureView:
     """A feature in a notebook: the last line of a cell shows its page."""
 
     index: "FeatureIndex"

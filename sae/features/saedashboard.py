@@ -143,11 +143,11 @@ def read_saedashboard(folder: str | Path) -> SAEDashboardFolder:
             require_keys(row, ("feature_index", "activations", *TABLES), folder / f"{name}.json")
             for activation in row["activations"]:
                 require_keys(activation, ("tokens", "values"), folder / f"{name}.json")
-    others = [
-        read_json(folder / name, "a file of SAEDashboard") if (folder / name).exists() else {}
-        for name in ("run_settings.json", "skipped_indexes.json")
-    ]
-    return SAEDashboardFolder(*others, batches)
+    return SAEDashboardFolder(_read_if_there(folder / "run_settings.json"), _read_if_there(folder / "skipped_indexes.json"), batches)
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path, "a file of SAEDashboard") if path.exists() else {}
 
 
 def rewrite_saedashboard(read: SAEDashboardFolder, folder: Path) -> None:
