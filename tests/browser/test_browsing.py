@@ -1,10 +1,13 @@
 """What a person does with the browser, in a real one: every key, form and stream, without an error in the console or a foreign request."""
 
 import re
+import time
 from urllib.parse import urlencode
 
 import numpy as np
-from browser_world import FEATURE, HOSTILE
+from browser_world import FEATURE, HOSTILE, served
+
+from sae.features.server import create_app
 
 
 def number_in(tab) -> int:
@@ -200,21 +203,31 @@ def test_a_strength_that_breaks_the_model_is_said_and_not_printed(demo, tab):
 
 
 def test_a_text_can_be_stopped_and_another_begun_and_a_second_window_is_told(demo, tab):
-    tab.goto(f"{demo.url}/steer?prompt=I+think&feature={FEATURE}&strength=1&max_new_tokens=120")
-    tab.get_by_role("button", name="Write").click()
-    tab.locator("#steered .written", has_text=re.compile("I think.{12}", re.DOTALL)).wait_for()
-    other = tab.context.new_page()
-    other.goto(f"{demo.url}/steer?prompt=I+think&feature={FEATURE}&strength=1&max_new_tokens=4")
-    other.get_by_role("button", name="Write").click()
-    other.locator("#failure").get_by_text("the model is at work").wait_for()
-    tab.get_by_role("button", name="Stop").click()
-    done(tab)
-    for _ in range(50):
+    def without_end(prompt, features, sampling):
+        for i in range(1000):  # minutes: only Stop ends it in time
+            time.sleep(0.05)
+            yield {"side": "steered", "text": f" {i}"}
+
+    with served(create_app(demo.index, demo.notes, steering=without_end)) as url:
+        other = tab.context.new_page()
+        for page in (tab, other):
+            page.goto(f"{url}/steer?prompt=I+think&feature={FEATURE}&strength=1")
+        tab.get_by_role("button", name="Write").click()
+        tab.locator("#steered .written", has_text="I think 0 1 2").wait_for()
         other.get_by_role("button", name="Write").click()
-        done(other)
-        if not other.locator("#failure").is_visible():
-            break
-    assert len(written(other, "steered")) > len("I think")
+        other.locator("#failure", has_text="the model is at work").wait_for()
+        tab.get_by_role("button", name="Stop").click()
+        done(tab)
+        stopped = written(tab, "steered")
+        for _ in range(50):  # the server notices within a piece that the reader has gone
+            other.get_by_role("button", name="Write").click()
+            other.wait_for_timeout(100)
+            if not other.locator("#failure").is_visible():
+                break
+        other.locator("#steered .written", has_text="I think 0 1 2").wait_for()
+        assert written(tab, "steered") == stopped
+        other.get_by_role("button", name="Stop").click()
+        other.locator("#run:enabled").wait_for()
 
 
 def test_without_its_script_a_page_still_searches_and_keeps(demo, chromium):
