@@ -117,8 +117,8 @@ class FeatureIndex:
     def feature(self, j: int) -> Feature:
         """Raises `InputError` if `j` is not a feature."""
         low, high = self._bounds(j)
-        for column in self.columns.values():
-            fetch(column, [j], 1)
+        for array in (*self.columns.values(), *self.details.values()):  # whoever asks for a feature shows it
+            fetch(array, [j], 1)
         return Feature(int(j), self.positions[low:high], self.values[low:high], {k: v[j] for k, v in self.columns.items()})
 
     def context(self, feature: Feature, position: int, before: int, after: int) -> Context:
