@@ -77,7 +77,29 @@ def build_feature_index() -> None:
     )
 
 
-def browse_features() -> None:
-    from sae.features.browse import BrowseConfig, browse
+def merge_feature_indexes() -> None:
+    from sae.features.merge import MergeConfig, merge_indexes
 
-    run(browse, BrowseConfig, "List and search features in the terminal and write pages that open without a network.")
+    run(merge_indexes, MergeConfig, "Join feature indexes of one dictionary that were built on different text.")
+
+
+def list_features() -> None:
+    from sae.features.list import ListConfig, list_features
+
+    run(list_features, ListConfig, "List and search features in the terminal and write pages that open without a network.")
+
+
+def explain_features() -> None:
+    from sae.features.explain import ExplainConfig, explain
+
+    run(explain, ExplainConfig, "Explain features by tokens, bigrams and patterns, or by a model, and score that on held-out documents.")
+
+
+def export_features() -> None:
+    from sae.features.export import ExportConfig, export_features
+
+    run(
+        export_features,
+        ExportConfig,
+        "Write features as a folder that opens from file://, or for Neuronpedia, SAEDashboard, circuit-tracer.",
+    )

@@ -233,7 +233,6 @@ class LanguageModel:
         with self._hooked(edits):
             yield
 
-    @torch.no_grad()
     def generate(
         self,
         ids_sp: Tensor,
@@ -249,23 +248,36 @@ class LanguageModel:
         Own loop, because `model.generate` mixes in penalties and top-k from the hub's generation_config.json. Sampling has its own
         generator: equal seeds give equal text and the global random state is untouched. Raises `NonFiniteLogits`.
         """
+        new_s = self.stream(ids_sp, attention_mask_sp, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        return torch.cat([ids_sp.to(self.device, torch.long), *(next_s[:, None] for next_s in new_s)], dim=1)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        ids_sp: Tensor,
+        attention_mask_sp: Tensor | None = None,
+        *,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[Tensor]:
+        """What `generate` appends, one [s] after the other as they are chosen. Edits and hooks hold for the tokens asked for inside them."""
         if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
             raise InputError(
                 "expected max_new_tokens of at least 1, a temperature of at least 0 and top_p above 0 and up to 1, "
                 f"got {max_new_tokens}, {temperature} and {top_p}"
             )
         self._require_all_blocks()
-        ids_sp, mask_sp = self._inputs(ids_sp, attention_mask_sp, max_new_tokens)
+        (step_sp, mask_sp), cache = self._inputs(ids_sp, attention_mask_sp, max_new_tokens), None
         generator = torch.Generator(self.device).manual_seed(seed)
         eos = torch.tensor(self.eos_ids, dtype=torch.long, device=self.device)
         ended_s = torch.zeros(len(ids_sp), dtype=torch.bool, device=self.device)
-        step_sp, cache = ids_sp, None
         for step in range(max_new_tokens):
-            position_ids = _position_ids(mask_sp)[:, -step_sp.shape[1] :]
             output = self.model(
                 input_ids=step_sp,
                 attention_mask=mask_sp,
-                position_ids=position_ids,
+                position_ids=_position_ids(mask_sp)[:, -step_sp.shape[1] :],
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
@@ -276,12 +288,11 @@ class LanguageModel:
                 raise NonFiniteLogits(f"the model's logits are not finite at new token {step + 1}")
             next_s = _sample(logits_sv, temperature, top_p, generator).to(self.device)
             next_s = torch.where(ended_s, self.pad_id, next_s)
-            ids_sp = torch.cat([ids_sp, next_s[:, None]], dim=1)
+            yield next_s
             ended_s |= torch.isin(next_s, eos)
             if ended_s.all():  # host sync
                 break
             step_sp, mask_sp = next_s[:, None], torch.cat([mask_sp, mask_sp.new_ones(len(mask_sp), 1)], dim=1)
-        return ids_sp
 
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits that recognise the whole model in any float dtype; see sae/fingerprint.py."""

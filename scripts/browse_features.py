@@ -1,6 +1,6 @@
-"""List and search features in the terminal, and write pages that open without a network."""
+"""Look at features in the web browser."""
 
-from sae.command_line import browse_features
+from steering.command_line import browse_features
 
 if __name__ == "__main__":
     browse_features()

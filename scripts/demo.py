@@ -1,4 +1,4 @@
-"""The main job on the bundled model, offline: cache, train, evaluate, index, browse, steer. Prints every command before it runs it.
+"""The main job on the bundled model, offline: cache, train, evaluate, index, list, steer. Prints every command before it runs it.
 
 Each command can be typed by hand. A demo that was interrupted goes on where it stopped; `--restart` begins anew.
 """
@@ -49,8 +49,8 @@ def demo(config: DemoConfig) -> None:
     call("train_sae", f"--cache {cache} --out {dictionary} {TRAINING}")
     call("evaluate_sae", f"--dictionary {dictionary} --cache {cache}")
     call("build_feature_index", f"--dictionary {dictionary} --cache {cache} --tokens 500000 --out {index}")
-    call("browse_features", f"--index {index} --search {shlex.quote(config.word)} --top 8 --html {pages}")
-    feature = json.loads(call("browse_features", f"--index {index} --search {shlex.quote(config.word)} --top 1 --json", show=False))[0]
+    call("list_features", f"--index {index} --search {shlex.quote(config.word)} --top 8 --html {pages}")
+    feature = json.loads(call("list_features", f"--index {index} --search {shlex.quote(config.word)} --top 1 --json", show=False))[0]
     number = feature["feature"]
     call("steer", f"--index {index} --feature {number} --strength {config.strengths[0]:g} --prompt 'I think' {SAMPLING}")
     table = out / "steering.json"
@@ -88,6 +88,7 @@ def summary(config: DemoConfig, feature: int, seconds: float) -> None:
     low, high = loss["loss_recovered_interval"]
     table.add_row("loss recovered", f"{loss['loss_recovered']:.3f} ({low:.3f} to {high:.3f})")
     table.add_row(f"feature for {config.word!r}", f"{feature}; open {out / 'pages' / 'index.html'} in a browser")
+    table.add_row("look at all of them", f"python scripts/browse_features.py --index {out / 'index'}")
     for row in rows:
         added = "unsteered" if row["direction"] == "none" else f"{row['direction']} x {row['strength']:g}"
         per_thousand = 1000 * row["found"] / max(1, row["words"])

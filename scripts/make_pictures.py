@@ -1,11 +1,14 @@
-"""Make the pictures of the README from what `make demo` left: a feature page in headless Chromium, and a plot of steering strengths."""
+"""Make the pictures of the README from what `make demo` left: pages of the browser in headless Chromium, and a plot of strengths."""
 
 import json
 import shutil
 import subprocess
-import tempfile
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sae.command_line import run
 from sae.errors import InputError
@@ -25,21 +28,52 @@ def make_pictures(config: PicturesConfig) -> None:
     table = config.demo / "steering.json"
     if not table.exists():
         raise InputError(f"expected the demo's results in {config.demo}, found no {table.name}; run make demo first")
+    chromium = shutil.which(config.chromium)
+    if chromium is None:
+        raise InputError(f"expected the browser {config.chromium!r}, which is not installed; give another with --chromium")
     result = json.loads(table.read_text())
     config.out.mkdir(parents=True, exist_ok=True)
-    screenshot(config, config.demo / "pages" / f"{result['feature']}.html", config.out / "feature.png")
+    with browser(config.demo / "index") as url:
+        screenshots(config, chromium, url, result["feature"])
     plot(result, config.out / "steering.png")
 
 
-def screenshot(config: PicturesConfig, page: Path, picture: Path) -> None:
-    if not shutil.which(config.chromium):
-        raise InputError(f"expected the browser {config.chromium!r}, which is not installed; give another with --chromium")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --hide-scrollbars"
-    quiet = "--disable-component-update --disable-sync --window-size=1280,900"
-    with tempfile.TemporaryDirectory() as profile:
-        command = [config.chromium, *flags.split(), *quiet.split(), f"--user-data-dir={profile}", f"--screenshot={picture}"]
-        subprocess.run([*command, page.resolve().as_uri()], check=True, stderr=subprocess.DEVNULL, timeout=120)
-    print(picture)
+@contextmanager
+def browser(index: Path) -> Iterator[str]:
+    """The feature browser on a free port; gives its address."""
+    command = [sys.executable, str(Path(__file__).with_name("browse_features.py")), "--index", str(index), "--port", "0", "--no-open"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        lines = (line for line in process.stdout if "http://" in line)
+        try:
+            yield "http://" + next(lines).split("http://")[1].split("/")[0]
+        finally:
+            process.terminate()
+
+
+def screenshots(config: PicturesConfig, chromium: str, url: str, feature: int) -> None:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        window = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--hide-scrollbars"])
+        page = window.new_page(viewport={"width": 1280, "height": 900})
+
+        def take(name: str, address: str, act: Any = None) -> None:
+            page.goto(url + address)
+            if act is not None:
+                act()
+            page.screenshot(path=config.out / name)
+            print(config.out / name)
+
+        def write() -> None:
+            page.get_by_role("button", name="Write").click()
+            page.locator("#run:enabled").wait_for()
+
+        take("features.png", "/?q=fuck%7Cshit&how=fires")
+        take("feature.png", f"/f/{feature}")
+        take("prompt.png", "/prompt?order=effect&text=" + "What+the+hell+do+you+think+you+are+doing%3F")
+        take("steer.png", f"/steer?feature={feature}&strength=1.5&prompt=I+think&max_new_tokens=60&temperature=0.9&top_p=0.95", write)
+        window.close()
 
 
 def plot(result: dict, picture: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command of `steering`, for `scripts/` and the console alike."""
+"""The commands of `steering`, for `scripts/` and the console alike."""
 
 from sae.command_line import run
 
@@ -31,3 +31,10 @@ def compare_directions() -> None:
     from steering.comparison import CompareConfig, compare_directions
 
     run(compare_directions, CompareConfig, "Compare ways to steer towards a concept at equal KL, with controls and intervals.")
+
+
+def browse_features() -> None:
+    from sae.features.browse import BrowseConfig
+    from steering.panel import browse
+
+    run(browse, BrowseConfig, "Look at features in the web browser: search, prompts, steering, labels; served on this machine alone.")

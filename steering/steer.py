@@ -10,10 +10,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from sae.dictionary import WEIGHTS, SparseAutoencoder
 from sae.errors import InputError
+from sae.features.browse import parts_of
 from sae.features.records import FeatureIndex
-from sae.files import crc32
 from sae.language_model import LanguageModel, NonFiniteLogits
 from steering.directions.feature import feature_direction, first_found
 from steering.intervention import steered
@@ -91,16 +90,9 @@ def load_parts(config: PartsConfig) -> Parts:
     if (config.feature is None) == (config.search is None):
         raise InputError("expected either --feature or --search, got both or neither; give one of them")
     index = FeatureIndex.open(config.index)
-    folder = config.dictionary or Path(index.info["dictionary"])
-    dictionary = SparseAutoencoder.load(folder)
-    if crc32(folder / WEIGHTS) != index.info["dictionary_crc32"]:
-        raise InputError(f"expected the dictionary that {config.index} was built from, but the weights in {folder} differ; index it again")
     feature = config.feature if config.feature is not None else first_found(index, config.search or "")
     index.feature(feature)  # a wrong number is said before the model is loaded
-    known = index.info["model"]
-    lm = LanguageModel.load(config.model or known["name"], device=config.device)
-    if known.get("fingerprint") not in (None, lm.fingerprint()):
-        raise InputError(f"expected the model of {config.index}, {known['name']}, but {lm.name} has other weights; give that model")
+    lm, dictionary = parts_of(index, config.dictionary, config.model, config.device)
     max_activation = float(index.feature(feature).columns["max"])
     return Parts(lm, feature, max_activation, feature_direction(dictionary, feature, max_activation, index.info["site"]))
 

@@ -16,6 +16,7 @@ from sae.features.storage import create, open_arrays, write_arrays
 from sae.progress import progress
 
 RUN_ENTRIES = 1 << 23  # entries sorted at a time: 24 bytes of memory each
+BLOCK_ENTRIES = 1 << 20  # merged at a time: arrays so small that they stay in the processor's cache, and their memory is used again
 MAX_FEATURES = MAX_ROWS = 1 << 24
 MAX_VALUE = float(np.finfo(np.float16).max)
 
@@ -64,12 +65,15 @@ class Spool:
         self.paths.append(path)
 
 
-def merge(runs: list[Path], d_sae: int, path: Path, block_entries: int = RUN_ENTRIES) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Merges `runs` into the matrix at `path`, block of features after block, and removes them.
+def merge(
+    runs: list[Path], d_sae: int, path: Path, block_entries: int = BLOCK_ENTRIES, shifts: list[int] | None = None
+) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Merges `runs` into the matrix at `path`, block of features after block; `shifts` are added to the runs' positions.
 
     Yields each block's first feature and its part of the matrix, offsets counted from the block's beginning, while it is in memory.
     """
     parts = [open_arrays(run) for run in runs]
+    shifts = shifts or [0] * len(runs)
     counts_f = np.zeros(d_sae, np.int64)
     for part in parts:
         counts_f += np.diff(part["offsets"])
@@ -83,7 +87,9 @@ def merge(runs: list[Path], d_sae: int, path: Path, block_entries: int = RUN_ENT
             end = int(np.searchsorted(offsets, offsets[begin] + block_entries, "right")) - 1
             end = min(max(end, begin + 1), begin + (1 << 16), d_sae)
             low, high = offsets[begin], offsets[end]
-            key = np.concatenate([_keys(part, begin, end) for part in parts]) if parts else np.zeros(0, np.uint64)
+            key = (
+                np.concatenate([_keys(part, begin, end, shift) for part, shift in zip(parts, shifts)]) if parts else np.zeros(0, np.uint64)
+            )
             key.sort()
             positions = (key >> np.uint64(16)).astype(np.uint32)  # the middle 32 bits
             values = key.astype(np.uint16).view(np.float16)
@@ -91,33 +97,50 @@ def merge(runs: list[Path], d_sae: int, path: Path, block_entries: int = RUN_ENT
             yield begin, {"offsets": offsets[begin : end + 1] - low, "positions": positions, "values": values}
             bar.advance(int(high - low))
             begin = end
-    for array in records.values():
-        if isinstance(array, np.memmap):
-            array.flush()
-    for run in runs:
-        run.unlink()
 
 
-def _keys(part: dict[str, np.ndarray], begin: int, end: int) -> np.ndarray:
+def _keys(part: dict[str, np.ndarray], begin: int, end: int, shift: int) -> np.ndarray:
     """(feature - begin: 16 bits, position: 32, value: 16) of a run's entries of features `begin` to `end` - 1."""
     offsets = part["offsets"][begin : end + 1]
     low, high = offsets[0], offsets[-1]
     key = np.repeat(np.arange(end - begin, dtype=np.uint64) << np.uint64(48), np.diff(offsets))
-    key |= part["positions"][low:high].astype(np.uint64) << np.uint64(16)
+    key |= (part["positions"][low:high].astype(np.uint64) + np.uint64(shift)) << np.uint64(16)
     key |= part["values"][low:high].view(np.uint16)
     return key
 
 
 def statistics(block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Columns of a block's features: count, sum (float64, of the stored values), max, and the first token that reaches it (-1: none)."""
+    """Columns of a block's features, from the stored values: see docs/features.md. `top_position` is -1 where there is none."""
     offsets = block["offsets"]
     count = np.diff(offsets)
     fires = np.flatnonzero(count)
-    total, top, where = np.zeros(len(count)), np.zeros(len(count), np.float32), np.full(len(count), -1, np.int64)
+    total, mean, second, third, fourth = (np.zeros(len(count)) for _ in range(5))
+    top, where = np.zeros(len(count), np.float32), np.full(len(count), -1, np.int64)
     if len(fires):
-        values = block["values"].astype(np.float32)
-        total[fires] = np.add.reduceat(values, offsets[fires], dtype=np.float64)
-        top[fires] = np.maximum.reduceat(values, offsets[fires])
+        starts, many = offsets[fires], count[fires]
+        values = block["values"].astype(np.float64)
+        total[fires] = np.add.reduceat(values, starts)
+        mean[fires] = total[fires] / many
+        top[fires] = np.maximum.reduceat(block["values"].view(np.uint16), starts).view(
+            np.float16
+        )  # in order as integers, for none is below 0
         at_top = np.where(values == np.repeat(top, count), block["positions"].astype(np.int64), np.iinfo(np.int64).max)
-        where[fires] = np.minimum.reduceat(at_top, offsets[fires])
-    return {"count": count, "sum": total, "max": top, "top_position": where}
+        where[fires] = np.minimum.reduceat(at_top, starts)
+        values -= np.repeat(mean, count)
+        power = values * values
+        second[fires] = np.add.reduceat(power, starts) / many
+        power *= values
+        third[fires] = np.add.reduceat(power, starts) / many
+        power *= values
+        fourth[fires] = np.add.reduceat(power, starts) / many
+    spread = np.where(second > (1e-6 * mean) ** 2, second, np.inf)  # all values equal, but for rounding: no shape
+    return {
+        "count": count,
+        "sum": total,
+        "max": top,
+        "top_position": where,
+        "mean": mean.astype(np.float32),
+        "std": np.sqrt(second).astype(np.float32),
+        "skewness": (third / spread**1.5).astype(np.float32),
+        "kurtosis": (fourth / spread**2).astype(np.float32),
+    }

@@ -2,14 +2,14 @@
 
 b rows of a chunk · d model width · f features · n tokens of the cache · s sequences
 
-The folder holds `index.json`, `columns.safetensors` (statistics and logit lens of every feature), `records.safetensors` (all non-zero
-activations, feature after feature: see csc.py) and `tokens.safetensors` (the text, so that neither cache nor model is needed to browse).
+The folder holds `index.json` and, as safetensors, `columns` (statistics and logit lens of every feature), `records` (all non-zero
+activations, feature after feature: see csc.py), `details` (what a reader is shown of each feature: see examples.py and neighbours.py),
+`token_features` (features by the token they fire on), `sums` (from which indexes of other text are merged: see contribution.py) and
+`tokens` (the text, so that neither cache nor model is needed to browse).
 """
 
-import os
-import shutil
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,15 @@ from torch import Tensor
 
 from sae.dictionary import WEIGHTS, SparseAutoencoder
 from sae.errors import InputError
-from sae.features.csc import MAX_FEATURES, Spool, merge, statistics
+from sae.features import examples, neighbours
+from sae.features.contribution import MAX_ROWS, ErrorSums, contributions
+from sae.features.csc import BLOCK_ENTRIES, MAX_FEATURES, RUN_ENTRIES, Spool, merge, statistics
+from sae.features.lens import BINS, folded_unembedding, logit_lens
 from sae.features.records import FORMAT_VERSION
-from sae.features.storage import write_arrays
-from sae.files import crc32, require_free_space, sync_folder, write_json
+from sae.features.storage import create, fresh_folder, open_arrays, write_arrays
+from sae.files import crc32, require_free_space, write_json
+from sae.objective.fast import active_entries
+from sae.objective.workspace import Workspace
 from sae.progress import progress
 
 if TYPE_CHECKING:
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
     from sae.language_model import LanguageModel
 
 CHUNK_BYTES = 1 << 26  # of one [b, f] block of activations, the only dense one there ever is
+TEXT = ("ids", "sequence_starts", "sequence_document", "document_label", "sequence_split")
 
 
 @dataclass(kw_only=True)
@@ -45,6 +51,8 @@ class IndexConfig:
     """Index at most this many tokens: whole sequences, drawn at random; all without it."""
     splits: tuple[str, ...] = ("train", "held_out")
     """Splits of the cache to look at."""
+    part: str | None = None
+    """Only the i-th of n parts of these tokens, written i/n, as 1/4; merge_feature_indexes.py joins parts that were built apart."""
     model: str | None = None
     """Model for tokenizer and logit lens, by hub name or folder; the one the cache names without it."""
     device: str = "auto"
@@ -73,33 +81,25 @@ def build_index(config: IndexConfig) -> Path:
 
 
 def fill(folder: Path, config: IndexConfig, dictionary: SparseAutoencoder, cache: "ActivationCache", model: "LanguageModel") -> None:
-    """Writes the four files of an index into the empty `folder`."""
-    from sae.features.lens import folded_unembedding, logit_lens
+    """Writes the files of an index into the empty `folder`."""
     from sae.features.text import vocabulary
 
     tokens = cache.tokens
     wanted = choose_tokens(tokens, cache, config)
-    spool, scanned = spool_activations(folder, dictionary, cache, wanted, config.splits)
-    n_scanned = int(scanned.sum())
-    columns = columns_of(merge(spool.paths, dictionary.d_sae, folder / "records.safetensors"), n_scanned)
+    spool, scanned, sums = spool_activations(folder, dictionary, cache, wanted, config.splits)
+    text = {name: np.asarray(getattr(tokens, name)) for name in TEXT}
+    columns, details = derive(folder, spool.paths, dictionary.d_sae, text)
+    for run in spool.paths:
+        run.unlink()
     columns["decoder_norm"] = dictionary.W_dec_fd.float().norm(dim=-1).cpu().numpy()  # host sync
+    neighbours.cosine_neighbours(dictionary.W_dec_fd, details["neighbour_ids"], details["neighbour_cosines"])
     lens = f"none: {cache.site} does not write into the residual stream"
     if not cache.site.startswith("head_out"):
         W_U_vd, lens = folded_unembedding(model)
-        columns |= logit_lens(dictionary.W_dec_fd, W_U_vd[: len(model.tokenizer)])  # rows beyond are padding that nobody can read
-    write_arrays(folder / "columns.safetensors", columns)
+        found = logit_lens(dictionary.W_dec_fd, W_U_vd[: len(model.tokenizer)])  # rows beyond are padding that nobody can read
+        details["lens_counts"][:] = found.pop("lens_counts")
+        columns |= found
     vocab = vocabulary(model.tokenizer, int(tokens.ids.max()) + 1)
-    names = ("ids", "sequence_starts", "sequence_document", "document_label", "sequence_split")
-    write_arrays(
-        folder / "tokens.safetensors",
-        {name: np.asarray(getattr(tokens, name)) for name in names}
-        | {
-            "scanned": scanned,
-            "piece_bytes": np.frombuffer(b"".join(vocab.pieces), np.uint8),
-            "piece_lengths": np.array([len(p) for p in vocab.pieces], np.int32),
-            "piece_special": vocab.special,
-        },
-    )
     info: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "dictionary": str(config.dictionary),
@@ -110,13 +110,80 @@ def fill(folder: Path, config: IndexConfig, dictionary: SparseAutoencoder, cache
         "d_in": dictionary.d_in,
         "d_sae": dictionary.d_sae,
         "splits": list(config.splits),
-        "tokens_scanned": n_scanned,
         "activations": spool.entries,
         "activations_cut_to_65504": spool.clipped,
         "label_names": list(tokens.label_names),
         "logit_lens": lens,
     }
-    write_json(folder / "index.json", info)
+    text |= {
+        "scanned": scanned,
+        "piece_bytes": np.frombuffer(b"".join(vocab.pieces), np.uint8),
+        "piece_lengths": np.array([len(p) for p in vocab.pieces], np.int32),
+        "piece_special": vocab.special,
+    }
+    finish(folder, info, columns, details, sums, text)
+
+
+def derive(
+    folder: Path, runs: list[Path], d_sae: int, text: dict[str, np.ndarray], shifts: list[int] | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Merges the runs into records.safetensors and makes what follows from the activations alone: columns, and the rows of details."""
+    shown = examples.Text.of(text["ids"], text["sequence_starts"], text["sequence_document"])
+    details = create(folder / "details.safetensors", details_layout(d_sae))
+    for name in ("neighbour_ids", "coactive_ids"):
+        details[name][:] = -1
+    parts = []
+    for begin, block in merge(runs, d_sae, folder / "records.safetensors", shifts=shifts):
+        rows = examples.examples(begin, block, shown)
+        for name, values in rows.items():
+            details[name][begin : begin + len(values)] = values
+        parts.append(statistics(block) | examples.reach(block, shown) | {"top_token": rows["token_ids"][:, 0]})
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    records = open_arrays(folder / "records.safetensors")
+    offsets, positions = records["offsets"], records["positions"]
+    path = folder / "by-token.safetensors"  # for a moment
+    features_n = create(path, {"features": ("U32", positions.shape)})["features"]
+    at_a_time = min(RUN_ENTRIES, max(BLOCK_ENTRIES, len(shown.ids)))  # each time counts over all tokens
+    starts = neighbours.by_token(offsets, positions, len(shown.ids), features_n, at_a_time)
+    neighbours.coactive(offsets, positions, starts, features_n, details["coactive_ids"], details["coactive_counts"])
+    path.unlink()
+    return columns, details
+
+
+def details_layout(f: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Arrays of details.safetensors; see docs/features.md."""
+    return {
+        "histogram": ("U32", (f, examples.BINS)),
+        "top_entries": ("U32", (f, examples.TOP)),
+        "bucket_entries": ("U32", (f, examples.BUCKETS, examples.BUCKET_SAMPLES)),
+        "token_ids": ("I32", (f, examples.TOKENS)),
+        "token_shares": ("F32", (f, examples.TOKENS)),
+        "coactive_ids": ("I32", (f, neighbours.KEPT)),
+        "coactive_counts": ("U32", (f, neighbours.KEPT)),
+        "neighbour_ids": ("I32", (f, neighbours.KEPT)),
+        "neighbour_cosines": ("F32", (f, neighbours.KEPT)),
+        "lens_counts": ("U32", (f, BINS)),
+    }
+
+
+def finish(
+    folder: Path,
+    info: dict[str, Any],
+    columns: dict[str, np.ndarray],
+    details: dict[str, np.ndarray],
+    sums: dict[str, np.ndarray],
+    text: dict,
+) -> None:
+    """Writes the files that are the same for a build and a merge, and the columns that depend on how many tokens were scanned."""
+    n_scanned = int(text["scanned"].sum())
+    columns["density"] = (columns["count"] / n_scanned).astype(np.float32)
+    columns["fvu_contribution"], fvu = contributions(sums, n_scanned)
+    write_arrays(folder / "columns.safetensors", {name: columns[name] for name in sorted(columns)})
+    write_arrays(folder / "token_features.safetensors", examples.by_top_token(details["token_ids"], details["token_shares"]))
+    write_arrays(folder / "sums.safetensors", sums)
+    write_arrays(folder / "tokens.safetensors", {name: text[name] for name in sorted(text)})
+    write_json(folder / "index.json", info | {"tokens_scanned": n_scanned, "fvu": fvu if np.isfinite(fvu) else None})
 
 
 def refuse_strangers(dictionary: SparseAutoencoder, cache: "ActivationCache") -> None:
@@ -157,7 +224,18 @@ def choose_tokens(tokens: Any, cache: "ActivationCache", config: IndexConfig) ->
         fitting = int(np.searchsorted(np.cumsum(lengths[order]), config.tokens, "right"))
         wanted_s = np.zeros(len(lengths), bool)
         wanted_s[order[: max(fitting, 1)]] = True
+    if config.part is not None:
+        i, n = part_of(config.part)
+        wanted_s[np.delete(np.flatnonzero(wanted_s), np.s_[i - 1 :: n])] = False
     return np.repeat(wanted_s, lengths)
+
+
+def part_of(part: str) -> tuple[int, int]:
+    """(2, 4) of "2/4"; raises `InputError` for anything else."""
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", part)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise InputError(f"expected --part as i/n with i from 1 to n, for example 1/4, but got {part!r}")
+    return int(found[1]), int(found[2])
 
 
 def chunks(cache: "ActivationCache", wanted: np.ndarray, splits: tuple[str, ...], size: int) -> Iterator[tuple[Tensor, np.ndarray]]:
@@ -176,65 +254,38 @@ def chunks(cache: "ActivationCache", wanted: np.ndarray, splits: tuple[str, ...]
 @torch.no_grad()
 def spool_activations(
     folder: Path, dictionary: SparseAutoencoder, cache: "ActivationCache", wanted: np.ndarray, splits: tuple[str, ...]
-) -> tuple[Spool, np.ndarray]:
-    """Encodes the wanted rows and spools their non-zeros; also gives which tokens there were, bool [n]."""
-    spool = Spool(folder, dictionary.d_sae)
+) -> tuple[Spool, np.ndarray, dict[str, np.ndarray]]:
+    """Encodes the wanted rows and spools their non-zeros; also gives which tokens there were, bool [n], and the error's sums."""
+    spool, sums, workspace = Spool(folder, dictionary.d_sae), ErrorSums(dictionary), Workspace()
     scanned = np.zeros(len(wanted), bool)
-    size = max(1, CHUNK_BYTES // (dictionary.d_sae * 4))
+    size = min(MAX_ROWS, max(1, CHUNK_BYTES // (dictionary.d_sae * 4)))
     rows = sum(cache.rows(split) for split in splits)
     total, checked = min(rows, int(wanted.sum())), False
     with progress("index", total, "tokens") as bar:
         for x_bd, positions in chunks(cache, wanted, splits, size):
-            acts = dictionary.encode(x_bd.to(dictionary.W_enc_fd.device)).flatten()
-            flat = acts.nonzero().squeeze(1) if acts.is_cuda else torch.from_numpy(np.flatnonzero(acts.numpy() != 0))  # twice as fast
-            values, flat_index = acts[flat].float().cpu().numpy(), flat.cpu().numpy()  # host sync
+            x_bd = x_bd.to(dictionary.W_enc_fd.device, dictionary.W_enc_fd.dtype)
+            row_n, feature_n, value_n = active_entries(encode(dictionary, x_bd, workspace), 0, workspace)
+            values = value_n.float().cpu().numpy()  # host sync
             if not np.isfinite(values).all():
                 raise InputError(
                     f"activations of tokens near {positions[0]} in {cache.folder} are NaN or infinite; harvest the cache again"
                 )
-            row, feature = np.divmod(flat_index, dictionary.d_sae)
-            spool.add(positions, row, feature, values)
+            spool.add(positions, row_n.cpu().numpy(), feature_n.cpu().numpy(), values)  # host sync
+            sums.add(x_bd, row_n, feature_n, value_n.float())
             scanned[positions] = True
             bar.advance(len(positions), active=f"{spool.entries / (bar.done + len(positions)):.1f} per token")
-            if not checked and spool.paths:  # once it is known how sparse the code is: runs and merged file, 6 bytes an entry each
-                require_free_space(folder, int(12 * spool.entries * (total / bar.done)), "the index")
+            if not checked and spool.paths:  # once it is known how sparse the code is: runs, merged file and its transpose
+                require_free_space(folder, int(16 * spool.entries * (total / bar.done)), "the index")
                 checked = True
     spool.flush()
     if not scanned.any():
         raise InputError(
             f"expected activations in the splits {', '.join(splits)} of {cache.folder}, but there are none; name other --splits"
         )
-    return spool, scanned
+    return spool, scanned, sums.sums
 
 
-def columns_of(blocks: Iterator[tuple[int, dict[str, np.ndarray]]], n_scanned: int) -> dict[str, np.ndarray]:
-    """Statistics of every feature, from the stored float16 values; drives the merge."""
-    parts = [statistics(block) for _, block in blocks]
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    columns["density"] = (columns["count"] / n_scanned).astype(np.float32)
-    columns["mean"] = (columns["sum"] / np.maximum(columns["count"], 1)).astype(np.float32)
-    return columns
-
-
-@contextmanager
-def fresh_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name at a clean exit, in place of an index that stood there."""
-    if out.exists() and not (out / "index.json").exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"expected a new folder or an older index to replace, but {out} holds something else; choose another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    old = out.with_name(f".{out.name}.{os.getpid()}.old.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        if out.exists():
-            out.rename(old)
-        temporary.rename(out)  # a kill between the two leaves the older index beside, as .NAME.PID.old.tmp
-        sync_folder(out.parent)
-    except OSError as error:
-        if error.errno == 28:  # ENOSPC
-            raise InputError(f"the disk ran full while building {out}; free some space and run the same command again") from error
-        raise
-    finally:
-        for folder in (temporary, old):
-            shutil.rmtree(folder, ignore_errors=True)
+def encode(dictionary: SparseAutoencoder, x_bd: Tensor, workspace: Workspace) -> Tensor:
+    """`dictionary.encode` into memory that is used again: fresh pages for every chunk would cost a fifth of the time."""
+    acts_bf = workspace.take("acts", (len(x_bd), dictionary.d_sae), x_bd.dtype, x_bd.device)
+    return torch.addmm(dictionary.b_enc_f, x_bd - dictionary.b_dec_d, dictionary.W_enc_fd.T, out=acts_bf).relu_()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sae.language_model import LanguageModel
 
 KEPT = 20
+BINS = 50  # of the histogram of a feature's values over the vocabulary, from its lowest to its highest
 BLOCK_BYTES = 1 << 26  # of one block of logits
 DESCRIPTION = (
     "W_U (g * P W_dec[j]) minus its mean over the vocabulary: the change of the logits for one unit of activation, up to the division by "
@@ -37,16 +38,24 @@ def folded_unembedding(lm: "LanguageModel") -> tuple[Tensor, str]:
 
 @torch.no_grad()
 def logit_lens(W_dec_fd: Tensor, W_U_vd: Tensor, kept: int = KEPT) -> dict[str, np.ndarray]:
-    """The `kept` highest and lowest tokens of each feature and their values: top_* from the highest, bottom_* from the lowest."""
+    """The `kept` highest and lowest tokens of each feature and their values: top_* from the highest, bottom_* from the lowest.
+
+    And "lens_counts" [f, BINS]: how many tokens' values lie in each of `BINS` equal steps from the lowest to the highest.
+    """
     W_U_vd = W_U_vd - W_U_vd.mean(dim=0)  # a constant over the vocabulary does nothing to the softmax
     kept = min(kept, len(W_U_vd))
     rows = max(1, BLOCK_BYTES // (4 * len(W_U_vd)))
-    top, bottom = [], []
+    top, bottom, counts = [], [], []
     for block_fd in W_dec_fd.split(rows):
         logits_fv = block_fd.float().to(W_U_vd.device) @ W_U_vd.T
         top.append([x.cpu() for x in logits_fv.topk(kept)])  # host sync
         bottom.append([x.cpu() for x in logits_fv.topk(kept, largest=False)])  # host sync
-    columns = {}
+        low_f1, high_f1 = (side[-1][0][:, :1].to(logits_fv.device) for side in (bottom, top))
+        step_f1 = (high_f1 - low_f1).clamp(min=1e-30) / BINS
+        bin_fv = logits_fv.sub_(low_f1).div_(step_f1).clamp_(max=BINS - 1).int()
+        bin_fv += torch.arange(0, len(block_fd) * BINS, BINS, dtype=torch.int32, device=bin_fv.device)[:, None]
+        counts.append(torch.bincount(bin_fv.flatten(), minlength=len(block_fd) * BINS).view(-1, BINS).cpu())  # host sync
+    columns = {"lens_counts": torch.cat(counts).numpy().astype(np.uint32)}
     for side, blocks in (("top", top), ("bottom", bottom)):
         columns[f"{side}_token_values"] = torch.cat([values for values, _ in blocks]).numpy()
         columns[f"{side}_token_ids"] = torch.cat([ids for _, ids in blocks]).numpy().astype(np.int32)

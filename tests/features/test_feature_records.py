@@ -25,13 +25,15 @@ def brute_top(index, column, n, per_document, before, after):
 
 
 @pytest.mark.parametrize("j", [0, 4, 17])
-@pytest.mark.parametrize(("n", "per_document", "before", "after"), [(20, 2, 5, 3), (200, 1, 0, 0), (7, 100, 40, 40)])
-def test_top_contexts_equal_brute_force(world, dense, j, n, per_document, before, after):
+@pytest.mark.parametrize(("n", "before", "after"), [(20, 24, 16), (200, 0, 0), (7, 40, 40)])
+def test_top_contexts_equal_brute_force(world, dense, j, n, before, after):
     index = world.index
-    contexts = index.top_contexts(j, n, per_document, before, after)
-    expected = brute_top(index, dense[:, j], n, per_document, before, after)
+    contexts = index.top_contexts(j, n, before, after)
+    expected = brute_top(index, dense[:, j], min(n, 32), 2, 24, 16)
     assert [c.position for c in contexts] == [p for p, _ in expected]
-    for context, (position, window) in zip(contexts, expected):
+    of = sequences(index)
+    for context, (position, _) in zip(contexts, expected):
+        window = [q for q in range(position - before, position + after + 1) if 0 <= q < len(of) and of[q] == of[position]]
         np.testing.assert_array_equal(context.ids, index.tokens["ids"][window])
         np.testing.assert_array_equal(context.values, dense[window, j])
         assert window[context.centre] == position
@@ -64,7 +66,7 @@ def test_top_tokens_are_shares_of_the_activation(world, dense):
     ids = np.asarray(world.index.tokens["ids"])
     mass = np.bincount(ids, dense[:, 17], 420)
     for token, share in world.index.top_tokens(17, 5):
-        assert share == pytest.approx(mass[token] / mass.sum(), rel=1e-9)
+        assert share == pytest.approx(mass[token] / mass.sum(), rel=1e-6)
     assert world.index.top_tokens(17, 1)[0][0] == mass.argmax()
 
 
@@ -77,3 +79,69 @@ def test_a_feature_that_never_fires_has_nothing_to_show(world):
 def test_feature_out_of_range_is_one_sentence(world, j):
     with pytest.raises(InputError, match=rf"feature {j} does not exist: .* 0 to 39"):
         world.index.feature(j)
+
+
+def test_buckets_are_octaves_with_samples_of_their_own(world, dense):
+    index = world.index
+    for j in (0, 3, 4, 17):
+        column = dense[:, j]
+        buckets = index.bucket_contexts(j)
+        assert sum(bucket.count for bucket in buckets) == (column > 0).sum()
+        for bucket in buckets:
+            inside = np.flatnonzero((column >= bucket.low) & (column < bucket.high) & (column > 0))
+            assert bucket.count == len(inside)
+            assert len(bucket.contexts) == min(5, bucket.count)
+            assert {c.position for c in bucket.contexts} <= set(inside)
+            assert all(bucket.low <= c.value < bucket.high for c in bucket.contexts)
+        assert [bucket.low for bucket in buckets] == sorted((bucket.low for bucket in buckets), reverse=True)
+        assert all(bucket.high == 2 * bucket.low for bucket in buckets if bucket.low)
+        fewer = index.bucket_contexts(j, 2)
+        assert [[c.position for c in b.contexts] for b in fewer] == [[c.position for c in b.contexts[:2]] for b in buckets]
+
+
+def test_percentile_is_the_share_of_activations_up_to_a_value(world, dense):
+    fired = dense[dense[:, 17] > 0, 17]
+    for value in (0, 0.25, 0.3, 1.0, 100):
+        assert world.index.percentile(17, value) == (fired <= value).mean()
+    assert np.isnan(world.index.percentile(3, 1.0))
+
+
+def test_coactive_features_fire_on_the_same_tokens(world, dense):
+    fires = dense > 0
+    together = (fires[:, [17]] & fires).sum(0)
+    together[17] = 0
+    found = world.index.coactive(17, 12)
+    assert len(found) == 12
+    for hit, j in zip(found, np.lexsort((np.arange(40), -together))):
+        assert hit == (j, together[j], together[j] / fires[:, 17].sum())
+    assert world.index.coactive(3) == []
+
+
+def test_cosine_neighbours_are_those_of_the_decoder(world):
+    unit = world.dictionary.W_dec_fd / world.dictionary.W_dec_fd.norm(dim=-1, keepdim=True)
+    cosines = (unit @ unit[17]).numpy()
+    cosines[17] = -2
+    found = world.index.cosine_neighbours(17, 15)
+    np.testing.assert_allclose([c for _, c in found], np.sort(cosines)[::-1][:15], atol=1e-6)
+    np.testing.assert_allclose(cosines[[j for j, _ in found]], [c for _, c in found], atol=1e-6)
+
+
+def test_token_features_turn_top_tokens_about(world):
+    index = world.index
+    expected = {}
+    for j in range(index.d_sae):
+        for token, share in index.top_tokens(j, 10):
+            expected.setdefault(token, []).append((-share, j))
+    for token in range(430):
+        assert index.token_features(token, 50) == [(j, -share) for share, j in sorted(expected.get(token, []))]
+        assert index.token_features(token, 2) == index.token_features(token, 50)[:2]
+    assert index.columns["top_token"].tolist() == [(index.top_tokens(j, 1) or [(-1, 0)])[0][0] for j in range(index.d_sae)]
+
+
+@pytest.mark.parametrize(
+    "name", ["top_contexts", "random_contexts", "bucket_contexts", "histogram", "top_tokens", "coactive", "lens_histogram"]
+)
+def test_every_reader_refuses_a_feature_out_of_range(world, name):
+    for j in (-1, 40):
+        with pytest.raises(InputError, match="does not exist"):
+            getattr(world.index, name)(j)

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from sae.errors import InputError
-from sae.features.browse import BrowseConfig, browse
+from sae.features.list import ListConfig, list_features
 
 
 def output(world, capsys, **flags) -> str:
-    browse(BrowseConfig(index=world.index.folder, **flags))
+    list_features(ListConfig(index=world.index.folder, **flags))
     return capsys.readouterr().out
 
 
@@ -65,9 +65,9 @@ def test_several_features_are_listed_in_the_order_given(world, capsys):
 )
 def test_unusable_input_is_refused(world, flags):
     with pytest.raises(InputError):
-        browse(BrowseConfig(index=world.index.folder, **flags))
+        list_features(ListConfig(index=world.index.folder, **flags))
 
 
 def test_a_folder_that_is_no_index_is_refused(tmp_path):
     with pytest.raises(InputError, match="feature index"):
-        browse(BrowseConfig(index=tmp_path))
+        list_features(ListConfig(index=tmp_path))

@@ -1,0 +1,242 @@
+"""The feature index measured: building it against encoding alone, and reading one feature of a million, cold and warm.
+
+build: the whole build beside the encoder alone on the same tokens (the build's own loop over chunks, with its reused memory, and nothing
+    done with the result), each in a process of its own, in interleaved rounds; the time is that of the work, without imports.
+read: a synthetic index of `--features` features, some of them dense; a read is all that a feature's page needs. Cold: before every read
+    the index is closed and all its files are put out of the page cache. Warm: read once before.
+
+Medians and ranges are over rounds, ratios are taken within a round.
+"""
+
+import gc
+import json
+import multiprocessing
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from disk import forget
+from objective import machine, spread
+
+from sae.activations.cache import ActivationCache
+from sae.command_line import run
+from sae.dictionary import SparseAutoencoder
+from sae.errors import InputError
+from sae.features import examples
+from sae.features.contribution import MAX_ROWS
+from sae.features.index import CHUNK_BYTES, IndexConfig, build_index, choose_tokens, chunks, details_layout, encode
+from sae.features.records import FORMAT_VERSION, FeatureIndex
+from sae.features.storage import create, write_arrays
+from sae.files import read_json, write_json
+from sae.objective.workspace import Workspace
+
+Part = Literal["build", "read"]
+
+
+@dataclass(kw_only=True)
+class BenchmarkConfig:
+    parts: tuple[Part, ...] = ("build", "read")
+    """what to measure; the numbers of the other stay in the file"""
+    cache: Path = Path("runs/demo/cache")
+    """activations, for build"""
+    dictionary: Path = Path("checkpoints/demo-sae")
+    """dictionary, for build"""
+    tokens: int = 500_000
+    """to encode and to index"""
+    rounds: int = 5
+    """interleaved rounds"""
+    threads: int | None = None
+    """of torch; by default one per core"""
+    features: int = 1_000_000
+    """of the synthetic index"""
+    mean_count: int = 48
+    """activations of its features on average, log-normally distributed"""
+    dense: int = 40
+    """further features among them that fire on `--dense-count` tokens"""
+    dense_count: int = 400_000
+    """activations of those"""
+    corpus: int = 20_000_000
+    """its tokens"""
+    reads: int = 100
+    """of each kind"""
+    work: Path = Path("runs")
+    """indexes are made, and removed, in a folder of their own in this one; its disk is what is measured"""
+    out: Path = Path("benchmarks/results/features.json")
+    """where the numbers go"""
+    device: Literal["cpu"] = "cpu"
+    """only the CPU is measured"""
+
+
+def benchmark(config: BenchmarkConfig) -> None:
+    if min(config.tokens, config.rounds, config.features, config.mean_count, config.reads, config.corpus) < 1:
+        raise InputError("expected sizes and rounds of at least 1, but a smaller one came; give larger ones")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    record: dict[str, Any] = read_json(config.out, "numbers of this benchmark") if config.out.exists() else {}
+    config.work.mkdir(parents=True, exist_ok=True)
+    for part in config.parts:
+        with tempfile.TemporaryDirectory(dir=config.work) as folder:
+            found = {"build": measure_build, "read": measure_read}[part](config, Path(folder).resolve())
+        about = machine(config, torch.get_num_threads())  # type: ignore[arg-type]  # only asks for the device
+        record[part] = {"date": date.today().isoformat(), "machine": about, **found}
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(config.out, record)
+        print(json.dumps(record[part], indent=1), flush=True)
+
+
+def measure_build(config: BenchmarkConfig, folder: Path) -> dict[str, Any]:
+    """Seconds and peak memory of both arms; the build's index is removed after each round."""
+    context = multiprocessing.get_context("spawn")
+    arms: dict[str, list[dict[str, float]]] = {"encode": [], "build": []}
+    for number in range(config.rounds):
+        for arm in list(arms)[:: 1 if number % 2 else -1]:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=arm_in_process, args=(arm, config, folder / "index", torch.get_num_threads(), theirs))
+            process.start()
+            theirs.close()
+            try:
+                arms[arm].append(ours.recv())
+            except EOFError:
+                raise InputError(f"the process that measured {arm} died; its message is above") from None
+            finally:
+                process.join()
+            shutil.rmtree(folder / "index", ignore_errors=True)
+    ratios = [build["seconds"] / alone["seconds"] for build, alone in zip(arms["build"], arms["encode"])]
+    return {
+        "tokens": config.tokens,
+        "times_encode": spread(ratios),
+        **{
+            arm: {"seconds": spread([r["seconds"] for r in rows]), "peak_mib": spread([r["peak_mib"] for r in rows])}
+            for arm, rows in arms.items()
+        },
+    }
+
+
+def arm_in_process(arm: str, config: BenchmarkConfig, out: Path, threads: int, pipe: Any) -> None:
+    torch.set_num_threads(threads)
+    index = IndexConfig(cache=config.cache, dictionary=config.dictionary, out=out, tokens=config.tokens, device="cpu")
+    import transformers  # noqa: F401  # imports are no part of the time
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    {"encode": encode_alone, "build": build_index}[arm](index)
+    seconds = time.perf_counter() - start
+    pipe.send({"seconds": seconds, "peak_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024})
+
+
+@torch.no_grad()
+def encode_alone(config: IndexConfig) -> None:
+    dictionary = SparseAutoencoder.load(config.dictionary)
+    cache = ActivationCache.open(config.cache, dictionary.site)
+    workspace = Workspace()
+    size = min(MAX_ROWS, max(1, CHUNK_BYTES // (dictionary.d_sae * 4)))
+    for x_bd, _ in chunks(cache, choose_tokens(cache.tokens, cache, config), config.splits, size):
+        encode(dictionary, x_bd.to(dictionary.W_enc_fd.dtype), workspace)
+
+
+def measure_read(config: BenchmarkConfig, folder: Path) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    dense = write_index(folder, config, rng)
+    files = sorted(folder.iterdir())
+    found: dict[str, Any] = {
+        "features": config.features, "tokens": config.corpus, "gigabytes": sum(path.stat().st_size for path in files) / 1e9
+    }  # fmt: skip
+    kinds = {"any": rng.integers(0, config.features, config.reads).tolist(), "dense": rng.choice(dense, config.reads).tolist()}
+    for kind, features in kinds.items():
+        cold = []
+        for j in features:
+            gc.collect()  # closes the maps of the index before: mapped pages stay in memory
+            forget(files)
+            index = FeatureIndex.open(folder)
+            cold.append(1000 * read_page(index, j))
+            del index
+        index = FeatureIndex.open(folder)
+        for j in features:
+            read_page(index, j)
+        warm = [1000 * read_page(index, j) for j in features]
+        del index
+        for state, times in (("cold", cold), ("warm", warm)):
+            found[f"{kind}_{state}_ms"] = {
+                "p50": float(np.percentile(times, 50)),
+                "p95": float(np.percentile(times, 95)),
+                "max": max(times),
+            }
+    return found
+
+
+def read_page(index: FeatureIndex, j: int) -> float:
+    """Seconds in which all that a feature's page shows is read."""
+    start = time.perf_counter()
+    index.feature(j)
+    for read in (index.top_contexts, index.random_contexts, index.bucket_contexts, index.histogram, index.top_tokens, index.lens_histogram):
+        read(j)
+    index.lens_tokens(j)
+    index.lens_tokens(j, bottom=True)
+    index.cosine_neighbours(j)
+    index.coactive(j)
+    return time.perf_counter() - start
+
+
+def write_index(folder: Path, config: BenchmarkConfig, rng: np.random.Generator) -> np.ndarray:
+    """An index of random numbers, every page of it really on the disk; gives its dense features."""
+    f, n, vocabulary = config.features, config.corpus, 50_000
+    counts = np.minimum(rng.lognormal(np.log(config.mean_count) - 0.5, 1, f).astype(np.int64), n)
+    dense = rng.choice(f, min(config.dense, f), replace=False)
+    counts[dense] = min(config.dense_count, n)
+    offsets = np.r_[0, np.cumsum(counts)]
+    total = int(offsets[-1])
+    records = create(
+        folder / "records.safetensors", {"offsets": ("I64", (f + 1,)), "positions": ("U32", (total,)), "values": ("F16", (total,))}
+    )
+    details = create(folder / "details.safetensors", details_layout(f))
+    records["offsets"][:] = offsets
+    for low in range(0, f, 1 << 14):
+        high = min(f, low + (1 << 14))
+        part, count = slice(offsets[low], offsets[high]), counts[low:high]
+        step = np.repeat(n // np.maximum(count, 1), count)
+        place = np.arange(len(step)) - np.repeat(offsets[low:high] - offsets[low], count)
+        records["positions"][part] = place * step + (rng.random(len(step)) * step).astype(np.int64)
+        records["values"][part] = rng.exponential(2, len(step)) + 1e-3
+        for name, array in details.items():
+            limit = {"token_ids": vocabulary, "coactive_ids": f, "neighbour_ids": f}.get(name, 1000)
+            rows = array[low:high]
+            if name.endswith("entries"):  # far apart within the feature
+                limit_b = count.reshape(-1, *[1] * (rows.ndim - 1))
+                rows[:] = np.where(limit_b > 0, rng.random(rows.shape) * limit_b, int(examples.NONE))
+            else:
+                rows[:] = rng.integers(0, limit, rows.shape)
+    names = ("count", "sum", "max", "top_position", "mean", "std", "skewness", "kurtosis", "density", "decoder_norm", "fvu_contribution")
+    columns: dict[str, np.ndarray] = {name: rng.random(f).astype(np.float32) for name in (*names, "top_token", "sequences", "documents")}
+    for side in ("top", "bottom"):
+        columns[f"{side}_token_values"] = np.sort(rng.random((f, 20), np.float32))
+        columns[f"{side}_token_ids"] = rng.integers(0, vocabulary, (f, 20), np.int32)
+    write_arrays(folder / "columns.safetensors", columns | {"count": counts})
+    write_arrays(folder / "token_features.safetensors", examples.by_top_token(np.zeros((1, 1), np.int32), np.ones((1, 1), np.float32)))
+    sequences = n // 128
+    tokens = {
+        "ids": rng.integers(0, vocabulary, n).astype(np.int32),
+        "sequence_starts": np.r_[np.arange(sequences) * 128, n],
+        "sequence_document": np.arange(sequences) // 4,
+        "document_label": np.zeros(sequences // 4 + 1, np.int32),
+        "sequence_split": np.zeros(sequences, np.uint8),
+        "scanned": np.ones(n, bool),
+        "piece_bytes": np.full(4 * vocabulary, ord("a"), np.uint8),
+        "piece_lengths": np.full(vocabulary, 4, np.int32),
+        "piece_special": np.zeros(vocabulary, bool),
+    }
+    write_arrays(folder / "tokens.safetensors", tokens)
+    write_json(folder / "index.json", {"format_version": FORMAT_VERSION, "label_names": ["text"]})
+    return dense
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    run(benchmark, BenchmarkConfig, __doc__ or "")

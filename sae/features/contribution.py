@@ -1,0 +1,81 @@
+"""What each feature takes off the reconstruction error, from active entries alone.
+
+b rows (tokens) of a chunk · d model width · f features · n active entries
+
+With r = x − x̂, leaving feature j out of a token where it is active with a changes ‖r‖² by 2 a r·d_j + a²‖d_j‖², d_j its decoder row.
+Summed over tokens and divided by Σ‖x − x̄‖², that is how much the fraction of variance unexplained (FVU) rises without the feature.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae.dictionary import SparseAutoencoder
+from sae.objective.fast import add_weighted_sums, starts_of
+
+UNIT = 36
+MAX_ROWS = 1 << 16  # of a chunk: then sums of its numbers, in units of 2^-36, are exact in float64
+
+
+def exact_sums(values: np.ndarray, group: np.ndarray | None = None, groups: int = 1) -> np.ndarray:
+    """Sums of `values` by group in fixed point, int64 [2, groups]: whole part, and the rest in units of 2^-36.
+
+    Whole numbers add to the same in any order, so that parts merged give the same sums as one pass.
+    """
+    whole = np.floor(values)
+    rest = np.rint((values - whole) * 2.0**UNIT)
+    group = np.zeros(len(values), np.int64) if group is None else group
+    return carried(np.stack([np.bincount(group, part, groups).astype(np.int64) for part in (whole, rest)]))
+
+
+def carried(sums: np.ndarray) -> np.ndarray:
+    """The same numbers with a rest below 1."""
+    return np.stack([sums[0] + (sums[1] >> UNIT), sums[1] & ((1 << UNIT) - 1)])
+
+
+def number(sums: np.ndarray) -> int:
+    """One sum in units of 2^-36."""
+    return (int(sums[0]) << UNIT) + int(sums[1])
+
+
+class ErrorSums:
+    """Sums over tokens from which the features' contributions come: `sums` of name to int64 [2, ...], see `exact_sums`."""
+
+    def __init__(self, dictionary: SparseAutoencoder):
+        self.dictionary = dictionary
+        self.square_f = dictionary.W_dec_fd.float().square().sum(-1)
+        sizes = {"feature": dictionary.d_sae, "x": dictionary.d_in, "square": 1, "error": 1}
+        self.sums = {name: np.zeros((2, size), np.int64) for name, size in sizes.items()}
+
+    @torch.no_grad()
+    def add(self, x_bd: Tensor, row_n: Tensor, feature_n: Tensor, value_n: Tensor) -> None:
+        """Rows and their active entries, row after row, int32 and float32."""
+        W_dec_fd = self.dictionary.W_dec_fd.float()
+        x_bd = x_bd.float()
+        starts = starts_of(row_n, len(x_bd))
+        error_bd = self.dictionary.b_dec_d.float() - x_bd  # x̂ − x, once the features are added
+        # before that, it serves for the variance, which no shift changes; without a large mean float32 is enough for a row
+        self._add("square", error_bd.square().sum(-1).double().cpu().numpy())  # host sync
+        x_d = error_bd.sum(0, dtype=torch.float64).cpu().numpy()  # host sync
+        self._add("x", x_d, np.arange(len(x_d)), len(x_d))
+        add_weighted_sums(error_bd, W_dec_fd, feature_n, starts, value_n, False)
+        with torch.sparse.check_sparse_tensor_invariants(False):  # the indices are right by construction, checking them is a pass
+            zeros = torch.sparse_csr_tensor(starts, feature_n, torch.zeros_like(value_n), (len(x_bd), len(W_dec_fd)))
+            along_n = torch.sparse.sampled_addmm(zeros, error_bd, W_dec_fd.T).values()
+        value_n = value_n.double()
+        change_n = value_n * (value_n * self.square_f.index_select(0, feature_n) - 2 * along_n)
+        self._add("feature", change_n.cpu().numpy(), feature_n.cpu().numpy(), len(W_dec_fd))  # host sync
+        self._add("error", error_bd.square_().sum(-1).double().cpu().numpy())  # host sync
+
+    def _add(self, name: str, values: np.ndarray, group: np.ndarray | None = None, groups: int = 1) -> None:
+        self.sums[name] = carried(self.sums[name] + exact_sums(values, group, groups))
+
+
+def contributions(sums: dict[str, np.ndarray], rows: int) -> tuple[np.ndarray, float]:
+    """How much the FVU rises without each feature, float32 [f], and the FVU itself; NaN where the activations do not vary at all."""
+    mean_part = sum(number(column) ** 2 for column in sums["x"].T)  # whole numbers of any size: a large mean cancels nothing
+    centred = ((number(sums["square"][:, 0]) * rows << UNIT) - mean_part) / (rows << 2 * UNIT)
+    if centred <= 1e-6 * number(sums["square"][:, 0]) / 2.0**UNIT:  # no more than float32's rounding of the squares
+        return np.full(sums["feature"].shape[1], np.nan, np.float32), float("nan")
+    feature = sums["feature"][0] + sums["feature"][1] / 2.0**UNIT
+    return (feature / centred).astype(np.float32), number(sums["error"][:, 0]) / 2.0**UNIT / centred

@@ -1,0 +1,103 @@
+"""Join indexes of one dictionary that were built apart, on other parts of a cache or on other caches."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sae.errors import InputError
+from sae.features.contribution import carried
+from sae.features.index import TEXT, derive, finish
+from sae.features.records import FeatureIndex
+from sae.features.storage import fresh_folder, open_arrays
+from sae.files import require_free_space
+
+SAME = ("dictionary_crc32", "model", "site", "d_in", "d_sae", "logit_lens")
+OF_DECODER = ("neighbour_ids", "neighbour_cosines", "lens_counts")  # the same in every part
+
+
+@dataclass(kw_only=True)
+class MergeConfig:
+    parts: tuple[Path, ...]
+    """Folders of the indexes to join, two or more."""
+    out: Path
+    """Folder for the joined index; an index that stands there is replaced."""
+
+
+def merge_indexes(config: MergeConfig) -> Path:
+    """Builds the joined index whole or not at all, and gives its path.
+
+    Parts of one cache give the same bytes as one pass over all their tokens; indexes of different caches are laid end to end. Raises
+    `InputError` for parts that do not belong together and for tokens that are in two of them.
+    """
+    if len(config.parts) < 2:
+        raise InputError(f"expected at least two indexes to join, but got {len(config.parts)}")
+    parts = [FeatureIndex.open(folder) for folder in config.parts]
+    for part in parts[1:]:
+        for name in SAME:
+            if part.info[name] != parts[0].info[name]:
+                raise InputError(
+                    f"expected indexes of one dictionary, but {name} is {parts[0].info[name]!r} in {parts[0].folder} and "
+                    f"{part.info[name]!r} in {part.folder}"
+                )
+    text, shifts, label_names = joined_text(parts)
+    require_free_space(config.out, 10 * sum(len(part.positions) for part in parts), "the joined index")
+    with fresh_folder(config.out) as folder:
+        runs = [part.folder / "records.safetensors" for part in parts]
+        columns, details = derive(folder, runs, parts[0].d_sae, text, shifts)
+        for name in OF_DECODER:
+            details[name][:] = parts[0].details[name]
+        for name in parts[0].columns:
+            if name == "decoder_norm" or name.startswith(("top_token_", "bottom_token_")):
+                columns[name] = parts[0].columns[name]
+        every = [open_arrays(part.folder / "sums.safetensors") for part in parts]
+        sums = {name: carried(np.sum([one[name] for one in every], axis=0)) for name in every[0]}
+        finish(folder, joined_info(parts, label_names), columns, details, sums, text)
+    print(f"joined {len(parts)} indexes of {parts[0].d_sae:,} features in {config.out}")
+    return config.out
+
+
+def joined_text(parts: list[FeatureIndex]) -> tuple[dict[str, np.ndarray], list[int], list[str]]:
+    """Arrays of tokens.safetensors, by how much each part's positions move, and the names of the labels."""
+    first = parts[0].tokens
+    pieces = ("piece_bytes", "piece_lengths", "piece_special")
+    if all(np.array_equal(first[name], part.tokens[name]) for part in parts[1:] for name in TEXT):
+        scanned = np.sum([part.tokens["scanned"] for part in parts], axis=0, dtype=np.int64)
+        if scanned.max() > 1:
+            raise InputError(
+                f"expected parts with tokens of their own, but {int((scanned > 1).sum()):,} tokens are in more than one of "
+                f"{', '.join(str(part.folder) for part in parts)}; build them with --part 1/{len(parts)} and so on"
+            )
+        names = [*TEXT, *pieces]
+        return {name: first[name] for name in names} | {"scanned": scanned > 0}, [0] * len(parts), parts[0].info["label_names"]
+    if not all(np.array_equal(first[name], part.tokens[name]) for part in parts[1:] for name in pieces):
+        raise InputError(f"expected indexes with one vocabulary, but those of {', '.join(str(part.folder) for part in parts)} differ")
+    label_names = list(dict.fromkeys(name for part in parts for name in part.info["label_names"]))
+    shifts = np.cumsum([0] + [len(part.tokens["ids"]) for part in parts]).tolist()
+    documents = np.cumsum([0] + [len(part.tokens["document_label"]) for part in parts]).tolist()
+    if shifts[-1] >= 1 << 32:
+        raise InputError(f"expected fewer than 2^32 tokens in one index, but the parts have {shifts[-1]:,}")
+    numbers = [np.array([label_names.index(name) for name in part.info["label_names"]] + [-1], np.int32) for part in parts]
+    text = {
+        "ids": np.concatenate([part.tokens["ids"] for part in parts]),
+        "sequence_starts": np.concatenate(
+            [part.tokens["sequence_starts"][:-1] + shift for part, shift in zip(parts, shifts)] + [np.array(shifts[-1:])]
+        ),
+        "sequence_document": np.concatenate([part.tokens["sequence_document"] + shift for part, shift in zip(parts, documents)]),
+        "document_label": np.concatenate([new[part.tokens["document_label"]] for part, new in zip(parts, numbers)]),
+        **{name: np.concatenate([part.tokens[name] for part in parts]) for name in ("sequence_split", "scanned")},
+        **{name: first[name] for name in pieces},
+    }
+    return text, shifts[:-1], label_names
+
+
+def joined_info(parts: list[FeatureIndex], label_names: list[str]) -> dict[str, Any]:
+    infos = [part.info for part in parts]
+    return {
+        **{name: value for name, value in infos[0].items() if name not in ("tokens_scanned", "fvu")},
+        "cache": " + ".join(dict.fromkeys(info["cache"] for info in infos)),
+        "splits": list(dict.fromkeys(split for info in infos for split in info["splits"])),
+        "label_names": label_names,
+        **{name: sum(info[name] for info in infos) for name in ("activations", "activations_cut_to_65504")},
+    }

@@ -1,0 +1,268 @@
+"""What a person knows about the features: labels, stars, notes and lists, in one SQLite file that no rebuild of an index touches.
+
+Entries are keyed by the checksum of the dictionary's weights and the feature's number, so they come back with any index of the same
+dictionary. The same file holds the words that full-text search looks through; those are made again from the index whenever it changes.
+"""
+
+import json
+import re
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sae.errors import InputError
+from sae.features.records import FeatureIndex
+from sae.files import atomic
+from sae.progress import progress
+
+LONGEST = {"label": 200, "note": 10_000, "name": 100}  # characters
+MOST_LISTED = 10_000  # features of one list
+LABEL_FILES = ("index.json", "explanations.jsonl")  # the index's files that the words for search are made from
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS notes(dictionary TEXT, feature INTEGER, label TEXT NOT NULL, note TEXT NOT NULL, starred INTEGER NOT NULL,
+  changed TEXT NOT NULL, PRIMARY KEY(dictionary, feature)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS lists(dictionary TEXT, name TEXT, feature INTEGER, place INTEGER NOT NULL,
+  PRIMARY KEY(dictionary, name, feature)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS words(dictionary TEXT PRIMARY KEY, source TEXT NOT NULL);
+"""
+
+
+class Note(NamedTuple):
+    """What is known of one feature."""
+
+    label: str = ""
+    note: str = ""
+    starred: bool = False
+
+
+class Notes:
+    """The notes on one dictionary's features. May be used from several threads; `version` grows with every change."""
+
+    def __init__(self, connection: sqlite3.Connection, path: Path, dictionary: str, d_sae: int):
+        self.path, self.dictionary, self.d_sae, self.version = path, dictionary, d_sae, 0
+        self._connection, self._lock = connection, threading.RLock()
+        self._search = f"search_{dictionary}"
+
+    @classmethod
+    def open(cls, path: str | Path | None, index: FeatureIndex) -> "Notes":
+        """The notes on the index's dictionary; without a path, in notes.sqlite beside the index's folder.
+
+        Raises `InputError` for a file that is not such a database.
+        """
+        path = Path(path) if path is not None else index.folder.resolve().parent / "notes.sqlite"
+        dictionary = index.info["dictionary_crc32"]
+        if not re.fullmatch("[0-9a-f]{8}", dictionary):
+            raise InputError(f"expected eight hexadecimal digits as dictionary_crc32 of {index.folder}, got {dictionary!r}; index it again")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
+            connection.executescript(SCHEMA)
+            connection.execute(
+                f"CREATE VIRTUAL TABLE IF NOT EXISTS search_{dictionary} USING fts5(label, explanation, tokens, "
+                "tokenize = 'unicode61 remove_diacritics 2', prefix = '2 3')"
+            )
+        except (sqlite3.Error, OSError) as error:
+            raise InputError(
+                f"expected a database of notes at {path}, but it cannot be used ({error}); name another with --notes"
+            ) from None
+        return cls(connection, path, dictionary, index.d_sae)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def get(self, j: int) -> Note:
+        row = self._row("SELECT label, note, starred FROM notes WHERE dictionary = ? AND feature = ?", j)
+        return Note(row[0], row[1], bool(row[2])) if row else Note()
+
+    def set(self, j: int, *, label: str | None = None, note: str | None = None, starred: bool | None = None) -> Note:
+        """Changes what is given and leaves the rest. Raises `InputError` for a feature there is not, or too long a text."""
+        self._require(j)
+        given: dict[str, Any] = {"label": label, "note": note, "starred": starred}
+        given = {name: _checked(name, value) for name, value in given.items() if value is not None}
+        with self._changing():
+            after = self.get(j)._replace(**given)
+            self._store(self.dictionary, j, after)
+            self._index_label(j, after.label)
+        return after
+
+    def all(self) -> dict[int, Note]:
+        """Every feature of which something is known."""
+        rows = self._rows(
+            "SELECT feature, label, note, starred FROM notes WHERE dictionary = ? AND feature < ? ORDER BY feature", self.d_sae
+        )
+        return {feature: Note(label, note, bool(starred)) for feature, label, note, starred in rows}
+
+    def lists(self) -> dict[str, list[int]]:
+        """Each list's features in the order they were added."""
+        found: dict[str, list[int]] = {}
+        for name, feature in self._rows(
+            "SELECT name, feature FROM lists WHERE dictionary = ? AND feature < ? ORDER BY name, place", self.d_sae
+        ):
+            found.setdefault(name, []).append(feature)
+        return found
+
+    def add_to_list(self, name: str, j: int) -> None:
+        """Appends the feature to the list, which begins with its first feature; one that is in it stays where it is."""
+        self._require(j)
+        name = _checked("name", name)
+        with self._changing():
+            self._append(self.dictionary, name, j)
+
+    def remove_from_list(self, name: str, j: int | None = None) -> None:
+        """Removes the feature from the list, or without one the whole list."""
+        with self._changing():
+            if j is None:
+                self._connection.execute("DELETE FROM lists WHERE dictionary = ? AND name = ?", (self.dictionary, name))
+            else:
+                self._connection.execute("DELETE FROM lists WHERE dictionary = ? AND name = ? AND feature = ?", (self.dictionary, name, j))
+
+    def jsonl(self) -> Iterator[str]:
+        """Notes and lists as lines of JSON, those of every dictionary in the file."""
+        with self._lock:
+            notes = self._connection.execute("SELECT dictionary, feature, label, note, starred FROM notes ORDER BY 1, 2").fetchall()
+            listed = self._connection.execute("SELECT dictionary, name, feature FROM lists ORDER BY dictionary, name, place").fetchall()
+        for dictionary, feature, label, note, starred in notes:
+            entry = {"dictionary": dictionary, "feature": feature, "label": label, "note": note, "starred": bool(starred)}
+            yield json.dumps(entry, ensure_ascii=False) + "\n"
+        for dictionary, name, feature in listed:
+            yield json.dumps({"dictionary": dictionary, "list": name, "feature": feature}, ensure_ascii=False) + "\n"
+
+    def export_jsonl(self, path: str | Path) -> None:
+        with atomic(Path(path)) as temporary:
+            temporary.write_text("".join(self.jsonl()), encoding="utf-8")
+
+    def import_jsonl(self, lines: str | Path | Iterable[str]) -> int:
+        """Takes over a file that `export_jsonl` wrote, or its lines: all of it or, with an `InputError`, nothing. Gives the entries read.
+
+        Of a feature that is known already, the file's label, note and star replace the present ones; lists are appended to.
+        """
+        if isinstance(lines, (str, Path)):
+            try:
+                lines = Path(lines).read_text(encoding="utf-8").split("\n")  # splitlines() would also part at U+0085 inside a note
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"expected notes as lines of JSON in {lines}, but it cannot be read ({error})") from None
+        entries = [_parsed(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        with self._changing():
+            for dictionary, feature, content in entries:
+                if dictionary == self.dictionary:
+                    self._require(feature)
+                if isinstance(content, str):
+                    self._append(dictionary, content, feature)
+                else:
+                    self._store(dictionary, feature, content)
+                    if dictionary == self.dictionary:
+                        self._index_label(feature, content.label)
+        return len(entries)
+
+    def update_search(self, index: FeatureIndex, explanations: dict[int, list[Any]]) -> None:
+        """Makes the words of top tokens and explanations searchable, if the index is another one than they were last made from."""
+        source = " ".join(f"{p.stat().st_size}-{p.stat().st_mtime_ns}" for name in LABEL_FILES if (p := index.folder / name).exists())
+        row = self._row("SELECT source FROM words WHERE dictionary = ?")
+        if row and row[0] == source:
+            return
+        labels = {j: note.label for j, note in self.all().items()}
+        spelled = index.vocabulary.spelling
+
+        def rows() -> Iterator[tuple[int, str, str, str]]:
+            with progress("make features searchable", index.d_sae, "features") as bar:
+                for j in range(index.d_sae):
+                    texts = " ".join(explanation.text for explanation in explanations.get(j, ()))
+                    yield j, labels.get(j, ""), texts, " ".join(spelled(token) for token, _ in index.top_tokens(j))
+                    bar.advance(1)
+
+        with self._changing():
+            self._connection.execute(f"DELETE FROM {self._search}")
+            self._connection.executemany(f"INSERT INTO {self._search}(rowid, label, explanation, tokens) VALUES (?, ?, ?, ?)", rows())
+            self._connection.execute("INSERT OR REPLACE INTO words VALUES (?, ?)", (self.dictionary, source))
+
+    def search(self, query: str, n: int = 1000) -> list[int]:
+        """At most `n` features of which a label, an explanation or a top token has a word that begins with each word asked for.
+
+        Best first by BM25, in which a label counts ten times and an explanation three times as much as a token.
+        """
+        words = re.findall(r"\w+", query)
+        if not words:
+            raise InputError(f"expected a word to search for, got {query!r}; signs are found by the filter of top tokens")
+        matching = " ".join(f'"{word}"*' for word in words)
+        with self._lock:
+            rows = self._connection.execute(
+                f"SELECT rowid FROM {self._search} WHERE {self._search} MATCH ? ORDER BY bm25({self._search}, 10, 3, 1), rowid LIMIT ?",
+                (matching, n),
+            ).fetchall()
+        return [j for (j,) in rows]
+
+    def _require(self, j: int) -> None:
+        if not 0 <= j < self.d_sae:
+            raise InputError(f"feature {j} does not exist: the dictionary has features 0 to {self.d_sae - 1}")
+
+    def _rows(self, statement: str, *values: Any) -> list[tuple]:
+        with self._lock:
+            return self._connection.execute(statement, (self.dictionary, *values)).fetchall()
+
+    def _row(self, statement: str, *values: Any) -> tuple | None:
+        return next(iter(self._rows(statement, *values)), None)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """One transaction: all of it, or after an error nothing."""
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
+            self.version += 1
+
+    def _store(self, dictionary: str, j: int, note: Note) -> None:
+        if note == Note():
+            self._connection.execute("DELETE FROM notes WHERE dictionary = ? AND feature = ?", (dictionary, j))
+        else:
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            self._connection.execute("INSERT OR REPLACE INTO notes VALUES (?, ?, ?, ?, ?, ?)", (dictionary, j, *note, now))
+
+    def _index_label(self, j: int, label: str) -> None:
+        self._connection.execute(f"UPDATE {self._search} SET label = ? WHERE rowid = ?", (label, j))
+
+    def _append(self, dictionary: str, name: str, j: int) -> None:
+        known = "FROM lists WHERE dictionary = ? AND name = ?"
+        count, last = self._connection.execute(f"SELECT COUNT(*), COALESCE(MAX(place), -1) {known}", (dictionary, name)).fetchone()
+        if count >= MOST_LISTED:
+            raise InputError(f"expected at most {MOST_LISTED:,} features in a list, and {name!r} is full; begin another list")
+        self._connection.execute("INSERT OR IGNORE INTO lists VALUES (?, ?, ?, ?)", (dictionary, name, j, last + 1))
+
+
+def _checked(name: str, value: Any) -> Any:
+    if name == "starred":
+        if not isinstance(value, bool):
+            raise InputError(f"expected true or false as starred, got {value!r}")
+        return value
+    if not isinstance(value, str) or len(value) > LONGEST[name]:
+        came = f"{len(value):,} characters" if isinstance(value, str) else f"{value!r}"
+        raise InputError(f"expected a {name} of at most {LONGEST[name]:,} characters, got {came}")
+    value = value.replace("\r\n", "\n").strip().encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+    if name == "name" and not value:
+        raise InputError("expected a list's name, got none")
+    return value if name == "note" else " ".join(value.split())
+
+
+def _parsed(number: int, line: str) -> tuple[str, int, Note | str]:
+    """(dictionary, feature, its note or the name of a list it is in)"""
+    try:
+        entry = json.loads(line)
+        dictionary, feature = entry["dictionary"], entry["feature"]
+        if not isinstance(dictionary, str) or not re.fullmatch("[0-9a-f]{8}", dictionary) or type(feature) is not int:
+            raise InputError("its dictionary is not eight hexadecimal digits or its feature not a whole number")
+        if not 0 <= feature < 1 << 32:
+            raise InputError(f"there is no feature {feature}")
+        if "list" in entry:
+            return dictionary, feature, _checked("name", entry["list"])
+        return dictionary, feature, Note(**{name: _checked(name, entry[name]) for name in Note._fields})
+    except (InputError, ValueError, KeyError, TypeError) as error:
+        cause = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"expected notes as lines of JSON that an export wrote, but line {number} is none: {cause}") from None

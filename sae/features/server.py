@@ -1,0 +1,375 @@
+"""The browser's server: pages whose address is their whole state, notes that are kept, and the same things as JSON.
+
+Everything is rendered here (screens.py); the one script adds keys and streaming. No request ever leaves the machine.
+"""
+
+import json
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from urllib.parse import parse_qs
+
+import numpy as np
+
+from sae.errors import InputError
+from sae.features import panels, screens
+from sae.features.assets import STYLE
+from sae.features.guard import Guard, TooLarge
+from sae.features.notes import Notes
+from sae.features.records import FeatureIndex
+from sae.features.table import PAGE, Query, Tables, finite
+
+if TYPE_CHECKING:
+    from sae.dictionary import SparseAutoencoder
+    from sae.features.prompt import Reading
+    from sae.language_model import LanguageModel
+
+WEB = Path(__file__).with_name("web")
+LONGEST_PROMPT = 2_000  # characters
+MOST_STEERED = 8  # features together
+MOST_FIELDS = 20  # of a form
+PATIENCE = 10.0  # seconds that reading a prompt waits for the model
+BUSY = "the model is at work on another text; wait until it is done, or stop it there"
+
+
+class Sampling(NamedTuple):
+    """How a text is drawn."""
+
+    max_new_tokens: int = 40
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+Steering: TypeAlias = Callable[[str, Sequence[tuple[int, float]], Sampling], Iterator[dict[str, Any]]]
+
+
+class NotThere(InputError):
+    """What the address names does not exist: status 404."""
+
+
+class Busy(InputError):
+    """The model does one thing at a time: status 409."""
+
+
+class Browser:
+    """What the routes share."""
+
+    def __init__(
+        self,
+        index: FeatureIndex,
+        notes: Notes,
+        lm: "LanguageModel | None",
+        dictionary: "SparseAutoencoder | None",
+        steering: Steering | None,
+    ):
+        from sae.features.explain import read_explanations
+
+        self.index, self.notes, self.lm, self.dictionary, self.steering = index, notes, lm, dictionary, steering
+        self.explanations = read_explanations(index.folder)
+        self.tables = Tables(index, notes)
+        self.model_lock = threading.Lock()
+        notes.update_search(index, self.explanations)
+
+    def require(self, j: int) -> None:
+        if not 0 <= j < self.index.d_sae:
+            raise NotThere(f"feature {j} does not exist: the dictionary has features 0 to {self.index.d_sae - 1}")
+
+    def read(self, params: dict[str, str], n: int) -> "Reading | None":
+        """The prompt of an address; None without one."""
+        from sae.features.prompt import read_prompt
+
+        text = params.get("text", "")
+        if not text:
+            return None
+        if self.lm is None or self.dictionary is None:
+            raise InputError("expected a model to read the text with, but the server was started with --model none")
+        if len(text) > LONGEST_PROMPT:
+            raise InputError(f"expected a text of at most {LONGEST_PROMPT:,} characters, got {len(text):,}")
+        density = params.get("density_max", "")
+        order: Any = params.get("order") or "activation"
+        positions = [whole("t", part) for part in params.get("t", "").split(",") if part] or None
+        if not self.model_lock.acquire(timeout=PATIENCE):
+            raise Busy(BUSY)
+        try:
+            return read_prompt(
+                self.lm,
+                self.dictionary,
+                self.index,
+                text,
+                order=order,
+                positions=positions,
+                n=n,
+                density_max=finite("density_max", density) if density else None,
+            )
+        finally:
+            self.model_lock.release()
+
+
+def create_app(
+    index: FeatureIndex,
+    notes: Notes,
+    *,
+    model: "LanguageModel | None" = None,
+    dictionary: "SparseAutoencoder | None" = None,
+    steering: Steering | None = None,
+) -> Any:
+    """The ASGI application. Without `model` and `dictionary` there are no prompts, without `steering` there is no steering panel."""
+    from fastapi import FastAPI
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # their pages load scripts from elsewhere
+    browser = Browser(index, notes, model, dictionary, steering)
+    _answer_errors(app)
+    _add_pages(app, browser)
+    _add_changes(app, browser)
+    _add_api(app, browser)
+    return Guard(app)
+
+
+def _answer_errors(app: Any) -> None:
+    """Every refusal is a sentence: as JSON below /api/, else on a page."""
+    from fastapi import Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import HTMLResponse, JSONResponse
+    from starlette.exceptions import HTTPException
+
+    def answer(request: Request, status: int, sentence: str) -> Any:
+        if request.url.path.startswith("/api/") or request.url.path == "/notes/import":
+            return JSONResponse({"error": sentence}, status)
+        return HTMLResponse(screens.refusal(sentence), status)
+
+    @app.exception_handler(InputError)
+    async def unusable(request: Request, error: InputError) -> Any:
+        return answer(request, 404 if isinstance(error, NotThere) else 409 if isinstance(error, Busy) else 400, str(error))
+
+    @app.exception_handler(TooLarge)
+    async def too_large(request: Request, error: TooLarge) -> Any:
+        return answer(request, 413, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def not_a_number(request: Request, error: RequestValidationError) -> Any:
+        return answer(request, 404, f"expected a whole number in the address, got {str(error.errors()[0].get('input'))[:40]!r}")
+
+    @app.exception_handler(HTTPException)
+    async def nothing_there(request: Request, error: HTTPException) -> Any:
+        return answer(request, error.status_code, f"{request.method} {request.url.path[:100]}: there is nothing here ({error.detail})")
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Any:
+        return answer(request, 500, "something in the server failed; its terminal says what")
+
+
+def _add_pages(app: Any, browser: Browser) -> None:
+    from fastapi import Request
+    from fastapi.responses import HTMLResponse, RedirectResponse, Response
+
+    files = {
+        "/style.css": ("text/css", STYLE + (WEB / "server.css").read_text(encoding="utf-8")),
+        "/app.js": ("text/javascript", (WEB / "app.js").read_text(encoding="utf-8")),
+    }
+
+    def file(request: Request) -> Any:  # no parameters but the path: FastAPI would take them from the address
+        kind, text = files[request.url.path]
+        return Response(text, media_type=kind, headers={"cache-control": "no-cache"})
+
+    for path in files:
+        app.get(path)(file)
+    app.get("/favicon.ico")(lambda: Response(status_code=204))
+
+    @app.get("/")
+    def table(request: Request) -> Any:
+        params = dict(request.query_params)
+        number = params.get("q", "").strip().removeprefix("#")
+        if number.isascii() and number.isdigit() and params.get("how", "text") == "text":
+            return RedirectResponse(f"/f/{int(number[:12])}", 303)
+        page = max(1, whole("page", params.get("page") or "1"))
+        return HTMLResponse(screens.table(browser, Query.read(params), page))
+
+    @app.get("/f/{j}")
+    def feature(j: int, request: Request) -> Any:
+        browser.require(j)
+        at = request.query_params.get("at", "")
+        return HTMLResponse(screens.feature(browser, j, Query.read(request.query_params), int(at) if at.isdigit() else None))
+
+    @app.get("/random")
+    def random(request: Request) -> Any:
+        query = Query.read(request.query_params)
+        features = browser.tables.features(query)
+        if not len(features):
+            raise InputError("the list is empty, so there is no feature to draw from it")
+        at = int(np.random.default_rng().integers(len(features)))
+        return RedirectResponse(f"/f/{features[at]}?{query.params(at=str(at))}", 303)
+
+    @app.get("/prompt")
+    def prompt(request: Request) -> Any:
+        params = dict(request.query_params)
+        params["t"] = ",".join(request.query_params.getlist("t"))
+        return HTMLResponse(panels.prompt(browser, params, browser.read(params, 50 if params["t"] else 8)))
+
+    @app.get("/steer")
+    def steer(request: Request) -> Any:
+        params = request.query_params
+        features = list(zip(params.getlist("feature"), params.getlist("strength")))
+        features += [(added, "1") for added in params.getlist("add") if added]
+        chosen = {whole("feature", j): finite("strength", strength or "0") for j, strength in features if j}
+        for j in chosen:
+            browser.require(j)
+        return HTMLResponse(panels.steer(browser, chosen, sampling(params), params.get("prompt", "")[:LONGEST_PROMPT]))
+
+    @app.get("/lists")
+    def lists() -> Any:
+        return HTMLResponse(screens.lists(browser))
+
+    @app.get("/notes.jsonl")
+    def export() -> Any:
+        disposition = {"content-disposition": 'attachment; filename="notes.jsonl"'}
+        return Response("".join(browser.notes.jsonl()), media_type="application/jsonl", headers=disposition)
+
+
+def _add_changes(app: Any, browser: Browser) -> None:
+    """Forms; the guard lets only this server's own pages send them."""
+    from fastapi import Depends, Request
+    from fastapi.responses import RedirectResponse
+
+    async def form(request: Request) -> dict[str, str]:
+        body = (await request.body()).decode("utf-8", "replace")
+        try:
+            return {name: values[-1] for name, values in parse_qs(body, keep_blank_values=True, max_num_fields=MOST_FIELDS).items()}
+        except ValueError:
+            raise InputError(f"expected a form of at most {MOST_FIELDS} fields") from None
+
+    async def lines(request: Request) -> list[str]:
+        try:
+            return (await request.body()).decode("utf-8").split("\n")
+        except UnicodeDecodeError:
+            raise InputError("expected notes as lines of JSON in UTF-8, got other bytes") from None
+
+    @app.post("/f/{j}")
+    def change(j: int, request: Request, fields: dict[str, str] = Depends(form)) -> Any:  # noqa: B008 (how FastAPI is told)
+        browser.require(j)
+        if "label" in fields or "note" in fields or "starred" in fields:
+            starred = {"1": True, "0": False}.get(fields.get("starred", ""))
+            browser.notes.set(j, label=fields.get("label"), note=fields.get("note"), starred=starred)
+        elif "remove" in fields:
+            browser.notes.remove_from_list(fields["remove"], j)
+        elif "list" in fields:
+            browser.notes.add_to_list(fields["list"], j)
+        else:
+            raise InputError("expected a label, a note, a star or a list, got none of them")
+        query = request.url.query
+        return RedirectResponse(f"/f/{j}" + (f"?{query}" if query else ""), 303)
+
+    @app.post("/lists")
+    def remove(fields: dict[str, str] = Depends(form)) -> Any:  # noqa: B008
+        browser.notes.remove_from_list(fields.get("remove", ""))
+        return RedirectResponse("/lists", 303)
+
+    @app.post("/notes/import")
+    def take_over(entries: list[str] = Depends(lines)) -> Any:  # noqa: B008
+        return {"entries": browser.notes.import_jsonl(entries)}
+
+
+def _add_api(app: Any, browser: Browser) -> None:
+    from fastapi import Depends, Request
+    from fastapi.responses import JSONResponse, StreamingResponse
+
+    from sae.features.neuronpedia import feature_json, source_of
+
+    index = browser.index
+
+    @app.get("/api/feature/{model:path}/{source}/{j}")
+    def feature(model: str, source: str, j: int) -> Any:
+        known = source_of(index)
+        if (model, source) != known:
+            raise NotThere(f"expected /api/feature/{known[0]}/{known[1]}/{j}, the model and source of this index, got {model}/{source}")
+        browser.require(j)
+        return JSONResponse(feature_json(index, j, browser.explanations.get(j, ())))
+
+    @app.get("/api/features")
+    def features(request: Request) -> Any:
+        query, page = Query.read(request.query_params), max(1, whole("page", request.query_params.get("page") or "1"))
+        chosen = browser.tables.features(query)
+        shown = chosen[(page - 1) * PAGE : page * PAGE].tolist()
+        return JSONResponse({"total": len(chosen), "page": page, "features": [screens.summary(browser, j) for j in shown]})
+
+    @app.get("/api/prompt")
+    def prompt(request: Request) -> Any:
+        params = dict(request.query_params)
+        n = min(1000, max(1, whole("n", params.get("n") or "10")))
+        reading = browser.read(params, n)
+        if reading is None:
+            raise InputError("expected a text to read, got none")
+        firings = [[firing._asdict() | {"percentile": _plain(firing.percentile)} for firing in found] for found in reading.firings]
+        return JSONResponse(reading._asdict() | {"firings": firings})
+
+    async def body(request: Request) -> dict[str, Any]:
+        try:
+            value = json.loads(await request.body())
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise InputError("expected an object of JSON, got something else")
+        return value
+
+    @app.post("/api/steer")
+    def steer(value: dict[str, Any] = Depends(body)) -> Any:  # noqa: B008
+        if browser.steering is None:
+            raise InputError("expected a model to steer, but the server was started without one")
+        prompt, features = str(value.get("prompt", "")), value.get("features")
+        if len(prompt) > LONGEST_PROMPT or not isinstance(features, dict) or len(features) > MOST_STEERED:
+            raise InputError(
+                f"expected a prompt of at most {LONGEST_PROMPT:,} characters and features as an object of at most {MOST_STEERED} "
+                'pairs such as {"123": 1.5}'
+            )
+        pairs = [(whole("feature", j), finite("strength", str(strength))) for j, strength in features.items()]
+        for j, _ in pairs:
+            browser.require(j)
+        if browser.model_lock.locked():
+            raise Busy(BUSY)
+        pieces = browser.steering(prompt, pairs, sampling(value))
+        return StreamingResponse(_events(browser, pieces), media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+
+async def _events(browser: Browser, pieces: Iterator[dict[str, Any]]) -> AsyncIterator[str]:
+    """Pieces as server-sent events; the model is let go of at the end, also when the reader has gone."""
+    from starlette.concurrency import run_in_threadpool
+
+    if not browser.model_lock.acquire(blocking=False):
+        yield f"data: {json.dumps({'error': BUSY})}\n\n"
+        return
+    try:
+        while (piece := await run_in_threadpool(next, pieces, None)) is not None:
+            yield f"data: {json.dumps(piece)}\n\n"
+        yield 'data: {"done": true}\n\n'
+    except (InputError, RuntimeError) as error:  # of the model's arithmetic; the text so far stays
+        yield f"data: {json.dumps({'error': str(error)})}\n\n"
+    finally:
+        browser.model_lock.release()
+
+
+def sampling(params: Any) -> Sampling:
+    """From an address or a body. Raises `InputError` for values that cannot be sampled with."""
+    default = Sampling()
+    given = {name: params.get(name) for name in Sampling._fields if params.get(name) not in (None, "")}
+    tokens, seed = (whole(name, str(given.get(name, getattr(default, name)))) for name in ("max_new_tokens", "seed"))
+    temperature, top_p = (finite(name, str(given.get(name, getattr(default, name)))) for name in ("temperature", "top_p"))
+    if not (1 <= tokens <= 1000 and 0 <= temperature <= 10 and 0 < top_p <= 1 and 0 <= seed < 1 << 32):
+        raise InputError(
+            "expected 1 to 1000 new tokens, a temperature from 0 to 10, top_p above 0 and up to 1, and a seed from 0 to 2^32 - 1, "
+            f"got {tokens}, {temperature:g}, {top_p:g} and {seed}"
+        )
+    return Sampling(tokens, temperature, top_p, seed)
+
+
+def whole(name: str, text: str) -> int:
+    """A whole number from an address. Raises `InputError` naming what it was for."""
+    digits = text.strip().removeprefix("-")
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 12):
+        raise InputError(f"expected a whole number as {name}, got {text[:40]!r}")
+    return int(text)
+
+
+def _plain(value: float) -> float | None:
+    """A number that JSON can hold."""
+    return value if np.isfinite(value) else None

@@ -1,0 +1,195 @@
+"""Which features to list and in which order: search, filters and sorting over the index's columns, fast at a million features.
+
+f features · v vocabulary
+"""
+
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+from urllib.parse import urlencode
+
+import numpy as np
+
+from sae.errors import InputError
+from sae.features.notes import Notes
+from sae.features.records import FeatureIndex
+
+SORTS = ("feature", "density", "max", "mean", "fvu_contribution", "skewness", "kurtosis", "top_token", "label", "match")
+PAGE = 50
+REMEMBERED = 16  # lists kept in memory, four bytes a feature
+MOST_FOUND = 10_000  # of a search
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """A list of features as the address of a page has it."""
+
+    q: str = ""
+    """what to search for"""
+    how: str = "text"
+    """"text": in labels, explanations and top tokens; "fires": features that fire on the word; "promotes": that make it likelier"""
+    sort: str = ""
+    """one of SORTS; "match" after a search and "max" otherwise without it"""
+    up: bool = False
+    """smallest first"""
+    density_min: float | None = None
+    """as a share of all tokens"""
+    density_max: float | None = None
+    max_min: float | None = None
+    max_max: float | None = None
+    fvu_min: float | None = None
+    fvu_max: float | None = None
+    token: str = ""
+    """part of the top token's text"""
+    label: str = ""
+    """part of the label; case does not matter"""
+    list: str = ""
+    """name of a list"""
+    starred: bool = False
+    labelled: bool = False
+    dead: bool = False
+    """also features that never fire"""
+
+    @classmethod
+    def read(cls, params: Mapping[str, str]) -> "Query":
+        """From an address's parameters; others than these are left alone. Raises `InputError` for a value that cannot be meant."""
+        given: dict[str, Any] = {}
+        for field in fields(cls):
+            text = params.get(field.name, "")
+            if not text:
+                continue
+            if field.type is bool:
+                given[field.name] = text == "1"
+            elif field.type is str:
+                given[field.name] = text[:200]
+            else:
+                given[field.name] = finite(field.name, text)
+        for name, allowed in (("sort", SORTS), ("how", ("text", "fires", "promotes"))):
+            if name in given and given[name] not in allowed:
+                raise InputError(f"expected {name} to be one of {', '.join(allowed)}, got {given[name]!r}")
+        return cls(**given)
+
+    def params(self, **changes: Any) -> str:
+        """The parameters that are not as they are without being said, for an address."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        texts = {k: "1" if v is True else f"{v:.15g}" if isinstance(v, float) else str(v) for k, v in (values | changes).items() if v}
+        return urlencode(texts)
+
+    @property
+    def order(self) -> str:
+        return self.sort or ("match" if self.q else "list" if self.list else "max")
+
+
+class Tables:
+    """Makes lists of features, and remembers the last few of them."""
+
+    def __init__(self, index: FeatureIndex, notes: Notes):
+        self.index, self.notes = index, notes
+        self._remembered: OrderedDict[Any, np.ndarray] = OrderedDict()
+        self._lock = threading.Lock()
+        pieces = [index.vocabulary.spelling(token) for token in range(len(index.vocabulary.pieces))]
+        self._folded = [piece.casefold() for piece in pieces]
+        self._rank_v = np.argsort(np.argsort(np.array([piece.strip().casefold() for piece in pieces], dtype=object), kind="stable"))
+
+    def features(self, query: Query) -> np.ndarray:
+        """Numbers of the listed features in their order, int32.
+
+        Raises `InputError` for a word that does not occur, or a list there is not.
+        """
+        key = (query, self.notes.version)
+        with self._lock:
+            if key in self._remembered:
+                self._remembered.move_to_end(key)
+                return self._remembered[key]
+        chosen = self._started(query)
+        chosen = chosen[self._kept(query, chosen)]
+        if query.order not in ("match", "list"):
+            chosen = self._sorted(query, chosen)
+        elif query.up:
+            chosen = chosen[::-1]
+        chosen = chosen.astype(np.int32)
+        with self._lock:
+            self._remembered[key] = chosen
+            while len(self._remembered) > REMEMBERED:
+                self._remembered.popitem(last=False)
+        return chosen
+
+    def _started(self, query: Query) -> np.ndarray:
+        """What a list or a search gives, best first; all features without either."""
+        chosen = np.arange(self.index.d_sae)
+        if query.list:
+            lists = self.notes.lists()
+            if query.list not in lists:
+                raise InputError(f"there is no list {query.list!r}; the lists are {', '.join(map(repr, lists)) or 'none yet'}")
+            chosen = np.array(lists[query.list], np.int64)
+        if query.q:
+            if query.how == "text":
+                found = self.notes.search(query.q, MOST_FOUND)
+            else:
+                search = self.index.search if query.how == "fires" else self.index.promotes
+                found = [hit.feature for hit in search(query.q, MOST_FOUND)]
+            hits = np.array(found, np.int64)
+            chosen = hits[np.isin(hits, chosen)] if query.list else hits
+        elif query.sort == "match":
+            raise InputError("sorting by match needs something to search for")
+        return chosen
+
+    def _kept(self, query: Query, chosen: np.ndarray) -> np.ndarray:
+        """Which of the features pass the filters, bool."""
+        columns = self.index.columns
+        kept = np.ones(len(chosen), bool)
+        if not (query.dead or query.list or query.q):
+            kept &= columns["count"][chosen] > 0
+        for column, low, high in (
+            ("density", query.density_min, query.density_max),
+            ("max", query.max_min, query.max_max),
+            ("fvu_contribution", query.fvu_min, query.fvu_max),
+        ):
+            if low is not None:
+                kept &= columns[column][chosen] >= low
+            if high is not None:
+                kept &= columns[column][chosen] <= high
+        if query.token:
+            part = query.token.casefold()
+            matching_v = np.array([part in piece for piece in self._folded])
+            top = columns["top_token"][chosen]
+            kept &= (top >= 0) & matching_v[np.maximum(top, 0)]
+        if query.starred or query.labelled or query.label:
+            part = query.label.casefold()
+            known = [
+                j
+                for j, note in self.notes.all().items()
+                if part in note.label.casefold() and (note.starred or not query.starred) and (note.label or not query.labelled)
+            ]
+            kept &= np.isin(chosen, known)
+        return kept
+
+    def _sorted(self, query: Query, chosen: np.ndarray) -> np.ndarray:
+        if query.order == "feature":
+            key = chosen if query.up else -chosen
+            return chosen[np.argsort(key, kind="stable")]
+        if query.order == "label":
+            labels = {j: note.label.casefold() for j, note in self.notes.all().items() if note.label}
+            named = sorted((j for j in chosen.tolist() if j in labels), key=lambda j: labels[j], reverse=not query.up)
+            return np.r_[np.array(named, np.int64), chosen[~np.isin(chosen, named)]]  # those without one last
+        column = np.asarray(self.index.columns[query.order])[chosen]
+        if query.order == "top_token":
+            key = np.where(column >= 0, self._rank_v[np.maximum(column, 0)], len(self._rank_v))
+            return chosen[np.argsort(key if query.up else -key, kind="stable")]
+        key = column.astype(np.float32)
+        key = np.where(np.isnan(key), np.inf, key if query.up else -key)  # a moment that a feature does not have comes last
+        return chosen[np.argsort(key, kind="stable")]
+
+
+def finite(name: str, text: str) -> float:
+    """A number from an address. Raises `InputError` naming what it was for."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise InputError(f"expected a number as {name}, got {text[:40]!r}") from None
+    if not math.isfinite(value):
+        raise InputError(f"expected a finite number as {name}, got {text[:40]!r}")
+    return value

@@ -1,0 +1,89 @@
+"""The browser's steering panel, and the command that starts the browser with it: `sae` itself knows nothing of steering.
+
+s sequences, here one · p positions
+"""
+
+import codecs
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae.dictionary import SparseAutoencoder
+from sae.errors import InputError
+from sae.features.browse import BrowseConfig, serve
+from sae.features.records import FeatureIndex
+from sae.features.server import Sampling
+from sae.features.text import Vocabulary, vocabulary
+from sae.language_model import LanguageModel, NonFiniteLogits
+from steering.directions.feature import feature_direction
+from steering.intervention import steered
+from steering.measure import continuation_loss
+
+SIDES = ("unsteered", "steered")
+
+
+def browse(config: BrowseConfig) -> None:
+    """Starts the feature browser, and with a model also its steering panel."""
+    serve(config, make_steering)
+
+
+def make_steering(
+    lm: LanguageModel, dictionary: SparseAutoencoder, index: FeatureIndex
+) -> Callable[[str, Sequence[tuple[int, float]], Sampling], Iterator[dict[str, Any]]]:
+    """The function that the server calls, for one model and dictionary."""
+    vocab = vocabulary(lm.tokenizer, lm.model.get_input_embeddings().num_embeddings)
+
+    def steer(prompt: str, features: Sequence[tuple[int, float]], sampling: Sampling) -> Iterator[dict[str, Any]]:
+        """Two texts in pieces as they are written, without and with Σ strength · maximum activation · decoder row added at every position.
+
+        Both sides draw with the same random numbers, so that at strength 0 they are equal. Yields {"side", "text"} for each piece, and
+        for each side at the end {"side", "nats_per_token"} (under the unsteered model) or {"side", "failure"}, a sentence. Raises
+        `InputError` before the first piece for a feature that does not exist or never fires, or a prompt beyond the context.
+        """
+        vectors = []
+        for j, strength in features:
+            highest = float(index.feature(j).columns["max"])
+            vectors.append((feature_direction(dictionary, j, highest, index.info["site"]), strength))
+        ids_sp, mask_sp = lm.encode([prompt])
+        if ids_sp.shape[1] + sampling.max_new_tokens > lm.context:
+            raise InputError(
+                f"expected a prompt of at most {lm.context - sampling.max_new_tokens} tokens before {sampling.max_new_tokens} new ones, "
+                f"got {ids_sp.shape[1]}; shorten it or write less"
+            )
+        return _both_sides(lm, vocab, ids_sp, mask_sp, vectors, sampling)
+
+    return steer
+
+
+def _both_sides(
+    lm: LanguageModel, vocab: Vocabulary, ids_sp: Tensor, mask_sp: Tensor, vectors: list[Any], sampling: Sampling
+) -> Iterator[dict[str, Any]]:
+    streams = {side: lm.stream(ids_sp, mask_sp, **sampling._asdict()) for side in SIDES}
+    decoders = {side: codecs.getincrementaldecoder("utf-8")("replace") for side in SIDES}
+    new: dict[str, list[Tensor]] = {side: [] for side in SIDES}
+    while streams:
+        for side in list(streams):
+            try:
+                with ExitStack() as stack:
+                    if side == "steered" and vectors:
+                        stack.enter_context(steered(lm, vectors))
+                    next_s = next(streams[side])
+            except StopIteration:
+                del streams[side]
+                yield {"side": side, "text": decoders[side].decode(b"", True), **_readability(lm, ids_sp, new[side])}
+                continue
+            except (NonFiniteLogits, OverflowError) as error:
+                del streams[side]
+                cause = "the strength is more than the model's arithmetic can carry" if side == "steered" else "the model fails by itself"
+                yield {"side": side, "failure": f"No text: {error}; {cause}."}
+                continue
+            new[side].append(next_s)
+            token = int(next_s)  # host sync
+            yield {"side": side, "text": "" if vocab.special[token] else decoders[side].decode(vocab.pieces[token])}
+
+
+def _readability(lm: LanguageModel, ids_sp: Tensor, new: list[Tensor]) -> dict[str, Any]:
+    return {"nats_per_token": continuation_loss(lm, ids_sp, torch.stack(new, dim=1))} if new else {}

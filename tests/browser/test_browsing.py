@@ -1,0 +1,307 @@
+"""What a person does with the browser, in a real one: every key, form and stream, without an error in the console or a foreign request."""
+
+import re
+import time
+from urllib.parse import urlencode
+
+import numpy as np
+from browser_world import FEATURE, HOSTILE, served
+
+from sae.features.server import create_app
+
+
+def number_in(tab) -> int:
+    """The feature whose page is open."""
+    return int(re.search(r"/f/(\d+)", tab.url)[1])
+
+
+def order(demo, column: str) -> list[int]:
+    alive = np.flatnonzero(demo.index.columns["count"])
+    return alive[np.argsort(-np.asarray(demo.index.columns[column])[alive].astype(np.float32), kind="stable")].tolist()
+
+
+def test_the_table_sorts_filters_and_turns_its_pages(demo, tab):
+    tab.goto(demo.url)
+    assert [int(text) for text in tab.locator("a.open").all_inner_texts()] == order(demo, "max")[:50]
+    tab.get_by_role("link", name="density", exact=True).click()
+    assert tab.locator("th[aria-sort=descending]").inner_text().startswith("density")
+    by_density = order(demo, "density")
+    assert [int(text) for text in tab.locator("a.open").all_inner_texts()] == by_density[:50]
+    tab.get_by_role("link", name="next ›").first.click()
+    assert [int(text) for text in tab.locator("a.open").all_inner_texts()] == by_density[50:100]
+    tab.get_by_label("density from").fill("0.01")
+    tab.get_by_label("top token has").fill(" the")
+    tab.get_by_role("button", name="Show").click()
+    shown = [int(text) for text in tab.locator("a.open").all_inner_texts()]
+    assert shown
+    for j in shown:
+        assert demo.index.columns["density"][j] >= 0.01
+        assert " the" in demo.index.vocabulary.spelling(int(demo.index.columns["top_token"][j]))
+    tab.reload()  # the address is the state
+    assert [int(text) for text in tab.locator("a.open").all_inner_texts()] == shown
+
+
+def test_keys_walk_through_a_list(demo, tab):
+    by_mean = order(demo, "mean")
+    tab.goto(f"{demo.url}/?sort=mean")
+    tab.keyboard.press("j")
+    tab.keyboard.press("j")
+    tab.keyboard.press("k")
+    assert tab.evaluate("document.activeElement.textContent") == str(by_mean[0])
+    tab.keyboard.press("Enter")
+    tab.wait_for_url("**/f/*")
+    for key, expected in (("j", by_mean[1]), ("j", by_mean[2]), ("k", by_mean[1]), ("]", by_mean[1] + 1), ("[", by_mean[1])):
+        with tab.expect_navigation():
+            tab.keyboard.press(key)
+        assert number_in(tab) == expected
+    with tab.expect_navigation():
+        tab.keyboard.press("r")
+    assert number_in(tab) in by_mean
+    assert "sort=mean" in tab.url
+    tab.keyboard.press("?")
+    assert tab.locator("#keys").is_visible()
+    tab.keyboard.press("j")  # nothing moves behind the help
+    tab.keyboard.press("Escape")
+    assert not tab.locator("#keys").is_visible()
+    tab.keyboard.press("/")
+    tab.keyboard.type("jjk")  # text now, not keys
+    assert tab.locator("nav.head input").input_value() == "jjk"
+    tab.keyboard.press("Escape")
+    with tab.expect_navigation():
+        tab.keyboard.press("j")
+
+
+def test_a_label_a_star_and_a_list_are_kept_and_found(demo, tab):
+    tab.goto(f"{demo.url}/f/{FEATURE}")
+    tab.keyboard.press("e")
+    tab.keyboard.type("curse words")
+    with tab.expect_navigation():
+        tab.keyboard.press("Enter")
+    assert tab.locator("h1 .label").inner_text() == "curse words"
+    with tab.expect_navigation():
+        tab.keyboard.press("s")
+    assert tab.locator("h1 .star").count() == 1
+    tab.get_by_label("Note").fill("strongest in film dialogue\n🦓")
+    with tab.expect_navigation():
+        tab.get_by_role("button", name="Keep").click()
+    tab.get_by_label("List").fill("to steer with")
+    with tab.expect_navigation():
+        tab.get_by_role("button", name="Add", exact=True).click()
+    tab.keyboard.press("/")
+    tab.keyboard.type("curse")
+    with tab.expect_navigation():
+        tab.keyboard.press("Enter")
+    assert tab.locator("a.open").all_inner_texts() == [f"★ {FEATURE}"]
+    tab.get_by_role("link", name="Lists").click()
+    tab.get_by_role("link", name="to steer with").click()
+    assert tab.locator("a.open").all_inner_texts() == [f"★ {FEATURE}"]
+    assert demo.notes.get(FEATURE) == ("curse words", "strongest in film dialogue\n🦓", True)
+
+
+def test_notes_go_out_and_come_in(demo, tab, tmp_path):
+    demo.notes.set(7, label="seven")
+    tab.goto(f"{demo.url}/lists")
+    with tab.expect_download() as download:
+        tab.get_by_role("link", name="Export").click()
+    saved = tmp_path / "notes.jsonl"
+    download.value.save_as(saved)
+    demo.notes.set(7, label="changed")
+    with tab.expect_navigation():
+        tab.locator("#import").set_input_files(saved)
+    assert demo.notes.get(7).label == "seven"
+    (tmp_path / "bad.jsonl").write_text("no json\n")
+    tab.expected_errors.append("400")
+    tab.locator("#import").set_input_files(tmp_path / "bad.jsonl")
+    tab.locator("#failure").get_by_text("line 1 is none").wait_for()
+
+
+def test_a_feature_is_found_by_the_word_it_fires_on(demo, tab):
+    tab.goto(demo.url)
+    tab.get_by_label("search for").fill("what|who")
+    tab.get_by_label("where").select_option("fires")
+    tab.get_by_role("button", name="Show").click()
+    found = [int(text.removeprefix("★ ")) for text in tab.locator("a.open").all_inner_texts()]
+    assert found == [hit.feature for hit in demo.index.search("what|who", 50)]
+
+
+def test_a_prompt_shows_its_features_and_every_order_ranks(demo, tab):
+    text = "What the fuck is that? 🦓"
+    tab.goto(f"{demo.url}/prompt")
+    tab.get_by_label("text").fill(text)
+    tab.get_by_role("button", name="Read").click()
+    tokens = tab.locator(".token")
+    assert "".join(tokens.all_text_contents()[1:]).replace("·", "") == text
+    place = next(i for i, token in enumerate(tokens.all_text_contents()) if "fuck" in token)
+    strongest = {}
+    for name, column in (("activation", 3), ("percentile", 4), ("effect", 5)):
+        tab.get_by_label("rank by").select_option(name)
+        tab.get_by_role("button", name="Read").click()
+        tab.locator(".token").nth(place).click()
+        tab.locator("table.ranking").wait_for()
+        cells = tab.locator(f"table.ranking tbody td:nth-child({column + 1})").all_inner_texts()
+        values = [float(text.replace(",", "")) for text in cells if text != "–"]
+        assert len(values) > 3
+        assert values == sorted(values, reverse=True)
+        strongest[name] = tab.locator("table.ranking a.open").first.inner_text()
+        tab.locator(".token").nth(place).click()  # again: not chosen any more
+        tab.locator("table.tokens").wait_for()
+    assert strongest["activation"] == str(FEATURE)
+
+
+def written(tab, side: str) -> str:
+    return tab.locator(f"#{side} .written").inner_text()
+
+
+def done(tab) -> None:
+    tab.locator("#run:enabled").wait_for(timeout=30_000)
+
+
+def test_two_sides_are_written_and_the_address_brings_them_back(demo, tab):
+    tab.goto(f"{demo.url}/f/{FEATURE}")
+    tab.get_by_role("link", name="steer with it").click()
+    tab.get_by_label("prompt").fill("I think")
+    tab.get_by_label("seed").fill("3")
+    tab.get_by_label("new tokens").fill("24")
+    field = tab.get_by_label(f"strength of {FEATURE} as a number")
+    slider = tab.get_by_label(f"strength of {FEATURE}", exact=True)
+    assert slider.get_attribute("min") == "-5"  # 0 in the middle
+    assert slider.get_attribute("max") == "5"
+    slider.fill("1.5")
+    assert field.input_value() == "1.5"
+    tab.get_by_label("add feature").fill("12")
+    with tab.expect_navigation():
+        tab.get_by_role("button", name="Add").click()
+    tab.get_by_label("strength of 12 as a number").fill("0.5")
+    tab.get_by_role("button", name="Write").click()
+    done(tab)
+    sides = {side: written(tab, side) for side in ("unsteered", "steered")}
+    left, right = (tab.locator(f"#{side}").bounding_box() for side in sides)
+    assert left["x"] < right["x"]
+    assert left["y"] == right["y"]
+    assert all(text.startswith("I think") and len(text) > 20 for text in sides.values())
+    assert sides["unsteered"] != sides["steered"]
+    assert "seed 3" in tab.locator("#steered .facts").inner_text()
+    assert "nats per token" in tab.locator("#steered .facts").inner_text()
+    tab.goto(tab.url)
+    tab.get_by_role("button", name="Write").click()
+    done(tab)
+    assert {side: written(tab, side) for side in sides} == sides
+    for feature in (FEATURE, 12):
+        tab.get_by_label(f"strength of {feature} as a number").fill("0")
+    tab.get_by_role("button", name="Write").click()
+    done(tab)
+    assert written(tab, "steered") == written(tab, "unsteered") == sides["unsteered"]
+
+
+def test_a_strength_that_breaks_the_model_is_said_and_not_printed(demo, tab):
+    tab.goto(f"{demo.url}/steer?prompt=I+think&feature={FEATURE}&strength=1e30&max_new_tokens=8")
+    tab.get_by_role("button", name="Write").click()
+    done(tab)
+    assert "No text" in written(tab, "steered")
+    assert "strength is more than" in written(tab, "steered")
+    assert written(tab, "unsteered").startswith("I think")
+
+
+def test_a_text_can_be_stopped_and_another_begun_and_a_second_window_is_told(demo, tab):
+    def without_end(prompt, features, sampling):
+        for i in range(1000):  # minutes: only Stop ends it in time
+            time.sleep(0.05)
+            yield {"side": "steered", "text": f" {i}"}
+
+    with served(create_app(demo.index, demo.notes, steering=without_end)) as url:
+        other = tab.context.new_page()
+        for page in (tab, other):
+            page.goto(f"{url}/steer?prompt=I+think&feature={FEATURE}&strength=1")
+        tab.get_by_role("button", name="Write").click()
+        tab.locator("#steered .written", has_text="I think 0 1 2").wait_for()
+        other.get_by_role("button", name="Write").click()
+        other.locator("#failure", has_text="the model is at work").wait_for()
+        tab.get_by_role("button", name="Stop").click()
+        done(tab)
+        stopped = written(tab, "steered")
+        for _ in range(50):  # the server notices within a piece that the reader has gone
+            other.get_by_role("button", name="Write").click()
+            other.wait_for_timeout(100)
+            if not other.locator("#failure").is_visible():
+                break
+        other.locator("#steered .written", has_text="I think 0 1 2").wait_for()
+        assert written(tab, "steered") == stopped
+        other.get_by_role("button", name="Stop").click()
+        other.locator("#run:enabled").wait_for()
+
+
+def test_without_its_script_a_page_still_searches_and_keeps(demo, chromium):
+    context = chromium.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(f"{demo.url}/f/9")
+    page.get_by_label("Label").fill("xylograph")
+    page.get_by_role("button", name="Keep").click()
+    page.get_by_label("search", exact=True).fill("xylo")
+    page.get_by_label("search", exact=True).press("Enter")
+    assert page.locator("a.open").all_inner_texts() == ["9"]
+    page.goto(f"{demo.url}/prompt?text=Hello+there")
+    assert page.locator(".chip").count() > 5
+    context.close()
+
+
+def test_refusals_are_sentences_on_a_page(demo, tab):
+    tab.expected_errors += ["404", "400"]
+    tab.goto(f"{demo.url}/f/99999")
+    assert "features 0 to 4095" in tab.get_by_role("alert").inner_text()
+    tab.goto(f"{demo.url}/?q=quokkazz&how=fires")
+    assert "does not occur" in tab.get_by_role("alert").inner_text()
+
+
+def test_pages_read_in_the_dark_and_on_a_narrow_screen(demo, chromium):
+    for scheme, width in (("light", 1280), ("dark", 1280), ("light", 390)):
+        context = chromium.new_context(color_scheme=scheme, viewport={"width": width, "height": 800})
+        page = context.new_page()
+        for path in ("/", f"/f/{FEATURE}", "/prompt?text=What+the+fuck", f"/steer?feature={FEATURE}&strength=1", "/lists"):
+            page.goto(demo.url + path)
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (scheme, width, path)
+        context.close()
+
+
+def test_a_corpus_full_of_markup_stays_text(hostile, tab):
+    for path in (
+        "/",
+        "/?sort=label",
+        "/f/3",
+        "/f/0",
+        "/lists",
+        "/?q=script",
+        "/?token=%3C",
+        "/f/3?" + urlencode({"list": next(iter(hostile.notes.lists()))}),
+    ):
+        tab.goto(hostile.url + path)
+        assert tab.title() in ("Features", "Feature 3", "Feature 0", "Lists"), path
+        assert tab.locator("script").count() == 1
+        assert tab.locator("img").count() == 0
+    tab.goto(f"{hostile.url}/f/3")
+    assert tab.locator("h1 .label").inner_text() == HOSTILE
+    assert tab.get_by_label("Note").input_value() == f"</textarea>{HOSTILE}"
+    assert tab.locator(".w").first.inner_text()
+    with tab.expect_navigation():
+        tab.keyboard.press("s")
+    assert not hostile.notes.get(3).starred
+
+
+def test_a_foreign_page_can_neither_change_nor_read(demo, chromium, tmp_path):
+    """A page on another origin of the same machine, as any site on the web would be."""
+    before = demo.notes.all()
+    context = chromium.new_context()
+    page = context.new_page()
+    (tmp_path / "evil.html").write_text(
+        f"""<form id=f method=post action="{demo.url}/f/20"><input name=label value=stolen></form>
+        <script>window.tried = Promise.allSettled([
+          fetch("{demo.url}/f/21", {{method: "POST", body: "label=stolen"}}),
+          fetch("{demo.url}/f/22", {{method: "POST", body: "label=stolen", mode: "no-cors"}}),
+          fetch("{demo.url}/notes.jsonl").then(reply => reply.text())]).then(all => all.map(one => one.status));</script>"""
+    )
+    page.goto((tmp_path / "evil.html").as_uri())
+    assert page.evaluate("window.tried") == ["rejected"] * 3
+    with page.expect_navigation():
+        page.evaluate("document.getElementById('f').submit()")
+    assert "only this server's own pages" in page.content()
+    assert demo.notes.all() == before
+    context.close()

@@ -1,0 +1,78 @@
+"""What the steering panel streams, against the model's own generation and a vector added by hand."""
+
+import pytest
+import torch
+from browser_world import FEATURE
+
+from sae.dictionary import SparseAutoencoder
+from sae.errors import InputError
+from sae.features.server import Sampling
+
+SETTINGS = Sampling(max_new_tokens=16, temperature=0.9, top_p=0.95, seed=5)
+PROMPT = "I think 🦓"
+
+
+def streamed(demo, features, sampling=SETTINGS) -> tuple[dict[str, str], list[dict]]:
+    """Text of each side, and all pieces."""
+    pieces = list(demo.steering(PROMPT, features, sampling))
+    texts = {side: "".join(piece.get("text", "") for piece in pieces if piece["side"] == side) for side in ("unsteered", "steered")}
+    return texts, pieces
+
+
+def generated(demo) -> torch.Tensor:
+    """The new ids, [1, n]."""
+    ids_sp, mask_sp = demo.lm.encode([PROMPT])
+    return demo.lm.generate(ids_sp, mask_sp, **SETTINGS._asdict())[:, ids_sp.shape[1] :]
+
+
+def test_both_sides_are_what_the_model_generates(demo):
+    texts, pieces = streamed(demo, [(FEATURE, 1.5), (12, -0.5)])
+    assert texts["unsteered"] == demo.lm.tokenizer.decode(generated(demo)[0], skip_special_tokens=True)
+    dictionary = SparseAutoencoder.load(demo.index.info["dictionary"])
+    highest = demo.index.columns["max"]
+    added_d = 1.5 * highest[FEATURE] * dictionary.W_dec_fd[FEATURE] - 0.5 * highest[12] * dictionary.W_dec_fd[12]
+    with demo.lm.edited({demo.index.info["site"]: lambda value: value + added_d}):
+        steered = generated(demo)[0]
+    assert texts["steered"] == demo.lm.tokenizer.decode(steered, skip_special_tokens=True)
+    assert texts["steered"] != texts["unsteered"]
+    assert [piece["side"] for piece in pieces[:6]] == ["unsteered", "steered"] * 3  # neither waits for the other
+
+
+def test_nats_per_token_are_those_of_the_unsteered_model(demo):
+    _, pieces = streamed(demo, [(FEATURE, 1.5)])
+    stated = {piece["side"]: piece["nats_per_token"] for piece in pieces if "nats_per_token" in piece}
+    ids_sp, _ = demo.lm.encode([PROMPT])
+    new = generated(demo)
+    whole = torch.cat([ids_sp, new], dim=1)
+    log_p = demo.lm.logits(whole)[0, ids_sp.shape[1] - 1 : -1].double().log_softmax(-1)
+    expected = -log_p[torch.arange(new.shape[1]), new[0]].mean().item()
+    assert stated["unsteered"] == pytest.approx(expected, rel=1e-4)
+    assert stated["steered"] > stated["unsteered"]
+
+
+def test_at_strength_zero_and_without_features_the_sides_are_equal(demo):
+    for features in ([], [(FEATURE, 0.0)]):
+        texts, pieces = streamed(demo, features)
+        assert texts["steered"] == texts["unsteered"]
+        nats = [piece["nats_per_token"] for piece in pieces if "nats_per_token" in piece]
+        assert nats[0] == nats[1]
+
+
+@pytest.mark.parametrize("strength", [1e19, 1e30, -1e37])
+def test_a_strength_beyond_the_arithmetic_is_a_sentence(demo, strength):
+    texts, pieces = streamed(demo, [(FEATURE, strength)])
+    failures = [piece for piece in pieces if "failure" in piece]
+    if failures:
+        assert [piece["side"] for piece in failures] == ["steered"]
+        assert "strength is more than" in failures[0]["failure"]
+        assert texts["steered"] == ""
+    assert failures or abs(strength) < 1e20
+    assert texts["unsteered"]
+
+
+def test_what_cannot_be_steered_is_refused_before_the_first_piece(demo):
+    dead = int((demo.index.columns["count"] == 0).argmax())
+    assert demo.index.columns["count"][dead] == 0  # 12,000 tokens leave some features silent
+    for features, prompt in (([(dead, 1.0)], "I"), ([(4096, 1.0)], "I"), ([(FEATURE, 1.0)], "I think " * 200)):
+        with pytest.raises(InputError):
+            demo.steering(prompt, features, SETTINGS)

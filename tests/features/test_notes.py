@@ -1,0 +1,210 @@
+"""Labels, stars, notes and lists: what is kept, what survives, what is found, what is refused."""
+
+import json
+import sqlite3
+import threading
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sae.errors import InputError
+from sae.features.index import IndexConfig, build_index
+from sae.features.notes import Note, Notes
+from sae.features.records import FeatureIndex
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+@pytest.fixture
+def notes(world, tmp_path):
+    opened = Notes.open(tmp_path / "notes.sqlite", world.index)
+    yield opened
+    opened.close()
+
+
+def test_what_is_set_is_there_again_after_reopening(world, notes):
+    assert notes.get(7) == Note()
+    notes.set(7, label="  curse   words ", note="line one\r\nline two 🦓", starred=True)
+    notes.set(7, label="swearing")  # the rest stays
+    for name, feature in (("good", 9), ("good", 7), ("odd", 7), ("good", 9)):
+        notes.add_to_list(name, feature)
+    notes.close()
+    again = Notes.open(notes.path, world.index)
+    assert again.get(7) == Note("swearing", "line one\nline two 🦓", True)
+    assert again.all() == {7: again.get(7)}
+    assert again.lists() == {"good": [9, 7], "odd": [7]}
+    again.remove_from_list("good", 9)
+    again.remove_from_list("odd")
+    assert again.lists() == {"good": [7]}
+    again.set(7, label="", note="", starred=False)
+    assert again.all() == {}
+    again.close()
+
+
+def test_a_rebuild_of_the_index_leaves_them_and_another_dictionary_has_its_own(world, tmp_path):
+    def build() -> FeatureIndex:
+        build_index(IndexConfig(cache=world.cache, dictionary=world.dictionary_folder, out=tmp_path / "index", device="cpu"))
+        return FeatureIndex.open(tmp_path / "index")
+
+    first = Notes.open(None, build())
+    assert first.path == tmp_path / "notes.sqlite"  # beside the folder, which a rebuild replaces
+    first.set(1, label="kept")
+    first.close()
+    index = build()
+    again = Notes.open(None, index)
+    assert again.get(1).label == "kept"
+    again.close()
+    index.info["dictionary_crc32"] = "0123abcd"
+    other = Notes.open(tmp_path / "notes.sqlite", index)
+    assert other.all() == {}
+    other.close()
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(st.integers(0, 39), st.tuples(TEXT, TEXT, st.booleans()), max_size=6),
+    st.lists(st.tuples(TEXT, st.integers(0, 39)), max_size=6),
+)
+def test_an_export_read_back_is_the_same(world, tmp_path_factory, entries, listed):
+    folder = tmp_path_factory.mktemp("notes")
+    notes, other = (Notes.open(folder / f"{i}.sqlite", world.index) for i in range(2))
+    for j, (label, note, starred) in entries.items():
+        notes.set(j, label=label, note=note, starred=starred)
+    for name, j in listed:
+        if name.strip():
+            notes.add_to_list(name, j)
+    notes.export_jsonl(folder / "notes.jsonl")
+    lines = [json.loads(line) for line in (folder / "notes.jsonl").read_bytes().decode().split("\n") if line]
+    assert other.import_jsonl(folder / "notes.jsonl") == len(lines)
+    assert other.all() == notes.all()
+    assert other.lists() == notes.lists()
+    notes.close()
+    other.close()
+
+
+def test_letters_that_other_programs_take_for_line_ends_stay_in_a_note(world, notes, tmp_path):
+    note = "a\u0085b\u2028c\x0bd\x1ce"
+    notes.set(1, note=note)
+    notes.export_jsonl(tmp_path / "notes.jsonl")
+    notes.set(1, note="")
+    assert notes.import_jsonl(tmp_path / "notes.jsonl") == 1
+    assert notes.get(1).note == note
+
+
+def test_an_import_is_whole_or_nothing(world, notes):
+    notes.set(2, label="mine")
+    good = {"dictionary": notes.dictionary, "feature": 2, "label": "theirs", "note": "", "starred": False}
+    for bad in (
+        "no json",
+        "[]",
+        "3",
+        json.dumps({**good, "feature": 40}),
+        json.dumps({**good, "feature": True}),
+        json.dumps({**good, "feature": -1}),
+        json.dumps({**good, "starred": 1}),
+        json.dumps({**good, "label": "x" * 201}),
+        json.dumps({**good, "dictionary": "'; DROP TABLE notes; --"}),
+        json.dumps({"dictionary": notes.dictionary, "feature": 2}),
+        json.dumps({"dictionary": notes.dictionary, "feature": 2, "list": ""}),
+    ):
+        with pytest.raises(InputError):
+            notes.import_jsonl([json.dumps(good), bad])
+        assert notes.all() == {2: Note("mine")}
+        assert notes.lists() == {}
+    assert notes.import_jsonl([json.dumps(good), "", json.dumps({**good, "dictionary": "00000000"})]) == 2
+    assert notes.all() == {2: Note("theirs")}
+
+
+def test_search_finds_labels_explanations_and_top_tokens_at_once(world, notes):
+    class Said:
+        text = "marks naïve insects"
+
+    notes.set(5, label="curse words")
+    notes.update_search(world.index, {11: [Said()]})
+    assert notes.search("curse") == [5]
+    assert notes.search("CUR wor") == [5]  # beginnings, in any case
+    assert notes.search("naive insect") == [11]
+    assert notes.search("curse insect") == []
+    notes.set(5, label="oaths")
+    assert notes.search("curse") == []
+    assert notes.search("oath") == [5]
+    token, _ = world.index.top_tokens(9, 1)[0]
+    word = next((w for w in [world.index.vocabulary.spelling(token).strip()] if w.isalnum()), None)
+    if word:
+        assert 9 in notes.search(word)
+    notes.set(6, label="OR NOT")
+    for query in ('"OR', "OR NOT (", "or* NEAR/2 not", "label: or not", "or -not"):  # FTS5's own language is not spoken
+        assert isinstance(notes.search(query), list)
+    assert notes.search("or not") == [6]
+    with pytest.raises(InputError, match="word"):
+        notes.search('"*')
+
+
+def test_search_is_made_again_only_when_the_index_or_its_explanations_change(world, tmp_path, capsys):
+    build_index(IndexConfig(cache=world.cache, dictionary=world.dictionary_folder, out=tmp_path / "index", device="cpu"))
+    index = FeatureIndex.open(tmp_path / "index")
+    notes = Notes.open(None, index)
+    before = notes.version
+    notes.update_search(index, {})
+    made = notes.version
+    assert made > before
+    notes.update_search(index, {})
+    assert notes.version == made
+    (tmp_path / "index" / "explanations.jsonl").write_text("{}\n")
+    notes.update_search(index, {})
+    assert notes.version > made
+    notes.close()
+
+
+def test_several_threads_lose_nothing(notes):
+    def work(base: int) -> None:
+        for j in range(base, base + 8):
+            notes.set(j, label=f"label {j}")
+            notes.add_to_list("all", j)
+
+    threads = [threading.Thread(target=work, args=(base,)) for base in (0, 8, 16, 24)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {j: note.label for j, note in notes.all().items()} == {j: f"label {j}" for j in range(32)}
+    assert sorted(notes.lists()["all"]) == list(range(32))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda notes: notes.set(40, label="x"),
+        lambda notes: notes.set(-1, label="x"),
+        lambda notes: notes.set(1, label="x" * 201),
+        lambda notes: notes.set(1, note="x" * 10_001),
+        lambda notes: notes.set(1, starred=1),
+        lambda notes: notes.add_to_list(" ", 1),
+        lambda notes: notes.add_to_list("x", 40),
+        lambda notes: notes.import_jsonl("/nowhere.jsonl"),
+    ],
+)
+def test_unusable_input_is_refused_and_changes_nothing(notes, change):
+    with pytest.raises(InputError):
+        change(notes)
+    assert notes.all() == {}
+    assert notes.lists() == {}
+
+
+def test_a_file_that_is_no_database_is_refused_and_kept(world, tmp_path):
+    (tmp_path / "notes.sqlite").write_text("my own notes, not a database at all" * 50)
+    with pytest.raises(InputError, match="--notes"):
+        Notes.open(tmp_path / "notes.sqlite", world.index)
+    assert (tmp_path / "notes.sqlite").read_text().startswith("my own notes")
+    with pytest.raises(InputError, match="--notes"):
+        Notes.open(tmp_path, world.index)
+
+
+def test_text_is_never_taken_for_a_statement(notes):
+    hostile = "'); DROP TABLE notes; --"
+    notes.set(3, label=hostile, note=hostile)
+    notes.add_to_list(hostile, 3)
+    assert notes.get(3).label == hostile
+    assert notes.lists() == {hostile: [3]}
+    assert sqlite3.connect(notes.path).execute("SELECT COUNT(*) FROM notes").fetchone() == (1,)

@@ -1,0 +1,123 @@
+"""Lists of features against plain Python over every feature."""
+
+import math
+from urllib.parse import parse_qsl
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sae.errors import InputError
+from sae.features.notes import Notes
+from sae.features.table import Query, Tables
+
+NUMBERS = ("feature", "density", "max", "mean", "fvu_contribution", "skewness", "kurtosis")
+
+
+@pytest.fixture(scope="module")
+def tables(world, tmp_path_factory):
+    notes = Notes.open(tmp_path_factory.mktemp("table") / "notes.sqlite", world.index)
+    for j, label in ((5, "beta"), (30, "Alpha"), (12, "gamma ray")):
+        notes.set(j, label=label, starred=j == 12)
+    for j in (30, 2, 3, 17):
+        notes.add_to_list("mine", j)
+    notes.update_search(world.index, {})
+    yield Tables(world.index, notes)
+    notes.close()
+
+
+def value(index, name: str, j: int) -> float:
+    return j if name == "feature" else float(index.columns[name][j])
+
+
+@pytest.mark.parametrize("up", [False, True])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_sorting_by_a_number_is_that_of_python(world, tables, name, up):
+    found = tables.features(Query(sort=name, up=up, dead=True)).tolist()
+
+    def key(j: int) -> tuple:
+        x = np.float32(value(world.index, name, j))
+        return (math.isnan(x), 0.0 if math.isnan(x) else float(x) * (1 if up else -1), j)
+
+    assert found == sorted(range(40), key=key)
+
+
+def test_sorting_by_text(world, tables):
+    assert tables.features(Query(sort="label", up=True, dead=True))[:3].tolist() == [30, 5, 12]
+    assert tables.features(Query(sort="label", dead=True))[:3].tolist() == [12, 5, 30]
+    top = world.index.columns["top_token"]
+    spelled = [world.index.vocabulary.spelling(int(top[j])).strip().casefold() for j in tables.features(Query(sort="top_token", up=True))]
+    assert spelled == sorted(spelled)
+
+
+bounds = st.none() | st.floats(0, 1)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(bounds, bounds, bounds, bounds, st.sampled_from(["", "e", " ", "a", "<"]), st.booleans(), st.booleans(), st.booleans())
+def test_filters_are_those_of_python(world, tables, density_min, density_max, low, high, token, starred, labelled, dead):
+    columns, top = world.index.columns, float(world.index.columns["max"].max())
+    max_min, max_max = (None if x is None else x * top for x in (low, high))
+    query = Query(
+        density_min=density_min, density_max=density_max, max_min=max_min, max_max=max_max, token=token, starred=starred,
+        labelled=labelled, dead=dead, sort="feature", up=True,
+    )  # fmt: skip
+    notes = tables.notes.all()
+
+    def kept(j: int) -> bool:
+        density, highest = float(columns["density"][j]), float(columns["max"][j])
+        spelled = world.index.vocabulary.spelling(int(columns["top_token"][j])) if columns["count"][j] else ""
+        return (
+            (dead or columns["count"][j] > 0)
+            and (density_min is None or density >= density_min)
+            and (density_max is None or density <= density_max)
+            and (max_min is None or highest >= max_min)
+            and (max_max is None or highest <= max_max)
+            and (not token or token in spelled.casefold())
+            and (not starred or (j in notes and notes[j].starred))
+            and (not labelled or (j in notes and bool(notes[j].label)))
+        )
+
+    assert tables.features(query).tolist() == [j for j in range(40) if kept(j)]
+
+
+def test_an_address_says_the_query_and_nothing_else(tables):
+    query = Query(q="a&b=c", how="fires", sort="mean", up=True, density_max=0.015, token=" <script>", list="mine", starred=True)
+    assert Query.read(dict(parse_qsl(query.params()))) == query
+    assert Query().params() == ""
+    assert Query.read({"page": "3", "at": "7", "sort": ""}) == Query()
+
+
+def test_lists_and_searches_keep_their_order(world, tables):
+    assert tables.features(Query(list="mine")).tolist() == [30, 2, 3, 17]
+    assert tables.features(Query(list="mine", up=True)).tolist() == [17, 3, 2, 30]
+    assert tables.features(Query(list="mine", sort="feature", up=True)).tolist() == [2, 3, 17, 30]
+    assert tables.features(Query(q="zebrafly", how="fires")).tolist() == [hit.feature for hit in world.index.search("zebrafly", 40)]
+    assert tables.features(Query(q="the", how="promotes")).tolist() == [hit.feature for hit in world.index.promotes("the", 40)]
+    assert tables.features(Query(q="gamma")).tolist() == [12]
+    assert tables.features(Query(q="alpha", list="mine")).tolist() == [30]
+
+
+def test_a_change_of_the_notes_is_seen_at_once(tables):
+    assert tables.features(Query(label="fresh")).tolist() == []
+    tables.notes.set(9, label="fresh")
+    assert tables.features(Query(label="FRESH")).tolist() == [9]
+    tables.notes.set(9, label="")
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"sort": "colour"},
+        {"how": "magic"},
+        {"max_min": "high"},
+        {"density_max": "nan"},
+        {"list": "none such"},
+        {"sort": "match"},
+        {"q": "quokka", "how": "fires"},
+    ],
+)
+def test_an_address_that_cannot_be_meant_is_refused(tables, params):
+    with pytest.raises(InputError):
+        tables.features(Query.read(params))
