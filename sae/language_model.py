@@ -262,7 +262,7 @@ class LanguageModel:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> Iterator[Tensor]:
-        """What `generate` appends, one [s] after the other as they are chosen. Edits and hooks hold for the tokens asked for inside them."""
+        """What `generate` appends, one [s] after the other as chosen. Edits and hooks hold for the tokens asked for inside them."""
         if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
             raise InputError(
                 "expected max_new_tokens of at least 1, a temperature of at least 0 and top_p above 0 and up to 1, "
