@@ -148,10 +148,10 @@ class Tables:
             ("max", query.max_min, query.max_max),
             ("fvu_contribution", query.fvu_min, query.fvu_max),
         ):
-            if low is not None:
-                kept &= columns[column][chosen] >= low
+            if low is not None:  # in the column's precision, so that 0.1 keeps what is stored for 0.1
+                kept &= columns[column][chosen] >= np.float32(low)
             if high is not None:
-                kept &= columns[column][chosen] <= high
+                kept &= columns[column][chosen] <= np.float32(high)
         if query.token:
             part = query.token.casefold()
             matching_v = np.array([part in piece for piece in self._folded])

@@ -68,12 +68,12 @@ def test_filters_are_those_of_python(world, tables, density_min, density_max, lo
     def kept(j: int) -> bool:
         density, highest = float(columns["density"][j]), float(columns["max"][j])
         spelled = world.index.vocabulary.spelling(int(columns["top_token"][j])) if columns["count"][j] else ""
-        return (
+        return (  # a bound counts in the precision of the column: 0.1 keeps what is stored for 0.1
             (dead or columns["count"][j] > 0)
-            and (density_min is None or density >= density_min)
-            and (density_max is None or density <= density_max)
-            and (max_min is None or highest >= max_min)
-            and (max_max is None or highest <= max_max)
+            and (density_min is None or density >= np.float32(density_min))
+            and (density_max is None or density <= np.float32(density_max))
+            and (max_min is None or highest >= np.float32(max_min))
+            and (max_max is None or highest <= np.float32(max_max))
             and (not token or token in spelled.casefold())
             and (not starred or (j in notes and notes[j].starred))
             and (not labelled or (j in notes and bool(notes[j].label)))
