@@ -175,6 +175,7 @@ def measure_read(config: BenchmarkConfig, folder: Path) -> dict[str, Any]:
 def read_page(index: FeatureIndex, j: int) -> float:
     """Seconds in which all that a feature's page shows is read."""
     start = time.perf_counter()
+    index.prefetch(j)
     index.feature(j)
     for read in (index.top_contexts, index.random_contexts, index.bucket_contexts, index.histogram, index.top_tokens, index.lens_histogram):
         read(j)

@@ -67,6 +67,7 @@ def feature_html(
     `notes` gives its label, star and note; `explanations` are those of this feature; `link` gives the address of another feature's
     page, or None; without one, other features are named but not linked.
     """
+    index.prefetch(j)
     columns, info = index.feature(j).columns, index.info
     model = info["model"]["name"].rstrip("/").rsplit("/", 1)[-1]  # the folder or hub name, without the path of whoever made it
     top = float(columns["max"])

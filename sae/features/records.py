@@ -117,9 +117,13 @@ class FeatureIndex:
     def feature(self, j: int) -> Feature:
         """Raises `InputError` if `j` is not a feature."""
         low, high = self._bounds(j)
-        for array in (*self.columns.values(), *self.details.values()):  # whoever asks for a feature shows it
-            fetch(array, [j], 1)
         return Feature(int(j), self.positions[low:high], self.values[low:high], {k: v[j] for k, v in self.columns.items()})
+
+    def prefetch(self, j: int) -> None:
+        """Asks the system for all that is stored of a feature at once: on a cold disk one wait instead of one for each array."""
+        self._bounds(j)
+        for array in (*self.columns.values(), *self.details.values()):
+            fetch(array, [j], 1)
 
     def context(self, feature: Feature, position: int, before: int, after: int) -> Context:
         """The window of at most `before` + 1 + `after` tokens around `position`, inside its sequence."""
@@ -216,11 +220,11 @@ class FeatureIndex:
 
     def lens_tokens(self, j: int, n: int = 10, *, bottom: bool = False) -> list[tuple[int, float]]:
         """The tokens whose logits the decoder row raises most (or, with `bottom`, lowers most): (id, value); [] without a lens."""
-        columns = self.feature(j).columns
+        self._bounds(j)
         side = "bottom" if bottom else "top"
-        if f"{side}_token_ids" not in columns:
+        if f"{side}_token_ids" not in self.columns:
             return []
-        return list(zip(columns[f"{side}_token_ids"][:n].tolist(), columns[f"{side}_token_values"][:n].tolist()))
+        return list(zip(*(self.columns[f"{side}_token_{what}"][j, :n].tolist() for what in ("ids", "values"))))
 
     def search(self, query: str | Sequence[str], n: int = 20) -> "list[FiresOn]":
         """Features that fire on a word: see `sae.features.search.search`."""
