@@ -6,6 +6,8 @@ With r = x − x̂, leaving feature j out of a token where it is active with a c
 Summed over tokens and divided by Σ‖x − x̄‖², that is how much the fraction of variance unexplained (FVU) rises without the feature.
 """
 
+import threading
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -45,6 +47,7 @@ class ErrorSums:
         self.dictionary = dictionary
         self.square_f = dictionary.W_dec_fd.float().square().sum(-1)
         sizes = {"feature": dictionary.d_sae, "x": dictionary.d_in, "square": 1, "error": 1}
+        self._lock = threading.Lock()  # chunks may come from several threads, in any order: whole numbers add to the same
         self.sums = {name: np.zeros((2, size), np.int64) for name, size in sizes.items()}
 
     @torch.no_grad()
@@ -68,7 +71,9 @@ class ErrorSums:
         self._add("error", error_bd.square_().sum(-1).double().cpu().numpy())  # host sync
 
     def _add(self, name: str, values: np.ndarray, group: np.ndarray | None = None, groups: int = 1) -> None:
-        self.sums[name] = carried(self.sums[name] + exact_sums(values, group, groups))
+        part = exact_sums(values, group, groups)
+        with self._lock:
+            self.sums[name] = carried(self.sums[name] + part)
 
 
 def contributions(sums: dict[str, np.ndarray], rows: int) -> tuple[np.ndarray, float]:

@@ -9,6 +9,7 @@ activations, feature after feature: see csc.py), `details` (what a reader is sho
 """
 
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from sae.features import examples, neighbours
 from sae.features.contribution import MAX_ROWS, ErrorSums, contributions
 from sae.features.csc import BLOCK_ENTRIES, MAX_FEATURES, RUN_ENTRIES, Spool, merge, statistics
 from sae.features.lens import BINS, folded_unembedding, logit_lens
+from sae.features.parallel import WORKERS, in_order
 from sae.features.records import FORMAT_VERSION
 from sae.features.storage import create, fresh_folder, open_arrays, write_arrays
 from sae.files import crc32, require_free_space, write_json
@@ -62,8 +64,8 @@ class IndexConfig:
 def build_index(config: IndexConfig) -> Path:
     """Builds the folder whole or not at all, and gives its path.
 
-    Memory: one chunk of activations (64 MB), one run or block of 8M entries (about 200 MB) or the largest feature if that is more,
-    and the tokens. Raises `InputError` when cache and dictionary do not belong together.
+    Memory: on a CPU up to four chunks of activations (64 MB each; one on CUDA), one run or block of 8M entries (about 200 MB) or the
+    largest feature if that is more, and the tokens. Raises `InputError` when cache and dictionary do not belong together.
     """
     from sae.activations.cache import ActivationCache
     from sae.language_model import LanguageModel
@@ -132,12 +134,15 @@ def derive(
     details = create(folder / "details.safetensors", details_layout(d_sae))
     for name in ("neighbour_ids", "coactive_ids"):
         details[name][:] = -1
-    parts = []
-    for begin, block in merge(runs, d_sae, folder / "records.safetensors", shifts=shifts):
-        rows = examples.examples(begin, block, shown)
+
+    def derived(block: tuple[int, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        begin, entries = block
+        rows = examples.examples(begin, entries, shown)
         for name, values in rows.items():
             details[name][begin : begin + len(values)] = values
-        parts.append(statistics(block) | examples.reach(block, shown) | {"top_token": rows["token_ids"][:, 0]})
+        return statistics(entries) | examples.reach(entries, shown) | {"top_token": rows["token_ids"][:, 0]}
+
+    parts = list(in_order(derived, merge(runs, d_sae, folder / "records.safetensors", shifts=shifts)))
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     records = open_arrays(folder / "records.safetensors")
@@ -251,27 +256,31 @@ def chunks(cache: "ActivationCache", wanted: np.ndarray, splits: tuple[str, ...]
                 yield x_bd[part[0] : part[-1] + 1] if whole else x_bd[torch.from_numpy(part)], positions[part]
 
 
-@torch.no_grad()
 def spool_activations(
     folder: Path, dictionary: SparseAutoencoder, cache: "ActivationCache", wanted: np.ndarray, splits: tuple[str, ...]
 ) -> tuple[Spool, np.ndarray, dict[str, np.ndarray]]:
     """Encodes the wanted rows and spools their non-zeros; also gives which tokens there were, bool [n], and the error's sums."""
-    spool, sums, workspace = Spool(folder, dictionary.d_sae), ErrorSums(dictionary), Workspace()
+    spool, sums, local = Spool(folder, dictionary.d_sae), ErrorSums(dictionary), threading.local()
     scanned = np.zeros(len(wanted), bool)
     size = min(MAX_ROWS, max(1, CHUNK_BYTES // (dictionary.d_sae * 4)))
     rows = sum(cache.rows(split) for split in splits)
     total, checked = min(rows, int(wanted.sum())), False
+
+    @torch.no_grad()
+    def entries_of(chunk: tuple[Tensor, np.ndarray]) -> tuple[np.ndarray, ...]:
+        local.workspace = workspace = getattr(local, "workspace", None) or Workspace()
+        x_bd = chunk[0].to(dictionary.W_enc_fd.device, dictionary.W_enc_fd.dtype)
+        row_n, feature_n, value_n = active_entries(encode(dictionary, x_bd, workspace), 0, workspace)
+        values = value_n.float().cpu().numpy()  # host sync
+        if not np.isfinite(values).all():
+            raise InputError(f"activations of tokens near {chunk[1][0]} in {cache.folder} are NaN or infinite; harvest the cache again")
+        sums.add(x_bd, row_n, feature_n, value_n.float())
+        return chunk[1], row_n.cpu().numpy(), feature_n.cpu().numpy(), values  # host sync
+
+    workers = 1 if dictionary.W_enc_fd.is_cuda else WORKERS
     with progress("index", total, "tokens") as bar:
-        for x_bd, positions in chunks(cache, wanted, splits, size):
-            x_bd = x_bd.to(dictionary.W_enc_fd.device, dictionary.W_enc_fd.dtype)
-            row_n, feature_n, value_n = active_entries(encode(dictionary, x_bd, workspace), 0, workspace)
-            values = value_n.float().cpu().numpy()  # host sync
-            if not np.isfinite(values).all():
-                raise InputError(
-                    f"activations of tokens near {positions[0]} in {cache.folder} are NaN or infinite; harvest the cache again"
-                )
-            spool.add(positions, row_n.cpu().numpy(), feature_n.cpu().numpy(), values)  # host sync
-            sums.add(x_bd, row_n, feature_n, value_n.float())
+        for positions, *entries in in_order(entries_of, chunks(cache, wanted, splits, size), workers):
+            spool.add(positions, *entries)
             scanned[positions] = True
             bar.advance(len(positions), active=f"{spool.entries / (bar.done + len(positions)):.1f} per token")
             if not checked and spool.paths:  # once it is known how sparse the code is: runs, merged file and its transpose

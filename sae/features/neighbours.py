@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sae.features.examples import NONE, smallest
+from sae.features.parallel import in_order
 from sae.progress import progress
 
 KEPT = 20
@@ -67,16 +68,23 @@ def coactive(
     f, k = len(offsets) - 1, ids_fk.shape[1]
     lengths = np.diff(starts)
     pairs = np.r_[0, np.cumsum([_sum_of(lengths, positions[a:b]) for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist())])]
+    ranges, low = [], 0
+    while low < f:
+        high = max(low + 1, int(np.searchsorted(pairs, pairs[low] + PAIRS, "right")) - 1)
+        ranges.append((low, high))
+        low = high
+
+    def fill(bounds: tuple[int, int]) -> int:
+        low, high = bounds
+        count = _count_pairs(offsets, positions, starts, lengths, features_n, low, high)
+        best = _best_of_table(count, low, k) if isinstance(count, torch.Tensor) else _best_of_pairs(*count, low, high, f, k)
+        kept = best[0].shape[1]
+        ids_fk[low:high, :kept], counts_fk[low:high, :kept] = best
+        return high - low
+
     with progress("co-activation", f, "features") as bar:
-        low = 0
-        while low < f:
-            high = max(low + 1, int(np.searchsorted(pairs, pairs[low] + PAIRS, "right")) - 1)
-            count = _count_pairs(offsets, positions, starts, lengths, features_n, low, high)
-            best = _best_of_table(count, low, k) if isinstance(count, torch.Tensor) else _best_of_pairs(*count, low, high, f, k)
-            kept = best[0].shape[1]
-            ids_fk[low:high, :kept], counts_fk[low:high, :kept] = best
-            bar.advance(high - low)
-            low = high
+        for features in in_order(fill, ranges):
+            bar.advance(features)
 
 
 def _sum_of(lengths: np.ndarray, positions: np.ndarray) -> int:
