@@ -58,7 +58,8 @@ def screenshots(config: PicturesConfig, chromium: str, url: str, feature: int) -
         window = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--hide-scrollbars"])
         page = window.new_page(viewport={"width": 1280, "height": 900})
 
-        def take(name: str, address: str, act: Any = None) -> None:
+        def take(name: str, address: str, act: Any = None, height: int = 900) -> None:
+            page.set_viewport_size({"width": 1280, "height": height})
             page.goto(url + address)
             if act is not None:
                 act()
@@ -70,9 +71,10 @@ def screenshots(config: PicturesConfig, chromium: str, url: str, feature: int) -
             page.locator("#run:enabled").wait_for()
 
         take("features.png", "/?q=fuck%7Cshit&how=fires")
-        take("feature.png", f"/f/{feature}")
+        take("feature.png", f"/f/{feature}", height=1250)
         take("prompt.png", "/prompt?order=effect&text=" + "What+the+hell+do+you+think+you+are+doing%3F")
-        take("steer.png", f"/steer?feature={feature}&strength=1.5&prompt=I+think&max_new_tokens=60&temperature=0.9&top_p=0.95", write)
+        sampling = "max_new_tokens=60&temperature=0.9&top_p=0.95"
+        take("steer.png", f"/steer?feature={feature}&strength=1&prompt=I+think&{sampling}", write, height=580)
         window.close()
 
 
