@@ -26,10 +26,10 @@ from steering.effects import (
     measure_effects,
     rollout_activations,
 )
+from steering.neutral import FEW_PROMPTS
 from steering.principal import alive_features, load_dictionary
 from steering.principal_report import Interval
 from steering.sequences import Ruler, read_sequences, site_activations
-from steering.strengths import PROMPTS
 from steering.vector import SteeringVector
 
 ALIVE_DOCUMENTS = 1000  # on which features are looked for that fire
@@ -53,7 +53,7 @@ class EffectConfig(TextConfig):
     """Measure so many random features that fire, fit the effects and write them to --effects first; 0 reads that file."""
     bias_weight: float = 1.0
     """How strongly a targeted direction turns away from what any steering does."""
-    prompts: tuple[str, ...] = PROMPTS
+    prompts: tuple[str, ...] = FEW_PROMPTS
     """Texts to continue."""
     samples: int = SAMPLES
     """Continuations of each prompt and direction."""

@@ -20,10 +20,10 @@ from sae.progress import progress
 from steering.directions.targeted import Effects, fit_effects
 from steering.intervention import Item, Strength, steered
 from steering.measure import until_end
+from steering.neutral import FEW_PROMPTS
 from steering.principal import consistency
 from steering.principal_report import Interval, drawn, interval
 from steering.sequences import Ruler
-from steering.strengths import PROMPTS
 from steering.vector import SteeringVector
 
 SAMPLES = 32
@@ -69,7 +69,7 @@ def effect(
     dictionary: SparseAutoencoder,
     vector: SteeringVector,
     coefficient: float,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str] = FEW_PROMPTS,
     *,
     samples: int = SAMPLES,
     new_tokens: int = NEW_TOKENS,
@@ -144,7 +144,7 @@ def measure_effects(
     features: Sequence[int],
     ruler: Ruler,
     kl: float,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str] = FEW_PROMPTS,
     *,
     samples: int = 1,
     new_tokens: int = NEW_TOKENS,

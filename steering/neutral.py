@@ -42,6 +42,7 @@ PROMPTS = (
     "The story",
     "Why did",
 )
+FEW_PROMPTS = PROMPTS[:8]
 
 SENTENCES = (
     "The train arrives at the station every morning, and most of the people who wait for it read a newspaper.",

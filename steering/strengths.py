@@ -18,20 +18,11 @@ from sae.language_model import LanguageModel, NonFiniteLogits
 from sae.progress import progress
 from steering.intervention import steered
 from steering.measure import continuation_loss, until_end, word_rate
+from steering.neutral import FEW_PROMPTS
 from steering.steer import PartsConfig, load_parts
 from steering.vector import SteeringVector
 
 WORDS = Path(__file__).parent / "words"
-PROMPTS = (
-    "I think",
-    "The man said",
-    "When we got there,",
-    "She looked at him and",
-    "It was",
-    "Yesterday I",
-    "He told me that",
-    "What do you",
-)
 
 
 @dataclass(kw_only=True)
@@ -40,7 +31,7 @@ class StrengthsConfig(PartsConfig):
     """file of the words to count, one a line"""
     strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """multiples of the feature's maximum activation"""
-    prompts: tuple[str, ...] = PROMPTS
+    prompts: tuple[str, ...] = FEW_PROMPTS
     """texts to continue"""
     samples: int = 24
     """continuations of each prompt at each strength"""

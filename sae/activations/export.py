@@ -18,7 +18,7 @@ import torch
 from sae.activations.cache import ActivationCache
 from sae.activations.tokens import SPLITS
 from sae.errors import InputError
-from sae.files import require_free_space, sync_folder
+from sae.files import require_free_space, sync
 from sae.progress import progress
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def export_cache(config: ExportConfig) -> Path:
     try:
         _write(cache, config, dtype, temporary)
         temporary.rename(config.out)
-        sync_folder(config.out.parent)
+        sync(config.out.parent)
     except OSError as error:
         if error.errno != 28:  # ENOSPC
             raise

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.errors import InputError
-from sae.files import crc32, read_json, remove_leftovers, sync_folder, write_json
+from sae.files import crc32, read_json, remove_leftovers, sync, write_json
 
 FORMAT_VERSION = 1
 
@@ -29,7 +29,7 @@ class Ledger:
                 file.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
                 file.flush()
                 os.fsync(file.fileno())
-            sync_folder(self.folder)
+            sync(self.folder)
         except OSError as error:
             if error.errno != 28:  # ENOSPC
                 raise
@@ -97,7 +97,7 @@ def claim(folder: Path, settings: dict[str, Any], model: dict[str, Any]) -> None
         if other is not None:
             raise InputError(f"expected an empty folder or an unfinished cache at {folder}, but it holds {other!r}; choose another --out")
         write_json(path, {"format_version": FORMAT_VERSION, "settings": settings, "model": model})
-        sync_folder(folder.parent)
+        sync(folder.parent)
         return
     require_same(folder, settings=settings, model=model)
 

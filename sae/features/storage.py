@@ -13,7 +13,7 @@ import numpy as np
 
 from sae.activations.mapped import layout
 from sae.errors import InputError
-from sae.files import sync_folder
+from sae.files import sync
 
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U32": "<u4", "U8": "u1", "BOOL": "?"}
 
@@ -97,11 +97,11 @@ def fresh_folder(out: Path, marker: str = "index.json", what: str = "index") -> 
     try:
         yield temporary
         for path in temporary.rglob("*"):
-            sync_file(path)
+            sync(path)
         if out.exists():
             out.rename(old)
         temporary.rename(out)  # a kill between the two leaves the older index beside, as .NAME.PID.old.tmp
-        sync_folder(out.parent)
+        sync(out.parent)
     except OSError as error:
         if error.errno == 28:  # ENOSPC
             raise InputError(f"the disk ran full while building {out}; free some space and run the same command again") from error
@@ -121,11 +121,3 @@ def clear_leftovers(out: Path) -> None:
             path.rename(out)
         else:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def sync_file(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
