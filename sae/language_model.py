@@ -233,22 +233,9 @@ class LanguageModel:
         with self._hooked(edits):
             yield
 
-    def generate(
-        self,
-        ids_sp: Tensor,
-        attention_mask_sp: Tensor | None = None,
-        *,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-    ) -> Tensor:
-        """Prompt and up to `max_new_tokens` new ids, [s, p + new]; rows that ended are filled with `pad_id`. Temperature 0 is greedy.
-
-        Own loop, because `model.generate` mixes in penalties and top-k from the hub's generation_config.json. Sampling has its own
-        generator: equal seeds give equal text and the global random state is untouched. Raises `NonFiniteLogits`.
-        """
-        new_s = self.stream(ids_sp, attention_mask_sp, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    def generate(self, ids_sp: Tensor, attention_mask_sp: Tensor | None = None, **sampling: Any) -> Tensor:
+        """Prompt and new ids, [s, p + new], with the settings of `stream`; rows that ended are filled with `pad_id`."""
+        new_s = self.stream(ids_sp, attention_mask_sp, **sampling)
         return torch.cat([ids_sp.to(self.device, torch.long), *(next_s[:, None] for next_s in new_s)], dim=1)
 
     @torch.no_grad()
@@ -262,7 +249,12 @@ class LanguageModel:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> Iterator[Tensor]:
-        """What `generate` appends, one [s] after the other as chosen. Edits and hooks hold for the tokens asked for inside them."""
+        """Up to `max_new_tokens` new ids, one [s] after the other as they are chosen; temperature 0 is greedy.
+
+        Own loop, because `model.generate` mixes in penalties and top-k from the hub's generation_config.json. Sampling has its own
+        generator: equal seeds give equal text and the global random state is untouched. Edits and hooks hold for the tokens that are
+        asked for inside them. Raises `NonFiniteLogits`.
+        """
         if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
             raise InputError(
                 "expected max_new_tokens of at least 1, a temperature of at least 0 and top_p above 0 and up to 1, "
