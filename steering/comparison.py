@@ -228,7 +228,7 @@ def show(result: dict[str, Any], out: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("method", "budget", "gain (95 %)", "detection", "nats/token", "distinct-2", "off-topic KL")
+    columns = ("method", "budget", "gain (95 %)", "detection", "nats/token", "distinct-2", "off-topic KL", "coefficient, ρ, max. act.")
     table = Table(*columns, title=f"{result['concept']['name']} at {result['site']} of {result['model']}: {result['target']['describe']}")
     for arm in result["arms"]:
         best = arm["best"]
@@ -236,6 +236,7 @@ def show(result: dict[str, Any], out: Path) -> None:
             table.add_row(arm["method"], "left out" if arm["left_out"] else "no text")
             continue
         level = next(level for level in arm["levels"] if level["budget"] == best["budget"])
+        strengths = [level[unit] for unit in ("coefficient", "rho", "max_activations")]
         table.add_row(
             arm["method"],
             "" if best["budget"] is None else f"{best['budget']:g}" + ", not reached" * (not level["reached"]),
@@ -244,6 +245,7 @@ def show(result: dict[str, Any], out: Path) -> None:
             f"{level['nats_per_token']['value']:.2f}",
             "" if level["distinct_2"] is None else f"{level['distinct_2']:.2f}",
             f"{level['off_topic_kl'] or 0:.2f}",
+            ", ".join("-" if units is None else f"{units:.3g}" for units in strengths) if level["coefficient"] else "",
         )
     console = Console()
     console.print(table)
