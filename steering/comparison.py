@@ -247,8 +247,7 @@ def show(result: dict[str, Any], out: Path) -> None:
             f"{level['off_topic_kl'] or 0:.2f}",
             ", ".join("-" if units is None else f"{units:.3g}" for units in strengths) if level["coefficient"] else "",
         )
-    console = Console()
-    console.print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)  # a log has no width of its own
     for arm in result["arms"]:
         if arm["left_out"]:
             print(f"left out: {arm['method']}, {arm['left_out']}")
