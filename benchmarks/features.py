@@ -36,6 +36,7 @@ from sae.features.index import CHUNK_BYTES, IndexConfig, build_index, choose_tok
 from sae.features.records import FORMAT_VERSION, FeatureIndex
 from sae.features.storage import create, write_arrays
 from sae.files import read_json, write_json
+from sae.language_model import LanguageModel
 from sae.objective.workspace import Workspace
 
 Part = Literal["build", "read"]
@@ -123,7 +124,7 @@ def measure_build(config: BenchmarkConfig, folder: Path) -> dict[str, Any]:
 def arm_in_process(arm: str, config: BenchmarkConfig, out: Path, threads: int, pipe: Any) -> None:
     torch.set_num_threads(threads)
     index = IndexConfig(cache=config.cache, dictionary=config.dictionary, out=out, tokens=config.tokens, device="cpu")
-    import transformers  # noqa: F401  # imports are no part of the time
+    LanguageModel.load(ActivationCache.open(config.cache).model_name(), device="cpu")  # what it imports is no part of the time
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()

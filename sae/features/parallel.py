@@ -21,6 +21,7 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers:
     threads = torch.get_num_threads()
     workers = min(workers, threads)
     waiting: deque[Future[Result]] = deque()
+    torch.set_num_threads(threads // workers)  # here too: OpenMP's idle threads wait by spinning, on the workers' cores
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool:
             for item in items:
