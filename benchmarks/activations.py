@@ -10,13 +10,9 @@ Arms run in processes of their own, one at a time, in interleaved rounds, so tha
 ranges are over rounds, those of ratios over ratios within a round.
 """
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -28,7 +24,7 @@ from activation_arms import LABELS, PEERS
 from activation_report import markdown, report
 from disk import dd, forget, repeated_tokens, write_cache
 from objective import machine, spread
-from rounds import PEERS_PYTHON, ROOT, ArmFailed, Worker
+from rounds import OFFLINE, PEERS_PYTHON, ArmFailed, started
 
 from sae.activations.batches import BUFFER_BYTES
 from sae.activations.cache import ActivationCache
@@ -120,7 +116,8 @@ def measure_harvest(config: BenchmarkConfig, folder: Path) -> dict[str, Any]:
         for arm in arms:
             print(f"starting {LABELS[arm]}", flush=True)
             with leaving_out(arm, left_out):
-                workers[arm] = stack.enter_context(worker(arm, settings))
+                process = started("activation_arms.py", {"arm": arm, **settings}, OFFLINE, peers=arm in PEERS)
+                workers[arm] = stack.enter_context(process)
                 workers[arm].answer()
         for number in range(config.rounds + 1):
             for arm in [arm for arm in arms if arm not in left_out]:
@@ -232,7 +229,7 @@ def measure_disk(config: BenchmarkConfig, folder: Path) -> dict[str, Any]:
 
 def read_seconds(settings: dict[str, Any], shards: list[Path]) -> tuple[list[float], int]:
     """Of an epoch out of the page cache and of one in it, and the bytes the reader's process grew by."""
-    with worker("read", settings) as reader:
+    with started("activation_arms.py", {"arm": "read", **settings}, OFFLINE, peers=False) as reader:
         reader.answer()
         forget(shards)
         cold, warm = reader.ask("round"), reader.ask("round")
@@ -283,20 +280,6 @@ def measure_shuffle(config: BenchmarkConfig, folder: Path) -> dict[str, Any]:
 
 def synthetic_tokens(config: BenchmarkConfig, lm: LanguageModel) -> Any:
     return repeated_tokens(list(token_ids(config, lm)), config.cache_tokens, context=min(lm.context, 1024), bos_id=lm.bos_id)
-
-
-@contextmanager
-def worker(arm: str, settings: dict[str, Any]) -> Iterator[Worker]:
-    python = str(PEERS_PYTHON) if arm in PEERS else sys.executable
-    command = [python, str(ROOT / "benchmarks" / "activation_arms.py"), json.dumps({"arm": arm, **settings})]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    pipe = subprocess.PIPE
-    with (
-        suppress(BrokenPipeError),  # of an arm that died
-        tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(command, env=env, text=True, stdin=pipe, stdout=pipe, stderr=log) as process,
-    ):
-        yield Worker(process, log)  # then its standard input closes, at which it ends
 
 
 @contextmanager

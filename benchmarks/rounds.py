@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -21,6 +21,7 @@ from sae.progress import progress
 ROOT = Path(__file__).resolve().parents[1]
 PEERS_PYTHON = ROOT / ".peers" / "bin" / "python"
 TUNED = {"MALLOC_MMAP_THRESHOLD_": "17179869184", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
+OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
 DENSE_TENSORS = 4
 """[b, f] tensors in float32 that a dense step holds at least; an arm that has no room for them is left out"""
 SAME_LOSS = {"cpu": 1e-3, "cuda": 3e-2}
@@ -65,16 +66,23 @@ class Worker(NamedTuple):
 
 @contextmanager
 def worker(arm: str, settings: dict[str, Any]) -> Iterator[Worker]:
-    env = {name: value for name, value in os.environ.items() if name not in TUNED} | {"PYTHONPATH": str(ROOT)}
+    env = {name: value for name, value in os.environ.items() if name not in TUNED}
     if arm not in SYSTEM_ALLOCATOR:
         env |= TUNED
-    python = str(PEERS_PYTHON) if arm in PEERS else sys.executable
-    command = [python, str(ROOT / "benchmarks" / "arms.py"), json.dumps({"arm": arm, **settings})]
+    with started("arms.py", {"arm": arm, **settings}, env, peers=arm in PEERS) as process:
+        yield process
+
+
+@contextmanager
+def started(script: str, settings: dict[str, Any], env: Mapping[str, str], *, peers: bool) -> Iterator[Worker]:
+    """A script of this folder that answers lines of JSON, in our environment or the peers'."""
+    python = str(PEERS_PYTHON) if peers else sys.executable
+    command = [python, str(ROOT / "benchmarks" / script), json.dumps(settings)]
     pipe = subprocess.PIPE
     with (
         suppress(BrokenPipeError),  # of an arm that died
         tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(command, env=env, text=True, stdin=pipe, stdout=pipe, stderr=log) as process,
+        subprocess.Popen(command, env={**env, "PYTHONPATH": str(ROOT)}, text=True, stdin=pipe, stdout=pipe, stderr=log) as process,
     ):
         yield Worker(process, log)  # then its standard input closes, at which it ends
 

@@ -32,6 +32,7 @@ TABLES = (
     *("neg_str", "neg_values", "pos_str", "pos_values", "frac_nonzero", "freq_hist_data_bar_values", "freq_hist_data_bar_heights"),
     *("logits_hist_data_bar_heights", "logits_hist_data_bar_values", "decoder_weights_dist"),
 )
+NO_ATTRIBUTION = {"dfa_values": [], "dfa_maxValue": 0, "dfa_targetIndex": -1}  # as SAEDashboard writes where it computed none
 SHORT_SITES = {"resid_pre": "res-pre", "resid_post": "res", "attn_out": "att", "mlp_out": "mlp", "head_out": "att-z"}
 
 
@@ -118,7 +119,7 @@ def examples(index: "FeatureIndex", j: int) -> "Iterator[tuple[float, float, flo
 
 def _activation(low: float, high: float, contains: float, context: "Context") -> dict[str, Any]:
     row = {"bin_min": low, "bin_max": high, "bin_contains": contains, "tokens": context.texts, "values": context.values.tolist()}
-    return row | {"qualifying_token_index": context.centre}
+    return row | {"qualifying_token_index": context.centre, **NO_ATTRIBUTION}
 
 
 class SAEDashboardFolder(NamedTuple):
