@@ -1,18 +1,23 @@
-"""The feature index measured: building it against encoding alone, and reading one feature of a million, cold and warm.
+"""The feature index measured: building it against encoding alone, reading one feature of a million, its page at the server, its export.
 
 build: the whole build beside the encoder alone on the same tokens (the build's own loop over chunks, with its reused memory, and nothing
     done with the result), each in a process of its own, in interleaved rounds; the time is that of the work, without imports.
 read: a synthetic index of `--features` features, some of them dense; a read is all that a feature's page needs. Cold: before every read
     the index is closed and all its files are put out of the page cache. Warm: read once before.
+page: the time of a request for a random feature's page to browse_features.py without a model, one client on one connection.
+export: the folder that opens from file://, all features, in as many processes as there are cores.
 
 Medians and ranges are over rounds, ratios are taken within a round.
 """
 
 import gc
+import http.client
 import json
 import multiprocessing
+import re
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +30,7 @@ import numpy as np
 import torch
 from disk import forget
 from objective import machine, spread
+from rounds import OFFLINE, ROOT
 
 from sae.activations.cache import ActivationCache
 from sae.command_line import run
@@ -32,6 +38,7 @@ from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
 from sae.features import examples
 from sae.features.contribution import MAX_ROWS
+from sae.features.export import ExportConfig, export_features
 from sae.features.index import CHUNK_BYTES, IndexConfig, build_index, choose_tokens, chunks, details_layout, encode
 from sae.features.records import FORMAT_VERSION, FeatureIndex
 from sae.features.storage import create, write_arrays
@@ -39,17 +46,17 @@ from sae.files import read_json, write_json
 from sae.language_model import LanguageModel
 from sae.objective.workspace import Workspace
 
-Part = Literal["build", "read"]
+Part = Literal["build", "read", "page", "export"]
 
 
 @dataclass(kw_only=True)
 class BenchmarkConfig:
-    parts: tuple[Part, ...] = ("build", "read")
-    """what to measure; the numbers of the other stay in the file"""
+    parts: tuple[Part, ...] = ("build", "read", "page", "export")
+    """what to measure; the numbers of the others stay in the file"""
     cache: Path = Path("runs/demo/cache")
-    """activations, for build"""
+    """activations, for all but read"""
     dictionary: Path = Path("checkpoints/demo-sae")
-    """dictionary, for build"""
+    """dictionary, for all but read"""
     tokens: int = 500_000
     """to encode and to index"""
     rounds: int = 5
@@ -67,7 +74,7 @@ class BenchmarkConfig:
     corpus: int = 20_000_000
     """its tokens"""
     reads: int = 100
-    """of each kind"""
+    """of each kind; of pages too, in each round"""
     work: Path = Path("runs")
     """indexes are made, and removed, in a folder of their own in this one; its disk is what is measured"""
     out: Path = Path("benchmarks/results/features.json")
@@ -84,9 +91,10 @@ def benchmark(config: BenchmarkConfig) -> None:
     record: dict[str, Any] = read_json(config.out, "numbers of this benchmark") if config.out.exists() else {}
     config.work.mkdir(parents=True, exist_ok=True)
     for part in config.parts:
-        with tempfile.TemporaryDirectory(dir=config.work) as folder:
-            found = {"build": measure_build, "read": measure_read}[part](config, Path(folder).resolve())
         about = machine(config, torch.get_num_threads())  # type: ignore[arg-type]  # only asks for the device
+        with tempfile.TemporaryDirectory(dir=config.work) as folder:
+            measure = {"build": measure_build, "read": measure_read, "page": measure_page, "export": measure_export}[part]
+            found = measure(config, Path(folder).resolve())
         record[part] = {"date": date.today().isoformat(), "machine": about, **found}
         config.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(config.out, record)
@@ -123,7 +131,7 @@ def measure_build(config: BenchmarkConfig, folder: Path) -> dict[str, Any]:
 
 def arm_in_process(arm: str, config: BenchmarkConfig, out: Path, threads: int, pipe: Any) -> None:
     torch.set_num_threads(threads)
-    index = IndexConfig(cache=config.cache, dictionary=config.dictionary, out=out, tokens=config.tokens, device="cpu")
+    index = index_config(config, out)
     LanguageModel.load(ActivationCache.open(config.cache).model_name(), device="cpu")  # what it imports is no part of the time
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -185,6 +193,53 @@ def read_page(index: FeatureIndex, j: int) -> float:
     index.cosine_neighbours(j)
     index.coactive(j)
     return time.perf_counter() - start
+
+
+def measure_page(config: BenchmarkConfig, folder: Path) -> dict[str, Any]:
+    build_index(index_config(config, folder / "index"))
+    drawn = np.random.default_rng(0)
+    d_sae = FeatureIndex.open(folder / "index").d_sae
+    command = [sys.executable, str(ROOT / "scripts" / "browse_features.py"), "--index", str(folder / "index")]
+    command += ["--model", "none", "--no-open", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=OFFLINE) as server:
+        assert server.stdout is not None
+        try:
+            port = int(next(found[1] for line in server.stdout if (found := re.search(r"127\.0\.0\.1:(\d+)", line))))
+            connection = http.client.HTTPConnection("127.0.0.1", port)
+            rounds, sizes = [], []
+            for _ in range(config.rounds):
+                times = []
+                for j in drawn.integers(d_sae, size=config.reads):
+                    start = time.perf_counter()
+                    connection.request("GET", f"/f/{j}")
+                    sizes.append(len(connection.getresponse().read()))
+                    times.append(1000 * (time.perf_counter() - start))
+                rounds.append(times)
+        finally:
+            server.terminate()
+    percentiles = {f"p{p}_ms": spread([float(np.percentile(times, p)) for times in rounds]) for p in (50, 95)}
+    return {
+        "features": d_sae,
+        "requests": len(sizes),
+        **percentiles,
+        "mean_kb": float(np.mean(sizes)) / 1e3,
+        "largest_kb": max(sizes) / 1e3,
+    }
+
+
+def measure_export(config: BenchmarkConfig, folder: Path) -> dict[str, Any]:
+    build_index(index_config(config, folder / "index"))
+    d_sae, seconds = FeatureIndex.open(folder / "index").d_sae, []
+    for _ in range(config.rounds):
+        start = time.perf_counter()
+        export_features(ExportConfig(index=folder / "index", out=folder / "export"))
+        seconds.append((time.perf_counter() - start) * 10_000 / d_sae)
+    size = sum(path.stat().st_size for path in (folder / "export").rglob("*"))
+    return {"features": d_sae, "seconds_per_10000": spread(seconds), "megabytes_per_10000": size / 1e6 * 10_000 / d_sae}
+
+
+def index_config(config: BenchmarkConfig, out: Path) -> IndexConfig:
+    return IndexConfig(cache=config.cache, dictionary=config.dictionary, out=out, tokens=config.tokens, device="cpu")
 
 
 def write_index(folder: Path, config: BenchmarkConfig, rng: np.random.Generator) -> np.ndarray:

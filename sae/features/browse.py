@@ -88,6 +88,7 @@ def listening(port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((HOST, port))
+        listener.listen()  # who comes before the server is ready waits for it
     except OSError as error:
         listener.close()
         raise InputError(f"expected port {port} of {HOST} to be free, but it is not ({error.strerror}); choose another --port") from None

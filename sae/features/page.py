@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from sae.features.records import Context, FeatureIndex
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-ROWS, BUCKET_ROWS, NEIGHBOURS = 20, 4, 8
+ROWS, NEIGHBOURS = 20, 8
+BUCKET_ROWS = (4, 2, 1)  # of each interval: as many as keep the page under
+LARGEST = 90_000  # bytes, so that with the style and a server's frame it stays under 100 kB
 BUCKET_BEFORE, BUCKET_AFTER = 16, 12  # shorter windows: there are up to 48 rows of them
 Z = 1.959963984540054  # of a 95 % interval
 
@@ -80,14 +82,21 @@ def feature_html(
         _neighbours_section(index, j, link),
     ]
     count = int(columns["count"])
-    return (
+    html = (
         f"<h1>Feature {j}{_note(notes, j)}<p class='soft'>{escape(info['site'])} of {escape(model)}, {info['d_sae']:,} features</p>\n"
         f"{_explanations(explanations)}<div class='top'>{''.join(cards)}</div>\n<div class='sides'>"
         + _contexts_section("Top activations", "The extremes; at most two from a document.", index.top_contexts(j, ROWS), top)
         + _contexts_section(
             "Random activations", f"A fair sample of the {count:,}: what it usually does.", index.random_contexts(j, ROWS), top
         )
-        + f"</div>\n{_buckets_section(index, j, count, top)}"
+        + "</div>\n"
+    )
+    for rows in BUCKET_ROWS:
+        intervals = _buckets_section(index, j, count, top, rows)
+        if len(html.encode()) + len(intervals.encode()) < LARGEST:
+            break
+    return (
+        f"{html}{intervals}"
         "<p class='soft'>Shade and hover give the activation; firing tokens are underlined, the thicker the stronger, and the row's own "
         "is bold. Faded tokens were not scanned. Click a row to unfold it.</p>"
     )
@@ -162,8 +171,8 @@ def _contexts_section(title: str, note: str, contexts: "list[Context]", top: flo
     return f"<section><h2>{title}</h2><p class='soft'>{note}</p>\n{rows}</section>\n"
 
 
-def _buckets_section(index: "FeatureIndex", j: int, count: int, top: float) -> str:
-    buckets = [bucket for bucket in index.bucket_contexts(j, BUCKET_ROWS, BUCKET_BEFORE, BUCKET_AFTER) if bucket.contexts]
+def _buckets_section(index: "FeatureIndex", j: int, count: int, top: float, rows_of_each: int) -> str:
+    buckets = [bucket for bucket in index.bucket_contexts(j, rows_of_each, BUCKET_BEFORE, BUCKET_AFTER) if bucket.contexts]
     blocks = []
     for bucket in buckets:
         low = f"{number(bucket.low)} to" if bucket.low else "below"

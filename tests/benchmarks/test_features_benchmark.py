@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from sae.activations.harvest import HarvestConfig, harvest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -24,6 +26,23 @@ def test_reads_of_a_small_synthetic_index_are_measured_and_nothing_stays(tmp_pat
     for kind in ("any", "dense"):
         for state in ("cold", "warm"):
             assert 0 < found[f"{kind}_{state}_ms"]["p50"] <= found[f"{kind}_{state}_ms"]["p95"]
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_build_page_and_export_are_measured_on_a_small_cache(tmp_path):
+    model = ROOT / "checkpoints" / "demo-lm"
+    text, cache = (str(model / "tokens.safetensors"),), tmp_path / "cache"
+    harvest(HarvestConfig(text=text, out=cache, model=str(model), sites=("resid_post.2",), tokens=2000, device="cpu"))
+    flags = ["--parts", "build", "page", "export", "--cache", cache, "--tokens", 2000, "--rounds", 1, "--reads", 5]
+    command = [sys.executable, ROOT / "benchmarks" / "features.py", *flags, "--work", tmp_path / "work", "--out", tmp_path / "numbers.json"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    said = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert said.returncode == 0, said.stderr
+    found = json.loads((tmp_path / "numbers.json").read_text())
+    assert found["build"]["times_encode"]["median"] > 1
+    assert found["page"]["requests"] == 5
+    assert 5 < found["page"]["mean_kb"] < 100  # pages, not refusals
+    assert found["export"]["seconds_per_10000"]["median"] > 0
     assert list((tmp_path / "work").iterdir()) == []
 
 

@@ -10,13 +10,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from feature_world import VOCABULARY, save_dictionary
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from sae.errors import InputError
+from sae.features.index import IndexConfig, build_index
+from sae.features.notes import Note
 from sae.features.page import document, feature_html, wilson, write_pages
-from sae.features.records import Context
+from sae.features.records import Context, FeatureIndex
 from sae.features.rows import row_html, visible
 from sae.features.text import Vocabulary
 
@@ -93,6 +97,19 @@ def test_no_text_becomes_markup_and_nothing_is_loaded(pages):
             assert "&lt;" in text  # the markup of the corpus is on it, as text
 
 
+def test_a_feature_that_fires_on_every_token_still_has_a_page_under_100_kb(world, tmp_path):
+    W_enc_fd = torch.zeros(1, VOCABULARY)
+    W_enc_fd[0] = 2.0 ** (torch.arange(VOCABULARY) % 12)  # activations in all twelve intervals
+    save_dictionary(tmp_path / "dictionary", W_enc_fd, torch.full((1,), 0.25), world.cache)
+    build_index(IndexConfig(cache=world.cache, dictionary=tmp_path / "dictionary", out=tmp_path / "index", device="cpu"))
+    index = FeatureIndex.open(tmp_path / "index")
+    assert index.columns["density"][0] == 1
+    page = document("Feature 0", feature_html(index, 0, notes={0: Note("l" * 200, "&" * 5_000, True)}))
+    intervals = page[page.index("By interval") :].split("<h3>")[1:]
+    assert len(page.encode()) < 100_000
+    assert [part.count('<div class="row"') for part in intervals] == [2] * 12  # 4, as of other features, would not fit
+
+
 def test_rows_hold_the_exact_text_of_their_windows(world, pages):
     rows = Reader((pages / "4.html").read_text(encoding="utf-8")).rows
     texts = ["".join(context.texts) for context in shown_contexts(world.index, 4)]
@@ -126,7 +143,7 @@ def test_the_firing_token_begins_the_right_half_and_is_marked(world):
     html = feature_html(world.index, 17)
     for row, context in zip(re.findall(r'<div class="row".*?</div>', html, re.DOTALL), world.index.top_contexts(17, 20)):
         right = re.search(r"</span></span>(<b .*)</span></div>", row, re.DOTALL)[1]
-        assert re.match(rf'<b class="a\d c" title="{context.value:#.3g}">', right)
+        assert re.match(rf'<b class="a\d c" title={context.value:#.3g}>', right)
         assert row.count(' c"') == 1
     assert re.search(r'<b class="a9 c"', html)  # the strongest has the full shade
 
