@@ -28,10 +28,10 @@ from sae.features.patterns import (
     token_lookup,
 )
 from sae.features.records import FeatureIndex
+from sae.features.storage import EXPLANATIONS
 from sae.files import atomic, only_writer
 from sae.progress import progress
 
-FILE = "explanations.jsonl"
 LOOKUPS: dict[str, Callable[[Corpus, Firing], Explained]] = {"token": token_lookup, "bigram": bigram_lookup, "pattern": pattern_lookup}
 DRAWS = 200
 """Bootstrap draws of the held-out documents behind an interval."""
@@ -235,7 +235,7 @@ def rounded(value: Any) -> float | None:
 
 def read_explanations(index_folder: str | Path) -> dict[int, list[Explanation]]:
     """The explanations of every feature that has some; empty without the file. Raises `InputError` for a line that is none."""
-    path = Path(index_folder) / FILE
+    path = Path(index_folder) / EXPLANATIONS
     found: dict[int, list[Explanation]] = defaultdict(list)
     if path.exists():
         with open(path, encoding="utf-8") as file:
@@ -253,10 +253,10 @@ def write_explanations(index_folder: Path, new: Iterable[Explanation]) -> Path:
     lines = {(e.feature, e.method): e for some in read_explanations(index_folder).values() for e in some}
     lines |= {(e.feature, e.method): e for e in new}
     order = {method: i for i, method in enumerate(LOOKUPS)}
-    with atomic(index_folder / FILE) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with atomic(index_folder / EXPLANATIONS) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for _, explanation in sorted(lines.items(), key=lambda item: (item[0][0], order.get(item[0][1], len(order)), item[0][1])):
             file.write(json.dumps(explanation._asdict(), ensure_ascii=False, allow_nan=False) + "\n")
-    return index_folder / FILE
+    return index_folder / EXPLANATIONS
 
 
 def summary(explanations: Sequence[Explanation]) -> str:

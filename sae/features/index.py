@@ -11,6 +11,7 @@ activations, feature after feature: see csc.py), `details` (what a reader is sho
 import re
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from sae.features.csc import BLOCK_ENTRIES, MAX_FEATURES, RUN_ENTRIES, Spool, me
 from sae.features.lens import BINS, folded_unembedding, logit_lens
 from sae.features.parallel import WORKERS, in_order
 from sae.features.records import FORMAT_VERSION
-from sae.features.storage import create, fresh_folder, open_arrays, write_arrays
+from sae.features.storage import EXPLANATIONS, create, fresh_folder, open_arrays, write_arrays
 from sae.files import crc32, require_free_space, write_json
 from sae.objective.fast import active_entries
 from sae.objective.workspace import Workspace
@@ -76,10 +77,23 @@ def build_index(config: IndexConfig) -> Path:
     refuse_strangers(dictionary, cache)
     model = LanguageModel.load(config.model or cache.model_name(), device="cpu")
     cache.require_model(model)
-    with fresh_folder(config.out) as folder:
+    with replacing_index(config.out) as folder:
         fill(folder, config, dictionary, cache, model)
     print(f"indexed {dictionary.d_sae:,} features in {config.out}")
     return config.out
+
+
+@contextmanager
+def replacing_index(out: Path) -> Iterator[Path]:
+    """`fresh_folder`, which says so when explanations go with the older index."""
+    explained = (out / EXPLANATIONS).exists()
+    with fresh_folder(out) as folder:
+        yield folder
+    if explained:
+        print(
+            "the explanations of the older index went with it, since their scores are of its text: explain_features.py makes them again, "
+            "and asks a model only for answers it has not given on this text"
+        )
 
 
 def fill(folder: Path, config: IndexConfig, dictionary: SparseAutoencoder, cache: "ActivationCache", model: "LanguageModel") -> None:

@@ -24,6 +24,7 @@ import numpy as np
 from sae.errors import InputError
 from sae.features.patterns import Corpus, Firing
 from sae.features.records import Context, FeatureIndex
+from sae.features.storage import ANSWERS
 from sae.progress import progress
 
 if TYPE_CHECKING:
@@ -278,17 +279,19 @@ def _accuracy(actual: np.ndarray, yes: np.ndarray) -> dict[str, Any]:
 
 
 class Log:
-    """Answers so far, one line each, in a file of their own for every model and division of the documents."""
+    """Answers so far, one line each, in a file of their own for every model, text and division of its documents.
+
+    The file outlives the index (see `fresh_folder`) and is used again when one of the same text stands there.
+    """
 
     def __init__(self, index: FeatureIndex, config: "ExplainConfig"):
         from sae.features.explain import Explanation
 
         self.done: dict[int, Explanation] = {}
         name = re.sub(r"[^\w.-]", "_", config.judge_model or "")
-        settings = json.dumps(
-            [index.info["dictionary_crc32"], index.info["tokens_scanned"], config.held_out, config.seed, config.judge_model]
-        )
-        self.path = config.index / f"answers.{name}.{zlib.crc32(settings.encode()):08x}.jsonl"
+        text = [zlib.crc32(np.ascontiguousarray(index.tokens[part]).data) for part in ("ids", "sequence_document", "scanned")]
+        settings = json.dumps([index.info["dictionary_crc32"], text, config.held_out, config.seed, config.judge_model])
+        self.path = config.index / ANSWERS.replace("*", f"{name}.{zlib.crc32(settings.encode()):08x}")
         lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []  # what follows the last break was cut off by a kill
         for line in lines:
             explanation = Explanation(**json.loads(line))

@@ -8,9 +8,9 @@ import numpy as np
 
 from sae.errors import InputError
 from sae.features.contribution import carried
-from sae.features.index import TEXT, derive, finish
+from sae.features.index import TEXT, derive, finish, replacing_index
 from sae.features.records import FeatureIndex
-from sae.features.storage import fresh_folder, open_arrays
+from sae.features.storage import open_arrays
 from sae.files import require_free_space
 
 SAME = ("dictionary_crc32", "model", "site", "d_in", "d_sae", "logit_lens")
@@ -43,7 +43,7 @@ def merge_indexes(config: MergeConfig) -> Path:
                 )
     text, shifts, label_names = joined_text(parts)
     require_free_space(config.out, 10 * sum(len(part.positions) for part in parts), "the joined index")
-    with fresh_folder(config.out) as folder:
+    with replacing_index(config.out) as folder:
         runs = [part.folder / "records.safetensors" for part in parts]
         columns, details = derive(folder, runs, parts[0].d_sae, text, shifts)
         for name in OF_DECODER:

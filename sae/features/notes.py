@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 
 from sae.errors import InputError
 from sae.features.records import FeatureIndex
+from sae.features.storage import EXPLANATIONS
 from sae.files import atomic
 from sae.progress import progress
 
 LONGEST = {"label": 200, "note": 10_000, "name": 100}  # characters
 MOST_LISTED = 10_000  # features of one list
-LABEL_FILES = ("index.json", "explanations.jsonl")  # the index's files that the words for search are made from
+LABEL_FILES = ("index.json", EXPLANATIONS)  # the index's files that the words for search are made from
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS notes(dictionary TEXT, feature INTEGER, label TEXT NOT NULL, note TEXT NOT NULL, starred INTEGER NOT NULL,
   changed TEXT NOT NULL, PRIMARY KEY(dictionary, feature)) WITHOUT ROWID;

@@ -15,6 +15,7 @@ from sae.activations.mapped import layout
 from sae.errors import InputError
 from sae.files import sync
 
+EXPLANATIONS, ANSWERS = "explanations.jsonl", "answers.*.jsonl"  # that others put into an index's folder
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U32": "<u4", "U8": "u1", "BOOL": "?"}
 
 
@@ -85,7 +86,7 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 def fresh_folder(out: Path, marker: str = "index.json", what: str = "index") -> Iterator[Path]:
     """A temporary folder beside `out` that takes its name at a clean exit, in place of an older one, known by its file `marker`.
 
-    What a build that was killed left behind is cleared away first.
+    What a build that was killed left behind is cleared away first. A model's answers (judge.py) are taken along: somebody paid for them.
     """
     clear_leftovers(out)
     if out.exists() and not (out / marker).exists() and (not out.is_dir() or any(out.iterdir())):
@@ -96,6 +97,8 @@ def fresh_folder(out: Path, marker: str = "index.json", what: str = "index") -> 
     temporary.mkdir()
     try:
         yield temporary
+        for path in out.glob(ANSWERS):
+            shutil.copy2(path, temporary)
         for path in temporary.rglob("*"):
             sync(path)
         if out.exists():

@@ -1,5 +1,6 @@
 """Explanations by a model, against a real server on this machine that speaks the protocol with scripted answers."""
 
+import dataclasses
 import json
 import re
 import threading
@@ -10,7 +11,8 @@ import pytest
 from letters import PIECES, by_rules, token_c
 
 from sae.errors import InputError
-from sae.features.explain import ExplainConfig
+from sae.features.explain import ExplainConfig, explain, read_explanations
+from sae.features.index import IndexConfig, build_index
 from sae.features.judge import Endpoint, Log, NoAnswer, detection, explain_by_model, explain_one, parse_answers
 from sae.features.patterns import read_corpus
 
@@ -217,6 +219,24 @@ def test_a_stopped_run_goes_on_and_ends_as_an_uninterrupted_one(server, index, c
     assert explain_by_model(index, corpus, range(4), settings) == whole
     assert len(server.seen) == 2 * 3
     assert len(log.path.read_text().splitlines()) == 4
+
+
+def test_answers_outlive_a_rebuild_and_serve_the_same_text_only(server, world, tmp_path, capsys):
+    server.script = lambda system, content, _number: str([1] * len(excerpts(content))) if "DESCRIPTION" in system else "something"
+    build = IndexConfig(cache=world.cache, dictionary=world.dictionary_folder, out=tmp_path / "index", device="cpu")
+    ask = config(server, build_index(build), features=(4, 17))
+    first = explain(ask).read_bytes()
+    asked = len(server.seen)
+    assert asked
+    build_index(build)
+    assert "the explanations of the older index went with it" in capsys.readouterr().out
+    assert read_explanations(build.out) == {}
+    assert explain(ask).read_bytes() == first
+    assert len(server.seen) == asked
+    build_index(dataclasses.replace(build, tokens=2000))  # answers on other text prove nothing here
+    explain(ask)
+    assert len(server.seen) == 2 * asked
+    assert len(list(build.out.glob("answers.*.jsonl"))) == 2
 
 
 def test_features_without_an_answer_are_told_and_asked_again(server, index, corpus, tmp_path, capsys):
