@@ -21,7 +21,7 @@ h3{font-size:.9rem;margin:.7rem 0 .1rem}h3 .soft{font-weight:400}
 nav{display:flex;gap:1.2rem;flex-wrap:wrap}
 section{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.8rem 1rem;min-width:0}
 .top{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(17rem,100%),1fr));gap:1rem;margin:1rem 0}
-.sides{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(40rem,100%),1fr));gap:1rem;margin-bottom:1rem}
+.sides{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(35rem,100%),1fr));gap:1rem;margin-bottom:1rem}
 dl{display:grid;grid-template-columns:auto 1fr;gap:.15rem .8rem;margin:0}
 dt{color:var(--soft)}
 dd{margin:0;font-variant-numeric:tabular-nums}

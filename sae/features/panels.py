@@ -121,7 +121,7 @@ def steer(browser: "Browser", features: dict[int, float], sampling: "Sampling", 
     )
     body = f"""<h1>Steer</h1>
 <form action="/steer" id="steer"><textarea name="prompt" rows="2" maxlength="2000" aria-label="prompt">
-{escape(text)}</textarea>{rows}
+{escape(text)}</textarea><datalist id="zero"><option value="0"></datalist>{rows}
 <p class="numbers"><label>add feature <input name="add" size="7" inputmode="numeric"></label><button id="add">Add</button></p>
 <p class="numbers">{numbers}<button type="button" id="run">Write</button><button type="button" id="stop" hidden>Stop</button></p></form>
 <noscript><p class="refusal">Writing needs the script of this page.</p></noscript>
@@ -136,6 +136,6 @@ def _strength(browser: "Browser", j: int, strength: float) -> str:
     highest = number(browser.index.columns["max"][j])
     return f"""<p class="strength"><input type="hidden" name="feature" value="{j}"><a href="/f/{j}">{j}</a>
 <span class="soft">{name_html(browser, j)}</span>
-<input type="range" min="-{STRONGEST}" max="{STRONGEST}" step="0.1" value="{strength:g}" aria-label="strength of {j}">
+<input type="range" min="-{STRONGEST}" max="{STRONGEST}" step="0.1" value="{strength:g}" list="zero" aria-label="strength of {j}">
 <input name="strength" type="number" step="any" value="{strength:g}" aria-label="strength of {j} as a number" required>
 × its maximum of {highest} <button type="button" class="drop" title="remove">✕</button></p>"""
