@@ -47,8 +47,6 @@ class Concept:
     """what plain prompting puts before a prompt"""
     label: str | None = None
     """label of a corpus whose documents show the concept"""
-    feature_query: str | None = None
-    """a dictionary feature's search, "one|two" for several words"""
 
 
 class Corpus(NamedTuple):
@@ -209,7 +207,7 @@ def _parse(value: Any, path: Path) -> Concept:
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise InputError(f'expected "prompt_pairs" in {path} to be a list of lists of two prompts')
     given["prompt_pairs"] = tuple((a, b) for a, b in (_strings(pair, "prompt_pairs", path, empty=True) for pair in pairs))
-    for key in ("description", "prompt", "label", "feature_query"):
+    for key in ("description", "prompt", "label"):
         if not isinstance(given.get(key, ""), str):
             raise InputError(f'expected "{key}" in {path} to be text or null, got {given[key]!r}')
     return _checked(Concept(**given), str(path))

@@ -57,7 +57,7 @@ def test_shipped_concept_can_be_used_by_every_method(name):
     assert concept.name == name
     assert len(concept.positive) == len(concept.negative) >= 48
     assert len(concept.prompt_pairs) >= 4
-    assert concept.description and concept.prompt and concept.feature_query  # noqa: PT018
+    assert concept.description and concept.prompt  # noqa: PT018
     assert concept.words == () or len(concept.words) >= 15
     assert max(map(len, concept.positive + concept.negative)) <= LENGTH
     lengths = [np.mean([len(text) for text in side]) for side in (concept.positive, concept.negative)]

@@ -117,7 +117,7 @@ def invented() -> dict:
     return {
         "format": "comparison-1",
         "concept": {"name": "curse_words", "description": "Swearing.", "positive": ["Oh damn."], "negative": ["Oh dear."], "words": words,
-                    "prompt_pairs": [["Damn", "Well"]], "prompt": "Damn it!", "label": None, "feature_query": None},
+                    "prompt_pairs": [["Damn", "Well"]], "prompt": "Damn it!", "label": None},
         "model": "checkpoints/demo-lm",
         "site": "resid_post.2",
         "sae": "checkpoints/demo-sae",
