@@ -8,10 +8,11 @@ import os
 import shutil
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from answers import Answer, answering
 
 LABELS = {
     "bare": "bare forward pass, stopped at the deepest site, nothing kept",
@@ -162,23 +163,15 @@ ARMS: dict[str, Callable[[dict[str, Any]], Round]] = {
 }
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print goes to the log
-    settings = json.loads(sys.argv[1])
-    try:
-        import torch
+def serve(settings: dict[str, Any], answer: Answer) -> None:
+    import torch
 
-        torch.set_num_threads(settings["threads"])
-        run = ARMS[settings["arm"]](settings)
-        print(json.dumps({"ready": True}), file=answers)
-        for _ in sys.stdin:
-            print(json.dumps(run()), file=answers)
-    except Exception as error:
-        traceback.print_exc()
-        print(json.dumps({"error": f"{type(error).__name__}: {str(error)[:300]}"}), file=answers)
-        sys.exit(1)
+    torch.set_num_threads(settings["threads"])
+    run = ARMS[settings["arm"]](settings)
+    answer(ready=True)
+    for _ in sys.stdin:
+        answer(**run())
 
 
 if __name__ == "__main__":
-    main()
+    answering(serve)

@@ -12,17 +12,16 @@ import contextlib
 import ctypes
 import gc
 import importlib.metadata
-import json
 import os
 import shutil
 import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from answers import Answer, answering
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -309,7 +308,7 @@ def load(settings: dict[str, Any]) -> Problem:
     return Problem(**own, l1=settings["l1"], device=settings["device"], backend=settings["backend"])
 
 
-def serve(settings: dict[str, Any], answer: Callable[..., None]) -> None:
+def serve(settings: dict[str, Any], answer: Answer) -> None:
     torch.set_num_threads(settings["threads"])
     device = settings["device"]
     if device == "cuda" and not torch.cuda.is_available():
@@ -328,19 +327,5 @@ def serve(settings: dict[str, Any], answer: Callable[..., None]) -> None:
             answer(held=held, peak=peak, **arm.check())
 
 
-def main() -> None:
-    pipe = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not come between the answers
-
-    def answer(**fields: Any) -> None:
-        print(json.dumps(fields), file=pipe, flush=True)
-
-    try:
-        serve(json.loads(sys.argv[1]), answer)
-    except Exception as error:
-        traceback.print_exc()
-        answer(error=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
-
-
 if __name__ == "__main__":
-    main()
+    answering(serve)

@@ -76,7 +76,7 @@ def benchmark(config: BenchmarkConfig) -> None:
         settings |= {"folder": str(folder), "out": str(folder / "theirs"), "threads": threads}
         rounds: list[tuple[dict[str, float], dict[str, float]]] = []
         try:
-            with started("peers/dashboard.py", settings, OFFLINE, peers=True) as theirs:
+            with started("dashboard_arm.py", settings, OFFLINE, peers=True) as theirs:
                 theirs.answer()
                 first = theirs.ask("the first batch")
                 for number in range(config.rounds):

@@ -4,16 +4,14 @@ Its model comes from a hub by name and its tokens from a data set: those two ste
 Answers lines of JSON: {"ready"}, then {"features", "seconds", "peak_mib"} for every batch.
 """
 
-import json
-import os
 import resource
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
+from answers import Answer, answering
 
 
 def make_runner(settings: dict[str, Any]) -> Any:
@@ -81,27 +79,19 @@ def hooked_model(folder: str) -> Any:
     return model
 
 
-def main() -> None:
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print goes to the log
-    settings = json.loads(sys.argv[1])
-    try:
-        torch.set_num_threads(settings["threads"])
-        runner = make_runner(settings)
-        print(json.dumps({"ready": True}), file=answers)
-        for number, _ in enumerate(sys.stdin):
-            runner.cfg.start_batch = runner.cfg.end_batch = number
-            runner.activations_store = None  # which `run` deletes
-            start = time.monotonic()
-            runner.run()
-            seconds = time.monotonic() - start
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            print(json.dumps({"features": runner.cfg.n_features_at_a_time, "seconds": seconds, "peak_mib": peak}), file=answers)
-    except Exception as error:
-        traceback.print_exc()
-        print(json.dumps({"error": f"{type(error).__name__}: {str(error)[:300]}"}), file=answers)
-        sys.exit(1)
+def serve(settings: dict[str, Any], answer: Answer) -> None:
+    torch.set_num_threads(settings["threads"])
+    runner = make_runner(settings)
+    answer(ready=True)
+    for number, _ in enumerate(sys.stdin):
+        runner.cfg.start_batch = runner.cfg.end_batch = number
+        runner.activations_store = None  # which `run` deletes
+        start = time.monotonic()
+        runner.run()
+        seconds = time.monotonic() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        answer(features=runner.cfg.n_features_at_a_time, seconds=seconds, peak_mib=peak)
 
 
 if __name__ == "__main__":
-    main()
+    answering(serve)
