@@ -34,15 +34,18 @@ def write_circuit_tracer(index: "FeatureIndex", folder: Path, names: Names) -> N
     filename, offsets = f"layer_{names.layer}.bin", [0]
     with only_writer(features):
         layers = _layers(features / "index.json.gz")
-        with atomic(features / filename) as temporary, open(temporary, "wb") as file, progress("write", index.d_sae, "features") as bar:
-            for j in range(index.d_sae):
-                record = gzip.compress(json.dumps(feature_record(index, j, names), allow_nan=False).encode(), 6, mtime=0)
-                file.write(struct.pack("<I", len(record)) + record)
-                offsets.append(offsets[-1] + 4 + len(record))
-                bar.advance(1)
-        layers[str(names.layer)] = {"filename": filename, "offsets": offsets}
-        with atomic(features / "index.json.gz") as temporary:
-            temporary.write_bytes(gzip.compress(json.dumps(layers).encode(), 6, mtime=0))
+        with (
+            atomic(features / "index.json.gz") as listing,
+            atomic(features / filename) as temporary,
+        ):  # both are whole before either takes its name
+            with open(temporary, "wb") as file, progress("write", index.d_sae, "features") as bar:
+                for j in range(index.d_sae):
+                    record = gzip.compress(json.dumps(feature_record(index, j, names), allow_nan=False).encode(), 6, mtime=0)
+                    file.write(struct.pack("<I", len(record)) + record)
+                    offsets.append(offsets[-1] + 4 + len(record))
+                    bar.advance(1)
+            layers[str(names.layer)] = {"filename": filename, "offsets": offsets}
+            listing.write_bytes(gzip.compress(json.dumps(layers).encode(), 6, mtime=0))
 
 
 def feature_record(index: "FeatureIndex", j: int, names: Names) -> dict[str, Any]:

@@ -51,17 +51,17 @@ class Spool:
 
     def flush(self) -> None:
         """Writes what waits in memory as one run."""
-        if not self._waiting:
-            return
-        key = np.concatenate(self._keys)
-        positions = np.concatenate(self._positions)
+        keys, rows, waiting = self._keys, self._positions, self._waiting
         self._keys, self._positions, self._waiting, self._rows = [], [], 0, 0
+        if not waiting:
+            return
+        key, positions = np.concatenate(keys), np.concatenate(rows)
         key.sort()
         path = self.folder / f"run-{len(self.paths):05d}.safetensors"
-        bounds = np.arange(self.d_sae + 1, dtype=np.uint64) << np.uint64(40)
+        begins = np.searchsorted(key, np.arange(self.d_sae, dtype=np.uint64) << np.uint64(40))
         row = (key >> np.uint64(16)) & np.uint64(MAX_ROWS - 1)
         values = key.astype(np.uint16).view(np.float16)  # the lowest 16 bits
-        write_arrays(path, {"offsets": np.searchsorted(key, bounds), "positions": positions[row], "values": values})
+        write_arrays(path, {"offsets": np.r_[begins, len(key)], "positions": positions[row], "values": values})
         self.paths.append(path)
 
 

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 HOSTS = ("127.0.0.1", "localhost")
 LONGEST_ADDRESS = 40_000  # bytes; a prompt of 2,000 characters is at most 24,000
 LARGEST_BODY = {"/notes/import": 1 << 24}  # bytes
-OTHER_BODY = 1 << 16
+OTHER_BODY = 1 << 17  # a note of 10,000 characters is at most 120,000
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
     "frame-ancestors 'none'"

@@ -232,6 +232,8 @@ def choose_tokens(tokens: Any, cache: "ActivationCache", config: IndexConfig) ->
     unknown = [split for split in config.splits if split not in SPLITS]
     if unknown or not config.splits:
         raise InputError(f"expected splits out of {', '.join(SPLITS)}, but got {', '.join(unknown) or 'none'}")
+    if len(set(config.splits)) < len(config.splits):
+        raise InputError(f"expected every split once, but got --splits {' '.join(config.splits)}")
     if len(tokens.ids) >= 1 << 32:
         raise InputError(f"expected fewer than 2^32 tokens in one cache, but {cache.folder} has {len(tokens.ids):,}; index parts of it")
     if config.tokens is not None and config.tokens < 1:

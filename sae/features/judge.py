@@ -15,6 +15,7 @@ import urllib.request
 import zlib
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -96,7 +97,9 @@ class Endpoint:
                 with self._opener.open(request, timeout=TIMEOUT) as response:
                     return _content(response.read())
             except urllib.error.HTTPError as error:
-                said = error.read(300).decode("utf-8", "replace")
+                said = ""
+                with suppress(OSError, http.client.HTTPException):  # the connection may be lost in the middle of the reason
+                    said = error.read(300).decode("utf-8", "replace")
                 if error.code in (401, 403, 404):
                     raise InputError(f"{self.base} refuses the request ({error.code}: {said}); check address, model name and key") from None
                 kind = f"HTTP {error.code}"
@@ -123,7 +126,10 @@ def _content(body: bytes) -> str:
         raise NoAnswer("unparsable") from None
     if not isinstance(text, str) or not text.strip():
         raise NoAnswer("empty")
-    return re.sub(r"(?s)<think>.*?</think>", "", text).strip()
+    text = re.sub(r"(?s)<think>.*?(</think>|$)", "", text).strip()  # thoughts, also those that the limit of tokens cut off
+    if not text:
+        raise NoAnswer("empty")
+    return text
 
 
 def explain_by_model(index: FeatureIndex, corpus: Corpus, features: Sequence[int], config: "ExplainConfig") -> list["Explanation"]:

@@ -59,37 +59,61 @@ def merge_indexes(config: MergeConfig) -> Path:
 
 
 def joined_text(parts: list[FeatureIndex]) -> tuple[dict[str, np.ndarray], list[int], list[str]]:
-    """Arrays of tokens.safetensors, by how much each part's positions move, and the names of the labels."""
+    """Arrays of tokens.safetensors, by how much each part's positions move, and the names of the labels.
+
+    Parts of one text share it; texts are laid end to end.
+    """
     first = parts[0].tokens
-    pieces = ("piece_bytes", "piece_lengths", "piece_special")
-    if all(np.array_equal(first[name], part.tokens[name]) for part in parts[1:] for name in TEXT):
-        scanned = np.sum([part.tokens["scanned"] for part in parts], axis=0, dtype=np.int64)
-        if scanned.max() > 1:
-            raise InputError(
-                f"expected parts with tokens of their own, but {int((scanned > 1).sum()):,} tokens are in more than one of "
-                f"{', '.join(str(part.folder) for part in parts)}; build them with --part 1/{len(parts)} and so on"
-            )
-        names = [*TEXT, *pieces]
-        return {name: first[name] for name in names} | {"scanned": scanned > 0}, [0] * len(parts), parts[0].info["label_names"]
-    if not all(np.array_equal(first[name], part.tokens[name]) for part in parts[1:] for name in pieces):
+    pieces = {name: first[name] for name in ("piece_bytes", "piece_lengths", "piece_special")}
+    if not all(np.array_equal(pieces[name], part.tokens[name]) for part in parts[1:] for name in pieces):
         raise InputError(f"expected indexes with one vocabulary, but those of {', '.join(str(part.folder) for part in parts)} differ")
-    label_names = list(dict.fromkeys(name for part in parts for name in part.info["label_names"]))
-    shifts = np.cumsum([0] + [len(part.tokens["ids"]) for part in parts]).tolist()
-    documents = np.cumsum([0] + [len(part.tokens["document_label"]) for part in parts]).tolist()
+    texts: list[list[FeatureIndex]] = []
+    for part in parts:
+        same = next((text for text in texts if same_text(text[0], part)), None)
+        if same is None:
+            texts.append([part])
+        else:
+            same.append(part)
+    scanned = [joined_scanned(text) for text in texts]
+    if len(texts) == 1:
+        return {name: first[name] for name in TEXT} | pieces | {"scanned": scanned[0]}, [0] * len(parts), parts[0].info["label_names"]
+    ones = [text[0] for text in texts]
+    label_names = list(dict.fromkeys(name for one in ones for name in one.info["label_names"]))
+    shifts = np.cumsum([0] + [len(one.tokens["ids"]) for one in ones]).tolist()
+    documents = np.cumsum([0] + [len(one.tokens["document_label"]) for one in ones]).tolist()
     if shifts[-1] >= 1 << 32:
         raise InputError(f"expected fewer than 2^32 tokens in one index, but the parts have {shifts[-1]:,}")
-    numbers = [np.array([label_names.index(name) for name in part.info["label_names"]] + [-1], np.int32) for part in parts]
-    text = {
-        "ids": np.concatenate([part.tokens["ids"] for part in parts]),
+    numbers = [np.array([label_names.index(name) for name in one.info["label_names"]] + [-1], np.int32) for one in ones]
+    joined = {
+        "ids": np.concatenate([one.tokens["ids"] for one in ones]),
         "sequence_starts": np.concatenate(
-            [part.tokens["sequence_starts"][:-1] + shift for part, shift in zip(parts, shifts)] + [np.array(shifts[-1:])]
+            [one.tokens["sequence_starts"][:-1] + shift for one, shift in zip(ones, shifts)] + [np.array(shifts[-1:])]
         ),
-        "sequence_document": np.concatenate([part.tokens["sequence_document"] + shift for part, shift in zip(parts, documents)]),
-        "document_label": np.concatenate([new[part.tokens["document_label"]] for part, new in zip(parts, numbers)]),
-        **{name: np.concatenate([part.tokens[name] for part in parts]) for name in ("sequence_split", "scanned")},
-        **{name: first[name] for name in pieces},
+        "sequence_document": np.concatenate([one.tokens["sequence_document"] + shift for one, shift in zip(ones, documents)]),
+        "document_label": np.concatenate([new[one.tokens["document_label"]] for one, new in zip(ones, numbers)]),
+        "sequence_split": np.concatenate([one.tokens["sequence_split"] for one in ones]),
+        "scanned": np.concatenate(scanned),
     }
-    return text, shifts[:-1], label_names
+    place = [next(i for i, text in enumerate(texts) if any(member is part for member in text)) for part in parts]
+    return joined | pieces, [shifts[i] for i in place], label_names
+
+
+def same_text(one: FeatureIndex, other: FeatureIndex) -> bool:
+    names = one.info["label_names"] == other.info["label_names"]
+    return names and all(np.array_equal(one.tokens[name], other.tokens[name]) for name in TEXT)
+
+
+def joined_scanned(parts: list[FeatureIndex]) -> np.ndarray:
+    """Which tokens of their text any of the parts looked at, bool [n]; `InputError` if two looked at the same."""
+    scanned = np.zeros(len(parts[0].tokens["scanned"]), np.int64)
+    for part in parts:
+        scanned += part.tokens["scanned"]
+    if scanned.max() > 1:
+        raise InputError(
+            f"expected parts with tokens of their own, but {int((scanned > 1).sum()):,} tokens are in more than one of "
+            f"{', '.join(str(part.folder) for part in parts)}; build them with --part 1/{len(parts)} and so on"
+        )
+    return scanned > 0
 
 
 def joined_info(parts: list[FeatureIndex], label_names: list[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import json
 import re
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -41,12 +41,13 @@ class Note(NamedTuple):
 
 
 class Notes:
-    """The notes on one dictionary's features. May be used from several threads; `version` grows with every change."""
+    """The notes on one dictionary's features. May be used from several threads, and the file by several programs."""
 
     def __init__(self, connection: sqlite3.Connection, path: Path, dictionary: str, d_sae: int):
-        self.path, self.dictionary, self.d_sae, self.version = path, dictionary, d_sae, 0
-        self._connection, self._lock = connection, threading.RLock()
+        self.path, self.dictionary, self.d_sae = path, dictionary, d_sae
+        self._connection, self._lock, self._changes = connection, threading.RLock(), 0
         self._search = f"search_{dictionary}"
+        self._source: tuple[str, Callable[[], Iterator[tuple[int, str, str, str]]]] | None = None
 
     @classmethod
     def open(cls, path: str | Path | None, index: FeatureIndex) -> "Notes":
@@ -74,6 +75,12 @@ class Notes:
 
     def close(self) -> None:
         self._connection.close()
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Another one after every change, also by another program."""
+        with self._lock:
+            return self._changes, self._connection.execute("PRAGMA data_version").fetchone()[0]
 
     def get(self, j: int) -> Note:
         row = self._row("SELECT label, note, starred FROM notes WHERE dictionary = ? AND feature = ?", j)
@@ -160,21 +167,30 @@ class Notes:
         return len(entries)
 
     def update_search(self, index: FeatureIndex, explanations: dict[int, list[Any]]) -> None:
-        """Makes the words of top tokens and explanations searchable, if the index is another one than they were last made from."""
+        """Makes the words of top tokens and explanations searchable, if the index is another one than they were last made from.
+
+        `search` does it again if a program with another index of the dictionary has done the same meanwhile.
+        """
         source = " ".join(f"{p.stat().st_size}-{p.stat().st_mtime_ns}" for name in LABEL_FILES if (p := index.folder / name).exists())
-        row = self._row("SELECT source FROM words WHERE dictionary = ?")
-        if row and row[0] == source:
-            return
-        labels = {j: note.label for j, note in self.all().items()}
         spelled = index.vocabulary.spelling
 
         def rows() -> Iterator[tuple[int, str, str, str]]:
+            labels = {j: note.label for j, note in self.all().items()}
             with progress("make features searchable", index.d_sae, "features") as bar:
                 for j in range(index.d_sae):
                     texts = " ".join(explanation.text for explanation in explanations.get(j, ()))
                     yield j, labels.get(j, ""), texts, " ".join(spelled(token) for token, _ in index.top_tokens(j))
                     bar.advance(1)
 
+        self._source = source, rows
+        with self._lock:
+            self._refresh_search()
+
+    def _refresh_search(self) -> None:
+        row = self._row("SELECT source FROM words WHERE dictionary = ?")
+        if self._source is None or (row and row[0] == self._source[0]):
+            return
+        source, rows = self._source
         with self._changing():
             self._connection.execute(f"DELETE FROM {self._search}")
             self._connection.executemany(f"INSERT INTO {self._search}(rowid, label, explanation, tokens) VALUES (?, ?, ?, ?)", rows())
@@ -190,6 +206,7 @@ class Notes:
             raise InputError(f"expected a word to search for, got {query!r}; signs are found by the filter of top tokens")
         matching = " ".join(f'"{word}"*' for word in words)
         with self._lock:
+            self._refresh_search()
             rows = self._connection.execute(
                 f"SELECT rowid FROM {self._search} WHERE {self._search} MATCH ? ORDER BY bm25({self._search}, 10, 3, 1), rowid LIMIT ?",
                 (matching, n),
@@ -211,14 +228,16 @@ class Notes:
     def _changing(self) -> Iterator[None]:
         """One transaction: all of it, or after an error nothing."""
         with self._lock:
-            self._connection.execute("BEGIN IMMEDIATE")
             try:
+                self._connection.execute("BEGIN IMMEDIATE")
                 yield
-            except BaseException:
-                self._connection.execute("ROLLBACK")
-                raise
-            self._connection.execute("COMMIT")
-            self.version += 1
+                self._connection.execute("COMMIT")
+            except sqlite3.OperationalError as error:
+                raise InputError(f"the notes in {self.path} cannot be changed ({error}); another program may be using them") from error
+            finally:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+            self._changes += 1
 
     def _store(self, dictionary: str, j: int, note: Note) -> None:
         if note == Note():
@@ -264,6 +283,6 @@ def _parsed(number: int, line: str) -> tuple[str, int, Note | str]:
         if "list" in entry:
             return dictionary, feature, _checked("name", entry["list"])
         return dictionary, feature, Note(**{name: _checked(name, entry[name]) for name in Note._fields})
-    except (InputError, ValueError, KeyError, TypeError) as error:
+    except (InputError, ValueError, KeyError, TypeError, RecursionError) as error:
         cause = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(f"expected notes as lines of JSON that an export wrote, but line {number} is none: {cause}") from None

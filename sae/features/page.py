@@ -22,8 +22,14 @@ if TYPE_CHECKING:
     from sae.features.records import Context, FeatureIndex
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-ROWS, NEIGHBOURS = 20, 8
-BUCKET_ROWS = (4, 2, 1)  # of each interval: as many as keep the page under
+NEIGHBOURS = 8
+ROWS = (
+    (20, 4),
+    (20, 2),
+    (20, 1),
+    (10, 1),
+    (5, 1),
+)  # contexts of the top and at random, and of each interval: as many as keep the page under
 LARGEST = 90_000  # bytes, so that with the style and a server's frame it stays under 100 kB
 BUCKET_BEFORE, BUCKET_AFTER = 16, 12  # shorter windows: there are up to 48 rows of them
 Z = 1.959963984540054  # of a 95 % interval
@@ -82,21 +88,23 @@ def feature_html(
         _neighbours_section(index, j, link),
     ]
     count = int(columns["count"])
-    html = (
+    head = (
         f"<h1>Feature {j}{_note(notes, j)}<p class='soft'>{escape(info['site'])} of {escape(model)}, {info['d_sae']:,} features</p>\n"
-        f"{_explanations(explanations)}<div class='top'>{''.join(cards)}</div>\n<div class='sides'>"
-        + _contexts_section("Top activations", "The extremes; at most two from a document.", index.top_contexts(j, ROWS), top)
-        + _contexts_section(
-            "Random activations", f"A fair sample of the {count:,}: what it usually does.", index.random_contexts(j, ROWS), top
-        )
-        + "</div>\n"
+        f"{_explanations(explanations)}<div class='top'>{''.join(cards)}</div>\n"
     )
-    for rows in BUCKET_ROWS:
-        intervals = _buckets_section(index, j, count, top, rows)
-        if len(html.encode()) + len(intervals.encode()) < LARGEST:
+    for rows, of_each in ROWS:
+        examples = (
+            "<div class='sides'>"
+            + _contexts_section("Top activations", "The extremes; at most two from a document.", index.top_contexts(j, rows), top)
+            + _contexts_section(
+                "Random activations", f"A fair sample of the {count:,}: what it usually does.", index.random_contexts(j, rows), top
+            )
+            + f"</div>\n{_buckets_section(index, j, count, top, of_each)}"
+        )
+        if len(head.encode()) + len(examples.encode()) < LARGEST:
             break
     return (
-        f"{html}{intervals}"
+        f"{head}{examples}"
         "<p class='soft'>Shade and hover give the activation; firing tokens are underlined, the thicker the stronger, and the row's own "
         "is bold. Faded tokens were not scanned. Click a row to unfold it.</p>"
     )

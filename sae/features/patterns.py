@@ -126,7 +126,7 @@ def read_corpus(index: FeatureIndex, share: float, seed: int) -> Corpus:
     sequence = np.searchsorted(starts, positions, "right") - 1
     document_n = np.asarray(tokens["sequence_document"], np.int64)[sequence]
     held_n = np.isin(document_n, divide(document_n, share, seed))
-    row_of = np.full(len(ids), -1, np.int32)
+    row_of = np.full(len(ids), -1, np.int32 if len(ids) < 1 << 31 else np.int64)
     row_of[positions] = np.arange(len(positions))
     longest = max(offset for level in LEVELS for shape in level for offset in shape)
     context = [np.where(positions - d >= starts[sequence], ids[np.maximum(positions - d, 0)], -1) for d in range(longest + 1)]

@@ -51,7 +51,7 @@ class Reading(NamedTuple):
     firings: list[list[Firing]]
     """of every token, in the order asked for; empty at beginning-of-text, where the index did not look either"""
     active: int
-    """pairs of feature and token that fire, before any was left out"""
+    """pairs of feature and token that fire, of the tokens and the density asked for"""
     measured: int
     """of those, the ones whose effect was measured"""
 

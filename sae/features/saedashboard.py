@@ -155,7 +155,7 @@ def rewrite_saedashboard(read: SAEDashboardFolder, folder: Path) -> None:
     """Writes what `read_saedashboard` gave, into the empty `folder`."""
     for name, value in (("run_settings", read.settings), ("skipped_indexes", read.skipped), *read.batches.items()):
         if value:
-            _write(folder / f"{name}.json", value)
+            _write(folder / f"{name}.json", value, allow_nan=True)  # as it came, though JSON has no NaN
 
 
 def require_keys(row: Any, keys: Iterable[str], where: Path) -> None:
@@ -170,6 +170,6 @@ def _middles(edges: np.ndarray) -> list[float]:
     return ((edges[1:] + edges[:-1]) / 2).tolist()
 
 
-def _write(path: Path, value: Any) -> None:
+def _write(path: Path, value: Any, *, allow_nan: bool = False) -> None:
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+        temporary.write_text(json.dumps(value, ensure_ascii=False, allow_nan=allow_nan), encoding="utf-8")

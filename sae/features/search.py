@@ -10,7 +10,7 @@ import numpy as np
 
 from sae.errors import InputError
 from sae.features.records import FeatureIndex
-from sae.features.storage import open_arrays
+from sae.features.storage import front_to_back
 from sae.features.text import Occurrences, occurrences, words_of
 
 BLOCK = 1 << 24  # activations looked at together: about 100 MB
@@ -60,21 +60,21 @@ def search(index: FeatureIndex, query: str | Sequence[str], n: int = 20) -> list
 
     mass_f, last_f, hits_f = (np.zeros(index.d_sae) for _ in range(3))
     previous = (-1, -1)  # feature and occurrence of the last hit of the block before
-    records = open_arrays(index.folder / "records.safetensors")  # to be read from front to back
-    for low in range(0, len(index.positions), BLOCK):
-        positions = records["positions"][low : low + BLOCK]
-        hit = np.flatnonzero(piece_of[positions] >= 0)
-        if not len(hit):
-            continue
-        token = positions[hit]
-        value = records["values"][low : low + BLOCK][hit].astype(np.float64)
-        feature = np.searchsorted(index.offsets, hit + low, "right") - 1
-        occurrence = piece_of[token]
-        mass_f += np.bincount(feature, value, index.d_sae)
-        last_f += np.bincount(feature, value * is_last[token], index.d_sae)
-        new = (np.diff(feature, prepend=previous[0]) != 0) | (np.diff(occurrence, prepend=previous[1]) != 0)
-        hits_f += np.bincount(feature[new], minlength=index.d_sae)
-        previous = (int(feature[-1]), int(occurrence[-1]))
+    with front_to_back(index.positions):
+        for low in range(0, len(index.positions), BLOCK):
+            positions = index.positions[low : low + BLOCK]
+            hit = np.flatnonzero(piece_of[positions] >= 0)
+            if not len(hit):
+                continue
+            token = positions[hit]
+            value = index.values[low : low + BLOCK][hit].astype(np.float64)
+            feature = np.searchsorted(index.offsets, hit + low, "right") - 1
+            occurrence = piece_of[token]
+            mass_f += np.bincount(feature, value, index.d_sae)
+            last_f += np.bincount(feature, value * is_last[token], index.d_sae)
+            new = (np.diff(feature, prepend=previous[0]) != 0) | (np.diff(occurrence, prepend=previous[1]) != 0)
+            hits_f += np.bincount(feature[new], minlength=index.d_sae)
+            previous = (int(feature[-1]), int(occurrence[-1]))
 
     precision = mass_f / np.maximum(index.columns["sum"], 1e-30)
     recall = hits_f / len(found.first)
@@ -108,9 +108,14 @@ def promotes(index: FeatureIndex, query: str | Sequence[str], n: int = 20) -> li
     words = words_of(query)
     folded = {word.casefold() for word in words}
     texts = [piece.decode("utf-8", "replace").strip().casefold() for piece in index.vocabulary.pieces]
-    tokens = np.array([i for i, text in enumerate(texts) if text in folded], np.int64)
-    if not len(tokens):
-        tokens = np.unique(index.tokens["ids"][_scanned_occurrences(index, words).first])
+    tokens = [i for i, text in enumerate(texts) if text in folded]
+    in_pieces = [word for word in words if word.casefold() not in texts]
+    if in_pieces:
+        try:
+            tokens += index.tokens["ids"][_scanned_occurrences(index, in_pieces).first].tolist()
+        except InputError:
+            if not tokens:
+                raise
     feature, place = np.nonzero(np.isin(index.columns["top_token_ids"], tokens))
     first = np.r_[True, feature[1:] != feature[:-1]] if len(feature) else np.zeros(0, bool)
     feature, place = feature[first], place[first]

@@ -6,9 +6,10 @@ Everything is rendered here (screens.py); the one script adds keys and streaming
 import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlencode
 
 import numpy as np
 
@@ -190,7 +191,11 @@ def _add_pages(app: Any, browser: Browser) -> None:
     def feature(j: int, request: Request) -> Any:
         browser.require(j)
         at = request.query_params.get("at", "")
-        return HTMLResponse(screens.feature(browser, j, Query.read(request.query_params), int(at) if at.isdigit() else None))
+        return HTMLResponse(
+            screens.feature(
+                browser, j, Query.read(request.query_params), int(at) if at.isascii() and at.isdigit() and len(at) < 12 else None
+            )
+        )
 
     @app.get("/random")
     def random(request: Request) -> Any:
@@ -210,7 +215,7 @@ def _add_pages(app: Any, browser: Browser) -> None:
     @app.get("/steer")
     def steer(request: Request) -> Any:
         params = request.query_params
-        features = list(zip(params.getlist("feature"), params.getlist("strength")))
+        features = list(zip_longest(params.getlist("feature"), params.getlist("strength")[: len(params.getlist("feature"))], fillvalue="1"))
         features += [(added, "1") for added in params.getlist("add") if added]
         chosen = {whole("feature", j): finite("strength", strength or "0") for j, strength in features if j}
         for j in chosen:
@@ -257,8 +262,8 @@ def _add_changes(app: Any, browser: Browser) -> None:
             browser.notes.add_to_list(fields["list"], j)
         else:
             raise InputError("expected a label, a note, a star or a list, got none of them")
-        query = request.url.query
-        return RedirectResponse(f"/f/{j}" + (f"?{query}" if query else ""), 303)
+        kept = [(name, value) for name, value in request.query_params.multi_items() if name != "list" or value in browser.notes.lists()]
+        return RedirectResponse(f"/f/{j}" + (f"?{urlencode(kept)}" if kept else ""), 303)  # a list goes with its last member
 
     @app.post("/lists")
     def remove(fields: dict[str, str] = Depends(form)) -> Any:  # noqa: B008

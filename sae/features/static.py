@@ -11,10 +11,14 @@ import multiprocessing
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from sae.errors import InputError
 from sae.features.page import document, feature_html
 from sae.features.records import FeatureIndex
 from sae.features.storage import fresh_folder
@@ -93,8 +97,11 @@ def _rendered(index: FeatureIndex, shards: list[Shard], processes: int) -> Itera
         yield from ((shard, _render(index, linked, shard)) for shard in shards)
         return
     context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in whatever state they are
-    with context.Pool(processes, _open, (index.folder.resolve(), linked)) as pool:
-        yield from zip(shards, pool.imap(_render_here, shards))
+    try:
+        with ProcessPoolExecutor(processes, context, _open, (index.folder.resolve(), linked)) as pool:
+            yield from zip(shards, pool.map(_render_here, shards))
+    except BrokenProcessPool:
+        raise InputError("a process that renders pages was killed, perhaps for want of memory; try again with fewer --processes") from None
 
 
 _mine: tuple[FeatureIndex, set[int]]  # of a rendering process
@@ -146,13 +153,15 @@ def _stats(
 def _write_tokens(index: FeatureIndex, folder: Path, features: list[int]) -> None:
     """tokens.js: spelling of every token that a feature likes; t/NNNN.js: [feature, share in thousandths] of each, strongest first."""
     shown, spellings = set(features), {}
+    of_all = LIKERS if len(shown) == index.d_sae else index.d_sae  # those of a few may stand far behind others
     vocabulary = index.vocabulary
     for low in range(0, len(vocabulary.pieces), TOKENS):
         postings = {}
         for token in range(low, min(low + TOKENS, len(vocabulary.pieces))):
-            likers = [[int(j), round(1000 * share)] for j, share in index.token_features(token, LIKERS) if int(j) in shown]
-            if likers:
-                postings[token], spellings[token] = likers, vocabulary.spelling(token)
+            likers = ((j, share) for j, share in index.token_features(token, of_all) if j in shown)
+            listed = [[j, round(1000 * share)] for j, share in islice(likers, LIKERS)]
+            if listed:
+                postings[token], spellings[token] = listed, vocabulary.spelling(token)
         if postings:
             _write(folder / "t" / f"{low // TOKENS:04d}.js", _call("postings", low // TOKENS, postings))
     _write(folder / "tokens.js", _call("vocabulary", spellings, TOKENS))
@@ -174,9 +183,9 @@ def _call(name: str, *values: Any) -> str:
     return f"SAE.{name}({','.join(json.dumps(value, ensure_ascii=False, separators=(',', ':')) for value in values)})\n"
 
 
-def _short(value: float) -> float:
+def _short(value: float) -> float | None:
     """Four digits are enough for a table; a NaN is no JSON."""
-    return value if isinstance(value, int) else float(f"{value:.4g}") if value == value else 0.0
+    return value if isinstance(value, int) else float(f"{value:.4g}") if value == value else None
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,11 +1,13 @@
 """Arrays on disk as safetensors, memory-mapped both ways: larger than memory, written piece by piece, read in part."""
 
+import glob
 import json
 import mmap
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +15,7 @@ import numpy as np
 
 from sae.activations.mapped import layout
 from sae.errors import InputError
-from sae.files import sync
+from sae.files import only_writer, sync
 
 EXPLANATIONS, ANSWERS = "explanations.jsonl", "answers.*.jsonl"  # that others put into an index's folder
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U32": "<u4", "U8": "u1", "BOOL": "?"}
@@ -59,10 +61,8 @@ def open_arrays(path: Path, mode: Literal["r", "r+"] = "r", *, in_order: bool = 
 
 def fetch(array: np.ndarray, starts: Iterable[int], length: int) -> None:
     """Asks the system to read the rows from each of `starts` on, `length` of them, all at once rather than one after another."""
-    base = array
-    while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
-        base = base.base  # type: ignore[assignment]
-    if not isinstance(base, np.memmap):
+    base = _map_of(array)
+    if base is None:
         return
     mapped: mmap.mmap = base._mmap  # type: ignore[attr-defined]
     origin = array.ctypes.data - base.ctypes.data
@@ -72,6 +72,28 @@ def fetch(array: np.ndarray, starts: Iterable[int], length: int) -> None:
     for page in sorted(pages):
         if 0 <= page * mmap.PAGESIZE < len(mapped):
             mapped.madvise(mmap.MADV_WILLNEED, page * mmap.PAGESIZE, 1)
+
+
+@contextmanager
+def front_to_back(array: np.ndarray) -> Iterator[None]:
+    """While it lasts, the system reads ahead in the file of a map that was opened with `in_order=False`."""
+    mapped = _map_of(array)
+    if mapped is None:
+        yield
+        return
+    mapped._mmap.madvise(mmap.MADV_NORMAL)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+
+
+def _map_of(array: np.ndarray) -> np.memmap | None:
+    """The map of the whole file that the array is a part of."""
+    base = array
+    while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
+        base = base.base  # type: ignore[assignment]
+    return base if isinstance(base, np.memmap) else None
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -94,33 +116,37 @@ def fresh_folder(out: Path, marker: str = "index.json", what: str = "index") -> 
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     old = out.with_name(f".{out.name}.{os.getpid()}.old.tmp")
-    temporary.mkdir()
     try:
-        yield temporary
-        for path in out.glob(ANSWERS):
-            shutil.copy2(path, temporary)
-        for path in temporary.rglob("*"):
-            sync(path)
-        if out.exists():
-            out.rename(old)
-        temporary.rename(out)  # a kill between the two leaves the older index beside, as .NAME.PID.old.tmp
-        sync(out.parent)
+        # both are held: from `clear_leftovers` of others, and from explain_features.py, whose scores are of the older index's text
+        with only_writer(temporary), only_writer(out) if out.exists() else nullcontext():
+            yield temporary
+            for path in out.glob(ANSWERS):
+                shutil.copy2(path, temporary)
+            for path in temporary.rglob("*"):
+                sync(path)
+            if out.exists():
+                out.rename(old)
+            temporary.rename(out)  # a kill between the two leaves the older index beside, as .NAME.PID.old.tmp
+            sync(out.parent)
     except OSError as error:
         if error.errno == 28:  # ENOSPC
             raise InputError(f"the disk ran full while building {out}; free some space and run the same command again") from error
         raise
     finally:
+        if old.exists() and not out.exists():  # interrupted between the two renames
+            old.rename(out)
         for folder in (temporary, old):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def clear_leftovers(out: Path) -> None:
-    """Removes temporary folders of processes that are no more; an older index that lost its name to a kill gets it back."""
-    for path in out.parent.glob(f".{out.name}.*.tmp"):
-        pid, _, kind = path.name[len(out.name) + 2 :].partition(".")
-        if not pid.isdigit() or Path(f"/proc/{pid}").exists() or not Path("/proc/self").exists():
+    """Removes temporary folders in which nobody works any more; an older index that lost its name to a kill gets it back."""
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+        found = re.fullmatch(r"([0-9]+)(\.old)?\.tmp", path.name[len(out.name) + 2 :])
+        if found is None or Path(f"/proc/{found[1]}").exists():
             continue
-        if kind == "old.tmp" and not out.exists():
-            path.rename(out)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(InputError), only_writer(path):  # a process of another machine may be at work in it
+            if found[2] and not out.exists():
+                path.rename(out)
+            else:
+                shutil.rmtree(path, ignore_errors=True)

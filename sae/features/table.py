@@ -20,7 +20,6 @@ from sae.features.records import FeatureIndex
 SORTS = ("feature", "density", "max", "mean", "fvu_contribution", "skewness", "kurtosis", "top_token", "label", "match")
 PAGE = 50
 REMEMBERED = 16  # lists kept in memory, four bytes a feature
-MOST_FOUND = 10_000  # of a search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +74,11 @@ class Query:
     def params(self, **changes: Any) -> str:
         """The parameters that are not as they are without being said, for an address."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        texts = {k: "1" if v is True else f"{v:.15g}" if isinstance(v, float) else str(v) for k, v in (values | changes).items() if v}
+        texts = {
+            k: "1" if v is True else f"{v:.15g}" if isinstance(v, float) else str(v)
+            for k, v in (values | changes).items()
+            if v or type(v) is float
+        }
         return urlencode(texts)
 
     @property
@@ -127,10 +130,10 @@ class Tables:
             chosen = np.array(lists[query.list], np.int64)
         if query.q:
             if query.how == "text":
-                found = self.notes.search(query.q, MOST_FOUND)
+                found = self.notes.search(query.q, self.index.d_sae)
             else:
                 search = self.index.search if query.how == "fires" else self.index.promotes
-                found = [hit.feature for hit in search(query.q, MOST_FOUND)]
+                found = [hit.feature for hit in search(query.q, self.index.d_sae)]
             hits = np.array(found, np.int64)
             chosen = hits[np.isin(hits, chosen)] if query.list else hits
         elif query.sort == "match":

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csc_matrix
 
-from sae.features.csc import Spool, merge, statistics
+from sae.features.csc import MAX_FEATURES, Spool, merge, statistics
 from sae.features.storage import open_arrays
 
 
@@ -58,6 +58,26 @@ def test_no_activations_at_all(tmp_path):
     spool.flush()
     list(merge(spool.paths, 3, tmp_path / "records.safetensors"))
     assert open_arrays(tmp_path / "records.safetensors")["offsets"].tolist() == [0, 0, 0, 0]
+
+
+def test_rows_without_activations_leave_room_for_the_next(tmp_path):
+    spool = Spool(tmp_path, 5)
+    none = (*np.zeros((2, 0), np.int64), np.zeros(0, np.float32))
+    for part in range(3):
+        spool.add(np.arange(part << 23, (part + 1) << 23), *none)
+    spool.add(np.array([25_165_825]), np.array([0]), np.array([2]), np.array([1.5], np.float32))
+    spool.flush()
+    list(merge(spool.paths, 5, tmp_path / "records.safetensors"))
+    records = open_arrays(tmp_path / "records.safetensors")
+    assert records["offsets"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert records["positions"].tolist() == [25_165_825]
+
+
+def test_the_largest_dictionary_keeps_its_last_feature(tmp_path):
+    spool = Spool(tmp_path, MAX_FEATURES)
+    spool.add(np.arange(2), np.arange(2), np.array([0, MAX_FEATURES - 1]), np.ones(2, np.float32))
+    spool.flush()
+    assert open_arrays(spool.paths[0])["offsets"][[0, 1, -2, -1]].tolist() == [0, 1, 1, 2]
 
 
 def test_values_beyond_half_precision_are_cut_and_counted_and_tiny_ones_kept_as_zero(tmp_path):

@@ -2,8 +2,10 @@
 
 import base64
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import zlib
 from html import unescape
@@ -85,6 +87,32 @@ def test_a_tokens_features_are_the_indexs(world, folder):
         assert [j for j, _ in found] == [j for j, _ in expected]
         if expected:
             assert spellings[str(token)] == world.index.vocabulary.spelling(token)
+
+
+def test_the_tokens_of_a_few_features_are_found_behind_all_others(world, tmp_path, monkeypatch):
+    from sae.features import static
+
+    monkeypatch.setattr(static, "LIKERS", 1)
+    export_static(world.index, tmp_path / "out", [3, 20])
+    tokens = {token for token, _ in world.index.top_tokens(20, 10)}
+    assert any(world.index.token_features(token, 1)[0][0] != 20 for token in tokens)
+    postings = {int(t): found for path in (tmp_path / "out" / "t").iterdir() for t, found in calls(path)[1][1].items()}
+    assert set(postings) == tokens
+    assert all([j for j, _ in found] == [20] for found in postings.values())
+
+
+def test_a_renderer_that_is_killed_ends_the_export_with_a_sentence(world, tmp_path, monkeypatch):
+    from sae.features import static
+
+    monkeypatch.setattr(static, "SHARD", 5)
+    monkeypatch.setattr(static, "_render_here", _killed)
+    with pytest.raises(InputError, match="was killed"):
+        export_static(world.index, tmp_path / "out", range(40), processes=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _killed(_shard):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_two_processes_write_what_one_does(world, folder, tmp_path, monkeypatch):

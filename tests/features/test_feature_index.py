@@ -19,6 +19,7 @@ import sae.features.index as index_module
 from sae.errors import InputError
 from sae.features.index import IndexConfig, build_index
 from sae.features.records import FeatureIndex
+from sae.files import only_writer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -127,7 +128,9 @@ def test_what_does_not_belong_together_is_refused(world, tmp_path):
         assert not (tmp_path / "index").exists()
 
 
-@pytest.mark.parametrize("changes", [{"splits": ("test",)}, {"splits": ()}, {"tokens": 0}, {"part": "3/2"}, {"part": "half"}])
+@pytest.mark.parametrize(
+    "changes", [{"splits": ("test",)}, {"splits": ()}, {"splits": ("train", "train")}, {"tokens": 0}, {"part": "3/2"}, {"part": "half"}]
+)
 def test_unusable_options_are_refused(world, tmp_path, changes):
     with pytest.raises(InputError):
         build_index(config_of(world, tmp_path / "index", **changes))
@@ -213,6 +216,42 @@ def test_a_kill_leaves_the_older_index_whole_and_the_next_build_clears_up(world,
         build_index(config_of(world, out, tokens=0))
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_an_interruption_between_the_two_renames_keeps_the_older_index(world, tmp_path, monkeypatch):
+    out = build_index(config_of(world, tmp_path / "index", tokens=500))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if target == out and not self.name.endswith(".old.tmp"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(config_of(world, out, tokens=300))
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_build_leaves_alone_what_others_are_at_work_on(world, tmp_path):
+    out, other = tmp_path / "part", tmp_path / ".part.9.999999999.tmp"  # that of a build of "part.9"
+    with only_writer(tmp_path / ".part.999999999.tmp"):  # a process of another machine
+        other.mkdir()
+        build_index(config_of(world, out, tokens=300))
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".part.9.999999999.tmp", ".part.999999999.tmp", "part"]
+    with only_writer(out), pytest.raises(InputError, match="another run"):  # as explain_features.py holds it
+        build_index(config_of(world, out, tokens=500))
+    build_index(config_of(world, out, tokens=500))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".part.9.999999999.tmp", "part"]
+
+
+def test_a_search_goes_on_in_an_index_that_was_replaced(world, tmp_path):
+    index = FeatureIndex.open(build_index(config_of(world, tmp_path / "index")))
+    before = index.search("zebrafly")
+    build_index(config_of(world, tmp_path / "index", tokens=500))
+    assert index.search("zebrafly") == before != FeatureIndex.open(tmp_path / "index").search("zebrafly")
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_older_index_whole(world, tmp_path, monkeypatch):

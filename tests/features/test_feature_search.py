@@ -83,6 +83,15 @@ def test_promotes_finds_features_by_their_lens(world):
     assert 9 in [hit.feature for hit in hits if hit.lens_rank == 1]
 
 
+def test_promotes_of_several_words_is_their_union(world):
+    index = world.index
+    token = int(index.columns["top_token_ids"][9, 0])
+    word = index.vocabulary.spelling(token).strip()
+    alone = [{hit.feature for hit in index.promotes(query, 40)} for query in (word, "zebrafly")]  # the second is of several tokens
+    assert {hit.feature for hit in index.promotes(f"{word}|zebrafly", 40)} == alone[0] | alone[1]
+    assert {hit.feature for hit in index.promotes(f"{word}|quokka", 40)} == alone[0]
+
+
 @pytest.mark.parametrize("method", ["search", "promotes"])
 def test_a_word_that_never_occurs_is_said_so(world, method):
     with pytest.raises(InputError, match="'quokka' does not occur as a whole word"):

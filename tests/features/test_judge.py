@@ -183,6 +183,17 @@ def test_refused_key_or_model_ends_the_run_with_a_sentence(server):
     assert len(server.seen) == 1
 
 
+@pytest.mark.parametrize("answer", ["<think>x</think>", "<think> cut off at the limit of", "  "])
+def test_thoughts_alone_are_no_answer(server, answer):
+    server.script = lambda *_: answer
+    endpoint = Endpoint(server.url, "m")
+    with pytest.raises(NoAnswer, match="empty"):
+        endpoint.ask("", "")
+    assert endpoint.failures == {"empty": 1}
+    server.script = lambda *_: "<think>well</think> the letter c"
+    assert endpoint.ask("", "") == "the letter c"
+
+
 def test_nothing_follows_a_redirect(server):
     other = Server()
     server.script = lambda _s, _c, n: (302, "", {"Location": other.url + "/chat/completions"})

@@ -78,6 +78,16 @@ def test_indexes_of_other_text_are_laid_end_to_end(world, tmp_path):
     assert sorted(labels(joined)) == sorted(labels(first) + labels(other))
     assert joined.info["tokens_scanned"] == first.info["tokens_scanned"] + other.info["tokens_scanned"]
 
+    halves = [build_index(config_of(world, tmp_path / f"half-{i}", part=f"{i}/2")) for i in (1, 2)]
+    of_both = merge_indexes(
+        MergeConfig(parts=(halves[0], other.folder, halves[1]), out=tmp_path / "of-both")
+    )  # two of the three share a text
+    a, b = files_of(of_both), files_of(joined.folder)
+    for name in set(a) - {"index.json"}:
+        assert a[name] == b[name], name
+    with pytest.raises(InputError, match="in more than one of"):
+        merge_indexes(MergeConfig(parts=(halves[0], halves[0], other.folder), out=tmp_path / "twice"))
+
 
 def test_what_does_not_belong_together_is_refused(world, tmp_path):
     save_dictionary(tmp_path / "dictionary", torch.ones(40, VOCABULARY), torch.zeros(40), world.cache)

@@ -1,6 +1,7 @@
 """Labels, stars, notes and lists: what is kept, what survives, what is found, what is refused."""
 
 import json
+import re
 import sqlite3
 import threading
 
@@ -155,6 +156,41 @@ def test_search_is_made_again_only_when_the_index_or_its_explanations_change(wor
     notes.update_search(index, {})
     assert notes.version > made
     notes.close()
+
+
+def test_two_indexes_of_a_dictionary_each_search_their_own_text(world, tmp_path):
+    builds = [IndexConfig(cache=world.cache, dictionary=world.dictionary_folder, out=tmp_path / name, device="cpu", splits=(name,))
+              for name in ("train", "held_out")]  # fmt: skip
+    indexes = [FeatureIndex.open(build_index(build)) for build in builds]
+    both = [Notes.open(tmp_path / "notes.sqlite", index) for index in indexes]
+    for notes, index in zip(both, indexes):
+        notes.update_search(index, {})
+    words = [[notes.search("zebra") for notes in both] for _ in range(2)]
+    assert words[0] == words[1]
+    for found, index in zip(words[0], indexes):
+        spelled = [" ".join(index.vocabulary.spelling(token) for token, _ in index.top_tokens(j)) for j in range(40)]
+        assert sorted(found) == [j for j in range(40) if re.search(r"(?<!\w)zebra", spelled[j])]
+    both[0].set(5, label="zebra crossing")
+    assert all(5 in notes.search("crossing") for notes in both)
+    for notes in both:
+        notes.close()
+
+
+def test_a_change_that_another_program_holds_up_is_told_and_the_next_one_works(world, notes, monkeypatch):
+    notes._connection.execute("PRAGMA busy_timeout = 50")
+    notes.set(1, label="before")
+    other = sqlite3.connect(notes.path, isolation_level=None)
+    other.execute("BEGIN")
+    other.execute("SELECT * FROM notes").fetchall()  # a reader: our COMMIT has to wait for it
+    with pytest.raises(InputError, match="another program may be using them"):
+        notes.set(2, label="lost")
+    assert notes.get(2) == Note()
+    other.execute("COMMIT")
+    other.close()
+    notes.set(3, label="kept")
+    again = Notes.open(notes.path, world.index)
+    assert again.all() == {1: Note("before"), 3: Note("kept")}
+    again.close()
 
 
 def test_several_threads_lose_nothing(notes):

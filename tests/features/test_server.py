@@ -130,6 +130,10 @@ def test_forms_change_notes_and_lead_back(site):
     client.post("/f/6", data={"remove": "good ones"}, headers=OWN)
     assert not notes.get(6).starred
     assert notes.lists() == {}
+    notes.add_to_list("last", 6)
+    reply = client.post("/f/6?list=last&sort=mean&at=0", data={"remove": "last"}, headers=OWN)  # the list goes with its last member
+    assert reply.headers["location"] == "/f/6?sort=mean&at=0"
+    assert client.get(reply.headers["location"]).status_code == 200
     notes.add_to_list("gone", 1)
     client.post("/lists", data={"remove": "gone"}, headers=OWN)
     assert notes.lists() == {}
@@ -215,6 +219,9 @@ def test_the_scripts_address_has_no_parameters(site):
         ("/steer?feature=40&strength=1", 404, "features 0 to 39"),
         ("/steer?feature=4&strength=inf", 400, "finite"),
         ("/steer?seed=-1", 400, "seed"),
+        ("/f/1?at=²", 200, "Feature 1"),
+        ("/f/1?at=" + "1" * 5000, 200, "Feature 1"),
+        ("/steer?feature=5", 200, 'name="strength" type="number" step="any" value="1"'),
     ],
 )
 def test_what_cannot_be_is_said_in_a_sentence(site, path, status, message):
@@ -227,19 +234,23 @@ def test_what_cannot_be_is_said_in_a_sentence(site, path, status, message):
 def test_sizes_are_bounded(site):
     client, notes, _ = site
     assert client.get("/prompt?text=" + "x" * 50_000).status_code == 414
-    assert client.post("/f/6", content=b"note=" + b"x" * 70_000, headers=OWN).status_code == 413
+    assert client.post("/f/6", content=b"note=" + b"x" * 140_000, headers=OWN).status_code == 413
 
     def endless():
-        for _ in range(100):
+        for _ in range(200):
             yield b"x" * 1000
 
     reply = client.post("/f/6", content=endless(), headers=OWN)  # no length announced
     assert reply.status_code == 413
-    assert "at most 65,536 bytes" in reply.text
+    assert "at most 131,072 bytes" in reply.text
     too_many = client.post("/f/6", content="&".join(f"a{i}=1" for i in range(100)).encode(), headers=OWN)
     assert too_many.status_code == 400
     assert client.post("/f/6", data={"label": "x" * 201}, headers=OWN).status_code == 400
     assert notes.all() == {}
+    longest = "🦓" * 10_000  # of characters that take most bytes in a form
+    assert client.post("/f/6", data={"note": longest}, headers=OWN).status_code == 303
+    assert notes.get(6).note == longest
+    notes.set(6, note="")
 
 
 def test_the_prompt_as_json_is_the_page(site, world, lm):

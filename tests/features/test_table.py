@@ -86,6 +86,7 @@ def test_an_address_says_the_query_and_nothing_else(tables):
     query = Query(q="a&b=c", how="fires", sort="mean", up=True, density_max=0.015, token=" <script>", list="mine", starred=True)
     assert Query.read(dict(parse_qsl(query.params()))) == query
     assert Query().params() == ""
+    assert Query(fvu_max=0.0, max_min=-0.0).params() == "max_min=-0&fvu_max=0"  # a limit of 0 is one
     assert Query.read({"page": "3", "at": "7", "sort": ""}) == Query()
 
 
@@ -104,6 +105,16 @@ def test_a_change_of_the_notes_is_seen_at_once(tables):
     tables.notes.set(9, label="fresh")
     assert tables.features(Query(label="FRESH")).tolist() == [9]
     tables.notes.set(9, label="")
+
+
+def test_a_change_by_another_program_is_seen_too(world, tables):
+    assert tables.features(Query(starred=True, list="mine")).tolist() == []
+    other = Notes.open(tables.notes.path, world.index)
+    other.set(3, starred=True)
+    assert tables.features(Query(starred=True, list="mine")).tolist() == [3]
+    other.set(3, starred=False)
+    other.close()
+    assert tables.features(Query(starred=True, list="mine")).tolist() == []
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ const loading = new Map(), pages = new Map(), postings = new Map(), place = new 
 const SAE = {
   stats(data) {
     stats = data;
+    for (const [name, values] of Object.entries(stats.columns)) stats.columns[name] = values.map(value => value ?? NaN);  // JSON has no NaN
     stats.features.forEach((j, i) => place.set(j, i));
     const star = new Set(stats.stars);
     stats.text = stats.features.map((j, i) => [j, stats.labels[j] ?? "", star.has(j) ? "★" : "", ...stats.fires[i],
@@ -64,7 +65,7 @@ function element(tag, attributes = {}, ...children) {
 
 const shown = text => text.replaceAll(" ", "·").replaceAll("\n", "↵").replaceAll("\t", "⇥");
 const words = list => list.map(word => element("code", {}, shown(word)));
-const short = value => Math.abs(value) >= 1000 || Number.isInteger(value) ? Math.round(value).toLocaleString("en") : String(+value.toPrecision(3));
+const short = value => Number.isNaN(value) ? "" : Math.abs(value) >= 1000 || Number.isInteger(value) ? Math.round(value).toLocaleString("en") : String(+value.toPrecision(3));
 
 // The address: #/PATH?PARAMETERS; a list is named by its parameters q (search) and sort.
 function address() {
