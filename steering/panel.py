@@ -48,6 +48,8 @@ def make_steering(
             highest = float(index.feature(j).columns["max"])
             vectors.append((feature_direction(dictionary, j, highest, index.info["site"]), strength))
         ids_sp, mask_sp = lm.encode([prompt])
+        if sampling.max_new_tokens >= lm.context:
+            raise InputError(f"expected fewer than {lm.context} new tokens, the context of {lm.name!r}, got {sampling.max_new_tokens}")
         if ids_sp.shape[1] + sampling.max_new_tokens > lm.context:
             raise InputError(
                 f"expected a prompt of at most {lm.context - sampling.max_new_tokens} tokens before {sampling.max_new_tokens} new ones, "

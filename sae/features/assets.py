@@ -42,7 +42,7 @@ code{white-space:pre;overflow:hidden;text-overflow:ellipsis}
 li span{font-variant-numeric:tabular-nums;color:var(--soft)}
 .k{flex:1;overflow:hidden;white-space:nowrap;text-overflow:ellipsis}
 .down span{color:var(--low)}
-.row{display:grid;grid-template-columns:3.6rem 7.8rem minmax(0,1fr);align-items:baseline;
+.row{display:grid;grid-template-columns:4.3rem 7.8rem minmax(0,1fr);align-items:baseline;
   border-bottom:1px solid var(--line);line-height:1.75}
 .row>*{overflow:hidden;white-space:pre}
 .row:focus{outline:2px solid rgb(var(--hot)/.6)}
@@ -90,7 +90,7 @@ th button{font:inherit;font-weight:600;color:inherit;background:none;border:0;pa
 th[aria-sort=ascending] button::after{content:" \\25b2"}
 th[aria-sort=descending] button::after{content:" \\25bc"}
 @media(max-width:640px){
-body{padding:.6rem}.row{grid-template-columns:2.9rem minmax(0,1fr)}.l{width:35%}
+body{padding:.6rem}.row{grid-template-columns:4.3rem minmax(0,1fr)}.l{width:35%}
 .row .g{display:none}section{padding:.6rem}}
 @media print{.row>*{white-space:pre-wrap}}
 """

@@ -56,13 +56,22 @@ def serve(config: BrowseConfig, make_steering: Callable[[LanguageModel, SparseAu
         if config.open:
             threading.Timer(0.5, webbrowser.open, (url,)).start()
         settings = uvicorn.Config(
-            app, http="h11", ws="none", lifespan="off", log_level="warning", server_header=False, timeout_graceful_shutdown=1
+            app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=1,
+            h11_max_incomplete_event_size=1 << 18,  # an address beyond what we take is still answered with a sentence
         )
         gc.freeze()  # what was loaded stays; no collection in the middle of a page need walk through it
         try:
             uvicorn.Server(settings).run(sockets=[listener])
         except KeyboardInterrupt:  # how it is meant to end
             print()
+        finally:
+            gc.unfreeze()  # or libraries complain of what is left at the end
 
 
 def parts_of(

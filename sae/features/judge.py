@@ -145,7 +145,7 @@ def explain_by_model(index: FeatureIndex, corpus: Corpus, features: Sequence[int
         raise InputError(f"the environment variable {config.key_variable} holds no key; set it, or leave --key-variable out")
     endpoint = Endpoint(config.endpoint or "", config.judge_model, key)
     log = Log(index, config)
-    missing = [j for j in features if j not in log.done and index.offsets[j + 1] > index.offsets[j]]
+    missing = [j for j in features if not log.complete(j) and index.offsets[j + 1] > index.offsets[j]]
     requests = 1 + math.ceil(TESTED / PER_REQUEST)
     print(
         f"sends to {config.endpoint}, for each of {len(missing):,} features, up to {TOP + SAMPLED + TESTED} excerpts of "
@@ -159,10 +159,13 @@ def explain_by_model(index: FeatureIndex, corpus: Corpus, features: Sequence[int
                 log.add(explain_one(index, corpus, j, endpoint, config.seed))
             except NoAnswer as error:
                 failed[str(error)] += 1
-            bar.advance(1, requests=f"{endpoint.requests:,}", retries=f"{endpoint.retries:,}", failed=f"{failed.total():,}")
+            bar.advance(1, requests=f"{endpoint.requests:,}", retries=f"{endpoint.retries:,}", failed=f"{endpoint.failures.total():,}")
     if failed:
         print("no explanation for " + ", ".join(f"{n:,} features ({kind})" for kind, n in failed.most_common()) + "; run again to retry")
     found = [log.done[j] for j in features if j in log.done]
+    unscored = sum(not log.complete(e.feature) for e in found)
+    if unscored:
+        print(f"{unscored:,} explanations are not wholly scored, because requests failed; run again to ask for them anew")
     print(model_summary(found))
     return found
 
@@ -304,6 +307,10 @@ class Log:
             self.done[explanation.feature] = explanation
         if self.path.exists():
             os.truncate(self.path, sum(len(line) + 1 for line in lines))
+
+    def complete(self, j: int) -> bool:
+        """Whether nothing is left to ask about the feature: an answer without sense is one, a request that failed on its way is not."""
+        return j in self.done and set(self.done[j].scores["failed_requests"]) <= {"unparsable", "empty"}
 
     def add(self, explanation: "Explanation") -> None:
         """Appends and flushes to the disk: the answer was paid for."""

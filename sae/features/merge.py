@@ -41,6 +41,8 @@ def merge_indexes(config: MergeConfig) -> Path:
                     f"expected indexes of one dictionary, but {name} is {parts[0].info[name]!r} in {parts[0].folder} and "
                     f"{part.info[name]!r} in {part.folder}"
                 )
+    if config.out.resolve() in [part.folder.resolve() for part in parts]:
+        raise InputError(f"expected --out to be a folder of its own, but {config.out} is one of the parts")
     text, shifts, label_names = joined_text(parts)
     require_free_space(config.out, 10 * sum(len(part.positions) for part in parts), "the joined index")
     with replacing_index(config.out) as folder:

@@ -55,12 +55,13 @@ class Notes:
 
         Raises `InputError` for a file that is not such a database.
         """
+        if path is not None and not Path(path).parent.is_dir():
+            raise InputError(f"expected a database of notes at {path}, or a folder to begin one in, but there is no {Path(path).parent}")
         path = Path(path) if path is not None else index.folder.resolve().parent / "notes.sqlite"
         dictionary = index.info["dictionary_crc32"]
         if not re.fullmatch("[0-9a-f]{8}", dictionary):
             raise InputError(f"expected eight hexadecimal digits as dictionary_crc32 of {index.folder}, got {dictionary!r}; index it again")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
             connection.executescript(SCHEMA)
             connection.execute(

@@ -49,7 +49,8 @@ class FeatureView:
         explanations = read_explanations(self.index.folder).get(self.feature, ())
         page = document(f"Feature {self.feature}", feature_html(self.index, self.feature, explanations=explanations, link=None))
         frame = "width:100%;height:46rem;border:1px solid #8886;border-radius:8px;resize:vertical"
-        return f'<iframe sandbox="" style="{frame}" srcdoc="{escape(page)}"></iframe>'
+        page = page.replace("&", "&amp;").replace("'", "&#39;")  # all that must be in these quotes; escaping the rest is half as much again
+        return f"<iframe sandbox='' style='{frame}' srcdoc='{page}'></iframe>"
 
 
 def document(title: str, body: str, style: str = "", policy: str = POLICY) -> str:
@@ -92,13 +93,12 @@ def feature_html(
         f"<h1>Feature {j}{_note(notes, j)}<p class='soft'>{escape(info['site'])} of {escape(model)}, {info['d_sae']:,} features</p>\n"
         f"{_explanations(explanations)}<div class='top'>{''.join(cards)}</div>\n"
     )
+    usual = f"A fair sample of the {count:,}: what it usually does." if count else ""
     for rows, of_each in ROWS:
         examples = (
             "<div class='sides'>"
             + _contexts_section("Top activations", "The extremes; at most two from a document.", index.top_contexts(j, rows), top)
-            + _contexts_section(
-                "Random activations", f"A fair sample of the {count:,}: what it usually does.", index.random_contexts(j, rows), top
-            )
+            + _contexts_section("Random activations", usual, index.random_contexts(j, rows), top)
             + f"</div>\n{_buckets_section(index, j, count, top, of_each)}"
         )
         if len(head.encode()) + len(examples.encode()) < LARGEST:

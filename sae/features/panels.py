@@ -7,8 +7,9 @@ from urllib.parse import urlencode
 
 import numpy as np
 
+from sae.features.prompt import MOST_PAIRS
 from sae.features.rows import number, visible, word_html
-from sae.features.screens import name_html, page
+from sae.features.screens import alert, name_html, page
 
 if TYPE_CHECKING:
     from sae.features.prompt import Firing, Reading
@@ -18,8 +19,10 @@ ORDERS = {"activation": "activation", "percentile": "percentile of the feature's
 STRONGEST = 5  # either end of a steering slider, in maximum activations
 
 
-def prompt(browser: "Browser", params: dict[str, str], reading: "Reading | None") -> str:
-    """The form, the text with its tokens to click, and the features of every token or of the chosen ones."""
+def prompt(browser: "Browser", params: dict[str, str], reading: "Reading | None", failure: str = "") -> str:
+    """The form, the text with its tokens to click, and the features of every token or of the chosen ones; or why there are none."""
+    if browser.lm is None:
+        failure = "The server was started without a model to read a text with."
     order, chosen = params.get("order") or "activation", [part for part in params.get("t", "").split(",") if part]
     density, text = params.get("density_max", ""), params.get("text", "")
     options = "".join(f'<option value="{name}"{" selected" if name == order else ""}>{title}</option>' for name, title in ORDERS.items())
@@ -29,7 +32,7 @@ def prompt(browser: "Browser", params: dict[str, str], reading: "Reading | None"
 <label>density at most <input name="density_max" value="{escape(density)}" size="6" placeholder="0.01"></label>
 <button>Read</button></p></form>"""
     if reading is None:
-        return page("Prompt", head)
+        return page("Prompt", head + alert(failure))
 
     def token(p: int) -> str:
         others = [t for t in chosen if t != str(p)] + ([] if str(p) in chosen else [str(p)])
@@ -42,9 +45,11 @@ def prompt(browser: "Browser", params: dict[str, str], reading: "Reading | None"
 
     note = f"{reading.active:,} pairs of token and feature."
     if order == "effect":
+        some = reading.measured == MOST_PAIRS
         note += (
-            f" The effect was measured for {reading.measured:,} of them, those that add the longest vectors: nats by which the loss of all "
-            "later tokens rises when the feature is taken away at its token alone; above 0 it helped."
+            f" The effect was measured for {reading.measured:,} of them, "
+            + ("those that add the longest vectors" if some else "all but the last token's, after which nothing comes")
+            + ": nats by which the loss of all later tokens rises when the feature is taken away at its token alone; above 0 it helped."
         )
     body = _ranking(browser, reading, [int(p) for p in chosen], order) if chosen else _by_token(browser, reading, order)
     tokens = "".join(token(p) for p in range(len(reading.texts)))
@@ -105,10 +110,10 @@ def _values(firing: "Firing") -> str:
     return f"activation {number(firing.activation)}, percentile {_percentile(firing)}{effect}"
 
 
-def steer(browser: "Browser", features: dict[int, float], sampling: "Sampling", text: str) -> str:
+def steer(browser: "Browser", features: dict[int, float], sampling: "Sampling", text: str, failure: str = "") -> str:
     """The steering panel; the script fills its two sides as the server writes them."""
     if browser.steering is None:
-        return page("Steer", '<h1>Steer</h1><p role="alert" class="refusal">The server was started without a model to steer.</p>')
+        return page("Steer", "<h1>Steer</h1>" + alert("The server was started without a model to steer."))
     rows = "".join(_strength(browser, j, strength) for j, strength in features.items())
     titles = {"max_new_tokens": "new tokens", "temperature": "temperature", "top_p": "top-p", "seed": "seed"}
     numbers = "".join(
@@ -120,8 +125,8 @@ def steer(browser: "Browser", features: dict[int, float], sampling: "Sampling", 
         for side in ("unsteered", "steered")
     )
     body = f"""<h1>Steer</h1>
-<form action="/steer" id="steer"><textarea name="prompt" rows="2" maxlength="2000" aria-label="prompt">
-{escape(text)}</textarea><datalist id="zero"><option value="0"></datalist>{rows}
+{alert(failure)}<form action="/steer" id="steer"><textarea name="prompt" rows="2" maxlength="2000" aria-label="prompt" placeholder="prompt">
+{escape(text)}</textarea>{rows}
 <p class="numbers"><label>add feature <input name="add" size="7" inputmode="numeric"></label><button id="add">Add</button></p>
 <p class="numbers">{numbers}<button type="button" id="run">Write</button><button type="button" id="stop" hidden>Stop</button></p></form>
 <noscript><p class="refusal">Writing needs the script of this page.</p></noscript>
@@ -136,6 +141,6 @@ def _strength(browser: "Browser", j: int, strength: float) -> str:
     highest = number(browser.index.columns["max"][j])
     return f"""<p class="strength"><input type="hidden" name="feature" value="{j}"><a href="/f/{j}">{j}</a>
 <span class="soft">{name_html(browser, j)}</span>
-<input type="range" min="-{STRONGEST}" max="{STRONGEST}" step="0.1" value="{strength:g}" list="zero" aria-label="strength of {j}">
+<input type="range" min="-{STRONGEST}" max="{STRONGEST}" step="0.1" value="{strength:g}" aria-label="strength of {j}">
 <input name="strength" type="number" step="any" value="{strength:g}" aria-label="strength of {j} as a number" required>
 × its maximum of {highest} <button type="button" class="drop" title="remove">✕</button></p>"""

@@ -110,6 +110,9 @@ class FeatureIndex:
             )
         return cls(folder, info, *(open_arrays(folder / f"{name}.safetensors", in_order=False) for name in FILES))
 
+    def __repr__(self) -> str:
+        return f"FeatureIndex({str(self.folder)!r}: {self.d_sae:,} features, {self.info.get('tokens_scanned', 0):,} tokens scanned)"
+
     @property
     def d_sae(self) -> int:
         return len(self.offsets) - 1
@@ -213,7 +216,8 @@ class FeatureIndex:
         return np.linspace(low, high, BINS + 1), counts.astype(np.int64)
 
     def view(self, j: int) -> "FeatureView":
-        """The feature as a notebook shows it."""
+        """The feature as a notebook shows it. Raises `InputError` if `j` is not a feature."""
+        self._bounds(j)
         from sae.features.page import FeatureView
 
         return FeatureView(self, j)

@@ -29,6 +29,8 @@ COLUMNS = {
 WORDS = ("label", "top_token")  # columns of text: sorted from the front, and not aligned as numbers
 WAYS = {"text": "in labels, explanations and top tokens", "fires": "features that fire on the word", "promotes": "that promote the word"}
 
+MATCHES = {"fires": "F1 of its firing on the word", "promotes": "what one unit of its activation adds to the word's logit"}
+
 
 def page(title: str, body: str, query: Query | None = None) -> str:
     """A whole page with the header that all have; `query` is the list that search and random go on from."""
@@ -49,8 +51,12 @@ def page(title: str, body: str, query: Query | None = None) -> str:
 """
 
 
+def alert(sentence: str) -> str:
+    return f'<p role="alert" class="refusal">{escape(sentence)}</p>' if sentence else ""
+
+
 def refusal(sentence: str) -> str:
-    return page("Not possible", f'<h1>That is not possible</h1><p role="alert" class="refusal">{escape(sentence)}</p>')
+    return page("Not possible", f"<h1>That is not possible</h1>{alert(sentence)}")
 
 
 def summary(browser: "Browser", j: int) -> dict[str, Any]:
@@ -76,9 +82,9 @@ def name_html(browser: "Browser", j: int) -> str:
     return "".join(f"<code>{word_html(browser.index.vocabulary.spelling(token))}</code>" for token, _ in browser.index.top_tokens(j, 1))
 
 
-def table(browser: "Browser", query: Query, number_of_page: int) -> str:
-    """One page of a list."""
-    features = browser.tables.features(query)
+def table(browser: "Browser", query: Query, number_of_page: int, failure: str = "") -> str:
+    """One page of a list; `failure` says why it cannot be made, above the form that asked for it."""
+    features = np.zeros(0, np.int32) if failure else browser.tables.features(query)
     pages = max(1, -(-len(features) // PAGE))
     current = min(number_of_page, pages)
     begin = (current - 1) * PAGE
@@ -95,12 +101,20 @@ def table(browser: "Browser", query: Query, number_of_page: int) -> str:
         for text, to in (("‹ before", current - 1), (f"page {current:,} of {pages:,}", 0), ("next ›", current + 1))
     )
     index = browser.index
+    match = f'<th class="num" title="{MATCHES[query.how]}">match</th>' if query.q and query.how in MATCHES else ""
     body = f"""<h1>{escape(query.list) or "Features"}</h1>
-<p class="soft">{escape(index.info["site"])}, {index.info["tokens_scanned"]:,} tokens scanned</p>{_filters(query)}
-<p><span id="total">{len(features):,} of {index.d_sae:,} features</span> {turns}</p>
-<section class="scroll"><table class="features"><thead><tr>{"".join(heads)}<th>promotes</th></tr></thead><tbody>
+<p class="soft">{escape(index.info["site"])}, {index.info["tokens_scanned"]:,} tokens scanned</p>{_filters(query)}{alert(failure)}
+<p><span id="total">{len(features):,} of {index.d_sae:,} features</span> {turns}{_hint(query, len(features))}</p>
+<section class="scroll"><table class="features"><thead><tr>{"".join(heads)}<th>promotes</th>{match}</tr></thead><tbody>
 {rows}</tbody></table></section><p>{turns}</p>"""
     return page("Features", body, query)
+
+
+def _hint(query: Query, found: int) -> str:
+    """Where else a word that no label, explanation or top token has may be found."""
+    if found or not query.q or query.how != "text":
+        return ""
+    return f' · <a href="/?{_changed(query, how="fires")}">features that fire on it</a>'
 
 
 def _changed(query: Query, **changes: str) -> str:
@@ -124,8 +138,15 @@ def _table_row(browser: "Browser", query: Query, j: int, at: int) -> str:
     return (
         f'<tr><td class="num"><a class="open" href="{address}">{star}{j}</a></td>'
         f'<td class="name"><span class="{kind}">{escape(name)}</span></td>{numbers}'
-        f'<td class="tok">{fires}</td><td class="tok">{promotes}</td></tr>\n'
+        f'<td class="tok">{fires}</td><td class="tok">{promotes}</td>{_match(browser, query, j)}</tr>\n'
     )
+
+
+def _match(browser: "Browser", query: Query, j: int) -> str:
+    if not query.q or query.how not in MATCHES:
+        return ""
+    score = browser.tables.match(query, j)
+    return f'<td class="num">{"" if score is None else f"{score:.2f}"}</td>'
 
 
 def _filters(query: Query) -> str:
@@ -183,17 +204,17 @@ def _editor(browser: "Browser", j: int, address: str) -> str:
         for name, members in lists.items()
         if j in members
     )
-    form = f'<form method="post" action="{address}">'
-    return f"""<section class="editor">
-{form}<button data-key="s" name="starred" value="{0 if note.starred else 1}">{"★ starred" if note.starred else "☆ star"}</button></form>
-{form}<label>Label <input data-key="e" name="label" value="{escape(note.label)}" maxlength="200" size="40"></label>
-<label>Note <textarea name="note" rows="1" cols="50" maxlength="10000">
-{escape(note.note)}</textarea></label><button>Keep</button></form>
-{form}<label>List <input name="list" list="lists" maxlength="100" required></label><datalist id="lists">{names}</datalist>
-<button>Add</button></form>{form}{inside}</form></section>"""
+    # one form, so that no button throws away what stands in another's field; Enter presses the first button, which CSS puts behind the note
+    return f"""<form method="post" action="{address}" class="editor"><button class="keep">Keep</button>
+<button data-key="s" name="starred" value="{0 if note.starred else 1}">{"★ starred" if note.starred else "☆ star"}</button>
+<label>Label <input data-key="e" name="label" value="{escape(note.label)}" maxlength="200" size="40"></label>
+<label>Note <textarea name="note" rows="{min(6, 1 + note.note.count(chr(10)))}" cols="50" maxlength="10000">
+{escape(note.note)}</textarea></label>
+<span><label>List <input name="list" list="lists" maxlength="100"></label><datalist id="lists">{names}</datalist>
+<button>Add</button>{inside}</span></form>"""
 
 
-def lists(browser: "Browser") -> str:
+def lists(browser: "Browser", imported: str = "") -> str:
     known = browser.notes.all().values()
     stars, labels = sum(note.starred for note in known), sum(bool(note.label) for note in known)
     rows = "".join(
@@ -201,11 +222,12 @@ def lists(browser: "Browser") -> str:
         f'<td><form method="post" action="/lists"><button name="remove" value="{escape(name)}">remove</button></form></td></tr>\n'
         for name, members in browser.notes.lists().items()
     )
+    done = f'<p role="status">{int(imported):,} entries were read.</p>' if imported else ""
     body = f"""<h1>Lists</h1>
 <p><a href="/?starred=1">{stars:,} starred</a> · <a href="/?labelled=1&amp;sort=label&amp;up=1">{labels:,} labelled</a></p>
 <section class="scroll"><table><thead><tr><th>list</th><th class="num">features</th><th></th></tr></thead>
 <tbody>{rows}</tbody></table></section>
 <p><a href="/notes.jsonl" download>Export</a> everything as lines of JSON, or
 <label>import <input type="file" id="import" accept=".jsonl,.json,application/jsonl"></label></p>
-<p id="failure" role="alert" class="refusal" hidden></p>"""
+<p id="failure" role="alert" class="refusal" hidden></p>{done}"""
     return page("Lists", body)

@@ -54,6 +54,10 @@ class Busy(InputError):
     """The model does one thing at a time: status 409."""
 
 
+def status_of(error: InputError) -> int:
+    return 404 if isinstance(error, NotThere) else 409 if isinstance(error, Busy) else 400
+
+
 class Browser:
     """What the routes share."""
 
@@ -142,7 +146,7 @@ def _answer_errors(app: Any) -> None:
 
     @app.exception_handler(InputError)
     async def unusable(request: Request, error: InputError) -> Any:
-        return answer(request, 404 if isinstance(error, NotThere) else 409 if isinstance(error, Busy) else 400, str(error))
+        return answer(request, status_of(error), str(error))
 
     @app.exception_handler(TooLarge)
     async def too_large(request: Request, error: TooLarge) -> Any:
@@ -184,8 +188,11 @@ def _add_pages(app: Any, browser: Browser) -> None:
         number = params.get("q", "").strip().removeprefix("#")
         if number.isascii() and number.isdigit() and params.get("how", "text") == "text":
             return RedirectResponse(f"/f/{int(number[:12])}", 303)
-        page = max(1, whole("page", params.get("page") or "1"))
-        return HTMLResponse(screens.table(browser, Query.read(params), page))
+        page, query = max(1, whole("page", params.get("page") or "1")), Query.read(params)
+        try:
+            return HTMLResponse(screens.table(browser, query, page))
+        except InputError as error:
+            return HTMLResponse(screens.table(browser, query, page, str(error)), status_of(error))
 
     @app.get("/f/{j}")
     def feature(j: int, request: Request) -> Any:
@@ -210,21 +217,32 @@ def _add_pages(app: Any, browser: Browser) -> None:
     def prompt(request: Request) -> Any:
         params = dict(request.query_params)
         params["t"] = ",".join(request.query_params.getlist("t"))
-        return HTMLResponse(panels.prompt(browser, params, browser.read(params, 50 if params["t"] else 8)))
+        try:
+            return HTMLResponse(panels.prompt(browser, params, browser.read(params, 50 if params["t"] else 8)))
+        except InputError as error:
+            return HTMLResponse(panels.prompt(browser, params, None, str(error)), status_of(error))
 
     @app.get("/steer")
     def steer(request: Request) -> Any:
         params = request.query_params
         features = list(zip_longest(params.getlist("feature"), params.getlist("strength")[: len(params.getlist("feature"))], fillvalue="1"))
         features += [(added, "1") for added in params.getlist("add") if added]
-        chosen = {whole("feature", j): finite("strength", strength or "0") for j, strength in features if j}
-        for j in chosen:
-            browser.require(j)
-        return HTMLResponse(panels.steer(browser, chosen, sampling(params), params.get("prompt", "")[:LONGEST_PROMPT]))
+        chosen, drawn, failure = dict[int, float](), Sampling(), None
+        try:
+            drawn = sampling(params)
+            for j, strength in features:
+                if j:
+                    browser.require(whole("feature", j))
+                    chosen[whole("feature", j)] = finite("strength", strength or "0")
+        except InputError as error:  # what was right stays in the form
+            failure = error
+        html = panels.steer(browser, chosen, drawn, params.get("prompt", "")[:LONGEST_PROMPT], str(failure or ""))
+        return HTMLResponse(html, status_of(failure) if failure else 200)
 
     @app.get("/lists")
-    def lists() -> Any:
-        return HTMLResponse(screens.lists(browser))
+    def lists(request: Request) -> Any:
+        imported = request.query_params.get("imported", "")
+        return HTMLResponse(screens.lists(browser, imported if imported.isascii() and imported.isdigit() and len(imported) < 12 else ""))
 
     @app.get("/notes.jsonl")
     def export() -> Any:
@@ -256,11 +274,11 @@ def _add_changes(app: Any, browser: Browser) -> None:
         if "label" in fields or "note" in fields or "starred" in fields:
             starred = {"1": True, "0": False}.get(fields.get("starred", ""))
             browser.notes.set(j, label=fields.get("label"), note=fields.get("note"), starred=starred)
-        elif "remove" in fields:
+        if "remove" in fields:
             browser.notes.remove_from_list(fields["remove"], j)
-        elif "list" in fields:
+        if fields.get("list", "").strip():
             browser.notes.add_to_list(fields["list"], j)
-        else:
+        if not {"label", "note", "starred", "remove", "list"} & set(fields):
             raise InputError("expected a label, a note, a star or a list, got none of them")
         kept = [(name, value) for name, value in request.query_params.multi_items() if name != "list" or value in browser.notes.lists()]
         return RedirectResponse(f"/f/{j}" + (f"?{urlencode(kept)}" if kept else ""), 303)  # a list goes with its last member
@@ -322,6 +340,8 @@ def _add_api(app: Any, browser: Browser) -> None:
         if browser.steering is None:
             raise InputError("expected a model to steer, but the server was started without one")
         prompt, features = str(value.get("prompt", "")), value.get("features")
+        if not prompt.isascii() and prompt != prompt.encode("utf-8", "replace").decode():
+            raise InputError("expected a prompt of whole characters, got half of a surrogate pair")
         if len(prompt) > LONGEST_PROMPT or not isinstance(features, dict) or len(features) > MOST_STEERED:
             raise InputError(
                 f"expected a prompt of at most {LONGEST_PROMPT:,} characters and features as an object of at most {MOST_STEERED} "

@@ -1,5 +1,6 @@
 """Arrays on disk as safetensors, memory-mapped both ways: larger than memory, written piece by piece, read in part."""
 
+import errno
 import glob
 import json
 import mmap
@@ -113,8 +114,11 @@ def fresh_folder(out: Path, marker: str = "index.json", what: str = "index") -> 
     clear_leftovers(out)
     if out.exists() and not (out / marker).exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"expected a new folder or an older {what} to replace, but {out} holds something else; choose another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"expected a place to write at {out}, but {out.parent} is none ({error.strerror}); choose another --out") from None
     old = out.with_name(f".{out.name}.{os.getpid()}.old.tmp")
     try:
         # both are held: from `clear_leftovers` of others, and from explain_features.py, whose scores are of the older index's text
@@ -129,7 +133,7 @@ def fresh_folder(out: Path, marker: str = "index.json", what: str = "index") -> 
             temporary.rename(out)  # a kill between the two leaves the older index beside, as .NAME.PID.old.tmp
             sync(out.parent)
     except OSError as error:
-        if error.errno == 28:  # ENOSPC
+        if error.errno == errno.ENOSPC:
             raise InputError(f"the disk ran full while building {out}; free some space and run the same command again") from error
         raise
     finally:

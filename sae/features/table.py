@@ -92,6 +92,7 @@ class Tables:
     def __init__(self, index: FeatureIndex, notes: Notes):
         self.index, self.notes = index, notes
         self._remembered: OrderedDict[Any, np.ndarray] = OrderedDict()
+        self._matches: OrderedDict[tuple[str, str], dict[int, float]] = OrderedDict()
         self._lock = threading.Lock()
         pieces = [index.vocabulary.spelling(token) for token in range(len(index.vocabulary.pieces))]
         self._folded = [piece.casefold() for piece in pieces]
@@ -120,6 +121,10 @@ class Tables:
                 self._remembered.popitem(last=False)
         return chosen
 
+    def match(self, query: Query, j: int) -> float | None:
+        """How well the feature fits what was searched for: F1 of its firing on the word, or what it adds to the word's logit."""
+        return self._matches.get((query.q, query.how), {}).get(j)
+
     def _started(self, query: Query) -> np.ndarray:
         """What a list or a search gives, best first; all features without either."""
         chosen = np.arange(self.index.d_sae)
@@ -132,8 +137,15 @@ class Tables:
             if query.how == "text":
                 found = self.notes.search(query.q, self.index.d_sae)
             else:
-                search = self.index.search if query.how == "fires" else self.index.promotes
-                found = [hit.feature for hit in search(query.q, self.index.d_sae)]
+                if query.how == "fires":
+                    scores = {hit.feature: hit.score for hit in self.index.search(query.q, self.index.d_sae)}
+                else:
+                    scores = {hit.feature: hit.value for hit in self.index.promotes(query.q, self.index.d_sae)}
+                found = list(scores)
+                with self._lock:
+                    self._matches[query.q, query.how] = scores
+                    while len(self._matches) > 2 * REMEMBERED:  # those of every list that is remembered are among them
+                        self._matches.popitem(last=False)
             hits = np.array(found, np.int64)
             chosen = hits[np.isin(hits, chosen)] if query.list else hits
         elif query.sort == "match":

@@ -98,6 +98,26 @@ def test_a_label_a_star_and_a_list_are_kept_and_found(demo, tab):
     assert demo.notes.get(FEATURE) == ("curse words", "strongest in film dialogue\n🦓", True)
 
 
+def test_what_is_begun_is_not_lost(demo, tab):
+    tab.goto(f"{demo.url}/f/9")
+    tab.keyboard.press("e")
+    tab.keyboard.type("begun")
+    tab.keyboard.press("Escape")
+    asked = []
+    tab.on("dialog", lambda dialog: (asked.append(dialog.type), dialog.dismiss()))
+    tab.keyboard.press("]")
+    tab.wait_for_timeout(300)
+    assert asked == ["beforeunload"]
+    assert tab.get_by_label("Label").input_value() == "begun"
+    with tab.expect_navigation():
+        tab.keyboard.press("s")
+    assert demo.notes.get(9) == ("begun", "", True)
+    with tab.expect_navigation():
+        tab.keyboard.press("]")
+    assert asked == ["beforeunload"]
+    demo.notes.set(9, label="", starred=False)
+
+
 def test_notes_go_out_and_come_in(demo, tab, tmp_path):
     demo.notes.set(7, label="seven")
     tab.goto(f"{demo.url}/lists")
@@ -109,6 +129,7 @@ def test_notes_go_out_and_come_in(demo, tab, tmp_path):
     with tab.expect_navigation():
         tab.locator("#import").set_input_files(saved)
     assert demo.notes.get(7).label == "seven"
+    assert "entries were read" in tab.get_by_role("status").inner_text()
     (tmp_path / "bad.jsonl").write_text("no json\n")
     tab.expected_errors.append("400")
     tab.locator("#import").set_input_files(tmp_path / "bad.jsonl")

@@ -235,6 +235,13 @@ def test_an_interruption_between_the_two_renames_keeps_the_older_index(world, tm
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_a_place_where_nothing_can_be_written_is_said_so(world, tmp_path):
+    (tmp_path / "file").touch()
+    for out in (Path("/proc/index"), tmp_path / "file" / "index"):
+        with pytest.raises(InputError, match="expected a place to write"):
+            build_index(config_of(world, out))
+
+
 def test_a_build_leaves_alone_what_others_are_at_work_on(world, tmp_path):
     out, other = tmp_path / "part", tmp_path / ".part.9.999999999.tmp"  # that of a build of "part.9"
     with only_writer(tmp_path / ".part.999999999.tmp"):  # a process of another machine

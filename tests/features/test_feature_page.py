@@ -198,11 +198,14 @@ def test_notes_and_explanations_are_shown_as_text(world):
 
 def test_a_notebook_shows_the_page_in_a_frame_of_its_own(world):
     html = world.index.view(17)._repr_html_()
-    frame = re.fullmatch(r'<iframe sandbox="" style="[^"]*" srcdoc="([^"]*)"></iframe>', html)
+    frame = re.fullmatch(r"<iframe sandbox='' style='[^']*' srcdoc='([^']*)'></iframe>", html)
     inside = unescape(frame[1])
     assert inside.startswith("<!doctype html>")
     assert "<h1>Feature 17" in inside
     assert "<a " not in inside
+    assert len(html) < 1.05 * len(inside)
+    with pytest.raises(InputError, match="feature 40 does not exist"):
+        world.index.view(40)
 
 
 def test_a_page_stays_small_when_every_token_is_long_and_fires(world, monkeypatch):

@@ -258,6 +258,23 @@ def test_features_without_an_answer_are_told_and_asked_again(server, index, corp
     assert [e.feature for e in explain_by_model(index, corpus, range(3), config(server, tmp_path))] == [0, 1, 2]
 
 
+def test_scores_that_failed_on_the_way_are_asked_for_again_and_nonsense_is_not(server, index, corpus, tmp_path, capsys):
+    lost = lambda system, content, n: (400, "", {}) if "DESCRIPTION" in system and n < 4 else oracle(system, content, n)  # noqa: E731
+    server.script = lost
+    first = explain_by_model(index, corpus, range(2), config(server, tmp_path))
+    assert [e.scores["answered"] for e in first] == [0, 20]
+    assert "1 explanations are not wholly scored" in capsys.readouterr().out
+    server.script = oracle
+    again = explain_by_model(index, corpus, range(2), config(server, tmp_path))
+    assert [e.scores["answered"] for e in again] == [20, 20]
+    assert len(server.seen) == 3 * 3
+    server.script = lambda system, content, n: "no list" if "DESCRIPTION" in system else oracle(system, content, n)
+    explain_by_model(index, corpus, range(3), config(server, tmp_path))
+    asked = len(server.seen)
+    explain_by_model(index, corpus, range(3), config(server, tmp_path))
+    assert len(server.seen) == asked
+
+
 @pytest.mark.parametrize(
     ("text", "n", "answers"),
     [

@@ -85,6 +85,8 @@ def test_indexes_of_other_text_are_laid_end_to_end(world, tmp_path):
     a, b = files_of(of_both), files_of(joined.folder)
     for name in set(a) - {"index.json"}:
         assert a[name] == b[name], name
+    with pytest.raises(InputError, match="one of the parts"):
+        merge_indexes(MergeConfig(parts=(halves[0], halves[1]), out=halves[1]))
     with pytest.raises(InputError, match="in more than one of"):
         merge_indexes(MergeConfig(parts=(halves[0], halves[0], other.folder), out=tmp_path / "twice"))
 

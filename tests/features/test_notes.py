@@ -237,6 +237,12 @@ def test_a_file_that_is_no_database_is_refused_and_kept(world, tmp_path):
         Notes.open(tmp_path, world.index)
 
 
+def test_a_mistyped_folder_is_not_made(world, tmp_path):
+    with pytest.raises(InputError, match="there is no"):
+        Notes.open(tmp_path / "none" / "notes.sqlite", world.index)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_text_is_never_taken_for_a_statement(notes):
     hostile = "'); DROP TABLE notes; --"
     notes.set(3, label=hostile, note=hostile)

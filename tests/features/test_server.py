@@ -231,6 +231,39 @@ def test_what_cannot_be_is_said_in_a_sentence(site, path, status, message):
     assert "Traceback" not in reply.text
 
 
+@pytest.mark.parametrize(
+    ("path", "status", "kept"),
+    [
+        ("/prompt?order=effect&text=" + "x+" * 600, 400, 'aria-label="text">\nx x x x'),
+        ("/steer?feature=4&strength=0.5&add=99&prompt=The", 404, 'value="0.5" aria-label="strength of 4 as a number"'),
+        ("/steer?feature=4&strength=0.5&seed=-1&prompt=The", 400, ">\nThe</textarea>"),
+        ("/?q=*&density_max=0.5", 400, 'name="density_max" value="0.5"'),
+        ("/?q=quokka&how=fires", 400, 'value="quokka"'),
+    ],
+)
+def test_a_refusal_keeps_the_form_that_led_to_it(site, path, status, kept):
+    reply = site[0].get(path)
+    assert (reply.status_code, 'role="alert" class="refusal"' in reply.text) == (status, True)
+    assert kept in reply.text
+
+
+def test_a_star_does_not_cost_the_label_beside_it(site):
+    client, notes, _ = site
+    client.post("/f/6", data={"starred": "1", "label": "begun", "note": "too", "list": ""}, headers=OWN)
+    client.post("/f/6", data={"label": "begun", "note": "too", "list": "new"}, headers=OWN)
+    assert (notes.get(6), notes.lists()) == (Note("begun", "too", True), {"new": [6]})
+
+
+def test_a_list_of_a_search_says_how_well_each_feature_fits(site, world):
+    client, _, _ = site
+    hits = world.index.search("zebrafly", 40)
+    shown = re.findall(
+        r'class="open" href="[^"]*">(\d+)</a>.*<td class="num">([\d.-]+)</td></tr>', client.get("/?q=zebrafly&how=fires").text
+    )
+    assert shown == [(str(hit.feature), f"{hit.score:.2f}") for hit in hits]
+    assert "features that fire on it" in client.get("/?q=nowhere").text
+
+
 def test_sizes_are_bounded(site):
     client, notes, _ = site
     assert client.get("/prompt?text=" + "x" * 50_000).status_code == 414
@@ -322,6 +355,7 @@ def busy(client):
         (b"[]", "object of JSON"),
         (b"[" * 30_000, "object of JSON"),
         (b'{"prompt": "I", "features": [1]}', "features as an object"),
+        (rb'{"prompt": "\ud800 x", "features": {}}', "half of a surrogate pair"),
         (b'{"prompt": "I", "features": {"x": 1}}', "whole number as feature"),
         (b'{"prompt": "I", "features": {"4": NaN}}', "finite number as strength"),
         (b'{"prompt": "I", "features": {"3": 1}}', "never fires"),
@@ -341,7 +375,7 @@ def test_without_a_model_the_rest_works(world, tmp_path):
     notes = Notes.open(tmp_path / "notes.sqlite", world.index)
     client = TestClient(create_app(world.index, notes), base_url=HOST)
     assert client.get("/f/4").status_code == 200
-    assert "--model none" in client.get("/prompt?text=x").text
+    assert "without a model" in client.get("/prompt").text
     assert "without a model" in client.get("/steer").text
     notes.close()
 

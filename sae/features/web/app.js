@@ -14,6 +14,7 @@ function say(sentence) {
 addEventListener("keydown", event => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
   if (event.key === "Escape" && typing(document.activeElement)) return document.activeElement.blur();
+  if (event.key === "?" && one("dialog[open]")) return one("dialog[open]").close();
   if (typing(event.target) || one("dialog[open]")) return;
   const rows = [...document.querySelectorAll("tbody a.open")];
   const target = one(`[data-key="${CSS.escape(event.key)}"]`);
@@ -31,12 +32,23 @@ one("nav.head button")?.addEventListener("click", () => one("#keys").showModal()
 
 one("#import")?.addEventListener("change", async event => {
   try {
-    const reply = await fetch("/notes/import", {method: "POST", body: await event.target.files[0].text()});
-    if (reply.ok) location.reload();
-    else say((await reply.json()).error);
+    const reply = await fetch("/notes/import", {method: "POST", body: await event.target.files[0].arrayBuffer()}), answer = await reply.json();
+    if (reply.ok) location.search = "?imported=" + answer.entries;
+    else say(answer.error);
   } catch {
     say("The server does not answer; see its terminal.");
   }
+});
+
+// A label or note that was begun is not left without a word.
+let begun = false;
+one(".editor")?.addEventListener("input", () => { begun = true; });
+one(".editor")?.addEventListener("submit", () => { begun = false; });
+addEventListener("beforeunload", event => { if (begun) event.preventDefault(); });
+
+// Empty fields of a filter say nothing, so they stay out of the address.
+one(".filters")?.addEventListener("submit", event => {
+  for (const field of event.target.querySelectorAll("input, select")) field.disabled ||= field.value === "" || field.value === "text";
 });
 
 const form = one("#steer");
@@ -58,6 +70,7 @@ function steering(form) {
     const address = new URLSearchParams(new FormData(form));
     address.delete("add");
     history.replaceState(null, "", "?" + address);
+    one(".both").classList.add("stale");
   }
 
   function running(is) {
@@ -73,10 +86,11 @@ function steering(form) {
     for (const name of ["max_new_tokens", "temperature", "top_p", "seed"]) wanted[name] = data.get(name);
     for (const side of document.querySelectorAll(".both section")) {
       side.querySelector(".written").textContent = wanted.prompt;
-      side.querySelector(".facts").textContent = "seed " + wanted.seed;
+      side.querySelector(".facts").textContent = "seed " + (wanted.seed || "0");
       side.querySelector(".written").classList.remove("refusal");
     }
-    say("");
+    one(".both").classList.remove("stale");
+    say(data.getAll("feature").length ? "" : "No feature is added, so both texts are the same.");
     running(true);
     stopper = new AbortController();
     try {
