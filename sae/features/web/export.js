@@ -5,7 +5,7 @@ const one = selector => document.querySelector(selector);
 const PAGE = 100, KEPT = 8;  // rows of the table at a time; files of pages kept in memory
 const KEYS = {"j": "next feature of the list", "k": "the one before", "[": "feature with the number below", "]": "with the number above",
   "/": "search", "r": "a random feature", "u": "up to the list", "?": "this help", "Esc": "leave the field or this help"};
-const NUMBERS = {density: "density", count: "count", max: "max", mean: "mean", fvu: "FVU"};
+const NUMBERS = {density: "density", count: "count", max: "max", mean: "mean", fvu: "FVU without it"};
 let stats = null, vocabulary = null, tokensPerFile = 0, serial = 0;
 const loading = new Map(), pages = new Map(), postings = new Map(), place = new Map();
 
@@ -142,7 +142,7 @@ function tableView(params) {
     const j = stats.features[i], label = stats.labels[j] ?? "";
     return element("tr", {}, element("td", {class: "num"}, element("a", {href: link(`f/${j}`, params, {page: null})}, String(j))),
       element("td", {title: stats.explanations[j]}, stats.starred.has(j) ? element("span", {class: "star"}, "★ ") : "", label),
-      ...Object.keys(NUMBERS).map(name => element("td", {class: "num"}, short(stats.columns[name][i]))),
+      ...Object.keys(NUMBERS).map(name => element("td", {class: "num"}, name === "density" ? short(100 * stats.columns[name][i]) + "%" : short(stats.columns[name][i]))),
       element("td", {class: "tok"}, ...words(stats.fires[i])), element("td", {class: "tok"}, ...words(stats.promotes[i] ?? [])));
   });
   const steps = element("nav", {class: "place"}, step("‹ before", link("", params, {page: page - 1}), page > 1),
@@ -158,7 +158,7 @@ function step(text, href, possible) {
 }
 
 async function featureView(j, params) {
-  if (!place.has(j)) throw new Error(`feature ${j} is not in this folder`);
+  if (!place.has(j)) throw new Error(Number.isNaN(j) ? "the address names no feature" : `feature ${j} is not in this folder`);
   const number = Math.floor(place.get(j) / stats.shard);
   await load(file("d", number));
   const html = await inflate(pages.get(number)[j]);
