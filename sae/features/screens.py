@@ -145,8 +145,7 @@ def _table_row(browser: "Browser", query: Query, j: int, at: int) -> str:
 def _match(browser: "Browser", query: Query, j: int) -> str:
     if not query.q or query.how not in MATCHES:
         return ""
-    score = browser.tables.match(query, j)
-    return f'<td class="num">{"" if score is None else f"{score:.2f}"}</td>'
+    return f'<td class="num">{browser.tables.match(query, j):.2f}</td>'
 
 
 def _filters(query: Query) -> str:
@@ -214,7 +213,7 @@ def _editor(browser: "Browser", j: int, address: str) -> str:
 <button>Add</button>{inside}</span></form>"""
 
 
-def lists(browser: "Browser", imported: str = "") -> str:
+def lists(browser: "Browser", imported: int | None = None) -> str:
     known = browser.notes.all().values()
     stars, labels = sum(note.starred for note in known), sum(bool(note.label) for note in known)
     rows = "".join(
@@ -222,7 +221,7 @@ def lists(browser: "Browser", imported: str = "") -> str:
         f'<td><form method="post" action="/lists"><button name="remove" value="{escape(name)}">remove</button></form></td></tr>\n'
         for name, members in browser.notes.lists().items()
     )
-    done = f'<p role="status">{int(imported):,} entries were read.</p>' if imported else ""
+    done = "" if imported is None else f'<p role="status">{imported:,} entries were read.</p>'
     body = f"""<h1>Lists</h1>
 <p><a href="/?starred=1">{stars:,} starred</a> · <a href="/?labelled=1&amp;sort=label&amp;up=1">{labels:,} labelled</a></p>
 <section class="scroll"><table><thead><tr><th>list</th><th class="num">features</th><th></th></tr></thead>

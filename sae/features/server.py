@@ -197,12 +197,7 @@ def _add_pages(app: Any, browser: Browser) -> None:
     @app.get("/f/{j}")
     def feature(j: int, request: Request) -> Any:
         browser.require(j)
-        at = request.query_params.get("at", "")
-        return HTMLResponse(
-            screens.feature(
-                browser, j, Query.read(request.query_params), int(at) if at.isascii() and at.isdigit() and len(at) < 12 else None
-            )
-        )
+        return HTMLResponse(screens.feature(browser, j, Query.read(request.query_params), digits(request.query_params.get("at", ""))))
 
     @app.get("/random")
     def random(request: Request) -> Any:
@@ -241,8 +236,7 @@ def _add_pages(app: Any, browser: Browser) -> None:
 
     @app.get("/lists")
     def lists(request: Request) -> Any:
-        imported = request.query_params.get("imported", "")
-        return HTMLResponse(screens.lists(browser, imported if imported.isascii() and imported.isdigit() and len(imported) < 12 else ""))
+        return HTMLResponse(screens.lists(browser, digits(request.query_params.get("imported", ""))))
 
     @app.get("/notes.jsonl")
     def export() -> Any:
@@ -387,10 +381,14 @@ def sampling(params: Any) -> Sampling:
     return Sampling(tokens, temperature, top_p, seed)
 
 
+def digits(text: str) -> int | None:
+    """The number that digits alone write; None for anything else."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 12 else None
+
+
 def whole(name: str, text: str) -> int:
     """A whole number from an address. Raises `InputError` naming what it was for."""
-    digits = text.strip().removeprefix("-")
-    if not (digits.isascii() and digits.isdigit() and len(digits) <= 12):
+    if digits(text.strip().removeprefix("-")) is None:
         raise InputError(f"expected a whole number as {name}, got {text[:40]!r}")
     return int(text)
 

@@ -19,7 +19,7 @@ from sae.features.records import FeatureIndex
 
 SORTS = ("feature", "density", "max", "mean", "fvu_contribution", "skewness", "kurtosis", "top_token", "label", "match")
 PAGE = 50
-REMEMBERED = 16  # lists kept in memory, four bytes a feature
+REMEMBERED = 16  # lists kept in memory, four bytes a feature, eight after a search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +91,7 @@ class Tables:
 
     def __init__(self, index: FeatureIndex, notes: Notes):
         self.index, self.notes = index, notes
-        self._remembered: OrderedDict[Any, np.ndarray] = OrderedDict()
-        self._matches: OrderedDict[tuple[str, str], dict[int, float]] = OrderedDict()
+        self._remembered: OrderedDict[Any, tuple[np.ndarray, np.ndarray | None]] = OrderedDict()
         self._lock = threading.Lock()
         pieces = [index.vocabulary.spelling(token) for token in range(len(index.vocabulary.pieces))]
         self._folded = [piece.casefold() for piece in pieces]
@@ -103,12 +102,20 @@ class Tables:
 
         Raises `InputError` for a word that does not occur, or a list there is not.
         """
+        return self._listed(query)[0]
+
+    def match(self, query: Query, j: int) -> float | None:
+        """How well a listed feature fits the word searched for: F1 of its firing on it, or what it adds to its logit; else None."""
+        score_f = self._listed(query)[1]
+        return None if score_f is None else float(score_f[j])
+
+    def _listed(self, query: Query) -> tuple[np.ndarray, np.ndarray | None]:
         key = (query, self.notes.version)
         with self._lock:
             if key in self._remembered:
                 self._remembered.move_to_end(key)
                 return self._remembered[key]
-        chosen = self._started(query)
+        chosen, score_f = self._started(query)
         chosen = chosen[self._kept(query, chosen)]
         if query.order not in ("match", "list"):
             chosen = self._sorted(query, chosen)
@@ -116,18 +123,14 @@ class Tables:
             chosen = chosen[::-1]
         chosen = chosen.astype(np.int32)
         with self._lock:
-            self._remembered[key] = chosen
+            self._remembered[key] = chosen, score_f
             while len(self._remembered) > REMEMBERED:
                 self._remembered.popitem(last=False)
-        return chosen
+        return chosen, score_f
 
-    def match(self, query: Query, j: int) -> float | None:
-        """How well the feature fits what was searched for: F1 of its firing on the word, or what it adds to the word's logit."""
-        return self._matches.get((query.q, query.how), {}).get(j)
-
-    def _started(self, query: Query) -> np.ndarray:
-        """What a list or a search gives, best first; all features without either."""
-        chosen = np.arange(self.index.d_sae)
+    def _started(self, query: Query) -> tuple[np.ndarray, np.ndarray | None]:
+        """What a list or a search gives, best first, and every feature's score in a search for a word; all features without either."""
+        chosen, score_f = np.arange(self.index.d_sae), None
         if query.list:
             lists = self.notes.lists()
             if query.list not in lists:
@@ -135,22 +138,18 @@ class Tables:
             chosen = np.array(lists[query.list], np.int64)
         if query.q:
             if query.how == "text":
-                found = self.notes.search(query.q, self.index.d_sae)
+                hits = np.array(self.notes.search(query.q, self.index.d_sae), np.int64)
             else:
                 if query.how == "fires":
-                    scores = {hit.feature: hit.score for hit in self.index.search(query.q, self.index.d_sae)}
+                    found = [(hit.feature, hit.score) for hit in self.index.search(query.q, self.index.d_sae)]
                 else:
-                    scores = {hit.feature: hit.value for hit in self.index.promotes(query.q, self.index.d_sae)}
-                found = list(scores)
-                with self._lock:
-                    self._matches[query.q, query.how] = scores
-                    while len(self._matches) > 2 * REMEMBERED:  # those of every list that is remembered are among them
-                        self._matches.popitem(last=False)
-            hits = np.array(found, np.int64)
+                    found = [(hit.feature, hit.value) for hit in self.index.promotes(query.q, self.index.d_sae)]
+                hits, score_f = np.array([j for j, _ in found], np.int64), np.zeros(self.index.d_sae, np.float32)
+                score_f[hits] = [score for _, score in found]
             chosen = hits[np.isin(hits, chosen)] if query.list else hits
         elif query.sort == "match":
             raise InputError("sorting by match needs something to search for")
-        return chosen
+        return chosen, score_f
 
     def _kept(self, query: Query, chosen: np.ndarray) -> np.ndarray:
         """Which of the features pass the filters, bool."""
