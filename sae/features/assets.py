@@ -86,7 +86,7 @@ table{border-collapse:collapse;width:100%}
 th,td{text-align:left;padding:.25rem .6rem;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:baseline}
 td.num,th.num{text-align:right;font-variant-numeric:tabular-nums}
 td:last-child{white-space:pre;max-width:40rem;overflow:hidden;text-overflow:ellipsis}
-th button{font:inherit;font-weight:600;color:inherit;background:none;border:0;padding:0;cursor:pointer}
+th button{font:inherit;font-weight:600;color:inherit;background:none;border:0;padding:0;cursor:pointer;text-decoration:underline}
 th[aria-sort=ascending] button::after{content:" \\25b2"}
 th[aria-sort=descending] button::after{content:" \\25bc"}
 @media(max-width:640px){
