@@ -7,6 +7,7 @@ import webbrowser
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sae.dictionary import WEIGHTS, SparseAutoencoder
 from sae.errors import InputError
@@ -15,6 +16,9 @@ from sae.features.records import FeatureIndex
 from sae.features.server import Steering, create_app
 from sae.files import crc32
 from sae.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    import uvicorn
 
 HOST = "127.0.0.1"
 
@@ -42,8 +46,6 @@ def serve(config: BrowseConfig, make_steering: Callable[[LanguageModel, SparseAu
 
     Raises `InputError` for parts that do not belong together, or a port that is taken.
     """
-    import uvicorn
-
     index = FeatureIndex.open(config.index)
     with listening(config.port) as listener:  # before the model is loaded: a taken port is said at once
         lm, dictionary, steering = None, None, None
@@ -55,19 +57,9 @@ def serve(config: BrowseConfig, make_steering: Callable[[LanguageModel, SparseAu
         print(f"features of {config.index} at {url} (Ctrl-C ends it)", flush=True)
         if config.open:
             threading.Timer(0.5, webbrowser.open, (url,)).start()
-        settings = uvicorn.Config(
-            app,
-            http="h11",
-            ws="none",
-            lifespan="off",
-            log_level="warning",
-            server_header=False,
-            timeout_graceful_shutdown=1,
-            h11_max_incomplete_event_size=1 << 18,  # an address beyond what we take is still answered with a sentence
-        )
         gc.freeze()  # what was loaded stays; no collection in the middle of a page need walk through it
         try:
-            uvicorn.Server(settings).run(sockets=[listener])
+            server_of(app).run(sockets=[listener])
         except KeyboardInterrupt:  # how it is meant to end
             print()
         finally:
@@ -87,6 +79,22 @@ def parts_of(
     if known.get("fingerprint") not in (None, lm.fingerprint()):
         raise InputError(f"expected the model of {index.folder}, {known['name']}, but {lm.name} has other weights; give that model")
     return lm, sae
+
+
+def server_of(app: Any) -> "uvicorn.Server":
+    import uvicorn
+
+    settings = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=1,
+        h11_max_incomplete_event_size=1 << 18,  # an address beyond what we take is still answered with a sentence
+    )
+    return uvicorn.Server(settings)
 
 
 def listening(port: int) -> socket.socket:

@@ -147,7 +147,9 @@ def clear_leftovers(out: Path) -> None:
     """Removes temporary folders in which nobody works any more; an older index that lost its name to a kill gets it back."""
     for path in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
         found = re.fullmatch(r"([0-9]+)(\.old)?\.tmp", path.name[len(out.name) + 2 :])
-        if found is None or Path(f"/proc/{found[1]}").exists():
+        if found is None:
+            continue
+        if int(found[1]) != os.getpid() and Path(f"/proc/{found[1]}").exists():  # in a container every run may have the same number
             continue
         with suppress(InputError), only_writer(path):  # a process of another machine may be at work in it
             if found[2] and not out.exists():

@@ -39,7 +39,7 @@ def test_build_page_and_export_are_measured_on_a_small_cache(tmp_path):
     said = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT, env=environment)
     assert said.returncode == 0, said.stderr
     found = json.loads((tmp_path / "numbers.json").read_text())
-    assert found["build"]["times_encode"]["median"] > 1
+    assert found["build"]["times_encode"]["median"] > 0
     assert found["page"]["requests"] == 5
     assert 5 < found["page"]["mean_kb"] < 100  # pages, not refusals
     assert found["export"]["seconds_per_10000"]["median"] > 0

@@ -20,14 +20,9 @@ class served:
     """The app on a free port of this machine, in a thread."""
 
     def __init__(self, app: Any):
-        import uvicorn
+        from sae.features.browse import listening, server_of
 
-        from sae.features.browse import listening
-
-        self.listener = listening(0)
-        self.server = uvicorn.Server(
-            uvicorn.Config(app, http="h11", ws="none", lifespan="off", log_level="warning", timeout_graceful_shutdown=1)
-        )
+        self.listener, self.server = listening(0), server_of(app)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)
 
     def __enter__(self) -> str:

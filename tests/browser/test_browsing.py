@@ -1,5 +1,7 @@
 """What a person does with the browser, in a real one: every key, form and stream, without an error in the console or a foreign request."""
 
+import http.client
+import json
 import re
 import time
 from urllib.parse import urlencode
@@ -96,6 +98,25 @@ def test_a_label_a_star_and_a_list_are_kept_and_found(demo, tab):
     tab.get_by_role("link", name="to steer with").click()
     assert tab.locator("a.open").all_inner_texts() == [f"★ {FEATURE}"]
     assert demo.notes.get(FEATURE) == ("curse words", "strongest in film dialogue\n🦓", True)
+
+
+def test_an_address_beyond_all_bounds_is_answered_with_a_sentence(demo):
+    connection = http.client.HTTPConnection(demo.url.removeprefix("http://"))
+    connection.request("GET", "/prompt?text=" + "x" * 150_000)
+    reply = connection.getresponse()
+    assert (reply.status, json.loads(reply.read())) == (414, {"error": "expected an address of at most 40,000 bytes, got 150,005"})
+    connection.close()
+
+
+def test_a_filter_leaves_empty_fields_out_of_the_address_and_keeps_a_word_that_is_text(demo, tab):
+    tab.goto(f"{demo.url}/")
+    tab.get_by_label("search for").fill("text")
+    tab.get_by_label("density from").fill("0")
+    with tab.expect_navigation():
+        tab.get_by_role("button", name="Show").click()
+    assert tab.url == f"{demo.url}/?q=text&density_min=0"
+    tab.go_back()
+    assert tab.get_by_label("density from").is_enabled()
 
 
 def test_what_is_begun_is_not_lost(demo, tab):

@@ -1,8 +1,10 @@
 """circuit-tracer's packed records, taken apart by hand."""
 
+import errno
 import gzip
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,7 +72,7 @@ def test_cantor_pairs_are_different_and_known():
     assert len({cantor_pair(layer, j) for layer in range(40) for j in range(40)}) == 1600
 
 
-def test_layers_are_added_and_replaced(world, folder, tmp_path):
+def test_layers_are_added_and_replaced(world, folder, tmp_path, monkeypatch):
     names = names_of(world.index)
     write_circuit_tracer(world.index, tmp_path, names)
     write_circuit_tracer(world.index, tmp_path, names._replace(layer=5))
@@ -79,6 +81,16 @@ def test_layers_are_added_and_replaced(world, folder, tmp_path):
     assert records(tmp_path / "features", 0) == before == records(folder, 0)
     assert [record["index"] for record in records(tmp_path / "features", 5)][:2] == [cantor_pair(5, 0), cantor_pair(5, 1)]
     assert {path.name for path in (tmp_path / "features").iterdir()} == {"index.json.gz", "layer_0.bin", "layer_5.bin"}
+
+    def full(self, _data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "features").iterdir()}
+    with monkeypatch.context() as disk:
+        disk.setattr(Path, "write_bytes", full)  # as the list of layers is written, after the records
+        with pytest.raises(InputError, match="the disk ran full"):
+            write_circuit_tracer(world.index, tmp_path, names._replace(layer=5, set="other"))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "features").iterdir()} == whole
     (tmp_path / "features" / "index.json.gz").write_bytes(b"no gzip")
     with pytest.raises(InputError, match=r"index\.json\.gz"):
         write_circuit_tracer(world.index, tmp_path, names)

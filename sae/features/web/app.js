@@ -47,8 +47,9 @@ one(".editor")?.addEventListener("submit", () => { begun = false; });
 addEventListener("beforeunload", event => { if (begun) event.preventDefault(); });
 
 // Empty fields of a filter say nothing, so they stay out of the address.
-one(".filters")?.addEventListener("submit", event => {
-  for (const field of event.target.querySelectorAll("input, select")) field.disabled ||= field.value === "" || field.value === "text";
+one(".filters")?.addEventListener("formdata", ({formData}) => {
+  for (const [name, value] of [...formData]) if (value === "") formData.delete(name);
+  if (formData.get("how") === "text") formData.delete("how");
 });
 
 const form = one("#steer");
