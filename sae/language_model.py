@@ -124,7 +124,7 @@ class LanguageModel:
         sites: Sequence[str] = (),
         quantize: str | None = None,
     ) -> "LanguageModel":
-        """A model by hub name or local folder.
+        """A model by hub name, local folder or GGUF file.
 
         `device` "auto" is CUDA where there is one; `dtype` "auto" is float32 on a CPU, where half precision is slow, and as stored
         elsewhere; `device_map` ("auto" or a mapping, needs the package accelerate) spreads a large model and excludes `device`.

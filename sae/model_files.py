@@ -1,6 +1,5 @@
-"""A causal LM and its tokenizer from a hub name or folder, quietly, with every failure as one sentence."""
+"""A causal LM and its tokenizer from a hub name, folder or GGUF file, quietly, with every failure as one sentence."""
 
-import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ import torch
 
 from sae.errors import InputError
 from sae.fingerprint import fingerprint_of_files
+from sae.gguf_files import Place, forget_packing, mentions, place_of, require_packages, unpacked
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -39,18 +39,27 @@ def load_model(
     wanted = _dtype(dtype)
     if wanted == "auto" and place is not None and place.type == "cpu":
         wanted = torch.float32
+    found = place_of(name)
+    if quantize and found.gguf:
+        raise InputError(f"expected a model in safetensors files to quantize, got the GGUF file {name}; load it without quantize")
     options: dict[str, Any] = _eight_bits(quantize) if quantize else {}
     if quantize and place is not None:
         device_map = {"": place}  # such a model cannot be moved
     automatic: Any = AutoModelForCausalLM  # its annotations do not know output_loading_info
-    with _one_sentence(name, "a causal language model"), _quiet():
-        config = AutoConfig.from_pretrained(name, revision=revision)
+    with _one_sentence(name, "a causal language model", found), _quiet():
+        config = AutoConfig.from_pretrained(found.name, revision=revision, **found.options())
         depth = _depth(config, sites)
-        whole = fingerprint_of_files(config, name, revision) if depth or quantize else None
+        whole = fingerprint_of_files(config, name, revision) if (depth or quantize) and not found.gguf else None
         if depth and whole:
             _shorten(config.get_text_config(), depth)
         options |= dict(config=config, dtype=wanted, device_map=device_map, revision=revision, output_loading_info=True)
-        model, info = automatic.from_pretrained(name, **options)
+        if found.gguf:
+            options |= found.options() | unpacked()
+        model, info = automatic.from_pretrained(found.name, **options)
+    if found.gguf:
+        forget_packing(model)
+        if mentions(found, revision, b"rope_freqs.weight"):
+            print(f"note: {name} has rotary factors (rope_freqs.weight); transformers leaves them out", file=sys.stderr)
     # Hugging Face fills these with random numbers and goes on
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:
@@ -85,23 +94,23 @@ def _shorten(text: Any, depth: int) -> None:
 def _eight_bits(quantize: str) -> dict[str, Any]:
     if quantize != "8bit":
         raise InputError(f"expected quantize to be 8bit or nothing, got {quantize!r}")
-    for package in ("bitsandbytes", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise InputError(f"expected the package {package}, which 8-bit weights need, but it is not installed; pip install {package}")
+    require_packages(("bitsandbytes", "accelerate"), "8-bit weights")
     from transformers import BitsAndBytesConfig
 
     return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
 
 
 def load_tokenizer(name: str, revision: str | None) -> Any:
-    """None for a folder that has no tokenizer files."""
+    """None for a folder that has no tokenizer files, and for a GGUF file without a vocabulary."""
     from transformers import AutoTokenizer
 
-    folder = Path(name)
-    if folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES):
+    folder, found = Path(name), place_of(name)
+    if not found.gguf and folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES):
         return None
-    with _one_sentence(name, "a tokenizer"), _quiet():
-        return AutoTokenizer.from_pretrained(name, revision=revision)
+    with _one_sentence(name, "a tokenizer", found), _quiet():
+        if found.gguf and not mentions(found, revision, b"tokenizer.ggml.tokens"):
+            return None
+        return AutoTokenizer.from_pretrained(found.name, revision=revision, **found.options())
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -126,20 +135,23 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 @contextmanager
-def _one_sentence(name: str, what: str) -> Iterator[None]:
+def _one_sentence(name: str, what: str, found: Place) -> Iterator[None]:
     from safetensors import SafetensorError
 
-    if not Path(name).exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
+    errors: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+    if found.gguf:  # a damaged one breaks its reader in any way
+        errors = (Exception,)
+    if not found.gguf and not Path(name).exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
         raise InputError(f"expected {what} in the folder {name}, which does not exist; check its path")
     try:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except errors as error:
         reason = " ".join(str(error).split())
         reason = reason if len(reason) < 300 else reason[:300] + "..."
         raise InputError(
-            f"expected {what} at {name!r}, but it could not be loaded ({reason}); give a folder or a hub name in reach"
+            f"expected {what} at {name!r}, but it could not be loaded ({reason}); give a folder, a GGUF file or a hub name in reach"
         ) from error
 
 

@@ -37,7 +37,7 @@ class CompareConfig(TextConfig):
     concept: str
     """A concept that comes with the package (curse_words, bible ...), a concept's .json file, or label:NAME for a label of the text."""
     model: str
-    """Model by hub name or folder."""
+    """Model by hub name, folder or GGUF file."""
     sae: Path | None = None
     """Folder of a dictionary of this model; without it the arms of dictionary features are left out."""
     feature: int | None = None

@@ -38,7 +38,7 @@ ALIVE_DOCUMENTS = 1000  # on which features are looked for that fire
 @dataclass(kw_only=True)
 class EffectConfig(TextConfig):
     model: str
-    """Model by hub name or folder."""
+    """Model by hub name, folder or GGUF file."""
     sae: Path
     """Folder of a dictionary of that model."""
     feature: tuple[int, ...] = ()

@@ -37,7 +37,7 @@ ROUNDS = 2000
 @dataclass(kw_only=True)
 class PrincipalConfig(TextConfig):
     model: str
-    """Model by hub name or folder."""
+    """Model by hub name, folder or GGUF file."""
     site: str
     """Where, for example resid_post.2."""
     out: Path

@@ -29,7 +29,7 @@ class PartsConfig:
     dictionary: Path | None = None
     """Folder of the dictionary; the one the index was built from without it."""
     model: str | None = None
-    """Model by hub name or folder; the one the index names without it."""
+    """Model by hub name, folder or GGUF file; the one the index names without it."""
     feature: int | None = None
     """Feature to add (give this or --search)."""
     search: str | None = None

@@ -36,7 +36,7 @@ class ImportConfig:
     token_ids: Path | None = None
     """.npy or .safetensors file with the token id of every row of plain arrays, [n] integers."""
     model: str | None = None
-    """Model they were recorded from, a folder or a hub name; unknown without it, and then nothing that needs the model can be done."""
+    """Model they were recorded from: folder, GGUF file or hub name; unknown by default, and then nothing that needs it can be done."""
     revision: str | None = None
     """Revision of the model on the hub."""
     keep_bos: bool = False

@@ -21,7 +21,7 @@ class RecordingConfig(TextConfig):
     """What to record, and from which text."""
 
     model: str = "checkpoints/demo-lm"
-    """A Hugging Face causal language model: a folder or a hub name."""
+    """A Hugging Face causal language model: a folder, a GGUF file or a hub name."""
     revision: str | None = None
     """Revision of the model on the hub."""
     sites: tuple[str, ...] = ()

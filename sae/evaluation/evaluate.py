@@ -30,7 +30,7 @@ class EvaluationConfig:
     cache: Path
     """activation cache with the dictionary's site; its held-out tokens are used, never its training tokens"""
     model: str | None = None
-    """hub name or folder of the language model; by default the one the cache was made with"""
+    """hub name, folder or GGUF file of the language model; by default the one the cache was made with"""
     sequences: int = 200
     """held-out sequences for the language model's loss; 0 measures reconstruction alone and needs no model"""
     rows: int = 1_000_000

@@ -30,7 +30,7 @@ class BrowseConfig:
     notes: Path | None = None
     """SQLite file of labels, stars, notes and lists; notes.sqlite beside the index without it."""
     model: str | None = None
-    """Model for prompts and steering, by hub name or folder; the one the index names without it; "none" browses without."""
+    """Model for prompts and steering, by hub name, folder or GGUF file; the one the index names without it; "none" browses without."""
     dictionary: Path | None = None
     """Folder of the dictionary; the one the index was built from without it."""
     device: str = "auto"

@@ -57,7 +57,7 @@ class IndexConfig:
     part: str | None = None
     """Only the i-th of n parts of these tokens, written i/n, as 1/4; merge_feature_indexes.py joins parts that were built apart."""
     model: str | None = None
-    """Model for tokenizer and logit lens, by hub name or folder; the one the cache names without it."""
+    """Model for tokenizer and logit lens, by hub name, folder or GGUF file; the one the cache names without it."""
     device: str = "auto"
     """Device that encodes: auto, cpu or cuda."""
 
