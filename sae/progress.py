@@ -35,18 +35,37 @@ class Progress:
             self._bar.update(self._task, completed=self.done, text=self.line())
         elif time.monotonic() - self._printed > 10:
             self._printed = time.monotonic()
-            print(f"{self.what}: {self.line()}", file=sys.stderr, flush=True)
+            print(f"{self.what}: {self.line()}{self._left()}", file=sys.stderr, flush=True)
 
     def line(self) -> str:
-        rate = (self.done - self._first) / max(time.monotonic() - self._start, 1e-9)
-        parts = [f"{self.done:,} of {self.total:,} {self.unit}", f"{rate:,.0f} {self.unit}/s"]
+        """What is done, the mean rate since the start (nothing before the first unit), and the latest fields."""
+        parts = [f"{self.done:,} of {self.total:,} {self.unit}"]
+        if (done := self.done - self._first) > 0:
+            seconds = max(time.monotonic() - self._start, 1e-9)
+            slow = seconds > done  # less than one a second
+            parts.append(f"{_short(seconds / done)} s each" if slow else f"{_short(done / seconds)} {self.unit}/s")
         return ", ".join(parts + [f"{k} {v}" for k, v in self.fields.items()])
+
+    def _left(self) -> str:
+        done, left = self.done - self._first, self.total - self.done
+        return f", about {duration(left * (time.monotonic() - self._start) / done)} left" if done > 0 and left > 0 else ""
 
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
         else:
             print(f"{self.what}: {self.line()}", file=sys.stderr, flush=True)
+
+
+def _short(number: float) -> str:
+    return f"{number:,.1f}" if number < 10 else f"{number:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units: "40 s", "3 min 20 s", "2 h 5 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, rest_minutes = divmod(minutes, 60)
+    return f"{hours:,} h {rest_minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 @contextmanager
