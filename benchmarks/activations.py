@@ -187,8 +187,8 @@ def packed(config: BenchmarkConfig, lm: LanguageModel) -> torch.Tensor:
 
 
 def token_ids(config: BenchmarkConfig, lm: LanguageModel) -> Iterator[np.ndarray]:
-    found = documents(TextConfig(text=config.text), lm.bos_id)
-    for ids, _ in tokenise(found, lm.tokenizer, lm.model.get_input_embeddings().weight.shape[0]):
+    found = documents(TextConfig(text=config.text))
+    for ids, _ in tokenise(found, lm.tokenizer, lm.model.get_input_embeddings().weight.shape[0], lm.bos_id):
         yield ids
 
 

@@ -28,6 +28,7 @@ from rounds import OFFLINE, PEERS_PYTHON, ArmFailed, started
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest import HarvestConfig, harvest
 from sae.activations.text import TextConfig, documents
+from sae.activations.tokens import tokenise
 from sae.command_line import run
 from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
@@ -105,7 +106,8 @@ def prepare(config: BenchmarkConfig, folder: Path) -> float:
     lm, site = LanguageModel.load(str(config.model)), SparseAutoencoder.load(config.dictionary).site
     if lm.bos_id is None or site is None:
         raise InputError("expected a model with a beginning of text and a dictionary that names its site")
-    texts = [document.content for document in documents(TextConfig(text=(str(config.text),)), lm.bos_id)]
+    vocabulary = lm.model.get_input_embeddings().weight.shape[0]
+    texts = [ids for ids, _ in tokenise(documents(TextConfig(text=(str(config.text),))), lm.tokenizer, vocabulary, lm.bos_id)]
     width = min(lm.context - 1, max(map(len, texts)))
     contexts = [ids[low : low + width] for ids in texts for low in range(0, len(ids) - width + 1, width)]
     rows_sp = np.unique(np.array(contexts), axis=0)

@@ -4,6 +4,7 @@ A concept is a JSON file, see docs/concepts.md; `steering/concepts/` has those t
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain, zip_longest
@@ -105,7 +106,7 @@ def read_corpus(config: TextConfig, lm: LanguageModel) -> Corpus:
     """The first `LENGTH` characters, whole words, of each document that has `SHORTEST`; token ids are read by the model's tokenizer."""
     texts: list[str] = []
     labels: list[str | None] = []
-    for content, label in documents(config, lm.bos_id):
+    for content, label in documents(config):
         if not isinstance(content, str):
             content = lm.tokenizer.decode(content[:LENGTH].tolist(), skip_special_tokens=True)
         text = _beginning(content)
@@ -226,7 +227,7 @@ def _checked(concept: Concept, where: str) -> Concept:
         raise InputError(f"expected positive and negative texts in {where}, but one side is empty; add texts to it")
     texts = concept.positive + concept.negative
     if len(set(texts)) < len(texts):
-        twice = next(text for text in texts if texts.count(text) > 1)
+        twice, _ = Counter(texts).most_common(1)[0]
         raise InputError(f"expected every text of {where} once, so that none is both learned from and tested on, but {twice!r} came twice")
     return concept
 

@@ -50,7 +50,7 @@ def read_sequences(lm: LanguageModel, text: TextConfig, count: int, length: int,
     vocabulary = lm.model.get_input_embeddings().num_embeddings
     found: list[tuple[np.ndarray, str | None]] = []
     seen = 0
-    for ids, label in tokenise(islice(documents(text, lm.bos_id), READ_FACTOR * count), lm.tokenizer, vocabulary):
+    for ids, label in tokenise(islice(documents(text), READ_FACTOR * count), lm.tokenizer, vocabulary, lm.bos_id):
         seen += 1
         if len(ids) >= length:
             found.append((ids[:length], label))
@@ -63,7 +63,8 @@ def read_sequences(lm: LanguageModel, text: TextConfig, count: int, length: int,
     ids_sp = torch.from_numpy(np.stack([found[i][0] for i in order])).long()
     if begin:
         ids_sp = torch.nn.functional.pad(ids_sp, (1, 0), value=lm.bos_id)
-    label_s = np.array([-1 if found[i][1] is None else labels.index(found[i][1]) for i in order])  # type: ignore[arg-type]
+    number_of: dict[str | None, int] = {None: -1} | {label: number for number, label in enumerate(labels)}
+    label_s = np.array([number_of[found[i][1]] for i in order])
     return Sequences(ids_sp.to(lm.device), label_s, labels, FIRST_DROPPED + begin)
 
 

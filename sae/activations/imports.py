@@ -64,6 +64,7 @@ def import_activations(config: ImportConfig) -> Path:
     site = _site(config, source)
     model, bos_id = _model(config, source, site)
     tokens = _tokens(config, source)
+    _say_doubled(source, bos_id)
     masks = Masks(None if config.keep_bos else bos_id)
     pools = plan_pools(tokens, seed=config.seed, pool_tokens=config.pool_tokens, shard_tokens=config.shard_tokens, masks=masks)
     settings = {k: [str(path) for path in v] if k == "source" else v for k, v in asdict(config).items() if k != "out"}
@@ -123,6 +124,16 @@ def _model(config: ImportConfig, source: Source, site: str) -> tuple[dict[str, A
     if source.ids is not None and not 0 <= source.ids.min() <= source.ids.max() < vocabulary:
         raise InputError(f"expected token ids below {vocabulary}, the vocabulary of {lm.name}, but {source.ids.max()} came; check --model")
     return {"name": lm.name, "revision": lm.revision, "fingerprint": lm.fingerprint(), "dtype": None}, lm.bos_id
+
+
+def _say_doubled(source: Source, bos_id: int | None) -> None:
+    """What was recorded stays as it is, but a text that a chat template began and a tokenizer began again is another text."""
+    if bos_id is None or source.ids is None or source.what != "saelens":  # the runs of a plain array are not sequences
+        return
+    first_n = np.arange(0, source.rows - 1, source.run)
+    doubled = int(((source.ids[first_n] == bos_id) & (source.ids[first_n + 1] == bos_id)).sum())
+    if doubled:
+        print(f"{doubled:,} of {len(first_n):,} sequences begin with two beginning-of-text tokens: the model was given both")
 
 
 def _tokens(config: ImportConfig, source: Source) -> Tokens:

@@ -123,7 +123,7 @@ def cut_text(config: RecordingConfig, lm: "LanguageModel") -> tuple[Cutter, Iter
     """The text as sequences, and the cutter, which knows the counts once they are drawn."""
     cutter = Cutter(context_of(config, lm), config.tokens, lm.bos_id, config.seed, config.held_out)
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
-    return cutter, cutter.parts(tokenise(documents(config, lm.bos_id), lm.tokenizer, vocabulary))
+    return cutter, cutter.parts(tokenise(documents(config), lm.tokenizer, vocabulary, lm.bos_id))
 
 
 def require_tokens(config: RecordingConfig, cutter: Cutter) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae.activations.datasets_errors import told_plainly
 from sae.errors import InputError
 
 RUN = 1024
@@ -58,11 +59,9 @@ def _open_saelens(folder: Path, column: str | None) -> Source:
     """Columns: the hook's name, Array2D [p, d] a row, and mostly token_ids [p]; a row is a sequence."""
     import datasets
 
-    try:
+    expected = f"a folder written by SAELens' CacheActivationsRunner at {folder}"
+    with told_plainly(expected):
         dataset = datasets.load_from_disk(str(folder))
-    except (FileNotFoundError, ValueError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"expected a folder written by SAELens' CacheActivationsRunner at {folder}, but datasets says: {reason}") from None
     if not isinstance(dataset, datasets.Dataset):
         raise InputError(f"expected one dataset in {folder}, but it holds the splits {', '.join(dataset)}; name the folder of one of them")
     hooks = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Array2D)]
@@ -76,13 +75,15 @@ def _open_saelens(folder: Path, column: str | None) -> Source:
 
     def read(start: int, stop: int) -> Tensor:
         first, last = start // positions, -(-stop // positions)
-        acts_nd = np.asarray(of_hook[first:last][hook]).reshape(-1, d_in)
+        with told_plainly(expected):
+            acts_nd = np.asarray(of_hook[first:last][hook]).reshape(-1, d_in)
         return torch.from_numpy(acts_nd[start - first * positions : stop - first * positions])
 
     ids = None
     if "token_ids" in dataset.column_names:
         batches = dataset.select_columns(["token_ids"]).with_format("numpy").iter(1 << 12)
-        ids = np.concatenate([np.asarray(batch["token_ids"], dtype=np.int32).reshape(-1) for batch in batches])
+        with told_plainly(expected):
+            ids = np.concatenate([np.asarray(batch["token_ids"], dtype=np.int32).reshape(-1) for batch in batches])
         if len(ids) != len(dataset) * positions:
             raise InputError(f"expected {positions} token_ids beside each sequence in {folder}, but {len(ids)} came in all; make it again")
     return Source("saelens", len(dataset) * positions, d_in, positions, read, ids, hook)

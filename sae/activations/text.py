@@ -12,8 +12,10 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
+from sae.activations.datasets_errors import told_plainly
 from sae.activations.mapped import map_tensors
 from sae.errors import InputError
+from sae.text_input import replace_surrogates
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 PASSAGE = 8192
@@ -42,22 +44,39 @@ class TextConfig:
 
 class Document(NamedTuple):
     content: str | np.ndarray
-    """text, or token ids int32 [n] without the beginning-of-text token"""
+    """text, or token ids int32 [n]; `tokenise` takes a beginning-of-text token off"""
     label: str | None
 
 
-def documents(config: TextConfig, bos_id: int | None = None) -> Iterator[Document]:
-    """All documents of the source, in order. `bos_id` is taken off the documents of a token file, where they all begin with it.
+def documents(config: TextConfig) -> Iterator[Document]:
+    """All documents of the source, in order. Halves of surrogate pairs become U+FFFD; a line on stderr counts the documents with some.
 
     Raises `InputError` for a file that is missing, damaged, binary or without the field asked for.
     """
+    broken = 0
+    try:
+        for content, label in _read(config):
+            halves = 0
+            if isinstance(content, str):
+                content, halves = replace_surrogates(content)
+            if label is not None:
+                label, more = replace_surrogates(label)
+                halves += more
+            broken += halves > 0
+            yield Document(content, label)
+    finally:  # also where the reader has enough
+        if broken:
+            print(f"{broken:,} documents held halves of surrogate pairs, which are no characters; they are now U+FFFD", file=sys.stderr)
+
+
+def _read(config: TextConfig) -> Iterator[Document]:
     if config.dataset:
         yield from _read_dataset(config, config.dataset)
     for path in text_files(config):
         if path.stat().st_size == 0:
             print(f"{path} is empty and left out", file=sys.stderr)
         elif path.suffix == ".safetensors":
-            yield from _read_tokens(path, bos_id)
+            yield from _read_tokens(path)
         else:
             yield from _read_file(path, config)
 
@@ -130,10 +149,16 @@ def _read_txt(path: Path, config: TextConfig) -> Iterator[Document]:
 
 
 def _read_jsonl(path: Path, config: TextConfig) -> Iterator[Document]:
-    with _open(path) as file:
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _document(_parse(line, f"line {number} of {path}"), config, f"line {number} of {path}")
+            where = f"line {number} of {path}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"expected UTF-8 text in {where}, but its byte {error.start + 1} is not; convert or remove it") from None
+            if text.strip():
+                yield _document(_parse(text, where), config, where)
 
 
 def _read_json(path: Path, config: TextConfig) -> Iterator[Document]:
@@ -166,15 +191,15 @@ def _read_parquet(path: Path, config: TextConfig) -> Iterator[Document]:
 
 
 def _read_dataset(config: TextConfig, name: str) -> Iterator[Document]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, config.dataset_config, split=config.dataset_split, streaming=config.streaming)
-    except (OSError, ValueError) as error:  # unknown name, configuration or split; no network
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"expected a dataset named {name!r} with split {config.dataset_split!r}, but datasets says: {reason}") from None
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(_dataset_rows(config, name), 1):
         yield _document(row, config, f"row {number} of dataset {name}")
+
+
+def _dataset_rows(config: TextConfig, name: str) -> Iterator[Any]:
+    with told_plainly(f"a dataset named {name!r} with split {config.dataset_split!r}"):
+        import datasets
+
+        yield from datasets.load_dataset(name, config.dataset_config, split=config.dataset_split, streaming=config.streaming)
 
 
 def _require_fields(wanted: list[str], present: list[str], where: str) -> None:
@@ -197,7 +222,7 @@ def _document(row: Any, config: TextConfig, where: str) -> Document:
     return Document(text or "", None if label is None else str(label))
 
 
-def _read_tokens(path: Path, bos_id: int | None) -> Iterator[Document]:
+def _read_tokens(path: Path) -> Iterator[Document]:
     """A token file: ids [n], document_starts [D+1], optionally document_label [D] with label_names in the metadata."""
     tensors, metadata = map_tensors(path, "a token file")
     ids, starts = tensors.get("ids"), tensors.get("document_starts")
@@ -213,7 +238,5 @@ def _read_tokens(path: Path, bos_id: int | None) -> Iterator[Document]:
         raise InputError(f"expected one document_label, an index into label_names, per document in {path}; make the file again")
     for document in range(len(starts) - 1):
         content = np.asarray(ids[starts[document] : starts[document + 1]], dtype=np.int32)
-        if len(content) and content[0] == bos_id:
-            content = content[1:]
         label = -1 if labels is None else int(labels[document])
         yield Document(content, names[label] if label >= 0 else None)

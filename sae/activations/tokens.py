@@ -1,6 +1,7 @@
 """The tokens of a cache: sequences of at most one context each, stored once, so that every activation leads back to its text."""
 
 import hashlib
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,7 +95,10 @@ def is_held_out(document: int, seed: int, fraction: float) -> bool:
 
 @dataclass
 class Cutter:
-    """Cuts documents of token ids into sequences: `bos_id` (if any) and at most `context` - 1 tokens; stops at `budget` tokens."""
+    """Cuts documents of token ids into sequences: `bos_id` (if any) and at most `context` - 1 tokens; stops at `budget` tokens.
+
+    A piece that begins with `bos_id` gets no second one.
+    """
 
     context: int
     budget: int
@@ -106,8 +110,12 @@ class Cutter:
     empty_documents: int = 0
     sequences: int = 0
     tokens: int = 0
-    label_names: list[str] = field(default_factory=list)
-    """in order of first appearance"""
+    _label_numbers: dict[str, int] = field(default_factory=dict, init=False)
+
+    @property
+    def label_names(self) -> list[str]:
+        """in order of first appearance"""
+        return list(self._label_numbers)
 
     def parts(self, documents: Iterable[tuple[np.ndarray, str | None]]) -> Iterator[Part]:
         """One part after another; at the end at least one, unless there were no tokens. Counts are kept in the fields."""
@@ -137,12 +145,10 @@ class Cutter:
             if self._room() <= 0:
                 return
             piece = ids[start : start + width][: self._room()]
-            yield piece if self.bos_id is None else np.concatenate([[self.bos_id], piece])
+            yield piece if self.bos_id in (None, piece[0]) else np.concatenate([[self.bos_id], piece])
 
     def _begin_document(self, label: str | None) -> None:
-        if label is not None and label not in self.label_names:
-            self.label_names.append(label)
-        self._labels.append(-1 if label is None else self.label_names.index(label))
+        self._labels.append(-1 if label is None else self._label_numbers.setdefault(label, len(self._label_numbers)))
         self.documents += 1
 
     def _add(self, piece: np.ndarray) -> None:
@@ -171,8 +177,24 @@ class Cutter:
         self._pending = 0
 
 
-def tokenise(documents: Iterable[Document], tokenizer: Any, vocabulary: int) -> Iterator[tuple[np.ndarray, str | None]]:
-    """Documents as token ids without special tokens, int32 [n]; those that come as ids are checked against the vocabulary's size."""
+def tokenise(documents: Iterable[Document], tokenizer: Any, vocabulary: int, bos_id: int | None) -> Iterator[tuple[np.ndarray, str | None]]:
+    """Documents as token ids, int32 [n], without `bos_id` at the beginning; those that come as ids are checked against the vocabulary.
+
+    A line on stderr counts the documents that brought it with them, as a rendered chat template does.
+    """
+    began = 0
+    try:
+        for ids, label in _encoded(documents, tokenizer, vocabulary):
+            if len(ids) and ids[0] == bos_id:
+                began += 1
+                ids = ids[np.logical_and.accumulate(ids == bos_id).sum() :]
+            yield ids, label
+    finally:  # also where the reader has enough
+        if began:
+            print(f"{began:,} documents begin with a beginning-of-text token of their own; they get no second one", file=sys.stderr)
+
+
+def _encoded(documents: Iterable[Document], tokenizer: Any, vocabulary: int) -> Iterator[tuple[np.ndarray, str | None]]:
     for batch in _batched(documents, 64, 1 << 20):
         texts = [document.content for document in batch if isinstance(document.content, str)]
         if texts and tokenizer is None:

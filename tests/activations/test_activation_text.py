@@ -1,7 +1,9 @@
 """Every way in gives the same documents, and unusable input is named in a sentence."""
 
 import gzip
+import io
 import json
+import logging
 
 import numpy as np
 import pyarrow
@@ -20,7 +22,7 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 def read(*names: object, **options) -> list[tuple]:
     config = TextConfig(text=tuple(map(str, names)), **options)
     check_source(config)
-    return [(d.content.tolist() if isinstance(d.content, np.ndarray) else d.content, d.label) for d in documents(config, bos_id=0)]
+    return [(d.content.tolist() if isinstance(d.content, np.ndarray) else d.content, d.label) for d in documents(config)]
 
 
 @pytest.fixture
@@ -72,8 +74,8 @@ def token_file(path, names=("prose", "verse"), **changes):
     return path
 
 
-def test_a_token_file_gives_ids_without_their_beginning_of_text(tmp_path):
-    expected = [([5, 6], "verse"), ([7], "prose"), ([], "verse")]
+def test_a_token_file_gives_ids_and_labels(tmp_path):
+    expected = [([0, 5, 6], "verse"), ([0, 7], "prose"), ([0], "verse")]
     assert read(token_file(tmp_path / "t.safetensors")) == expected
     unlabelled = token_file(tmp_path / "u.safetensors", document_label=None)
     assert read(unlabelled) == [(content, None) for content, _ in expected]
@@ -100,6 +102,8 @@ def test_a_token_file_that_contradicts_itself_is_refused(tmp_path, changes, mess
         ("x.txt", b"text\0text", {}, "binary"),
         ("x.txt", bytes(range(128, 256)), {}, "UTF-8"),
         ("x.jsonl", b'{"text": "a"}\n{"text": ', {}, "line 2"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', {}, "UTF-8 text in line 2 .* byte 11 "),
+        ("x.jsonl", '{"text": "a"}\n'.encode("utf-16"), {}, "UTF-8 text in line 1 .* byte 1 "),
         ("x.jsonl", b'{"text": "a"}\n{"body": "b"}\n', {}, "'text' in line 2.*'body'"),
         ("x.jsonl", b'{"text": 5}\n', {}, "holds a int"),
         ("x.jsonl", b'["text"]\n', {}, "holds a list"),
@@ -120,6 +124,92 @@ def test_unusable_input_is_named_in_a_sentence(tmp_path, name, content, options,
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         read(tmp_path / name, **options)
+
+
+HALF = json.dumps([{"text": "x \ud83d", "domain": "a"}, {"text": "😀", "domain": "\udc00b"}, {"text": "c", "domain": "c"}])
+WHOLE = [("x \ufffd", "a"), ("😀", "\ufffdb"), ("c", "c")]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.jsonl.gz"])
+def test_halves_of_characters_are_replaced_and_counted(tmp_path, name, capsys):
+    lines = "".join(json.dumps(row) + "\n" for row in json.loads(HALF))
+    content = (HALF if name == "a.json" else lines).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert read(tmp_path / name, label_field="domain") == WHOLE
+    assert capsys.readouterr().err.startswith("2 documents held halves of surrogate pairs")
+    some = documents(TextConfig(text=(str(tmp_path / name),)))
+    next(some)
+    del some  # a reader that has enough is told too
+    assert capsys.readouterr().err.startswith("1 documents held halves")
+
+
+def test_halves_of_characters_in_a_token_files_labels_are_replaced(tmp_path):
+    found = read(token_file(tmp_path / "t.safetensors", names=["prose", "\ud83dverse"]))
+    assert [label for _, label in found] == ["\ufffdverse", "prose", "\ufffdverse"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.jsonl.gz", "a.json"])
+def test_a_byte_order_mark_is_no_text(tmp_path, name):
+    text = {"a.txt": "one", "a.jsonl": '{"text": "one"}\n', "a.json": '[{"text": "one"}]'}[name.removesuffix(".gz")].encode("utf-8-sig")
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    assert read(tmp_path / name) == [("one", None)]
+
+
+def parquet(*rows: dict) -> bytes:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), file := io.BytesIO())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a.jsonl": b'{"text": "a"}\n', "b.jsonl": b'{"text": "b", "x": 1}\n'}, r"b\.jsonl.*columns.*'x'"),
+        ({"a.parquet": parquet({"text": "a"}), "b.parquet": parquet({"text": "b", "x": 1})}, r"b\.parquet.*columns.*'x'"),
+        ({"a.parquet": parquet({"text": "a"}), "b.parquet": parquet({"text": [1, 2]})}, r"b\.parquet"),
+        ({"a.parquet": parquet(*[{"text": "a" * 99}] * 99)[:-50]}, r"a\.parquet"),
+        ({"a.jsonl": b'{"text": "a"}\n{"text": "b'}, r"a\.jsonl"),
+        ({"a.jsonl": b'{"text": "x \\ud83d"}\n'}, r"a\.jsonl.*surrogate"),
+        ({"a.jsonl": b'{"text": "a"}\n{"text": {"b": 1}}\n'}, "row 2"),
+        ({"a.jsonl": b'{"text": "\xff"}\n'}, "codec"),
+        ({"a.csv": b'text\n"a\n'}, r"a\.csv"),
+        ({"a.txt": b"\xff\xfe\n"}, r"a\.txt"),
+        ({"data.py": b"import datasets\n"}, "scripts"),
+        ({}, "any data files"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_whatever_goes_wrong_in_a_dataset_is_one_sentence(tmp_path, monkeypatch, capfd, streaming, files, message):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as raised:
+        list(documents(TextConfig(dataset=str(folder), streaming=streaming)))
+    said = str(raised.value)
+    assert "\n" not in said
+    assert len(said) < 500 + 2 * len(str(folder))
+    err = capfd.readouterr().err
+    assert all("Generating" in line for line in err.splitlines() if line.strip()), err  # the bar alone, no log of the error
+
+
+def test_a_package_or_a_network_that_is_missing_is_one_sentence(monkeypatch, caplog):
+    import datasets
+
+    def rows(*_args, **_options):
+        yield {"text": "a"}
+        logging.getLogger("huggingface_hub.file_download").warning("Retrying in 8s [Retry 5/5].")
+        raise failure
+
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    for failure in (ModuleNotFoundError("No module named 'zstandard'"), ConnectionError("Couldn't reach the Hub\nretried"), OSError()):
+        found = documents(TextConfig(dataset="far/away"))
+        assert next(found).content == "a"
+        with pytest.raises(InputError, match=f"'far/away'.*{str(failure)[:20] or 'OSError'}"):
+            next(found)
 
 
 def test_missing_input_is_named(tmp_path):

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.activations.plan import Masks, padding, plan_batches, plan_pools
-from sae.activations.tokens import Cutter, Tokens, is_held_out
+from sae.activations.text import Document
+from sae.activations.tokens import Cutter, Tokens, is_held_out, tokenise
 from sae.errors import InputError
 
 BOS = 99
@@ -44,6 +45,53 @@ def test_sequences_hold_the_documents_up_to_the_budget(contents, bos_id, context
         assert cutter.tokens >= budget - 1
     assert [tokens.label_names[i] for i in tokens.document_label] == [str(len(ids) % 3) for ids in used[: cutter.documents]]
     assert tokens.sequence_split.tolist() == [is_held_out(int(d), 0, 0.3) for d in tokens.sequence_document]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.sampled_from([BOS, BOS, 1, 2]), max_size=20), max_size=6), st.integers(2, 7))
+def test_documents_that_bring_their_own_beginning_get_no_second_one(contents, context):
+    stripped = [ids[next((i for i, x in enumerate(ids) if x != BOS), len(ids)) :] for ids in contents]
+    found = list(tokenise((Document(np.array(ids, np.int32), None) for ids in contents), None, 100, BOS))
+    assert [ids.tolist() for ids, _ in found] == stripped
+    cutter = Cutter(context, 10**9, BOS, seed=0, held_out=0)
+    parts = list(cutter.parts(found))
+    if not parts:
+        assert not any(stripped)
+        return
+    starts, ids = parts[0].sequence_starts, parts[0].ids
+    for document, own in enumerate(ids for ids in stripped if ids):
+        at = 0
+        for s in np.flatnonzero(parts[0].sequence_document == document):
+            sequence = ids[starts[s] : starts[s + 1]].tolist()
+            brought = own[at] == BOS  # further on in the document, where a piece happens to begin
+            assert sequence == [BOS] * (not brought) + own[at : at + context - 1]
+            at += context - 1
+        assert at >= len(own)
+
+
+def test_the_documents_that_brought_their_beginning_are_counted(capsys):
+    contents = [[BOS, 1], [2], [BOS, BOS, 3]]
+    list(tokenise((Document(np.array(ids, np.int32), None) for ids in contents), None, 100, BOS))
+    assert capsys.readouterr().err.startswith("2 documents begin with a beginning-of-text token of their own")
+    list(tokenise((Document(np.array(ids, np.int32), None) for ids in contents), None, 100, None))
+    assert capsys.readouterr().err == ""
+
+
+def test_labels_cost_the_same_however_many_there_are():
+    class Label(str):
+        compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            Label.compared += 1
+            return str.__eq__(self, other)
+
+    n = 3000
+    cutter = Cutter(4, 10**9, None, seed=0, held_out=0)
+    (part,) = cutter.parts((np.array([1], np.int32), Label(i % n)) for i in range(2 * n))
+    assert cutter.label_names == [str(i) for i in range(n)]
+    assert part.document_label.tolist() == [*range(n)] * 2
+    assert Label.compared < 10 * n  # a search through the names would take n * n
 
 
 def test_about_the_share_asked_for_is_held_out_and_never_the_first():

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,6 +22,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from sae.activations.batches import ActivationBatches
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest import HarvestConfig, harvest
+from sae.activations.live import LiveActivations
+from sae.activations.tokens import Tokens
 from sae.errors import InputError
 from sae.files import read_json
 from sae.language_model import LanguageModel
@@ -55,6 +59,42 @@ def text(tmp_path_factory) -> Path:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def own_beginnings(kind: str, texts: list[str], folder: Path) -> dict:
+    """`texts` as a source of that kind, as options of the harvest."""
+    folder.mkdir()
+    path = folder / f"train.{kind.removesuffix(' dataset')}"
+    if kind == "safetensors":
+        ids = [[0] * t.startswith("<bos>") + [1] * len(t.removeprefix("<bos>")) for t in texts]
+        starts = torch.tensor([0, *np.cumsum([len(own) for own in ids])])
+        save_file({"ids": torch.tensor([i for own in ids for i in own], dtype=torch.int32), "document_starts": starts}, path)
+    elif kind == "txt":
+        path.write_text(texts[0])
+    elif kind.startswith("parquet"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path)
+    else:
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return {"dataset": str(folder), "text": ()} if kind.endswith("dataset") else {"text": (str(path),)}
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet", "safetensors", "jsonl dataset", "parquet dataset"])
+@pytest.mark.parametrize("live", [False, True])
+def test_a_document_with_its_own_beginning_is_recorded_like_one_without(config, tmp_path, capsys, kind, live):
+    texts = ["moon sea " * 9, "sea", "a moon " * 5]
+
+    def tokens(texts: list[str], name: str) -> Tokens:
+        ways = own_beginnings(kind, texts, tmp_path / name)
+        asked = change(config, label_field=None, out=tmp_path / f"{name}-cache", sites=SITES[:1], held_out=0.0, **ways)
+        return LiveActivations(asked).recorder.tokens if live else ActivationCache.open(harvest(asked)).tokens
+
+    plain = tokens(texts, "plain")
+    assert "of their own" not in capsys.readouterr().err
+    rendered = tokens([f"<bos>{texts[0]}", texts[1], f"<bos>{texts[2]}"], "rendered")
+    assert f"{1 if kind == 'txt' else 2} documents begin with a beginning-of-text token of their own" in capsys.readouterr().err
+    assert rendered.ids.tolist() == plain.ids.tolist()
+    assert rendered.sequence_starts.tolist() == plain.sequence_starts.tolist()
+    assert (rendered.ids == 0).sum() == len(rendered.sequence_starts) - 1  # one each
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae.activations.cache import ActivationCache
 from sae.activations.imports import ImportConfig, import_activations
+from sae.activations.sources import open_source
 from sae.errors import InputError
 from sae.features.index import IndexConfig, build_index
 from sae.language_model import LanguageModel
@@ -99,6 +100,34 @@ def test_with_its_model_beginnings_are_left_out_and_the_model_is_known(tmp_path,
     assert cache.manifest["counts"]["left_out"]["beginning_of_text"] == 60
     assert cache.manifest["prepend_bos"] is True
     cache.require_model(LanguageModel.load(model, device="cpu"))
+
+
+def test_sequences_that_begin_twice_are_counted_and_keep_neither_beginning(tmp_path, model, capsys):
+    from datasets import load_from_disk
+
+    saelens_folder(tmp_path / "theirs")
+
+    def begin_twice(row: dict, number: int) -> dict:
+        return row | {"token_ids": [0, 0 if number % 3 == 0 else 1, *row["token_ids"][2:]]}
+
+    load_from_disk(str(tmp_path / "theirs")).map(begin_twice, with_indices=True).save_to_disk(str(tmp_path / "twice"))
+    out = import_activations(ImportConfig(source=(tmp_path / "twice",), out=tmp_path / "ours", model=model, dtype="float32"))
+    assert "20 of 60 sequences begin with two beginning-of-text tokens" in capsys.readouterr().out
+    assert set(rows_of(ActivationCache.open(out))) == {n for n in range(600) if n % 10 and n % 30 != 1}
+
+
+def test_a_damaged_saelens_folder_is_one_sentence(tmp_path):
+    saelens_folder(tmp_path / "theirs")
+    for path in sorted((tmp_path / "theirs").iterdir()):
+        whole = path.read_bytes()
+        for damaged in (b"", whole[: len(whole) // 2], whole[:-9] + b"\xff" * 9):
+            path.write_bytes(damaged)
+            try:
+                source = open_source((tmp_path / "theirs",), None, None)
+                source.read(0, source.rows)
+            except InputError as error:
+                assert str(tmp_path / "theirs") in str(error)  # noqa: PT017 (the end of an arrow file may be anything)
+        path.write_bytes(whole)
 
 
 def test_what_is_unknown_is_refused_where_it_is_needed(tmp_path, model):

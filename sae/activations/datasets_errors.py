@@ -1,0 +1,67 @@
+"""What goes wrong inside the `datasets` library, told in a sentence instead of its traceback and its log."""
+
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sae.errors import InputError
+
+LONGEST = 300
+"""characters of the library's own words"""
+SILENT = {"datasets": logging.ERROR, "huggingface_hub": logging.WARNING}
+"""from which level on a library's log repeats the error that is raised anyway, or counts tries on the way there"""
+
+
+@contextmanager
+def told_plainly(expected: str) -> Iterator[None]:
+    """Any error inside becomes an `InputError`: `expected`, the file that was being read where that is known, and the reason."""
+    with _quiet():
+        try:
+            yield
+        except InputError:
+            raise
+        except Exception as error:  # of pyarrow, pandas, fsspec, huggingface_hub ...: whatever reads the kind of file
+            cause = _cause(error)
+            file = _file_read(cause)
+            where = f" of {file}" if file and file not in str(cause) else ""
+            raise InputError(f"expected {expected}, but datasets says{where}: {_reason(cause)}") from None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error behind "An error occurred while generating the dataset", which says nothing itself."""
+    while type(error).__name__.startswith("DatasetGeneration") and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    if type(error).__name__ == "CastError":
+        return f"its columns are not those of the other files, {error.details()}"  # type: ignore[attr-defined]
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= LONGEST else said[: LONGEST - 1] + "…"
+
+
+def _file_read(error: BaseException) -> str | None:
+    """The file that the library's reader had open, which most of its errors do not name: readers call it `file`."""
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if str(frame.f_globals.get("__name__", "")).startswith("datasets.packaged_modules."):
+            file = frame.f_locals.get("file")
+            found = str(file) if isinstance(file, str) else found
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    def keep(record: logging.LogRecord) -> bool:
+        return record.levelno < SILENT.get(record.name.split(".")[0], logging.CRITICAL + 1)
+
+    handlers = [handler for name in SILENT for handler in logging.getLogger(name).handlers]
+    for handler in handlers:
+        handler.addFilter(keep)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(keep)
