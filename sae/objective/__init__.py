@@ -62,7 +62,8 @@ def objective(
         from sae.objective.cuda import triton_step
 
         state = adam_state(optimizer, weights) if optimizer is not None and not largest_norm else None
-        step = triton_step(x_bd, swept, l1_k, workspace, state.stacked() if state and one else state)
+        with torch.cuda.device_of(x_bd):  # Triton launches on the current device, whatever the tensors' is
+            step = triton_step(x_bd, swept, l1_k, workspace, state.stacked() if state and one else state)
     else:
         with matmul_precision(x_bd, workspace.precision):
             step = one_by_one(x_bd, swept, l1_k, path, workspace)

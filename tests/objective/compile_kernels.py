@@ -26,7 +26,8 @@ def compiled(function, constants: dict, operand: str, capability: int, **options
     signature = {n: "constexpr" if n in constants else kind(function.fn.__name__, n, operand) for n in names}
     source = ASTSource(function, signature, {(names.index(n),): v for n, v in constants.items()})
     kernel = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    print(function.fn.__name__, constants, capability, "cubin" if kernel.asm["cubin"] else "")
+    double = "in double precision" if ".f64" in kernel.asm["ptx"] else ""
+    print(function.fn.__name__, constants, capability, "cubin" if kernel.asm["cubin"] else "", double)
 
 
 for capability, operand, precision, width in ((80, "bf16", "ieee", 64), (90, "fp32", "tf32", 4096)):

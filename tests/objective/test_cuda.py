@@ -152,6 +152,15 @@ def test_the_kernels_compile_for_gpus_that_are_not_there(tmp_path):
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("cubin") == 2 * 5
+    assert "double" not in done.stdout, "a constant too small for float32 makes all that it meets a double"
+
+
+@pytest.mark.parametrize("block", cuda.BLOCKS, ids=str)
+def test_every_block_shape_is_right(block, monkeypatch):
+    """On a GPU the fastest is taken, so any of them may be."""
+    monkeypatch.setattr(cuda.encode, "configs", [block])
+    x_bd, weights = random_problem(150, 70, 150, 0.02, 4)
+    assert_equals_formula(triton_step(x_bd, weights, 3.0, capacity=16), x_bd, weights, 3.0)
 
 
 @pytest.mark.cuda
