@@ -6,6 +6,7 @@ Both weight matrices are feature-major in memory, so that one feature is one row
 activations; its folder is the one SAELens reads (`cfg.json` + `sae_weights.safetensors`).
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sae.errors import InputError
-from sae.files import read_json, write_json, write_tensors
-
-WEIGHTS = "sae_weights.safetensors"
-CFG = "cfg.json"
-
-# TransformerLens' names of our sites, which SAELens and its readers expect in cfg.json
-HOOK_NAMES = {
-    "resid_pre": "blocks.{}.hook_resid_pre",
-    "resid_post": "blocks.{}.hook_resid_post",
-    "attn_out": "blocks.{}.hook_attn_out",
-    "mlp_out": "blocks.{}.hook_mlp_out",
-    "head_out": "blocks.{}.attn.hook_z",
-}
+from sae.files import write_json, write_tensors
+from sae.saelens import CFG, WEIGHTS, hook_of_site, read_folder
 
 
 class SparseAutoencoder(nn.Module):
@@ -58,6 +48,35 @@ class SparseAutoencoder(nn.Module):
     def site(self) -> str | None:
         """Where in the model it was trained, for example "resid_post.2"; None when unknown."""
         return self.metadata.get("site")
+
+    def require_site(self, site: str | None = None) -> str:
+        """The site to use it at: its own, or `site` where it knows none. Raises `InputError` where they differ, or neither is known."""
+        if site is None and self.site is None:
+            raise InputError("expected the dictionary's metadata to name its site, such as resid_post.2, found none; give the site")
+        if None not in (site, self.site) and site != self.site:
+            raise InputError(f"the dictionary was made for {self.site}, so it says nothing about {site}; use it at its own site")
+        return str(self.site or site)
+
+    def require_model(self, name: str | None, fingerprint: str | None, *, named: bool) -> None:
+        """Raises `InputError` unless it was made with the model of this name and fingerprint.
+
+        Without both fingerprints, differing names prove nothing: when a person `named` the model, a line on stderr says that it is taken
+        on trust, otherwise that person is asked.
+        """
+        made, by = (self.metadata.get(f"model_{key}") for key in ("name", "fingerprint"))
+        if by is not None and fingerprint is not None:
+            if by != fingerprint:
+                raise InputError(
+                    f"the dictionary was made with {made} (fingerprint {by}), but {name} has other weights (fingerprint {fingerprint}); "
+                    "use the dictionary's own model"
+                )
+        elif made != name and made is not None and not named:
+            raise InputError(
+                f"the dictionary was made with {made}, and without the fingerprints of both it cannot be told whether {name} is the same "
+                "model; if it is, say so with --model"
+            )
+        elif made != name:
+            print(f"no fingerprint tells that the dictionary was made with {name}: it names {made or 'no model'}", file=sys.stderr)
 
     def pre_activations(self, x_bd: Tensor) -> Tensor:
         """Before the ReLU, [..., f]; x is cast to the dictionary's dtype."""
@@ -96,8 +115,7 @@ class SparseAutoencoder(nn.Module):
         folder = Path(folder)
         weights = {"W_enc": self.W_enc_fd.T, "b_enc": self.b_enc_f, "W_dec": self.W_dec_fd, "b_dec": self.b_dec_d}
         write_tensors(folder / WEIGHTS, {k: v.detach().cpu() for k, v in weights.items()})  # host sync
-        kind, _, layer = (self.site or "").partition(".")
-        hook_name = HOOK_NAMES[kind].format(layer) if kind in HOOK_NAMES else None
+        hook_name = hook_of_site(self.site)
         write_json(
             folder / CFG,
             {
@@ -108,7 +126,7 @@ class SparseAutoencoder(nn.Module):
                 "device": "cpu",
                 "apply_b_dec_to_input": True,
                 "normalize_activations": "none",
-                "reshape_activations": "hook_z" if kind == "head_out" else "none",
+                "reshape_activations": "hook_z" if (self.site or "").startswith("head_out") else "none",
                 # without the version SAELens takes the folder for an older format and drops the metadata
                 "metadata": {"sae_lens_version": "6.0.0", "hook_name": hook_name, **self.metadata},
             },
@@ -116,45 +134,13 @@ class SparseAutoencoder(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "SparseAutoencoder":
-        """Reads a folder written by `save` or by SAELens (architecture "standard").
+        """Reads a folder written by `save` or by any version of SAELens, of a plain ReLU dictionary (architecture "standard").
 
-        Raises `InputError` for a missing file or key, wrong shapes, another architecture, or normalisation that is not folded in.
+        Raises `InputError` for a missing file or key, wrong shapes, values that are not finite, and for whatever changes the function or
+        what it reads: another activation, normalisation that is not folded in, a hook that is none of our sites.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
-        cfg = read_json(folder / CFG, "a dictionary's cfg.json")
-        path = folder / WEIGHTS
-        try:
-            weights = load_file(path, str(device))
-        except FileNotFoundError:
-            raise InputError(f"expected the dictionary's weights at {path}, which does not exist; the folder is incomplete") from None
-        except SafetensorError as error:
-            raise InputError(f"{path} is not a whole safetensors file ({error}); copy or train the dictionary again") from None
-        refuse_unknown(folder, cfg, weights)
-        metadata = cfg.get("metadata") or {}
+        weights, subtracts_b_dec, metadata = read_folder(Path(folder), device)
         b_enc_f = weights["b_enc"]
-        if not cfg.get("apply_b_dec_to_input", True):
+        if not subtracts_b_dec:
             b_enc_f = b_enc_f + weights["b_dec"] @ weights["W_enc"]  # the same function in our form
         return cls(weights["W_enc"].T.contiguous(), b_enc_f, weights["W_dec"], weights["b_dec"], metadata).requires_grad_(False)
-
-
-def refuse_unknown(folder: Path, cfg: dict[str, Any], weights: dict[str, Tensor]) -> None:
-    """Raises `InputError` unless the folder's content is a dictionary this class computes exactly."""
-    missing = [k for k in ("architecture", "d_in", "d_sae") if k not in cfg]
-    missing += [k for k in ("W_enc", "b_enc", "W_dec", "b_dec") if k not in weights]
-    if missing:
-        raise InputError(
-            f"the dictionary in {folder} lacks {', '.join(missing)}; a whole one has cfg.json and {WEIGHTS} as written on save"
-        )
-    if cfg["architecture"] != "standard":
-        raise InputError(f"the dictionary in {folder} has architecture {cfg['architecture']!r}; only 'standard' (ReLU) can be read")
-    if cfg.get("normalize_activations", "none") not in ("none", None):
-        raise InputError(
-            f"the dictionary in {folder} normalises activations ({cfg['normalize_activations']!r}); fold that into the weights first"
-        )
-    d, f = cfg["d_in"], cfg["d_sae"]
-    for key, shape in {"W_enc": (d, f), "b_enc": (f,), "W_dec": (f, d), "b_dec": (d,)}.items():
-        if tuple(weights[key].shape) != shape:
-            raise InputError(f"{key} in {folder} has shape {tuple(weights[key].shape)} where cfg.json asks for {shape}")

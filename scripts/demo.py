@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sae.command_line import run
-from sae.dictionary import WEIGHTS
 from sae.files import crc32
+from sae.saelens import WEIGHTS
 
 MODEL = Path("checkpoints/demo-lm")
 SHIPPED = Path("checkpoints/demo-sae")

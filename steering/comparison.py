@@ -23,6 +23,7 @@ from sae.language_model import LanguageModel
 from steering.arms import NONE, Arm, Material, build_arms
 from steering.concepts import Scorer, Texts, concept_texts, load_concept, read_corpus, second_scorer, target_scorer
 from steering.continuations import Bench, continuations, measure_arms
+from steering.dictionary import load_dictionary
 from steering.directions.targeted import Effects
 from steering.neutral import PROMPTS
 from steering.scores import verdict
@@ -79,7 +80,7 @@ def compare_directions(config: CompareConfig) -> dict[str, Any]:
     refuse_unusable(config)
     concept = load_concept(config.concept)
     lm = LanguageModel.load(config.model, device=config.device)
-    dictionary, site = load_dictionary(config, lm)
+    dictionary, site = dictionary_and_site(config, lm)
     refuse_long_prompts(lm, config)
     if config.feature is not None and not (dictionary and 0 <= config.feature < dictionary.d_sae):
         has = f"one with features 0 to {dictionary.d_sae - 1}" if dictionary else "none"
@@ -148,29 +149,14 @@ def refuse_long_prompts(lm: LanguageModel, config: CompareConfig) -> None:
             )
 
 
-def load_dictionary(config: CompareConfig, lm: LanguageModel) -> tuple[SparseAutoencoder | None, str]:
+def dictionary_and_site(config: CompareConfig, lm: LanguageModel) -> tuple[SparseAutoencoder | None, str]:
     """The dictionary, if one was named, and the site. Raises `InputError` unless it was trained on this model and site."""
-    if config.sae is None:
-        if config.site is None:
-            raise InputError("expected --site, such as resid_post.2, or --sae with a dictionary that knows its own, got neither")
-        lm.width(config.site)
-        return None, config.site
-    dictionary = SparseAutoencoder.load(config.sae, lm.device)
-    made, trained_on = dictionary.metadata.get("model_fingerprint"), dictionary.metadata.get("model_name")
-    if made not in (None, lm.fingerprint()):
-        raise InputError(
-            f"expected the model of the dictionary {config.sae}, {trained_on}, but {lm.name} has other weights; give that model"
-        )
-    site = config.site or dictionary.site
-    if site is None:
-        raise InputError(f"expected the dictionary {config.sae} to name its site, such as resid_post.2, found none; give --site")
-    if dictionary.site not in (None, site):
-        raise InputError(f"expected the site of the dictionary {config.sae}, {dictionary.site}, got {site}; leave out --site or --sae")
-    if dictionary.d_in != lm.width(site):
-        raise InputError(
-            f"expected a dictionary of width {lm.width(site)} for {site} of {lm.name!r}, got {dictionary.d_in} in {config.sae}"
-        )
-    return dictionary, site
+    if config.sae is not None:
+        return load_dictionary(config.sae, lm, config.site)
+    if config.site is None:
+        raise InputError("expected --site, such as resid_post.2, or --sae with a dictionary that knows its own, got neither")
+    lm.width(config.site)
+    return None, config.site
 
 
 def fitting(lm: LanguageModel, text: str) -> str:

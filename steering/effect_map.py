@@ -10,10 +10,11 @@ import torch
 from sae.activations.text import TextConfig
 from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
-from sae.features.lens import folded_unembedding, logit_lens
+from sae.features.lens import folded_unembedding, into_residual, logit_lens
 from sae.files import write_json
 from sae.language_model import LanguageModel
 from sae.progress import progress
+from steering.dictionary import load_dictionary
 from steering.directions.targeted import Effects, targeted_direction
 from steering.effects import (
     NEW_TOKENS,
@@ -27,7 +28,7 @@ from steering.effects import (
     rollout_activations,
 )
 from steering.neutral import FEW_PROMPTS
-from steering.principal import alive_features, load_dictionary
+from steering.principal import alive_features
 from steering.principal_report import Interval
 from steering.sequences import Ruler, read_sequences, site_activations
 from steering.vector import SteeringVector
@@ -90,10 +91,8 @@ def effect_map(config: EffectConfig) -> dict[str, Any]:
     """
     check(config)
     lm = LanguageModel.load(config.model, device=config.device)
-    site = SparseAutoencoder.load(config.sae).site
-    if site is None:
-        raise InputError(f"expected the dictionary in {config.sae} to name its site, such as resid_post.2, found none")
-    dictionary = load_dictionary(config.sae, lm, site)
+    dictionary, site = load_dictionary(config.sae, lm)
+    written_fd = into_residual(lm, site, dictionary.W_dec_fd)
     rows = feature_rows(dictionary, config.feature)
     documents = read_sequences(
         lm, config, config.calibration_documents + (ALIVE_DOCUMENTS if config.fit else 0), config.length, config.seed
@@ -122,7 +121,7 @@ def effect_map(config: EffectConfig) -> dict[str, Any]:
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
     fitted = effects and {k: v for k, v in effects.provenance.items() if k not in ("features", "prompts")}
     result = {"format": "effect-map-1", "settings": settings, "fitted": fitted, "maps": [], "aims": aims(mapped)}
-    result["maps"] = [described(lm, dictionary, m, config.top) for m in mapped]
+    result["maps"] = [described(lm, written_fd, m, config.top) for m in mapped]
     if config.out:
         write_json(config.out, result)
     show(result)
@@ -176,14 +175,14 @@ def aims(mapped: list[Mapped]) -> list[dict[str, Any]]:
     return found
 
 
-def described(lm: LanguageModel, dictionary: SparseAutoencoder, mapped: Mapped, top: int) -> dict[str, Any]:
+def described(lm: LanguageModel, written_fd: torch.Tensor, mapped: Mapped, top: int) -> dict[str, Any]:
     """The features that rise and fall most, each with its interval and what its own row makes the model say."""
     y_f, low_f, high_f = mapped.effect.map()
     surely = int(((low_f > 0) | (high_f < 0)).sum())
     unembedding_vd, _ = folded_unembedding(lm)
 
     def listed(order: torch.Tensor) -> list[dict[str, Any]]:
-        tokens = logit_lens(dictionary.W_dec_fd[order.to(dictionary.W_dec_fd.device)], unembedding_vd, 5)["top_token_ids"]
+        tokens = logit_lens(written_fd[order.to(written_fd.device)], unembedding_vd, 5)["top_token_ids"]
         return [
             {
                 "feature": j,

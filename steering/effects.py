@@ -117,11 +117,10 @@ def rollout_activations(
 
 def read_rollouts(lm: LanguageModel, dictionary: SparseAutoencoder, whole_rp: Tensor, mask_rp: Tensor, start: int) -> Tensor:
     """Mean activations of the new tokens, from column `start` to each row's end of text, as the unsteered model sees them; [r, f]."""
-    if dictionary.site is None:
-        raise InputError("expected the dictionary's metadata to name its site, such as resid_post.2, found none")
+    site = dictionary.require_site()
     real_rn = until_end(lm, whole_rp[:, start:])
     whole_mask_rp = torch.cat([mask_rp, real_rn.to(mask_rp)], dim=1)
-    h_rnd = lm.record(whole_rp, [dictionary.site], whole_mask_rp)[dictionary.site][:, start:]
+    h_rnd = lm.record(whole_rp, [site], whole_mask_rp)[site][:, start:]
     means = []
     for h_nd, real_n in zip(h_rnd.split(16), real_rn.split(16)):  # few rows, since every token has all features
         weight_n1 = real_n[..., None].to(h_nd)
@@ -135,7 +134,7 @@ def feature_rows(dictionary: SparseAutoencoder, features: Sequence[int]) -> list
         if not 0 <= j < dictionary.d_sae:
             raise InputError(f"feature {j} does not exist: the dictionary has features 0 to {dictionary.d_sae - 1}")
     rows_fd = dictionary.W_dec_fd.detach().float().cpu()  # host sync
-    return [SteeringVector.at(str(dictionary.site), rows_fd[j], {"method": "feature", "feature": int(j)}).unit() for j in features]
+    return [SteeringVector.at(dictionary.require_site(), rows_fd[j], {"method": "feature", "feature": int(j)}).unit() for j in features]
 
 
 def measure_effects(
@@ -174,7 +173,7 @@ def measure_effects(
             y += [acts_rf[owner_r == i].mean(0) - base_f for i in range(len(batch))]
             bar.advance(len(batch))
     provenance = {"model": lm.name, "kl": kl, "features": [int(j) for j in features], "prompts": list(prompts), "seed": seed, **settings}
-    return fit_effects(torch.stack(x), torch.stack(y), str(dictionary.site), provenance)
+    return fit_effects(torch.stack(x), torch.stack(y), dictionary.require_site(), provenance)
 
 
 class Aim(NamedTuple):

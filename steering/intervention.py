@@ -36,9 +36,7 @@ class DictionaryFeature:
     def __post_init__(self) -> None:
         if not 0 <= self.feature < self.dictionary.d_sae:
             raise InputError(f"feature {self.feature} does not exist: the dictionary has features 0 to {self.dictionary.d_sae - 1}")
-        if (self.site or self.dictionary.site) is None:
-            raise InputError("expected the dictionary's metadata to name its site, such as resid_post.2, found none; give the site")
-        object.__setattr__(self, "site", self.site or self.dictionary.site)
+        object.__setattr__(self, "site", self.dictionary.require_site(self.site))
 
 
 Item: TypeAlias = SteeringVector | DictionaryFeature

@@ -22,6 +22,7 @@ from sae.files import write_json
 from sae.language_model import LanguageModel
 from sae.progress import progress
 from steering.calibration import divergence, log_probs
+from steering.dictionary import load_dictionary
 from steering.directions.pca import principal_directions
 from steering.directions.random import random_direction, random_in_span
 from steering.intervention import steered
@@ -195,7 +196,7 @@ def principal_study(config: PrincipalConfig) -> dict[str, Any]:
     if min(config.components, config.prompts, config.fit_documents, config.held_documents) < 2 or config.random < 4:
         raise InputError("expected at least 2 components, 4 random directions, and 2 prompts, fitting and held-out documents")
     lm = LanguageModel.load(config.model, device=config.device)
-    dictionary = None if config.sae is None else load_dictionary(config.sae, lm, config.site)
+    dictionary = None if config.sae is None else load_dictionary(config.sae, lm, config.site)[0]
     counts = (config.fit_documents, config.held_documents, config.calibration_documents, config.prompts)
     every = read_sequences(lm, config, sum(counts), config.length, config.seed)
     fit, held, calibration, prompts = (every.part(sum(counts[:i]), n) for i, n in enumerate(counts))
@@ -220,18 +221,6 @@ def principal_study(config: PrincipalConfig) -> dict[str, Any]:
     write_json(config.out / "principal.json", result)
     show(result)
     return result
-
-
-def load_dictionary(folder: Path, lm: LanguageModel, site: str) -> SparseAutoencoder:
-    """Raises `InputError` for a dictionary of another site, width or model."""
-    dictionary = SparseAutoencoder.load(folder, lm.device)
-    if dictionary.site not in (None, site) or dictionary.d_in != lm.width(site):
-        raise InputError(
-            f"expected a dictionary at {site} of width {lm.width(site)}, got one at {dictionary.site} of width {dictionary.d_in}"
-        )
-    if dictionary.metadata.get("model_fingerprint") not in (None, lm.fingerprint()):
-        raise InputError(f"expected a dictionary of {lm.name}, got one of a model with other weights; give the one it was made with")
-    return dictionary
 
 
 def all_directions(

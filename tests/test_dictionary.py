@@ -69,23 +69,6 @@ def test_a_dictionary_without_input_bias_subtraction_is_read_as_the_same_functio
     torch.testing.assert_close(SparseAutoencoder.load(tmp_path)(x_bd), expected)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"architecture": "jumprelu"}, "only 'standard'"),
-        ({"normalize_activations": "layer_norm"}, "fold that into the weights"),
-        ({"d_sae": 11}, r"W_enc .* has shape \(6, 10\) where cfg.json asks for \(6, 11\)"),
-        ({"d_in": None}, "asks for"),
-    ],
-)
-def test_dictionaries_that_would_be_computed_wrongly_are_refused(tmp_path, change, message):
-    a_dictionary().save(tmp_path)
-    cfg = json.loads((tmp_path / "cfg.json").read_text())
-    (tmp_path / "cfg.json").write_text(json.dumps(cfg | change))
-    with pytest.raises(InputError, match=message):
-        SparseAutoencoder.load(tmp_path)
-
-
 def test_missing_keys_and_damaged_files_are_named(tmp_path):
     a_dictionary().save(tmp_path)
     weights_path, cfg_path = tmp_path / "sae_weights.safetensors", tmp_path / "cfg.json"
@@ -103,3 +86,39 @@ def test_missing_keys_and_damaged_files_are_named(tmp_path):
     cfg_path.write_text(cfg[:-5])
     with pytest.raises(InputError, match="not valid JSON"):
         SparseAutoencoder.load(tmp_path)
+
+
+def test_a_dictionary_is_used_at_its_own_site_alone():
+    sae = a_dictionary()
+    assert sae.require_site() == sae.require_site("resid_post.2") == "resid_post.2"
+    with pytest.raises(InputError, match=r"made for resid_post\.2.*resid_post\.1"):
+        sae.require_site("resid_post.1")
+    sae.metadata.clear()
+    assert sae.require_site("resid_post.1") == "resid_post.1"
+    with pytest.raises(InputError, match="give the site"):
+        sae.require_site()
+
+
+@pytest.mark.parametrize(
+    ("made", "used", "answers"),  # of the dictionary and of what it meets: name and fingerprint; answers without and with --model
+    [
+        (("a", "1"), ("b", "1"), ("", "")),
+        (("a", "1"), ("a", "2"), ("other weights", "other weights")),
+        (("gpt2-small", None), ("openai-community/gpt2", "1"), ("say so with --model", "no fingerprint tells")),
+        (("gpt2-small", "1"), (None, None), ("say so with --model", "no fingerprint tells")),
+        (("a", None), ("a", "1"), ("", "")),
+        ((None, None), ("a", "1"), ("no fingerprint tells", "no fingerprint tells")),
+    ],
+)
+def test_a_name_proves_nothing_and_a_fingerprint_does(capsys, made, used, answers):
+    sae = a_dictionary()
+    sae.metadata |= {"model_name": made[0], "model_fingerprint": made[1]}
+    for named, answer in zip((False, True), answers):
+        try:
+            sae.require_model(*used, named=named)
+            said = capsys.readouterr().err
+        except InputError as error:
+            said = str(error)
+            assert "no fingerprint tells" not in answer
+        assert (answer in said) if answer else said == ""
+        assert said.count("\n") <= 1

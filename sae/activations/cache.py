@@ -21,6 +21,7 @@ from sae.files import crc32, read_json
 
 if TYPE_CHECKING:
     from sae.activations.batches import ActivationBatches
+    from sae.dictionary import SparseAutoencoder
     from sae.language_model import LanguageModel
 
 __all__ = ["ActivationCache", "Shard", "Tokens", "verify"]
@@ -139,13 +140,21 @@ class ActivationCache:
             raise InputError(f"expected a cache that knows its model, but {self.folder} was imported without one; import it with --model")
         return name
 
-    def require_d_in(self, d_in: int) -> None:
-        """Raises `InputError` unless the activations have this width."""
-        if d_in != self.d_in:
+    def require_dictionary(self, dictionary: "SparseAutoencoder", *, named: bool) -> None:
+        """Raises `InputError` unless the dictionary was made for activations of this site, width and model.
+
+        `named`: a person named the model, so that where no fingerprint tells, their word counts.
+        """
+        dictionary.require_site(self.site)
+        if dictionary.site is None:
+            print(f"the dictionary does not name its site; it is taken to be the cache's, {self.site}", file=sys.stderr)
+        if dictionary.d_in != self.d_in:
             raise InputError(
-                f"expected activations of width {d_in}, but {self.folder} has {self.d_in} at {self.site}; "
+                f"expected activations of width {dictionary.d_in}, but {self.folder} has {self.d_in} at {self.site}; "
                 "use a cache of the same model and site"
             )
+        made = self.manifest["model"]
+        dictionary.require_model(made["name"], made["fingerprint"], named=named)
 
     def _places(self, shard: Shard) -> dict[str, Place]:
         """Where the shard's tensors lie; raises `InputError` if the file is not what the manifest says."""

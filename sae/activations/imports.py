@@ -98,16 +98,14 @@ def _check(config: ImportConfig) -> None:
 
 
 def _site(config: ImportConfig, source: Source) -> str:
-    from sae.dictionary import HOOK_NAMES
     from sae.language_model import parse_site
+    from sae.saelens import site_of_hook
 
     if config.site is not None:
         return str(parse_site(config.site))
-    for kind, pattern in HOOK_NAMES.items():
-        before, after = pattern.split("{}")
-        layer = (source.hook_name or "").removeprefix(before).removesuffix(after)
-        if layer.isdecimal() and pattern.format(layer) == source.hook_name:
-            return f"{kind}.{layer}"
+    found = site_of_hook(source.hook_name or "")
+    if found is not None:
+        return found
     raise InputError(f"expected the site of these activations, which {source.hook_name or 'a plain array'} does not tell; give --site")
 
 

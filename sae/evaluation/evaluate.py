@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.dictionary import WEIGHTS, SparseAutoencoder
+from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
 from sae.evaluation.language_model_loss import ARMS, LanguageModelLoss, language_model_loss
 from sae.evaluation.reconstruction import Reconstruction, ReconstructionMetrics, measure
 from sae.files import crc32, read_json, write_json
 from sae.progress import progress
+from sae.saelens import WEIGHTS
 
 if TYPE_CHECKING:
     from sae.activations.cache import ActivationCache
@@ -63,8 +64,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     dictionary = SparseAutoencoder.load(config.dictionary, device)
     cache = ActivationCache.open(config.cache, dictionary.site)
-    cache.require_d_in(dictionary.d_in)
-    refuse_other_model(config.dictionary, dictionary, cache)
+    cache.require_dictionary(dictionary, named=config.model is not None)
     refuse_training_tokens(config.dictionary, cache)
     reconstruction = reconstruct(dictionary, cache, config.rows)
     loss = splice(config, dictionary, cache, reconstruction.mean_d, device) if config.sequences else None
@@ -84,18 +84,6 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     write_json(config.out or config.dictionary / "evaluation.json", result)
     print_table(config, cache, reconstruction, loss)
     return result
-
-
-def refuse_other_model(folder: Path, dictionary: SparseAutoencoder, cache: "ActivationCache") -> None:
-    """By fingerprint where the dictionary has one, by name otherwise."""
-    made, said = cache.manifest["model"], dictionary.metadata
-    key = "fingerprint" if said.get("model_fingerprint") else "name"
-    theirs = said.get(f"model_{key}")
-    if theirs not in (None, made[key]):
-        raise InputError(
-            f"expected a cache made with the model of the dictionary {folder}, {said.get('model_name')} ({key} {theirs}), "
-            f"but {cache.folder} was made with {made['name']} ({key} {made[key]}); harvest one with the dictionary's model"
-        )
 
 
 def refuse_training_tokens(folder: Path, cache: "ActivationCache") -> None:

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae.dictionary import WEIGHTS, SparseAutoencoder
+from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
 from sae.features.notes import Notes
 from sae.features.records import FeatureIndex
 from sae.features.server import Steering, create_app
-from sae.files import crc32
 from sae.language_model import LanguageModel
 
 if TYPE_CHECKING:
@@ -70,10 +69,7 @@ def parts_of(
     index: FeatureIndex, dictionary: Path | None, model: str | None, device: str = "auto"
 ) -> tuple[LanguageModel, SparseAutoencoder]:
     """Model and dictionary of an index, or others with the same weights. Raises `InputError` for any that have not."""
-    folder = dictionary or Path(index.info["dictionary"])
-    sae = SparseAutoencoder.load(folder)
-    if crc32(folder / WEIGHTS) != index.info["dictionary_crc32"]:
-        raise InputError(f"expected the dictionary that {index.folder} was built from, but the weights in {folder} differ; index it again")
+    sae = index.dictionary(dictionary)
     known = index.info["model"]
     lm = LanguageModel.load(model or known["name"], device=device)
     if known.get("fingerprint") not in (None, lm.fingerprint()):

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from sae.errors import InputError
 from sae.features.records import FeatureIndex
 from sae.features.storage import fresh_folder
@@ -91,7 +89,7 @@ def _interchange(config: ExportConfig, index: FeatureIndex, features: Sequence[i
     from sae.features.saedashboard import names_of, write_saedashboard
 
     names = names_of(index, config.model_id, config.source_set)
-    rows = None if config.dictionary is None else decoder_rows(index, config.dictionary)
+    rows = None if config.dictionary is None else index.dictionary(config.dictionary).W_dec_fd.float().numpy()
     if config.format == "circuit-tracer":
         write_circuit_tracer(index, config.out, names)
     else:
@@ -103,14 +101,3 @@ def _interchange(config: ExportConfig, index: FeatureIndex, features: Sequence[i
             else:
                 write_saedashboard(index, folder, features, names, rows)
     print(f"wrote {names.model} {names.source} into {config.out}")
-
-
-def decoder_rows(index: FeatureIndex, folder: Path) -> np.ndarray:
-    """W_dec [f, d], float32. Raises `InputError` unless the dictionary is the one that was indexed."""
-    from sae.dictionary import WEIGHTS, SparseAutoencoder
-    from sae.files import crc32
-
-    dictionary = SparseAutoencoder.load(folder, "cpu")
-    if crc32(folder / WEIGHTS) != index.info["dictionary_crc32"]:
-        raise InputError(f"expected the dictionary that {index.folder} was built from, but the weights of {folder} are others")
-    return dictionary.W_dec_fd.detach().float().numpy()

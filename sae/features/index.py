@@ -20,12 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.dictionary import WEIGHTS, SparseAutoencoder
+from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
 from sae.features import examples, neighbours
 from sae.features.contribution import MAX_ROWS, ErrorSums, contributions
 from sae.features.csc import BLOCK_ENTRIES, MAX_FEATURES, RUN_ENTRIES, Spool, merge, statistics
-from sae.features.lens import BINS, folded_unembedding, logit_lens
+from sae.features.lens import BINS, folded_unembedding, into_residual, logit_lens
 from sae.features.parallel import WORKERS, in_order
 from sae.features.records import FORMAT_VERSION
 from sae.features.storage import EXPLANATIONS, create, fresh_folder, open_arrays, write_arrays
@@ -33,6 +33,7 @@ from sae.files import crc32, require_free_space, write_json
 from sae.objective.fast import active_entries
 from sae.objective.workspace import Workspace
 from sae.progress import progress
+from sae.saelens import WEIGHTS
 
 if TYPE_CHECKING:
     from sae.activations.cache import ActivationCache
@@ -74,7 +75,9 @@ def build_index(config: IndexConfig) -> Path:
     device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
     dictionary = SparseAutoencoder.load(config.dictionary, device)
     cache = ActivationCache.open(config.cache, dictionary.site)
-    refuse_strangers(dictionary, cache)
+    cache.require_dictionary(dictionary, named=config.model is not None)
+    if dictionary.d_sae > MAX_FEATURES:
+        raise InputError(f"expected at most {MAX_FEATURES:,} features, but the dictionary has {dictionary.d_sae:,}")
     model = LanguageModel.load(config.model or cache.model_name(), device="cpu")
     cache.require_model(model)
     with replacing_index(config.out) as folder:
@@ -109,12 +112,17 @@ def fill(folder: Path, config: IndexConfig, dictionary: SparseAutoencoder, cache
         run.unlink()
     columns["decoder_norm"] = dictionary.W_dec_fd.float().norm(dim=-1).cpu().numpy()  # host sync
     neighbours.cosine_neighbours(dictionary.W_dec_fd, details["neighbour_ids"], details["neighbour_cosines"])
-    lens = f"none: {cache.site} does not write into the residual stream"
-    if not cache.site.startswith("head_out"):
+    try:
+        written_fd = into_residual(model, cache.site, dictionary.W_dec_fd)
+    except InputError as error:
+        lens = f"none: {error}"
+    else:
         W_U_vd, lens = folded_unembedding(model)
-        found = logit_lens(dictionary.W_dec_fd, W_U_vd[: len(model.tokenizer)])  # rows beyond are padding that nobody can read
+        found = logit_lens(written_fd, W_U_vd[: len(model.tokenizer)])  # rows beyond are padding that nobody can read
         details["lens_counts"][:] = found.pop("lens_counts")
         columns |= found
+        if written_fd is not dictionary.W_dec_fd:
+            lens += "; W_dec[j] is first taken through the output projection"
     vocab = vocabulary(model.tokenizer, int(tokens.ids.max()) + 1)
     info: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -203,23 +211,6 @@ def finish(
     write_arrays(folder / "sums.safetensors", sums)
     write_arrays(folder / "tokens.safetensors", {name: text[name] for name in sorted(text)})
     write_json(folder / "index.json", info | {"tokens_scanned": n_scanned, "fvu": fvu if np.isfinite(fvu) else None})
-
-
-def refuse_strangers(dictionary: SparseAutoencoder, cache: "ActivationCache") -> None:
-    """Raises `InputError` unless the cache holds activations of the model, site and width the dictionary was made for."""
-    metadata, model = dictionary.metadata, cache.manifest["model"]
-    cache.require_d_in(dictionary.d_in)
-    if dictionary.site is not None and dictionary.site != cache.site:
-        raise InputError(f"expected activations at {dictionary.site}, the dictionary's site, but {cache.folder} has {cache.site}")
-    key = "fingerprint" if metadata.get("model_fingerprint") else "name"
-    theirs = metadata.get(f"model_{key}")
-    if theirs is not None and theirs != model[key]:
-        raise InputError(
-            f"expected activations of {metadata.get('model_name')}, the dictionary's model ({key} {theirs}), but {cache.folder} was made "
-            f"with {model['name']} ({key} {model[key]}); make a cache with the dictionary's model"
-        )
-    if dictionary.d_sae > MAX_FEATURES:
-        raise InputError(f"expected at most {MAX_FEATURES:,} features, but the dictionary has {dictionary.d_sae:,}")
 
 
 def choose_tokens(tokens: Any, cache: "ActivationCache", config: IndexConfig) -> np.ndarray:

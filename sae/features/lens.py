@@ -9,6 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sae.errors import InputError
+from sae.language_model import parse_site
+
 if TYPE_CHECKING:
     from sae.language_model import LanguageModel
 
@@ -19,6 +22,25 @@ DESCRIPTION = (
     "W_U (g * P W_dec[j]) minus its mean over the vocabulary: the change of the logits for one unit of activation, up to the division by "
     "the residual's own size in the final norm; g is that norm's weight, P takes off the mean over the width where the norm does"
 )
+
+
+@torch.no_grad()
+def into_residual(lm: "LanguageModel", site: str, rows_fd: Tensor) -> Tensor:
+    """What directions at the site add to the residual stream, [f, d model]: themselves, or from `head_out` through the output projection.
+
+    Raises `InputError` for a model in which the projection's output is not known to be added as it is.
+    """
+    if parse_site(site).kind != "head_out":
+        return rows_fd
+    projection: Any = lm.module(site)[0]
+    if "attn_out" not in lm.kinds or projection not in lm.module(site.replace("head_out", "attn_out"))[0].modules():
+        raise InputError(
+            f"directions at {site} have no place in the residual stream of {lm.name!r}: what its attention adds is not just their output "
+            "projection"
+        )
+    weight = projection.weight
+    rows_fd = rows_fd.to(weight.device, weight.dtype if weight.is_floating_point() else lm.dtype)
+    return (projection(rows_fd) - projection(torch.zeros_like(rows_fd[:1]))).float()  # a bias is no part of any direction
 
 
 @torch.no_grad()

@@ -18,9 +18,11 @@ from sae.features.examples import AFTER, BEFORE, BUCKET_SAMPLES, BUCKETS, LOWEST
 from sae.features.lens import BINS
 from sae.features.storage import fetch, open_arrays
 from sae.features.text import Vocabulary
-from sae.files import read_json
+from sae.files import crc32, read_json
+from sae.saelens import WEIGHTS
 
 if TYPE_CHECKING:
+    from sae.dictionary import SparseAutoencoder
     from sae.features.page import FeatureView
     from sae.features.search import FiresOn, Promotes
 
@@ -109,6 +111,19 @@ class FeatureIndex:
                 f"{folder} is a feature index of format {info.get('format_version')}, expected {FORMAT_VERSION}; build the index again"
             )
         return cls(folder, info, *(open_arrays(folder / f"{name}.safetensors", in_order=False) for name in FILES))
+
+    def dictionary(self, folder: Path | None = None, device: str = "cpu") -> "SparseAutoencoder":
+        """The dictionary that was indexed, from where it was, or the same in another folder; raises `InputError` for any other."""
+        from sae.dictionary import SparseAutoencoder
+
+        folder = folder or Path(self.info["dictionary"])
+        dictionary = SparseAutoencoder.load(folder, device)
+        if crc32(folder / WEIGHTS) != self.info["dictionary_crc32"]:
+            raise InputError(
+                f"expected the dictionary that {self.folder} was built from, but the weights in {folder} differ; index it again"
+            )
+        dictionary.require_site(self.info["site"])
+        return dictionary
 
     def __repr__(self) -> str:
         return f"FeatureIndex({str(self.folder)!r}: {self.d_sae:,} features, {self.info.get('tokens_scanned', 0):,} tokens scanned)"

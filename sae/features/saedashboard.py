@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sae.dictionary import HOOK_NAMES
 from sae.errors import InputError
 from sae.files import atomic, read_json, write_json
 from sae.progress import progress
+from sae.saelens import hook_of_site
 
 if TYPE_CHECKING:
     from sae.features.records import Context, FeatureIndex
@@ -56,7 +56,7 @@ def names_of(index: "FeatureIndex", model: str | None = None, source_set: str | 
     kind, _, layer = index.info["site"].partition(".")
     width = f"{index.d_sae // 1000}k" if index.d_sae >= 1000 else str(index.d_sae)
     known = index.info["model"]["name"].rstrip("/").rsplit("/", 1)[-1]
-    return Names(model or known, int(layer), source_set or f"{SHORT_SITES[kind]}-{width}", HOOK_NAMES[kind].format(layer))
+    return Names(model or known, int(layer), source_set or f"{SHORT_SITES[kind]}-{width}", hook_of_site(index.info["site"]) or "")
 
 
 def write_saedashboard(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
-from sae.features.lens import folded_unembedding, logit_lens
+from sae.features.lens import folded_unembedding, into_residual, logit_lens
 from sae.features.records import FeatureIndex
 from sae.language_model import Edit, LanguageModel
 from steering.vector import SteeringVector
@@ -29,9 +29,7 @@ def feature_direction(dictionary: SparseAutoencoder, feature: int, max_activatio
         raise InputError(f"feature {feature} does not exist: the dictionary has features 0 to {dictionary.d_sae - 1}")
     if not max_activation > 0:
         raise InputError(f"feature {feature} never fires (maximum activation {max_activation}), so it has no strength to steer with")
-    site = site or dictionary.site
-    if site is None:
-        raise InputError("expected the dictionary's metadata to name its site, such as resid_post.2, found none; give the site")
+    site = dictionary.require_site(site)
     provenance = {
         "method": "feature",
         "feature": feature,
@@ -77,8 +75,9 @@ def output_scores(
     if len(features) != len(max_activations) or not features:
         raise InputError(f"expected one maximum activation for each feature, got {len(max_activations)} for {len(features)} features")
     vectors = [feature_direction(dictionary, j, highest, site) for j, highest in zip(features, max_activations)]
+    written_fd = into_residual(lm, vectors[0].site, dictionary.W_dec_fd[list(features)])
     unembedding_vd, _ = folded_unembedding(lm)
-    lens_fk = torch.from_numpy(logit_lens(dictionary.W_dec_fd[list(features)], unembedding_vd, tokens)["top_token_ids"]).long()
+    lens_fk = torch.from_numpy(logit_lens(written_fd, unembedding_vd, tokens)["top_token_ids"]).long()
     ids_sp, _ = lm.encode([prompt])
     scores = []
     for j, highest, lens_k in zip(features, max_activations, lens_fk):

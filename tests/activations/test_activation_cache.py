@@ -1,12 +1,14 @@
 """Opening a cache: what is in it, and what is said when it is damaged."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 from handmade_cache import SITE, write_cache
 
 from sae.activations.cache import ActivationCache, verify
+from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
 
 
@@ -97,6 +99,12 @@ def test_another_site_width_or_model_is_refused(tmp_path):
     cache = ActivationCache.open(write_cache(tmp_path, [5], 6))
     with pytest.raises(InputError, match=r"resid_post\.1.*resid_post\.0"):
         ActivationCache.open(tmp_path, "resid_post.0")
-    cache.require_d_in(6)
-    with pytest.raises(InputError, match=r"width 7.*6"):
-        cache.require_d_in(7)
+    for d, site, message in (
+        (6, "resid_post.1", None),
+        (7, "resid_post.1", r"width 7.*6"),
+        (6, "resid_post.0", r"resid_post\.0.*resid_post\.1"),
+    ):
+        dictionary = SparseAutoencoder.initial(d, 3, seed=0)
+        dictionary.metadata = {"site": site}
+        with pytest.raises(InputError, match=message) if message else nullcontext():
+            cache.require_dictionary(dictionary, named=False)

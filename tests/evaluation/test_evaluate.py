@@ -142,6 +142,17 @@ def test_unsuitable_caches_are_refused(home, tmp_path):
     for name, said in expected.items():
         with pytest.raises(InputError, match=said):
             evaluate(EvaluationConfig(tmp_path / name, home / "cache", device="cpu"))
+    cfg = json.loads((tmp_path / "other_site" / "cfg.json").read_text())
+    del cfg["metadata"]["site"]  # as SAELens writes it, with the hook alone
+    (tmp_path / "other_site" / "cfg.json").write_text(json.dumps(cfg))
+    with pytest.raises(InputError, match=SITE):
+        evaluate(EvaluationConfig(tmp_path / "other_site", home / "cache", device="cpu"))
+
+
+def test_a_name_that_cannot_be_checked_is_believed_to_who_names_the_model(home, tmp_path, capsys):
+    identity(home, model_fingerprint=None, model_name="gpt2").save(tmp_path)
+    evaluate(EvaluationConfig(tmp_path, home / "cache", str(home / "model"), sequences=0, device="cpu"))
+    assert "no fingerprint tells" in capsys.readouterr().err
 
 
 def test_training_tokens_are_refused(home, tmp_path):

@@ -113,7 +113,27 @@ def test_logit_lens_is_the_change_of_the_logits(world):
     assert columns["top_token_ids"].tolist() == top.indices.tolist()
 
 
-def test_what_does_not_belong_together_is_refused(world, tmp_path):
+def test_logit_lens_of_the_heads_goes_through_the_output_projection(world, tmp_path):
+    from sae.activations.harvest import HarvestConfig, harvest
+    from sae.features.lens import folded_unembedding
+    from sae.language_model import LanguageModel
+
+    text = str(world.cache.parent / "text.jsonl")
+    site = ("head_out.0",)
+    harvest(HarvestConfig(text=(text,), out=tmp_path / "cache", model=str(world.model), sites=site, tokens=300, held_out=0.0, device="cpu"))
+    W_fd = torch.randn(6, VOCABULARY, generator=torch.Generator().manual_seed(1))
+    dictionary = save_dictionary(tmp_path / "heads", W_fd, torch.ones(6), tmp_path / "cache", site="head_out.0")
+    config = IndexConfig(cache=tmp_path / "cache", dictionary=tmp_path / "heads", out=tmp_path / "index", splits=("train",), device="cpu")
+    index = FeatureIndex.open(build_index(config))
+    lm = LanguageModel.load(str(world.model), device="cpu")
+    W_U_vd, _ = folded_unembedding(lm)
+    lens_fv = dictionary.W_dec_fd @ lm.model.transformer.h[0].attn.c_proj.weight @ W_U_vd[: len(world.tokenizer)].T
+    lens_fv -= lens_fv.mean(1, keepdim=True)
+    np.testing.assert_allclose(index.columns["top_token_values"], lens_fv.topk(20).values, rtol=1e-3, atol=1e-5)
+    assert "output projection" in index.info["logit_lens"]
+
+
+def test_what_does_not_belong_together_is_refused(world, tmp_path, capsys):
     W_enc_fd, b = torch.ones(2, VOCABULARY), torch.zeros(2)
     cases = {
         "site": save_dictionary(tmp_path / "site", W_enc_fd, b, world.cache, site="resid_post.0"),
@@ -121,11 +141,20 @@ def test_what_does_not_belong_together_is_refused(world, tmp_path):
         "name": save_dictionary(tmp_path / "name", W_enc_fd, b, world.cache, model_name="other", model_fingerprint=None),
         "width": save_dictionary(tmp_path / "width", W_enc_fd[:, :8], b, world.cache),
     }
+    said = {"site": r"resid_pre\.0.*'resid_post\.0'", "model": "fingerprint 000000000000", "name": "--model", "width": "of width 8"}
     for name in cases:
         config = dataclasses.replace(config_of(world, tmp_path / "index"), dictionary=tmp_path / name)
-        with pytest.raises(InputError, match=r"expected .*"):
+        with pytest.raises(InputError, match=said[name]):
             build_index(config)
         assert not (tmp_path / "index").exists()
+    named = dataclasses.replace(config_of(world, tmp_path / "index"), dictionary=tmp_path / "name", model=str(world.model), tokens=500)
+    build_index(named)
+    assert "no fingerprint tells" in capsys.readouterr().err
+    hooked = json.loads((tmp_path / "site" / "cfg.json").read_text())
+    del hooked["metadata"]["site"]  # a folder of SAELens knows the hook alone
+    (tmp_path / "site" / "cfg.json").write_text(json.dumps(hooked))
+    with pytest.raises(InputError, match=said["site"]):
+        build_index(dataclasses.replace(config_of(world, tmp_path / "other"), dictionary=tmp_path / "site"))
 
 
 @pytest.mark.parametrize(
@@ -285,11 +314,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_older_index_whole(world, tmp
     assert FeatureIndex.open(build_index(config_of(world, out, tokens=500))).info["tokens_scanned"] > 300
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_activations_that_are_not_finite_are_refused(world, tmp_path, bad):
-    W_enc_fd = world.dictionary.W_enc_fd.clone()
-    W_enc_fd[5, 100:200] = bad
-    save_dictionary(tmp_path / "dictionary", W_enc_fd, world.dictionary.b_enc_f, world.cache)
+def test_activations_that_are_not_finite_are_refused(world, tmp_path):
+    b_enc_f = world.dictionary.b_enc_f.clone()
+    b_enc_f[5] = 3e38
+    save_dictionary(tmp_path / "dictionary", 1e38 * world.dictionary.W_enc_fd, b_enc_f, world.cache)  # sums beyond float32
     with pytest.raises(InputError, match="NaN or infinite"):
         build_index(dataclasses.replace(config_of(world, tmp_path / "index"), dictionary=tmp_path / "dictionary"))
     assert [path.name for path in tmp_path.iterdir()] == ["dictionary"]

@@ -142,7 +142,7 @@ def test_a_text_longer_than_the_context_loses_its_end(byte_lm):
         (dict(concept="label:bible"), "bible"),
         (dict(sae=Path("narrow")), "a dictionary of width 32"),
         (dict(sae=Path("foreign")), "has other weights"),
-        (dict(site="resid_post.2"), "resid_post.1, got resid_post.2"),
+        (dict(site="resid_post.2"), "made for resid_post.1, so it says nothing about resid_post.2"),
         (dict(feature=10**6), "expected a dictionary that has feature 1000000, got one with features 0 to"),
         (dict(sae=None), "expected --site"),
         (dict(sae=None, site="resid_post.9"), "resid_post.9"),

@@ -141,6 +141,16 @@ def test_a_saved_vector_is_mapped(parts, dictionary):
     assert of_vector["feature"] is None
 
 
+def test_tokens_of_features_at_the_heads_are_read_through_the_output_projection(parts, byte_lm, dictionary):
+    dictionary.metadata["site"] = "head_out.1"
+    dictionary.save(parts / "heads")
+    entry = effect_map(config(parts, sae=parts / "heads", feature=(3,)))["maps"][0]["raised"][0]
+    transformer = byte_lm.model.transformer
+    row_d = dictionary.W_dec_fd[entry["feature"]] @ transformer.h[1].attn.c_proj.weight
+    lens_v = byte_lm.model.lm_head.weight @ ((row_d - row_d.mean()) * transformer.ln_f.weight)
+    assert entry["tokens"] == [byte_lm.tokenizer.decode([i]) for i in lens_v.topk(5).indices.tolist()]
+
+
 def test_bad_input_is_met_with_a_sentence(parts):
     Effects(torch.ones(32, 9), torch.ones(9), SITE, {}).save(parts / "other.safetensors")
     for changes, message in (

@@ -217,7 +217,7 @@ def test_bad_input_is_met_with_a_sentence(parts):
     for changes, message in (
         ({"fit_documents": 500}, "expected 549 documents of at least 12 tokens, found 120 among 121"),
         ({"length": 4}, "expected a length of 5 to 511 tokens, got 4"),
-        ({"site": "resid_post.0", "sae": parts / "sae"}, "got one at resid_post.1"),
+        ({"site": "resid_post.0", "sae": parts / "sae"}, "made for resid_post.1"),
         ({"prompts": 1}, "2 prompts"),
     ):
         with pytest.raises(InputError, match=message):

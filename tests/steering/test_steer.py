@@ -119,6 +119,11 @@ def test_search_takes_the_first_feature_listed_and_counts_the_word(parts):
 def test_another_dictionary_folder_with_the_same_weights_is_accepted(parts, tmp_path):
     shutil.copytree(parts / "sae", tmp_path / "moved")
     assert steer(config_of(parts, feature=3, dictionary=tmp_path / "moved")) == steer(config_of(parts, feature=3))
+    cfg = json.loads((tmp_path / "moved" / "cfg.json").read_text())
+    cfg["metadata"] |= {"site": "resid_pre.0", "hook_name": "blocks.0.hook_resid_pre"}
+    (tmp_path / "moved" / "cfg.json").write_text(json.dumps(cfg))
+    with pytest.raises(InputError, match=r"made for resid_pre\.0.*resid_post\.0"):
+        steer(config_of(parts, feature=3, dictionary=tmp_path / "moved"))
 
 
 def run_command(parts: Path, monkeypatch, *flags: str) -> None:

@@ -72,27 +72,33 @@ def test_a_word_finds_the_feature_that_fires_on_it(byte_lm, tmp_path):
         by_search_word(index, sae, "quince")
 
 
-def test_output_score_against_the_formula_by_hand(byte_lm):
-    sae = dictionary({"site": "resid_post.1"})
+@pytest.mark.parametrize("site", ["resid_post.1", "head_out.1"])
+def test_output_score_against_the_formula_by_hand(byte_lm, site):
+    sae = dictionary({"site": site})
     highest = [1.5, 0.5, 2.0]
     scores = output_scores(byte_lm, sae, [4, 0, 3], highest, prompt="Well,", factor=4.0, tokens=3)
     ids = torch.tensor([[0, *byte_lm.tokenizer("Well,")["input_ids"]]])
     transformer = byte_lm.model.transformer
     for j, most, score in zip([4, 0, 3], highest, scores):
 
-        def clamped(_module, _args, output, j=j, most=most):
-            hidden_spd = output[0] if isinstance(output, tuple) else output
+        def clamped(hidden_spd, j=j, most=most):
             acts_spf = sae.encode(hidden_spd)
             error_spd = hidden_spd - sae.decode(acts_spf)
             acts_spf[..., j] = 4 * most
-            changed_spd = sae.decode(acts_spf) + error_spd
-            return (changed_spd, *output[1:]) if isinstance(output, tuple) else changed_spd
+            return sae.decode(acts_spf) + error_spd
 
+        block, row_d = transformer.h[1], sae.W_dec_fd[j]
         with torch.no_grad():
-            handle = transformer.h[1].register_forward_hook(clamped)
+            if site == "resid_post.1":
+                handle = block.register_forward_hook(
+                    lambda _module, _args, out, f=clamped: (f(out[0]), *out[1:]) if isinstance(out, tuple) else f(out)
+                )
+            else:
+                handle = block.attn.c_proj.register_forward_pre_hook(lambda _module, args, f=clamped: (f(args[0]),))
+                row_d = row_d @ block.attn.c_proj.weight
             p_v = byte_lm.model(ids).logits[0, -1].double().softmax(-1)
             handle.remove()
-            row_d = (sae.W_dec_fd[j] - sae.W_dec_fd[j].mean()) * transformer.ln_f.weight
+            row_d = (row_d - row_d.mean()) * transformer.ln_f.weight
             lens_v = byte_lm.model.lm_head.weight @ row_d
         lens = sorted(range(len(lens_v)), key=lambda token: -lens_v[token])[:3]
         order = sorted(range(len(p_v)), key=lambda token: -p_v[token])
