@@ -2,27 +2,60 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from sae.errors import InputError
+from sae.places import sentence
+from sae.streams import lasting_streams
 
 
 def run(function: Callable[[Any], Any], config_class: type, description: str) -> None:
     """Parses the command line into `config_class` and calls `function` with it.
 
-    Exit codes: 0 done, 2 unusable input (one sentence on stderr), 130 interrupted.
+    Exit codes: 0 done, 2 unusable input or a place that cannot be written (one sentence on stderr), 130 interrupted. A reader of
+    standard output that leaves early, as `head` does, changes neither the work nor the code.
     """
-    import tyro
+    with lasting_streams():
+        try:
+            function(parse(config_class, description))
+        except InputError as error:
+            fail(str(error))
+        except OSError as error:
+            text = sentence(error)
+            if text is None:
+                raise
+            fail(text)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
 
-    config: Any = tyro.cli(config_class, description=description)
-    try:
-        function(config)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+
+def fail(why: str) -> NoReturn:
+    print(f"error: {why}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(config_class: type, description: str) -> Any:
+    import tyro
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def path(info: Any) -> Any:
+        if info.type is not Path:
+            return None
+        return PrimitiveConstructorSpec(1, "PATH", _path, lambda value: isinstance(value, Path), lambda value: [str(value)])
+
+    with registry:
+        return tyro.cli(config_class, description=description)
+
+
+def _path(arguments: list[str]) -> Path:
+    if not arguments[0]:  # from an unset variable of the shell; for Python it would be the present folder
+        raise ValueError("expected a path, got an empty text")
+    return Path(arguments[0])
 
 
 def cache_activations() -> None:

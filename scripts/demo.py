@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sae.command_line import run
 from sae.files import crc32
+from sae.places import require_folder
 from sae.saelens import WEIGHTS
 
 MODEL = Path("checkpoints/demo-lm")
@@ -41,6 +42,7 @@ class DemoConfig:
 def demo(config: DemoConfig) -> None:
     if config.restart:
         shutil.rmtree(config.out, ignore_errors=True)
+    require_folder(config.out)
     out = config.out
     cache, dictionary, index, pages = out / "cache", out / "sae", out / "index", out / "pages"
     began = time.monotonic()

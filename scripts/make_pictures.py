@@ -12,6 +12,8 @@ from typing import Any
 
 from sae.command_line import run
 from sae.errors import InputError
+from sae.files import atomic
+from sae.places import require_folder
 
 
 @dataclass
@@ -25,6 +27,7 @@ class PicturesConfig:
 
 
 def make_pictures(config: PicturesConfig) -> None:
+    require_folder(config.out)
     table = config.demo / "steering.json"
     if not table.exists():
         raise InputError(f"expected the demo's results in {config.demo}, found no {table.name}; run make demo first")
@@ -32,7 +35,6 @@ def make_pictures(config: PicturesConfig) -> None:
     if chromium is None:
         raise InputError(f"expected the browser {config.chromium!r}, which is not installed; give another with --chromium")
     result = json.loads(table.read_text())
-    config.out.mkdir(parents=True, exist_ok=True)
     with browser(config.demo / "index") as url:
         screenshots(config, chromium, url, result["feature"])
     plot(result, config.out / "steering.png")
@@ -63,7 +65,8 @@ def screenshots(config: PicturesConfig, chromium: str, url: str, feature: int) -
             page.goto(url + address)
             if act is not None:
                 act()
-            page.screenshot(path=config.out / name)
+            with atomic(config.out / name) as temporary:
+                temporary.write_bytes(page.screenshot())
             print(config.out / name)
 
         def write() -> None:
@@ -100,7 +103,8 @@ def plot(result: dict, picture: Path) -> None:
     left.legend(frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(picture, dpi=140)
+    with atomic(picture) as temporary:
+        figure.savefig(temporary, dpi=140, format="png")
     print(picture)
 
 

@@ -16,6 +16,7 @@ from sae.command_line import run
 from sae.errors import InputError
 from sae.files import write_tensors
 from sae.language_model import LanguageModel
+from sae.places import require_file
 from sae.progress import progress
 
 
@@ -38,6 +39,7 @@ class SampleConfig:
 
 
 def sample(config: SampleConfig) -> Path:
+    require_file(config.out)
     lm = LanguageModel.load(str(config.model), device=config.device, dtype="float32")
     domains = list(json.loads((config.model / "training.json").read_text())["held_out"])
     documents: list[list[int]] = []

@@ -8,6 +8,7 @@ b rows (sequences) · p positions · v vocabulary
 """
 
 import gzip
+import io
 import json
 import math
 import os
@@ -21,8 +22,11 @@ import torch.nn.functional as F
 
 from sae.command_line import run
 from sae.errors import InputError
-from sae.files import atomic
+from sae.files import atomic, read_json, write_json
+from sae.places import require_folder
+from sae.training.metrics import keep_until
 
+STATE = "training_state.pt"
 BOS = "<|endoftext|>"
 
 
@@ -202,8 +206,10 @@ def settings_of(config: DemoModelConfig) -> dict[str, Any]:
 
 def save_state(path: Path, parts: dict[str, Any], config: DemoModelConfig, step: int) -> None:
     state = {name: part.state_dict() for name, part in parts.items()}
+    # into memory first: torch's own writer does not tell why it failed
+    torch.save(state | {"step": step, "settings": settings_of(config)}, whole := io.BytesIO())
     with atomic(path) as temporary:
-        torch.save(state | {"step": step, "settings": settings_of(config)}, temporary)
+        temporary.write_bytes(whole.getbuffer())
 
 
 def resume(path: Path, parts: dict[str, Any], config: DemoModelConfig) -> int:
@@ -219,6 +225,12 @@ def resume(path: Path, parts: dict[str, Any], config: DemoModelConfig) -> int:
     return state["step"]
 
 
+def finished(config: DemoModelConfig) -> bool:
+    """Whether the folder holds the model that these settings gave."""
+    path = config.out / "training.json"
+    return path.exists() and settings_of(config).items() <= read_json(path, "a model's training.json").get("settings", {}).items()
+
+
 def train(config: DemoModelConfig) -> None:
     from rich.progress import Progress, TextColumn, TimeRemainingColumn
 
@@ -227,6 +239,11 @@ def train(config: DemoModelConfig) -> None:
         raise InputError(
             "a model given with --init-from keeps its shape and tokenizer; leave out --n-layer, --d-model, --n-head, --vocab-size"
         )
+    require_folder(config.out)
+    if finished(config):
+        (config.out / STATE).unlink(missing_ok=True)  # a kill may have come between the two last steps
+        print(f"{config.out} is already complete; remove its training.json to train it again")
+        return
     torch.manual_seed(config.seed)
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     texts = read_domains(config.corpora, "train")
@@ -246,9 +263,10 @@ def train(config: DemoModelConfig) -> None:
 
     step_loss = torch.compile(loss_of) if config.compile and steps else loss_of
     config.out.mkdir(parents=True, exist_ok=True)
-    state_path = config.out / "training_state.pt"
+    state_path = config.out / STATE
     parts = {"model": model, "adam": adam, "muon": muon}
     first = resume(state_path, parts, config)
+    keep_until(config.out / "training.log", first - 1)  # which numbers its steps from 0
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.3f}"))
     with Progress(*columns) as progress, open(config.out / "training.log" if steps else os.devnull, "a") as log:
         bar = progress.add_task("training", total=steps, completed=first, loss=float("nan"))
@@ -284,7 +302,6 @@ def write_card(config: DemoModelConfig, model, losses: dict[str, dict[str, float
     record: dict[str, Any] = {"settings": settings, "mean": mean, "held_out": losses}
     if config.init_from and (config.init_from / "training.json").exists():
         record["continued_from"] = json.loads((config.init_from / "training.json").read_text())
-    (config.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     c = model.config
     rows = "\n".join(
@@ -295,7 +312,7 @@ def write_card(config: DemoModelConfig, model, losses: dict[str, dict[str, float
     earlier = record.get("continued_from", {}).get("tokens")
     if earlier:
         history = f"{earlier:,} tokens in an earlier run, whose record is in `training.json`" + f"; then {history}" * bool(config.tokens)
-    (config.out / "README.md").write_text(f"""# demo-lm
+    card = f"""# demo-lm
 
 A {parameters:.1f}M-parameter GPT-2-architecture language model ({c.n_layer} layers of width {c.n_embd}, {c.n_head} heads,
 {c.vocab_size}-token byte-level BPE of its own, context {config.context}, float16 on disk), small enough to ship and to run on a laptop,
@@ -312,7 +329,10 @@ Validation documents, never trained on, without tags, in rows of {config.context
 |---|---|---|---|
 {rows}
 | **mean of domains** | {mean["nats_per_token"]:.3f} | {math.exp(mean["nats_per_token"]):.1f} | {mean["bits_per_character"]:.3f} |
-""")
+"""
+    with atomic(config.out / "README.md") as temporary:
+        temporary.write_text(card, encoding="utf-8")
+    write_json(config.out / "training.json", record)  # last: it says that the model is complete
 
 
 if __name__ == "__main__":

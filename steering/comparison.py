@@ -20,6 +20,7 @@ from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
 from sae.files import atomic, write_json
 from sae.language_model import LanguageModel
+from sae.places import require_folder
 from steering.arms import NONE, Arm, Material, build_arms
 from steering.concepts import Scorer, Texts, concept_texts, load_concept, read_corpus, second_scorer, target_scorer
 from steering.continuations import Bench, continuations, measure_arms
@@ -79,6 +80,9 @@ def compare_directions(config: CompareConfig) -> dict[str, Any]:
     started = time.monotonic()
     refuse_unusable(config)
     concept = load_concept(config.concept)
+    out = config.out or Path(f"comparison-{concept.name.replace(':', '-')}")
+    if not config.dry_run:
+        require_folder(out)
     lm = LanguageModel.load(config.model, device=config.device)
     dictionary, site = dictionary_and_site(config, lm)
     refuse_long_prompts(lm, config)
@@ -95,7 +99,6 @@ def compare_directions(config: CompareConfig) -> dict[str, Any]:
     sampling = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
     held = (texts.held_positive, texts.held_negative)
     bench = Bench(lm, config.prompts, config.samples, sampling, config.budgets, target, second, held, config.seed)
-    out = config.out or Path(f"comparison-{concept.name.replace(':', '-')}")
     if config.dry_run:
         announce(bench, arms, out)
         return {}

@@ -13,6 +13,7 @@ from sae.errors import InputError
 from sae.features.lens import folded_unembedding, into_residual, logit_lens
 from sae.files import write_json
 from sae.language_model import LanguageModel
+from sae.places import require_file
 from sae.progress import progress
 from steering.dictionary import load_dictionary
 from steering.directions.targeted import Effects, targeted_direction
@@ -90,6 +91,9 @@ def effect_map(config: EffectConfig) -> dict[str, Any]:
     Raises `InputError` when the parts do not belong together.
     """
     check(config)
+    for path in (config.out, config.effects if config.fit else None):
+        if path is not None:
+            require_file(path)
     lm = LanguageModel.load(config.model, device=config.device)
     dictionary, site = load_dictionary(config.sae, lm)
     written_fd = into_residual(lm, site, dictionary.W_dec_fd)

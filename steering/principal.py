@@ -20,6 +20,7 @@ from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
 from sae.files import write_json
 from sae.language_model import LanguageModel
+from sae.places import require_folder
 from sae.progress import progress
 from steering.calibration import divergence, log_probs
 from steering.dictionary import load_dictionary
@@ -195,6 +196,7 @@ def principal_study(config: PrincipalConfig) -> dict[str, Any]:
 
     if min(config.components, config.prompts, config.fit_documents, config.held_documents) < 2 or config.random < 4:
         raise InputError("expected at least 2 components, 4 random directions, and 2 prompts, fitting and held-out documents")
+    require_folder(config.out)
     lm = LanguageModel.load(config.model, device=config.device)
     dictionary = None if config.sae is None else load_dictionary(config.sae, lm, config.site)[0]
     counts = (config.fit_documents, config.held_documents, config.calibration_documents, config.prompts)

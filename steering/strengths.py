@@ -15,6 +15,7 @@ from sae.errors import InputError
 from sae.evaluation.evaluate import finite
 from sae.files import write_json
 from sae.language_model import LanguageModel, NonFiniteLogits
+from sae.places import require_file
 from sae.progress import progress
 from steering.intervention import steered
 from steering.measure import continuation_loss, until_end, word_rate
@@ -65,6 +66,8 @@ def strengths(config: StrengthsConfig) -> list[Row]:
     """Prints the table and gives its rows. Raises `InputError` when the parts do not belong together."""
     if config.samples < 1 or not config.strengths or not config.prompts:
         raise InputError("expected at least one sample, one strength and one prompt")
+    if config.out:
+        require_file(config.out)
     words = read_words(config.words)
     lm, feature, _, vector = load_parts(config)
     random_d = torch.randn(lm.width(vector.site), generator=torch.Generator().manual_seed(config.seed))

@@ -3,6 +3,7 @@
 d width of the site · p positions
 """
 
+import io
 import json
 import math
 from collections.abc import Callable
@@ -214,7 +215,8 @@ class SteeringVector:
             settings = {"steering_coefficient": float(coefficient), "action": "add", "bias": None, "head_index": None}
             config[names[module]] = {"steering_vector": direction.cpu().clone(), **settings}  # host sync
         with atomic(Path(path)) as temporary:
-            torch.save(config, temporary)
+            torch.save(config, whole := io.BytesIO())  # torch's own writer does not tell why it failed
+            temporary.write_bytes(whole.getbuffer())
 
     def _each(self, change: Callable[[Tensor], Tensor], provenance: dict[str, Any]) -> "SteeringVector":
         return SteeringVector({site: change(direction) for site, direction in self.directions.items()}, provenance)

@@ -6,7 +6,6 @@ n rows · d width of the site
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,9 @@ import torch
 from sae.activations.cache import ActivationCache
 from sae.activations.tokens import SPLITS
 from sae.errors import InputError
-from sae.files import require_free_space, sync
+from sae.files import require_free_space
+from sae.folders import fresh_folder
+from sae.places import require_folder
 from sae.progress import progress
 
 if TYPE_CHECKING:
@@ -46,27 +47,19 @@ def export_cache(config: ExportConfig) -> Path:
     whole cache), `token_id`, `document`, `label` (null for none), `split`. What an imported cache does not know is null. Memory: 4,096
     rows, and the tokens where they lie in several files. Raises `InputError` for unusable options, a damaged cache and a full disk.
     """
+    if os.path.lexists(config.out):
+        raise InputError(f"expected a new folder, but {config.out} exists already; choose another --out")
+    require_folder(config.out)
     cache = ActivationCache.open(config.cache, config.site)
     if not config.splits or len(set(config.splits)) < len(config.splits):
         raise InputError(f"expected every split once, but --splits is {' '.join(config.splits)!r}; give {' or '.join(SPLITS)}")
     rows = sum(map(cache.rows, config.splits))
     if rows == 0:
         raise InputError(f"expected rows in the split {' or '.join(config.splits)} of {config.cache}, but there are none")
-    if config.out.exists():
-        raise InputError(f"expected a new folder, but {config.out} exists already; choose another --out")
     dtype = np.dtype("float16" if cache.dtype == torch.float16 else "float32")
     require_free_space(config.out.parent, rows * (cache.d_in * dtype.itemsize + 40), "the export")
-    temporary = config.out.with_name(f".{config.out.name}.{os.getpid()}.tmp")
-    try:
-        _write(cache, config, dtype, temporary)
-        temporary.rename(config.out)
-        sync(config.out.parent)
-    except OSError as error:
-        if error.errno != 28:  # ENOSPC
-            raise
-        raise InputError(f"the disk ran full while writing {config.out}; free some space and run the same command again") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with fresh_folder(config.out, "state.json", "export") as folder:
+        _write(cache, config, dtype, folder)
     print(f"{config.out}: {rows:,} rows of {cache.site}")
     return config.out
 
@@ -86,18 +79,14 @@ def _write(cache: ActivationCache, config: ExportConfig, dtype: np.dtype, folder
             "split": Value("string"),
         }
     )
-    folder.mkdir(parents=True)
     shards = [(split, shard) for split in config.splits for shard in cache.shards(split)]
     names = [f"data-{number:05d}-of-{len(shards):05d}.arrow" for number in range(len(shards))]
     with progress("export", sum(shard.rows for _, shard in shards), "rows") as bar:
         for name, (split, shard) in zip(names, shards):
-            with open(folder / name, "wb") as file:
-                with pyarrow.ipc.new_stream(file, features.arrow_schema) as writer:
-                    for batch in _batches(cache, shard, split, dtype, features.arrow_schema):
-                        writer.write_batch(batch)
-                        bar.advance(batch.num_rows)
-                file.flush()
-                os.fsync(file.fileno())
+            with open(folder / name, "wb") as file, pyarrow.ipc.new_stream(file, features.arrow_schema) as writer:
+                for batch in _batches(cache, shard, split, dtype, features.arrow_schema):
+                    writer.write_batch(batch)
+                    bar.advance(batch.num_rows)
     about = {"site": cache.site, **{key: cache.manifest[key] for key in ("model", "dtype", "seed", "held_out")}}
     DatasetInfo(features=features, description=json.dumps(about)).write_to_directory(str(folder))
     content = json.dumps([cache.site, config.splits, cache.manifest["shards"]]).encode()

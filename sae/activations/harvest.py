@@ -32,6 +32,7 @@ from sae.activations.tokens import SPLITS, Tokens
 from sae.activations.writers import Writers
 from sae.errors import InputError
 from sae.files import only_writer, read_json, require_free_space, write_json, write_tensors
+from sae.places import require_folder
 from sae.progress import progress
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def _lead(config: HarvestConfig, writers: Writers) -> None:
         _verify(config)
         return writers.tell("work", None)
     check_recording(config)
+    if not config.dry_run:
+        require_folder(config.out)
     lm = load_model(replace(config, device=device_of(config, writers)))
     if config.dry_run:
         _dry_run(config, lm)

@@ -20,6 +20,7 @@ from sae.activations.storage import FORMATS, decode, encode, row_bytes, write_sh
 from sae.activations.tokens import PART_TOKENS, Part, Tokens, is_held_out
 from sae.errors import InputError
 from sae.files import only_writer, require_free_space, write_json, write_tensors
+from sae.places import require_folder
 from sae.progress import progress
 
 
@@ -60,6 +61,7 @@ def import_activations(config: ImportConfig) -> Path:
     that are not finite, and a full disk.
     """
     _check(config)
+    require_folder(config.out)
     source = open_source(config.source, config.column, config.token_ids)
     site = _site(config, source)
     model, bos_id = _model(config, source, site)

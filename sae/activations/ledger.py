@@ -8,6 +8,7 @@ from typing import Any
 
 from sae.errors import InputError
 from sae.files import crc32, read_json, remove_leftovers, sync, write_json
+from sae.places import writing
 
 FORMAT_VERSION = 1
 
@@ -24,16 +25,12 @@ class Ledger:
             os.truncate(self.path, size)
 
     def append(self, *entries: dict[str, Any]) -> None:
-        try:
+        with writing(self.path):
             with open(self.path, "ab") as file:
                 file.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
                 file.flush()
                 os.fsync(file.fileno())
             sync(self.folder)
-        except OSError as error:
-            if error.errno != 28:  # ENOSPC
-                raise
-            raise InputError(f"the disk ran full while writing {self.path}; free some space and run the same command again") from error
         self.entries += entries
 
     def take_over(self) -> None:

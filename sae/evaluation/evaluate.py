@@ -15,6 +15,7 @@ from sae.errors import InputError
 from sae.evaluation.language_model_loss import ARMS, LanguageModelLoss, language_model_loss
 from sae.evaluation.reconstruction import Reconstruction, ReconstructionMetrics, measure
 from sae.files import crc32, read_json, write_json
+from sae.places import require_file
 from sae.progress import progress
 from sae.saelens import WEIGHTS
 
@@ -61,6 +62,9 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     from sae.activations.cache import ActivationCache
 
     config.check()
+    out = config.out or config.dictionary / "evaluation.json"
+    if config.out or config.dictionary.is_dir():
+        require_file(out)
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     dictionary = SparseAutoencoder.load(config.dictionary, device)
     cache = ActivationCache.open(config.cache, dictionary.site)
@@ -81,7 +85,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         "reconstruction": describe(reconstruction),
         "language_model": finite(loss._asdict()) if loss else None,
     }
-    write_json(config.out or config.dictionary / "evaluation.json", result)
+    write_json(out, result)
     print_table(config, cache, reconstruction, loss)
     return result
 

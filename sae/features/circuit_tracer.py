@@ -14,7 +14,7 @@ import numpy as np
 
 from sae.errors import InputError
 from sae.features.saedashboard import Names
-from sae.files import atomic, only_writer
+from sae.files import atomic, only_writer, remove_leftovers
 from sae.progress import progress
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def write_circuit_tracer(index: "FeatureIndex", folder: Path, names: Names) -> N
     features = folder / "features"
     filename, offsets = f"layer_{names.layer}.bin", [0]
     with only_writer(features):
+        remove_leftovers(features)
         layers = _layers(features / "index.json.gz")
         with (
             atomic(features / "index.json.gz") as listing,

@@ -30,6 +30,7 @@ from sae.features.patterns import (
 from sae.features.records import FeatureIndex
 from sae.features.storage import EXPLANATIONS
 from sae.files import atomic, only_writer
+from sae.places import require_file
 from sae.progress import progress
 
 LOOKUPS: dict[str, Callable[[Corpus, Firing], Explained]] = {"token": token_lookup, "bigram": bigram_lookup, "pattern": pattern_lookup}
@@ -81,6 +82,7 @@ def explain(config: ExplainConfig) -> Path:
     if config.endpoint is None and (config.judge_model is not None or config.key_variable is not None):
         raise InputError("--judge-model and --key-variable belong to --endpoint, which was not given; add it or leave them out")
     index = FeatureIndex.open(config.index)
+    require_file(config.index / EXPLANATIONS)
     features = choose(index, config)
     corpus = read_corpus(index, config.held_out, config.seed)
     with only_writer(config.index):

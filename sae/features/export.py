@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from sae.errors import InputError
 from sae.features.records import FeatureIndex
-from sae.features.storage import fresh_folder
+from sae.folders import fresh_folder
+from sae.places import require_folder
 
 if TYPE_CHECKING:
     from sae.features.explain import Explanation
@@ -55,6 +56,7 @@ def export_features(config: ExportConfig) -> None:
     for name, formats in TAKES.items():
         if getattr(config, name) not in (None, ()) and config.format not in formats:
             raise InputError(f"--{name.replace('_', '-')} has no use with --format {config.format}; it is for {', '.join(formats)}")
+    require_folder(config.out)
     index = FeatureIndex.open(config.index)
     features = list(config.features or range(index.d_sae))
     for j in features:

@@ -28,10 +28,12 @@ from sae.features.csc import BLOCK_ENTRIES, MAX_FEATURES, RUN_ENTRIES, Spool, me
 from sae.features.lens import BINS, folded_unembedding, into_residual, logit_lens
 from sae.features.parallel import WORKERS, in_order
 from sae.features.records import FORMAT_VERSION
-from sae.features.storage import EXPLANATIONS, create, fresh_folder, open_arrays, write_arrays
+from sae.features.storage import ANSWERS, EXPLANATIONS, create, open_arrays, write_arrays
 from sae.files import crc32, require_free_space, write_json
+from sae.folders import fresh_folder
 from sae.objective.fast import active_entries
 from sae.objective.workspace import Workspace
+from sae.places import require_folder
 from sae.progress import progress
 from sae.saelens import WEIGHTS
 
@@ -72,6 +74,7 @@ def build_index(config: IndexConfig) -> Path:
     from sae.activations.cache import ActivationCache
     from sae.language_model import LanguageModel
 
+    require_folder(config.out)
     device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
     dictionary = SparseAutoencoder.load(config.dictionary, device)
     cache = ActivationCache.open(config.cache, dictionary.site)
@@ -90,7 +93,7 @@ def build_index(config: IndexConfig) -> Path:
 def replacing_index(out: Path) -> Iterator[Path]:
     """`fresh_folder`, which says so when explanations go with the older index."""
     explained = (out / EXPLANATIONS).exists()
-    with fresh_folder(out) as folder:
+    with fresh_folder(out, "index.json", "index", keep=ANSWERS) as folder:  # somebody paid for a model's answers
         yield folder
     if explained:
         print(

@@ -26,6 +26,7 @@ from sae.errors import InputError
 from sae.features.patterns import Corpus, Firing
 from sae.features.records import Context, FeatureIndex
 from sae.features.storage import ANSWERS
+from sae.places import writing
 from sae.progress import progress
 
 if TYPE_CHECKING:
@@ -314,7 +315,7 @@ class Log:
 
     def add(self, explanation: "Explanation") -> None:
         """Appends and flushes to the disk: the answer was paid for."""
-        with open(self.path, "ab") as file:
+        with writing(self.path), open(self.path, "ab") as file:
             file.write(json.dumps(explanation._asdict(), ensure_ascii=False, allow_nan=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())

@@ -9,6 +9,7 @@ import numpy as np
 
 from sae.errors import InputError
 from sae.features.records import Context, FeatureIndex
+from sae.places import require_folder
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -45,6 +46,8 @@ def list_features(config: ListConfig) -> None:
         raise InputError(f"expected one of --search, --promotes, --feature, --list and --random, but got {' and '.join(asked)}")
     if config.top < 1:
         raise InputError(f"expected --top of at least 1, but got {config.top}")
+    if config.html is not None:
+        require_folder(config.html)
     index = FeatureIndex.open(config.index)
     features, found, heading = select(index, config)
     one = len(config.feature) == 1

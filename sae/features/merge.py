@@ -12,6 +12,7 @@ from sae.features.index import TEXT, derive, finish, replacing_index
 from sae.features.records import FeatureIndex
 from sae.features.storage import open_arrays
 from sae.files import require_free_space
+from sae.places import require_folder
 
 SAME = ("dictionary_crc32", "model", "site", "d_in", "d_sae", "logit_lens")
 OF_DECODER = ("neighbour_ids", "neighbour_cosines", "lens_counts")  # the same in every part
@@ -33,6 +34,7 @@ def merge_indexes(config: MergeConfig) -> Path:
     """
     if len(config.parts) < 2:
         raise InputError(f"expected at least two indexes to join, but got {len(config.parts)}")
+    require_folder(config.out)
     parts = [FeatureIndex.open(folder) for folder in config.parts]
     for part in parts[1:]:
         for name in SAME:

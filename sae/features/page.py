@@ -245,7 +245,6 @@ def write_pages(index: "FeatureIndex", features: Sequence[int], folder: Path, he
     """
     for j in features:
         index.feature(j)
-    folder.mkdir(parents=True, exist_ok=True)
     written = set(features)
     with progress("write pages", len(features), "pages") as bar:
         for i, j in enumerate(features):

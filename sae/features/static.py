@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sae.errors import InputError
 from sae.features.page import document, feature_html
 from sae.features.records import FeatureIndex
-from sae.features.storage import fresh_folder
+from sae.folders import fresh_folder
 from sae.progress import progress
 
 if TYPE_CHECKING:

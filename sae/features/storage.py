@@ -1,22 +1,16 @@
 """Arrays on disk as safetensors, memory-mapped both ways: larger than memory, written piece by piece, read in part."""
 
-import errno
-import glob
 import json
 import mmap
 import os
-import re
-import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 
 from sae.activations.mapped import layout
-from sae.errors import InputError
-from sae.files import only_writer, sync
 
 EXPLANATIONS, ANSWERS = "explanations.jsonl", "answers.*.jsonl"  # that others put into an index's folder
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U32": "<u4", "U8": "u1", "BOOL": "?"}
@@ -36,8 +30,17 @@ def create(path: Path, shapes: dict[str, tuple[str, tuple[int, ...]]]) -> dict[s
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.flush()
-        os.posix_fallocate(file.fileno(), 0, 8 + len(text) + end)
+        _reserve(file, end)
     return open_arrays(path, "r+")
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Makes the disk give the file `size` more bytes of zeros now."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), file.tell(), size) if size else None
+        return
+    for low in range(0, size, 1 << 22):  # macOS, Windows
+        file.write(bytes(min(1 << 22, size - low)))
 
 
 def open_arrays(path: Path, mode: Literal["r", "r+"] = "r", *, in_order: bool = True) -> dict[str, np.ndarray]:
@@ -50,7 +53,7 @@ def open_arrays(path: Path, mode: Literal["r", "r+"] = "r", *, in_order: bool = 
         return {}
     whole = np.memmap(path, np.uint8, mode)
     if not in_order:
-        whole._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+        _advise(whole, "MADV_RANDOM")
     arrays: dict[str, np.ndarray] = {}
     for name, place in places.items():
         dtype = np.dtype(DTYPES[place.dtype])
@@ -72,7 +75,7 @@ def fetch(array: np.ndarray, starts: Iterable[int], length: int) -> None:
     pages |= {(origin + (start + length) * step - 1) // mmap.PAGESIZE for start in starts}
     for page in sorted(pages):
         if 0 <= page * mmap.PAGESIZE < len(mapped):
-            mapped.madvise(mmap.MADV_WILLNEED, page * mmap.PAGESIZE, 1)
+            _advise(base, "MADV_WILLNEED", page * mmap.PAGESIZE, 1)
 
 
 @contextmanager
@@ -82,11 +85,17 @@ def front_to_back(array: np.ndarray) -> Iterator[None]:
     if mapped is None:
         yield
         return
-    mapped._mmap.madvise(mmap.MADV_NORMAL)  # type: ignore[attr-defined]
+    _advise(mapped, "MADV_NORMAL")
     try:
         yield
     finally:
-        mapped._mmap.madvise(mmap.MADV_RANDOM)  # type: ignore[attr-defined]
+        _advise(mapped, "MADV_RANDOM")
+
+
+def _advise(mapped: np.memmap, how: str, *place: int) -> None:
+    """Tells the system how the map will be read, where it listens (Windows does not)."""
+    if hasattr(mmap, how):
+        mapped._mmap.madvise(getattr(mmap, how), *place)  # type: ignore[attr-defined]
 
 
 def _map_of(array: np.ndarray) -> np.memmap | None:
@@ -103,56 +112,3 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     widest_first = sorted(arrays, key=lambda name: -arrays[name].dtype.itemsize)
     for name, target in create(path, {name: (names[arrays[name].dtype], arrays[name].shape) for name in widest_first}).items():
         target[...] = arrays[name]
-
-
-@contextmanager
-def fresh_folder(out: Path, marker: str = "index.json", what: str = "index") -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name at a clean exit, in place of an older one, known by its file `marker`.
-
-    What a build that was killed left behind is cleared away first. A model's answers (judge.py) are taken along: somebody paid for them.
-    """
-    clear_leftovers(out)
-    if out.exists() and not (out / marker).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"expected a new folder or an older {what} to replace, but {out} holds something else; choose another --out")
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"expected a place to write at {out}, but {out.parent} is none ({error.strerror}); choose another --out") from None
-    old = out.with_name(f".{out.name}.{os.getpid()}.old.tmp")
-    try:
-        # both are held: from `clear_leftovers` of others, and from explain_features.py, whose scores are of the older index's text
-        with only_writer(temporary), only_writer(out) if out.exists() else nullcontext():
-            yield temporary
-            for path in out.glob(ANSWERS):
-                shutil.copy2(path, temporary)
-            for path in temporary.rglob("*"):
-                sync(path)
-            if out.exists():
-                out.rename(old)
-            temporary.rename(out)  # a kill between the two leaves the older index beside, as .NAME.PID.old.tmp
-            sync(out.parent)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise InputError(f"the disk ran full while building {out}; free some space and run the same command again") from error
-        raise
-    finally:
-        if old.exists() and not out.exists():  # interrupted between the two renames
-            old.rename(out)
-        for folder in (temporary, old):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def clear_leftovers(out: Path) -> None:
-    """Removes temporary folders in which nobody works any more; an older index that lost its name to a kill gets it back."""
-    for path in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
-        found = re.fullmatch(r"([0-9]+)(\.old)?\.tmp", path.name[len(out.name) + 2 :])
-        if found is None:
-            continue
-        if int(found[1]) != os.getpid() and Path(f"/proc/{found[1]}").exists():  # in a container every run may have the same number
-            continue
-        with suppress(InputError), only_writer(path):  # a process of another machine may be at work in it
-            if found[2] and not out.exists():
-                path.rename(out)
-            else:
-                shutil.rmtree(path, ignore_errors=True)

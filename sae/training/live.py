@@ -7,6 +7,7 @@ from pathlib import Path
 from sae.activations.live import LiveActivations
 from sae.activations.recording import RecordingConfig
 from sae.activations.text import text_files
+from sae.places import require_folder
 from sae.training.config import TrainingConfig
 from sae.training.trainer import train_on
 
@@ -34,6 +35,8 @@ def train_live(config: LiveTrainingConfig) -> list[Path]:
     With the same text, settings, machine and device, a run that was interrupted goes on bit for bit as if it had not been.
     """
     config.check()
+    if not config.dry_run:
+        require_folder(config.out)
     source = LiveActivations(config.live)
     config.fingerprint = source.manifest["model"]["fingerprint"]
     return train_on(source, config)

@@ -2,13 +2,16 @@
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sae.files import atomic
 from sae.objective import Step
+from sae.places import writing
 from sae.training.config import TrainingConfig, l1_now, learning_rate
 from sae.training.sweep import Sweep
 
@@ -18,17 +21,19 @@ class MetricsLog:
 
     def __init__(self, folder: Path, name: str, config: TrainingConfig, first_step: int, wandb_run: Any = None):
         self.path, self.config, self.wandb, self.prefix = folder / "metrics.jsonl", config, wandb_run, name
-        folder.mkdir(parents=True, exist_ok=True)
-        keep_until(self.path, first_step)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (held for the whole run)
+        with writing(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            keep_until(self.path, first_step)
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (held for the whole run)
         self._since, self._step = time.monotonic(), first_step
 
     def write(self, line: dict[str, Any], density: Any = None) -> dict[str, Any]:
         """Adds the rate since the last line; `density` goes to Weights & Biases. Returns the line as written."""
         seconds, steps = time.monotonic() - self._since, line["step"] - self._step
         line = line | {"tokens_per_second": round(steps * self.config.batch_size / max(seconds, 1e-9))}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         if self.wandb is not None:
             self.wandb.log(self._named(line) | self._named({"log10_density": density}), step=line["step"])
         self._since, self._step = time.monotonic(), line["step"]
@@ -38,7 +43,8 @@ class MetricsLog:
         return {f"{self.prefix}/{k}" if self.prefix else k: v for k, v in line.items()}
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # what could not be written was said by `write`
+            self._file.close()
 
 
 def write_lines(logs: list[MetricsLog], sweep: Sweep, result: Step, x_bd: Tensor, step: int) -> list[dict[str, Any]]:
@@ -98,7 +104,8 @@ def keep_until(path: Path, step: int) -> None:
         except ValueError:
             break
         kept.append(text + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    with atomic(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def start_wandb(config: TrainingConfig) -> Any:

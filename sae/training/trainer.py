@@ -17,6 +17,7 @@ from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
 from sae.files import only_writer, read_json, remove_leftovers, write_json
 from sae.objective import Step, bad_rows_text
+from sae.places import require_folder
 from sae.progress import progress
 from sae.training.checkpoint import FILE, refuse_other_settings, restore_checkpoint, save_checkpoint
 from sae.training.config import TrainingConfig
@@ -40,6 +41,8 @@ def train(config: TrainingConfig) -> list[Path]:
     from sae.activations.cache import ActivationCache
 
     config.check()
+    if not config.dry_run:
+        require_folder(config.out)
     return train_on(ActivationCache.open(config.cache, config.site), config)
 
 
@@ -66,6 +69,8 @@ def train_into(folders: list[Path], config: TrainingConfig, source: "Source", de
             path.unlink(missing_ok=True)
     if all((folder / "training.json").exists() for folder in folders):
         refuse_other_settings(config, read_json(folders[0] / "training.json", "a run's training.json")["settings"])
+        remove_leftovers(config.out)
+        (config.out / FILE).unlink(missing_ok=True)  # a kill may have come between the two last steps
         print(f"{config.out} is already complete; --restart trains it again")
         return
 
@@ -157,7 +162,10 @@ def kept(config: TrainingConfig) -> str:
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """A list that becomes non-empty at SIGTERM or Ctrl-C, so that the loop can end between two steps; a second signal ends at once."""
+    """A list that becomes non-empty at SIGTERM, Ctrl-C or a lost terminal, so that the loop can end between two steps.
+
+    A second signal ends at once.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield received
@@ -168,7 +176,10 @@ def stop_requests() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    asks = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # the terminal was closed; nohup ignores it
+        asks.append(signal.SIGHUP)
+    before = {number: signal.signal(number, note) for number in asks}
     try:
         yield received
     finally:

@@ -119,8 +119,7 @@ class Store(RuleBasedStateMachine):
     @precondition(lambda self: (self.config.out / SITE).exists() and not self.finished)
     @rule()
     def left_half_written(self) -> None:
-        for name in (".tmpAb3dEf", ".00000.safetensors.123.tmp"):
-            (self.config.out / SITE / name).write_bytes(b"half")
+        (self.config.out / SITE / ".00000.safetensors.123.tmp").write_bytes(b"half")
 
     @rule(split=st.sampled_from(["train", "held_out"]), reader=st.sampled_from([(1, 0), (2, 0), (2, 1)]), data=st.data())
     def read(self, split: str, reader: tuple[int, int], data: st.DataObject) -> None:

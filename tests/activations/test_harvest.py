@@ -248,7 +248,9 @@ def test_torn_progress_a_lost_shard_and_leftovers_are_made_good(config, tmp_path
     progress = config.out / "progress.jsonl"
     progress.write_bytes(progress.read_bytes() + b'{"kind": "pool", "spl')
     (config.out / SITES[0] / "00000.safetensors").unlink()
-    (config.out / SITES[0] / ".tmpAb3dEf").touch()  # as safetensors leaves it when killed
+    (config.out / SITES[0] / ".00001.safetensors.123.tmp").touch()
+    (config.out / "tokens" / ".00000.safetensors.123.box").mkdir()
+    (config.out / "tokens" / ".00000.safetensors.123.box" / ".tmpAb3dEf").touch()  # as safetensors leaves it when killed
     harvest(config)
     assert different(config.out, whole.out) == []
 
