@@ -1,5 +1,6 @@
 """The commands of `sae`: flags from a dataclass, one call, one-sentence errors. `scripts/` and the console commands both come here."""
 
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, NoReturn
 from sae.errors import InputError
 from sae.places import sentence
 from sae.streams import lasting_streams
+from sae.text_input import replace_surrogates
 
 
 def run(function: Callable[[Any], Any], config_class: type, description: str) -> None:
@@ -16,6 +18,8 @@ def run(function: Callable[[Any], Any], config_class: type, description: str) ->
     Exit codes: 0 done, 2 unusable input or a place that cannot be written (one sentence on stderr), 130 interrupted. A reader of
     standard output that leaves early, as `head` does, changes neither the work nor the code.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # stderr never fails on a character as it is
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character of the text shows "?"
     with lasting_streams():
         try:
             function(parse(config_class, description))
@@ -40,6 +44,7 @@ def parse(config_class: type, description: str) -> Any:
     import tyro
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
+    _check_encoding(sys.argv[1:])
     registry = ConstructorRegistry()
 
     @registry.primitive_rule
@@ -50,6 +55,15 @@ def parse(config_class: type, description: str) -> Any:
 
     with registry:
         return tyro.cli(config_class, description=description)
+
+
+def _check_encoding(arguments: list[str]) -> None:
+    """Bytes that Python could not decode would fail only where they are printed or written, hours later perhaps."""
+    for argument in arguments:
+        if replace_surrogates(argument)[1]:
+            raise InputError(
+                f"expected arguments in {sys.getfilesystemencoding()}, got {argument!a}; write it in that encoding, or rename the file"
+            )
 
 
 def _path(arguments: list[str]) -> Path:

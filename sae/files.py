@@ -63,7 +63,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, what: str) -> Any:
     """`what` names the kind of file in the error sentence, for example "a dictionary's cfg.json"."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"expected {what} at {path}, which does not exist; check the folder's name") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

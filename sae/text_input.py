@@ -1,8 +1,10 @@
 """Text as people give it: a single string is no list of its letters, and what UTF-8 cannot write is replaced."""
 
+import json
 import re
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 from sae.errors import InputError
 
@@ -12,6 +14,12 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def replace_surrogates(text: str) -> tuple[str, int]:
     """The text with U+FFFD for each half of a surrogate pair, which UTF-8 cannot write and no tokenizer reads, and how many there were."""
     return (text, 0) if text.isascii() else _SURROGATE.subn("\ufffd", text)
+
+
+def replace_surrogates_in(value: Any) -> tuple[Any, int]:
+    """The same for all texts of a value out of JSON."""
+    text, count = replace_surrogates(json.dumps(value, ensure_ascii=False))
+    return (json.loads(text), count) if count else (value, 0)
 
 
 def text_list(texts: Iterable[str], what: str = "texts") -> list[str]:

@@ -7,7 +7,6 @@ with its label. Held-out loss per domain goes into the model card. Killed runs r
 b rows (sequences) · p positions · v vocabulary
 """
 
-import gzip
 import io
 import json
 import math
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from sae.activations.text import TextConfig, documents
 from sae.command_line import run
 from sae.errors import InputError
 from sae.files import atomic, read_json, write_json
@@ -85,7 +85,7 @@ def read_domains(corpora: Path, split: str) -> dict[str, list[str]]:
     paths = sorted(corpora.glob(f"*.{split}.jsonl.gz"))
     if not paths:
         raise InputError(f"expected DOMAIN.{split}.jsonl.gz files in {corpora}, found none; give the folder with --corpora")
-    return {path.name.split(".")[0]: [json.loads(line)["text"] for line in gzip.open(path, "rt", encoding="utf-8")] for path in paths}
+    return {path.name.split(".")[0]: [str(document.content) for document in documents(TextConfig(text=(str(path),)))] for path in paths}
 
 
 def tag(domain: str) -> str:
@@ -150,10 +150,10 @@ def token_streams(texts: dict[str, list[str]], tokenizer, tagged_share: float, s
     """Each domain's documents end to end, each after a beginning-of-text token and, for a share of them, the domain's tag."""
     rng = np.random.default_rng(seed)
     streams = {}
-    for domain, documents in texts.items():
+    for domain, own in texts.items():
         tag_id = tokenizer.convert_tokens_to_ids(tag(domain))
         ids: list[int] = []
-        for encoded in tokenizer(documents, add_special_tokens=False)["input_ids"]:
+        for encoded in tokenizer(own, add_special_tokens=False)["input_ids"]:
             ids += [tokenizer.bos_token_id] + [tag_id] * bool(rng.random() < tagged_share) + encoded
         streams[domain] = np.array(ids, np.int32)
     return streams

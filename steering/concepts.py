@@ -3,11 +3,12 @@
 A concept is a JSON file, see docs/concepts.md; `steering/concepts/` has those that come with the package.
 """
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +18,7 @@ from sae.activations.text import TextConfig, documents
 from sae.errors import InputError
 from sae.files import read_json
 from sae.language_model import LanguageModel
+from sae.text_input import replace_surrogates_in
 from steering.directions.contrast import TINY
 from steering.measure import word_rate
 from steering.strengths import read_words
@@ -28,6 +30,8 @@ LABEL_TEXTS = 240
 """documents of a label, and as many of the others"""
 LENGTH = 240
 """characters of a document that are read"""
+NAMED = 20
+"""labels that a sentence names"""
 SHORTEST = 20
 """characters under which a document says too little"""
 
@@ -99,7 +103,10 @@ def load_concept(name_or_path: str) -> Concept:
                 f"expected a concept, one of {', '.join(shipped_concepts())}, a path to a .json file, or label: and a label "
                 f"of the corpus, got {name_or_path!r}"
             )
-    return _parse(read_json(path, "a concept"), path)
+    value, halves = replace_surrogates_in(read_json(path, "a concept"))
+    if halves:
+        print(f"{path} holds {halves:,} halves of surrogate pairs, which are no characters; they are now U+FFFD", file=sys.stderr)
+    return _parse(value, path)
 
 
 def read_corpus(config: TextConfig, lm: LanguageModel) -> Corpus:
@@ -248,16 +255,17 @@ def _label_texts(concept: Concept, corpus: Corpus | None, rng: np.random.Generat
             taken.add(text)
             by_label.setdefault(label, []).append(text)
     positive = by_label.pop(concept.label or "", [])
+    n = min(LABEL_TEXTS, len(positive), sum(map(len, by_label.values())))
     turns = zip_longest(*(by_label[label] for label in sorted(by_label)))
-    negative = [text for turn in turns for text in turn if text is not None]
-    n = min(LABEL_TEXTS, len(positive), len(negative))
+    negative = list(islice((text for turn in turns for text in turn if text is not None), n))
     if n == 0:
-        found = "no corpus was given" if corpus is None else f"the corpus has the labels {', '.join(sorted(by_label)) or 'none'}"
+        named = ", ".join(sorted(by_label)[:NAMED]) + f" and {len(by_label) - NAMED:,} more" * (len(by_label) > NAMED)
+        found = "no corpus was given" if corpus is None else f"the corpus has the labels {named or 'none'}"
         said = f"expected documents labelled {concept.label!r} and others for the concept {concept.name!r}, but {found}"
         if not concept.positive:
             raise InputError(f"{said}; name a corpus with labels that has it")
         warnings.warn(f"{said}: its own {len(concept.positive)} and {len(concept.negative)} texts are used alone", stacklevel=3)
-    return [positive[:n], negative[:n]]
+    return [positive[:n], negative]
 
 
 def _warn_if_few(concept: Concept, parts: list[list[str]]) -> None:

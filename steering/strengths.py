@@ -88,7 +88,7 @@ def strengths(config: StrengthsConfig) -> list[Row]:
 
 def read_words(path: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"expected a text file of words at {path}, but it cannot be read ({error})") from None
     words = [line for line in lines if line and not line.startswith("#")]

@@ -1,5 +1,6 @@
 """The commands: every one explains itself, errors are one sentence and exit code 2, and scripts equal console commands."""
 
+import os
 import re
 import subprocess
 import sys
@@ -58,6 +59,48 @@ def test_unusable_input_is_one_sentence_and_exit_code_2(script, flags, message, 
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert message in error
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+ODD = "größe ‖x‖² — “quoted” 日本 😀"
+PRINTING = f"""
+import sys
+from dataclasses import dataclass
+from sae.command_line import run
+@dataclass
+class Config:
+    "nothing"
+def printing(_config):
+    from rich.console import Console
+    from rich.table import Table
+    table = Table(title={ODD!r})
+    table.add_row({ODD!r})
+    Console(width=80).print(table)
+    print({ODD!r})
+    print({ODD!r}, file=sys.stderr)
+run(printing, Config, {ODD!r})
+"""
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252", "utf-8"])
+@pytest.mark.parametrize("flags", [[], ["--help"], ["--unknown"]])
+def test_a_terminal_that_cannot_show_a_character_shows_another(encoding, flags):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", PRINTING, *flags], capture_output=True, env=environment)
+    assert done.returncode == (2 if flags == ["--unknown"] else 0), done.stderr
+    assert b"Traceback" not in done.stderr
+    shown = ODD.encode(encoding, "replace").decode(encoding)
+    assert shown in done.stdout.decode(encoding) or flags == ["--unknown"]
+    if not flags:
+        assert done.stdout.decode(encoding).count(shown) == 3
+        assert done.stderr.decode(encoding).strip() == ODD.encode(encoding, "backslashreplace").decode(encoding)
+
+
+@pytest.mark.parametrize("flags", [["--prompt", b"caf\xe9", "--index", "x"], ["--index", b"caf\xe9"]])
+def test_an_argument_that_cannot_be_decoded_is_one_sentence(flags):
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "steer.py", *flags], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(r"error: expected arguments in utf-8, got 'caf\udce9'")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_an_unknown_flag_is_refused():

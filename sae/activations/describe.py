@@ -25,6 +25,7 @@ OUTLIER = 6
 MASSIVE = 10
 """A row is massive when its norm is above so many times the median norm (Sun et al. 2024, Massive Activations, speak of 100 and more)."""
 TOP = 10
+SHOWN_LABELS = 20
 
 
 @dataclass(kw_only=True)
@@ -172,6 +173,8 @@ def show_facts(description: dict[str, Any]) -> None:
     table = Table(title=f"{description['site']} of {description['folder']}", show_header=False)
     for key in ("model", "imported", "dataset", "context", "prepend_bos", "dtype", "d_in", "held_out", "labels"):
         value = description.get(key)
+        if key == "labels" and value and len(value) > SHOWN_LABELS:
+            value = f"{', '.join(value[:SHOWN_LABELS])} and {len(value) - SHOWN_LABELS:,} more"
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items() if v not in (None, False))
         if value not in (None, "", []):

@@ -123,15 +123,21 @@ def _read_file(path: Path, config: TextConfig) -> Iterator[Document]:
     read = {".txt": _read_txt, ".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}[_kind(path)]
     try:
         yield from read(path, config)
-    except UnicodeDecodeError as error:
-        raise InputError(f"expected UTF-8 text in {path}, but byte {error.start} of a block is not; convert or remove the file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"expected UTF-8 text in {path}, but {_undecodable(path)} is not; convert or remove the file") from None
     except (gzip.BadGzipFile, EOFError, zlib.error, pyarrow.ArrowException) as error:
         raise InputError(f"expected a whole {''.join(path.suffixes[-2:])} file at {path}, but it is damaged ({error})") from None
 
 
-def _open(path: Path) -> IO[str]:
+def _open(path: Path, **encoding: str) -> IO[str]:
     opener: Any = gzip.open if path.suffix == ".gz" else open
-    return opener(path, "rt", encoding="utf-8-sig")
+    return opener(path, "rt", **{"encoding": "utf-8-sig", **encoding})
+
+
+def _undecodable(path: Path) -> str:
+    """Where it is, which Python's own error counts from a block's beginning."""
+    with _open(path, errors="surrogateescape") as file:
+        return next((f"line {number}" for number, line in enumerate(file, 1) if replace_surrogates(line)[1]), "the end")
 
 
 def _read_txt(path: Path, config: TextConfig) -> Iterator[Document]:
@@ -149,16 +155,10 @@ def _read_txt(path: Path, config: TextConfig) -> Iterator[Document]:
 
 
 def _read_jsonl(path: Path, config: TextConfig) -> Iterator[Document]:
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
-            where = f"line {number} of {path}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(f"expected UTF-8 text in {where}, but its byte {error.start + 1} is not; convert or remove it") from None
-            if text.strip():
-                yield _document(_parse(text, where), config, where)
+            if line.strip():
+                yield _document(_parse(line, f"line {number} of {path}"), config, f"line {number} of {path}")
 
 
 def _read_json(path: Path, config: TextConfig) -> Iterator[Document]:
@@ -185,7 +185,11 @@ def _read_parquet(path: Path, config: TextConfig) -> Iterator[Document]:
     _require_fields(wanted, file.schema_arrow.names, str(path))
     number = 0
     for batch in file.iter_batches(1024, columns=wanted):
-        for row in batch.to_pylist():
+        try:
+            rows = batch.to_pylist()
+        except UnicodeDecodeError:
+            raise InputError(f"expected UTF-8 text in {path}, but in rows {number + 1} to {number + len(batch)} one is not") from None
+        for row in rows:
             number += 1
             yield _document(row, config, f"row {number} of {path}")
 

@@ -28,6 +28,7 @@ from sae.features.records import Context, FeatureIndex
 from sae.features.storage import ANSWERS
 from sae.places import writing
 from sae.progress import progress
+from sae.text_input import replace_surrogates
 
 if TYPE_CHECKING:
     from sae.features.explain import ExplainConfig, Explanation
@@ -75,6 +76,8 @@ class Endpoint:
     requests: int = 0
     retries: int = 0
     failures: Counter = field(default_factory=Counter)
+    broken: int = 0
+    """answers with halves of surrogate pairs, which are U+FFFD now"""
 
     def __post_init__(self) -> None:
         address = urlsplit(self.base)
@@ -96,7 +99,9 @@ class Endpoint:
             wait = self.pause * 2**attempt
             try:
                 with self._opener.open(request, timeout=TIMEOUT) as response:
-                    return _content(response.read())
+                    text, halves = replace_surrogates(_content(response.read()))
+                    self.broken += halves > 0
+                    return text
             except urllib.error.HTTPError as error:
                 said = ""
                 with suppress(OSError, http.client.HTTPException):  # the connection may be lost in the middle of the reason
@@ -163,6 +168,8 @@ def explain_by_model(index: FeatureIndex, corpus: Corpus, features: Sequence[int
             bar.advance(1, requests=f"{endpoint.requests:,}", retries=f"{endpoint.retries:,}", failed=f"{endpoint.failures.total():,}")
     if failed:
         print("no explanation for " + ", ".join(f"{n:,} features ({kind})" for kind, n in failed.most_common()) + "; run again to retry")
+    if endpoint.broken:
+        print(f"{endpoint.broken:,} answers held halves of surrogate pairs, which are no characters; they are now U+FFFD")
     found = [log.done[j] for j in features if j in log.done]
     unscored = sum(not log.complete(e.feature) for e in found)
     if unscored:
@@ -211,8 +218,10 @@ def learning_contexts(
     def take(order: np.ndarray, n: int) -> list[Context]:
         taken: list[Context] = []
         for i in order:
+            if len(taken) == n:
+                break
             document = int(corpus.document_n[learn.rows[i]])
-            if len(taken) < n and document not in documents:
+            if document not in documents:
                 documents.add(document)
                 taken.append(context_at(index, corpus, j, int(learn.rows[i])))
         return taken

@@ -52,7 +52,7 @@ def list_features(config: ListConfig) -> None:
     features, found, heading = select(index, config)
     one = len(config.feature) == 1
     if config.json:
-        print(json.dumps([describe(index, j, found.get(j), config.top if one else 1) for j in features], ensure_ascii=False, indent=1))
+        print(json.dumps([describe(index, j, found.get(j), config.top if one else 1) for j in features], indent=1))
     elif one:
         print_feature(index, features[0], config.top, config.seed)
     else:

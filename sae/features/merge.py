@@ -87,7 +87,8 @@ def joined_text(parts: list[FeatureIndex]) -> tuple[dict[str, np.ndarray], list[
     documents = np.cumsum([0] + [len(one.tokens["document_label"]) for one in ones]).tolist()
     if shifts[-1] >= 1 << 32:
         raise InputError(f"expected fewer than 2^32 tokens in one index, but the parts have {shifts[-1]:,}")
-    numbers = [np.array([label_names.index(name) for name in one.info["label_names"]] + [-1], np.int32) for one in ones]
+    number_of = {name: number for number, name in enumerate(label_names)}
+    numbers = [np.array([number_of[name] for name in one.info["label_names"]] + [-1], np.int32) for one in ones]
     joined = {
         "ids": np.concatenate([one.tokens["ids"] for one in ones]),
         "sequence_starts": np.concatenate(

@@ -8,7 +8,7 @@ import json
 import re
 import sqlite3
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,6 +19,7 @@ from sae.features.records import FeatureIndex
 from sae.features.storage import EXPLANATIONS
 from sae.files import atomic
 from sae.progress import progress
+from sae.text_input import replace_surrogates, replace_surrogates_in
 
 LONGEST = {"label": 200, "note": 10_000, "name": 100}  # characters
 MOST_LISTED = 10_000  # features of one list
@@ -119,7 +120,7 @@ class Notes:
         self._require(j)
         name = _checked("name", name)
         with self._changing():
-            self._append(self.dictionary, name, j)
+            self._append(self.dictionary, name, [j])
 
     def remove_from_list(self, name: str, j: int | None = None) -> None:
         """Removes the feature from the list, or without one the whole list."""
@@ -151,20 +152,23 @@ class Notes:
         """
         if isinstance(lines, (str, Path)):
             try:
-                lines = Path(lines).read_text(encoding="utf-8").split("\n")  # splitlines() would also part at U+0085 inside a note
+                lines = Path(lines).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also part at U+0085 inside a note
             except (OSError, UnicodeDecodeError) as error:
                 raise InputError(f"expected notes as lines of JSON in {lines}, but it cannot be read ({error})") from None
         entries = [_parsed(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        listed: dict[tuple[str, str], list[int]] = {}
         with self._changing():
             for dictionary, feature, content in entries:
                 if dictionary == self.dictionary:
                     self._require(feature)
                 if isinstance(content, str):
-                    self._append(dictionary, content, feature)
+                    listed.setdefault((dictionary, content), []).append(feature)
                 else:
                     self._store(dictionary, feature, content)
                     if dictionary == self.dictionary:
                         self._index_label(feature, content.label)
+            for (dictionary, name), features in listed.items():
+                self._append(dictionary, name, features)
         return len(entries)
 
     def update_search(self, index: FeatureIndex, explanations: dict[int, list[Any]]) -> None:
@@ -250,12 +254,15 @@ class Notes:
     def _index_label(self, j: int, label: str) -> None:
         self._connection.execute(f"UPDATE {self._search} SET label = ? WHERE rowid = ?", (label, j))
 
-    def _append(self, dictionary: str, name: str, j: int) -> None:
+    def _append(self, dictionary: str, name: str, features: Sequence[int]) -> None:
+        """All at once: counting a list for each of its members would take the square of their number."""
         known = "FROM lists WHERE dictionary = ? AND name = ?"
-        count, last = self._connection.execute(f"SELECT COUNT(*), COALESCE(MAX(place), -1) {known}", (dictionary, name)).fetchone()
-        if count >= MOST_LISTED:
+        (last,) = self._connection.execute(f"SELECT COALESCE(MAX(place), -1) {known}", (dictionary, name)).fetchone()
+        rows = [(dictionary, name, j, place) for place, j in enumerate(features, last + 1)]
+        self._connection.executemany("INSERT OR IGNORE INTO lists VALUES (?, ?, ?, ?)", rows)
+        (count,) = self._connection.execute(f"SELECT COUNT(*) {known}", (dictionary, name)).fetchone()
+        if count > MOST_LISTED:
             raise InputError(f"expected at most {MOST_LISTED:,} features in a list, and {name!r} is full; begin another list")
-        self._connection.execute("INSERT OR IGNORE INTO lists VALUES (?, ?, ?, ?)", (dictionary, name, j, last + 1))
 
 
 def _checked(name: str, value: Any) -> Any:
@@ -266,7 +273,7 @@ def _checked(name: str, value: Any) -> Any:
     if not isinstance(value, str) or len(value) > LONGEST[name]:
         came = f"{len(value):,} characters" if isinstance(value, str) else f"{value!r}"
         raise InputError(f"expected a {name} of at most {LONGEST[name]:,} characters, got {came}")
-    value = value.replace("\r\n", "\n").strip().encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+    value, _ = replace_surrogates(value.replace("\r\n", "\n").strip())
     if name == "name" and not value:
         raise InputError("expected a list's name, got none")
     return value if name == "note" else " ".join(value.split())
@@ -276,6 +283,8 @@ def _parsed(number: int, line: str) -> tuple[str, int, Note | str]:
     """(dictionary, feature, its note or the name of a list it is in)"""
     try:
         entry = json.loads(line)
+        if replace_surrogates_in(entry)[1]:
+            raise InputError("it holds half of a surrogate pair, which is no character")
         dictionary, feature = entry["dictionary"], entry["feature"]
         if not isinstance(dictionary, str) or not re.fullmatch("[0-9a-f]{8}", dictionary) or type(feature) is not int:
             raise InputError("its dictionary is not eight hexadecimal digits or its feature not a whole number")

@@ -58,7 +58,7 @@ def oracle(system, content, _number):
     """Knows that the feature fires on the letter c."""
     if "DESCRIPTION" not in system:
         return "Explanation: the letter c"
-    assert "DESCRIPTION: the letter c\n" in system
+    assert re.search("DESCRIPTION: the letter c( \ufffd)?\n", system)
     return json.dumps([int("c" in re.sub("<s>", "", excerpt)) for excerpt in excerpts(content)])
 
 
@@ -181,6 +181,15 @@ def test_refused_key_or_model_ends_the_run_with_a_sentence(server):
     with pytest.raises(InputError, match=r"404.*no such model.*check address, model name and key"):
         Endpoint(server.url, "m").ask("a", "b")
     assert len(server.seen) == 1
+
+
+def test_half_a_character_in_an_answer_is_replaced_and_counted(server, index, corpus, tmp_path, capsys):
+    server.script = lambda system, content, n: oracle(system, content, n) if "DESCRIPTION" in system else "the letter c \ud83d"
+    asked = config(server, tmp_path)
+    found = explain_by_model(index, corpus, [0], asked)
+    assert found[0].text == "the letter c \ufffd"
+    assert "1 answers held halves of surrogate pairs" in capsys.readouterr().out
+    assert explain_by_model(index, corpus, [0], asked) == found  # as it stands in the log
 
 
 @pytest.mark.parametrize("answer", ["<think>x</think>", "<think> cut off at the limit of", "  "])

@@ -1,6 +1,10 @@
 """The command of the terminal: what it prints, and what it refuses."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -71,3 +75,17 @@ def test_unusable_input_is_refused(world, flags):
 def test_a_folder_that_is_no_index_is_refused(tmp_path):
     with pytest.raises(InputError, match="feature index"):
         list_features(ListConfig(index=tmp_path))
+
+
+@pytest.mark.parametrize("flags", [["--list", "max"], ["--feature", "4"], ["--list", "max", "--json"]])
+def test_a_terminal_of_ascii_alone_shows_what_it_can(world, flags):
+    script = Path(__file__).parents[2] / "scripts" / "list_features.py"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "160"}
+    done = subprocess.run([sys.executable, script, "--index", world.index.folder, *flags], capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    shown = done.stdout.decode("ascii")
+    if "--json" in flags:  # which loses nothing
+        first = json.loads(shown)[0]
+        assert first["contexts"][0]["tokens"] == world.index.top_contexts(first["feature"], 1)[0].texts
+    else:
+        assert "?" in shown  # such as the mark of a line's end

@@ -93,6 +93,32 @@ def test_letters_that_other_programs_take_for_line_ends_stay_in_a_note(world, no
     assert notes.get(1).note == note
 
 
+def test_a_byte_order_mark_before_an_export_and_half_a_character_in_a_note_are_no_text(world, notes, tmp_path):
+    notes.set(1, note="half a \ud83d")
+    assert notes.get(1).note == "half a \ufffd"
+    notes.export_jsonl(tmp_path / "notes.jsonl")
+    (tmp_path / "marked.jsonl").write_bytes("\ufeff".encode() + (tmp_path / "notes.jsonl").read_bytes())
+    notes.set(1, note="")
+    assert notes.import_jsonl(tmp_path / "marked.jsonl") == 1
+    assert notes.get(1).note == "half a \ufffd"
+
+
+def test_a_long_list_is_imported_as_it_was_and_no_longer_one_than_is_allowed(world, notes, monkeypatch):
+    monkeypatch.setattr("sae.features.notes.MOST_LISTED", 30)
+    numbers = [*range(29, 9, -1), 5, 12, 5]
+    lines = [json.dumps({"dictionary": notes.dictionary, "list": "a", "feature": j}) for j in numbers]
+    notes.add_to_list("a", 15)
+    statements = []
+    notes._connection.set_trace_callback(statements.append)
+    notes.import_jsonl(lines)
+    notes._connection.set_trace_callback(None)
+    assert sum("COUNT" in statement for statement in statements) == 1  # counted for every member, a list would take the square
+    assert notes.lists() == {"a": [15, *(j for j in dict.fromkeys(numbers) if j != 15)]}
+    with pytest.raises(InputError, match="'a' is full"):
+        notes.import_jsonl([json.dumps({"dictionary": notes.dictionary, "list": "a", "feature": j}) for j in range(40)])
+    assert len(notes.lists()["a"]) == 21
+
+
 def test_an_import_is_whole_or_nothing(world, notes):
     notes.set(2, label="mine")
     good = {"dictionary": notes.dictionary, "feature": 2, "label": "theirs", "note": "", "starred": False}
@@ -106,6 +132,8 @@ def test_an_import_is_whole_or_nothing(world, notes):
         json.dumps({**good, "starred": 1}),
         json.dumps({**good, "label": "x" * 201}),
         json.dumps({**good, "dictionary": "'; DROP TABLE notes; --"}),
+        json.dumps({**good, "note": "half a \ud83d"}),
+        json.dumps({"dictionary": notes.dictionary, "feature": 2, "list": "\udc00"}),
         json.dumps({"dictionary": notes.dictionary, "feature": 2}),
         json.dumps({"dictionary": notes.dictionary, "feature": 2, "list": ""}),
     ):

@@ -109,6 +109,27 @@ def test_missing_keys_are_empty_and_a_prompt_of_a_pair_may_be(tmp_path):
     assert load_concept(str(tmp_path / "c.json")) == Concept("x", prompt_pairs=((" weddings", ""),))
 
 
+def test_half_a_character_in_a_concepts_file_is_replaced_and_counted(tmp_path, capsys):
+    value = {"name": "x", "positive": ["a \ud83d", "b 😀"], "negative": ["c", "d"], "words": ["\udc00e"]}
+    (tmp_path / "c.json").write_text(json.dumps(value))
+    concept = load_concept(str(tmp_path / "c.json"))
+    assert (concept.positive, concept.words) == (("a \ufffd", "b 😀"), ("\ufffde",))
+    assert f"{tmp_path / 'c.json'} holds 2 halves of surrogate pairs" in capsys.readouterr().err
+
+
+def test_byte_order_marks_of_a_concept_and_its_words_are_no_text(tmp_path):
+    (tmp_path / "w.txt").write_bytes("rain\nsnow".encode("utf-8-sig"))
+    (tmp_path / "c.json").write_bytes(json.dumps({"name": "x", "words": {"file": "w.txt"}}).encode("utf-8-sig"))
+    assert load_concept(str(tmp_path / "c.json")).words == ("rain", "snow")
+
+
+def test_a_corpus_with_a_label_of_its_own_for_every_document_is_told_in_short():
+    corpus = Corpus([f"text {i} of a corpus" for i in range(500)], [f"label {i:03}" for i in range(500)])
+    with pytest.raises(InputError, match=r"label 000, label 001.* label 019 and 480 more") as raised:
+        concept_texts(Concept("x", label="none"), corpus, 0)
+    assert "label 020" not in str(raised.value)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 60), st.integers(0, 60), st.integers(0, 400), st.integers(0, 400), st.integers(0, 3))
 def test_texts_are_divided_without_overlap_and_none_is_lost(n_own, n_other_own, n_label, n_others, seed):
