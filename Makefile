@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo real-model real-model-gemma test test-real soak test-cuda test-lowest lint bench bench-peers
+.PHONY: help setup demo real-model real-model-gemma test test-real soak test-cuda test-lowest lint bench bench-peers gpu-wheels gpu
 help: ; @grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
 
 setup: .venv/ready ## a virtual environment with the pinned dependencies
@@ -55,3 +55,13 @@ bench-peers: .peers/ready ## an environment of its own for the alternatives that
 	.peers/bin/python -m pip install --quiet torch==2.13.0
 	.peers/bin/python -m pip install --quiet --no-deps --requirement benchmarks/peers/requirements.txt
 	touch $@
+
+GPU_PYTHON ?= 3.12
+WHEELS := --no-deps --only-binary=:all: --implementation cp --python-version $(GPU_PYTHON) \
+  $(foreach n,2_28 2_17 2_5,--platform manylinux_$(n)_x86_64) $(foreach n,2014 1,--platform manylinux$(n)_x86_64)
+gpu-wheels: setup ## what a machine with a GPU lacks besides torch, for the Python there: make gpu-wheels GPU_PYTHON=3.12
+	$(BIN)/python -m pip download --quiet $(WHEELS) --requirement benchmarks/peers/gpu.txt --constraint benchmarks/peers/requirements.txt --dest .gpu-wheels
+	@du -sh .gpu-wheels
+
+gpu: ## the script for a machine with a GPU, with the Python and the torch that are there
+	$(PYTHON) benchmarks/gpu.py

@@ -2,8 +2,8 @@
 
 Runs in this project's environment or in the peers' one. It answers in lines of JSON on its standard output: {"ready"}, {"seconds"} for
 each line "step", the peak memory and numbers to compare for "finish", {"error"} when it cannot go on. All steps have learning rate 0: the
-work of a step without its effect, so that every step has the same sparsity. Adam's moments exist from the start. On CUDA the rivals run
-under bfloat16 autocast, our step with bfloat16 operands. Needs Linux (memory from /proc, glibc).
+work of a step without its effect, so that every step has the same sparsity. Adam's moments exist from the start. With precision bfloat16
+the rivals run under autocast, our step with bfloat16 operands. Needs Linux (memory from /proc, glibc).
 
 b rows (tokens) · d model width · f features
 """
@@ -40,6 +40,12 @@ class Problem(NamedTuple):
     l1: float
     device: str
     backend: Any
+    precision: Any
+    """float32, tf32 or bfloat16"""
+    deterministic: bool = True
+    """of our step"""
+    clip: float = 0.0
+    """largest norm of our step's gradient; the others have settings of their own"""
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [torch.nn.Parameter(getattr(self, name)) for name in NAMES]
@@ -53,7 +59,8 @@ class Arm(NamedTuple):
 
 def encoder_product(p: Problem) -> Arm:
     """The unit of the benchmark: a matrix product with bias into a buffer that stays, by row chunks where that would be very large."""
-    dtype = torch.bfloat16 if p.device == "cuda" else torch.float32
+    dtype = torch.bfloat16 if p.precision == "bfloat16" else torch.float32
+    set_products(p)
     centred_bd, W_df, b_enc_f = (p.x_bd - p.b_dec_d).to(dtype), p.W_enc_fd.to(dtype).T, p.b_enc_f.to(dtype)
     rows = max(1, OUT_BYTES[p.device] // (len(b_enc_f) * dtype.itemsize))
     out_bf = torch.empty(min(rows, len(centred_bd)), len(b_enc_f), dtype=dtype, device=p.device)
@@ -76,10 +83,10 @@ def ours(p: Problem) -> Arm:
 
     weights = Weights(*p.parameters())
     optimizer = adam(weights)
-    workspace = Workspace(precision="bfloat16") if p.device == "cuda" else Workspace()
+    workspace = Workspace(p.precision, p.deterministic)
 
     def step() -> Any:
-        return objective(p.x_bd, weights, p.l1, p.backend, workspace, optimizer)
+        return objective(p.x_bd, weights, p.l1, p.backend, workspace, optimizer, p.clip)
 
     def check() -> dict[str, Any]:
         result = step()
@@ -99,9 +106,10 @@ def eager(p: Problem, loss_of: Callable[..., Tensor] = dense_loss) -> Arm:
     """Autograd and torch's fused Adam."""
     parameters = p.parameters()
     optimizer = adam(parameters)
+    set_products(p)
 
     def loss() -> Tensor:
-        with autocast(p.device):
+        with autocast(p):
             return loss_of(p.x_bd, *parameters, p.l1)
 
     def step() -> None:
@@ -136,9 +144,10 @@ def saelens(p: Problem) -> Arm:
         lr=0.0,
         lr_end=0.0,
         device=p.device,
-        autocast=p.device == "cuda",
+        autocast=p.precision == "bfloat16",
         feature_sampling_window=steps,
     )
+    set_products(p)
     trainer = SAETrainer(cfg, sae, data_provider=iter(()))
     with_moments(trainer.optimizer)
 
@@ -154,7 +163,8 @@ def dictionary_learning(p: Problem) -> Arm:
     """`StandardTrainerAprilUpdate.update`: the trainer of the same objective; forward, backward, clipping, Adam, schedule."""
     from dictionary_learning.trainers.standard import StandardTrainerAprilUpdate
 
-    x_bd, device = p.x_bd, p.device
+    set_products(p)
+    x_bd = p.x_bd
     trainer = StandardTrainerAprilUpdate(
         steps=1_000_000,  # never reached
         activation_dim=x_bd.shape[1],
@@ -165,18 +175,18 @@ def dictionary_learning(p: Problem) -> Arm:
         l1_penalty=p.l1,
         warmup_steps=0,
         sparsity_warmup_steps=None,
-        device=device,
+        device=p.device,
     )
     ae = trainer.ae
     copy((ae.encoder.weight, p.W_enc_fd), (ae.encoder.bias, p.b_enc_f), (ae.decoder.weight, p.W_dec_fd.T), (ae.bias, p.b_dec_d))
     with_moments(trainer.optimizer)
 
     def step() -> None:
-        with autocast(device):  # as its `trainSAE` does
+        with autocast(p):  # as its `trainSAE` does
             trainer.update(1, x_bd)
 
     def check() -> dict[str, Any]:
-        with autocast(device):
+        with autocast(p):
             loss = float(trainer.loss(x_bd, step=1).detach())  # host sync
         return {"loss": loss, "version": importlib.metadata.version("dictionary-learning")}
 
@@ -189,7 +199,7 @@ def sparsify(p: Problem) -> Arm:
 
     torch.set_float32_matmul_precision("high")  # as its trainer does
     x_bd = p.x_bd
-    sae = SparseCoder(x_bd.shape[1], SparseCoderConfig(num_latents=len(p.b_enc_f), k=32), p.device, torch.float32)
+    sae = SparseCoder(x_bd.shape[1], SparseCoderConfig(num_latents=len(p.b_enc_f), k=min(32, len(p.b_enc_f))), p.device, torch.float32)
     copy((sae.encoder.weight, p.W_enc_fd), (sae.encoder.bias, p.b_enc_f), (sae.W_dec, p.W_dec_fd), (sae.b_dec, p.b_dec_d))
     optimizer = adam(sae.parameters())
     fired_f = torch.zeros(sae.num_latents, dtype=torch.bool, device=p.device)
@@ -257,8 +267,13 @@ def copy(*pairs: tuple[Tensor, Tensor]) -> None:
         target.copy_(source)
 
 
-def autocast(device: str) -> contextlib.AbstractContextManager:
-    return torch.autocast("cuda", torch.bfloat16) if device == "cuda" else contextlib.nullcontext()
+def set_products(p: Problem) -> None:
+    """Of torch's own products in float32, for the whole process."""
+    torch.set_float32_matmul_precision("high" if p.precision == "tf32" else "highest")
+
+
+def autocast(p: Problem) -> contextlib.AbstractContextManager:
+    return torch.autocast(p.device, torch.bfloat16) if p.precision == "bfloat16" else contextlib.nullcontext()
 
 
 def timed(step: Callable[[], Any], device: str) -> float:
@@ -305,7 +320,8 @@ def held_now(device: str) -> int:
 def load(settings: dict[str, Any]) -> Problem:
     tensors = load_file(settings["problem"])  # mapped from the file: cloned, so that it lies in memory as it would in training
     own = {name: tensors[name].clone().to(settings["device"]) for name in ("x_bd", *NAMES)}
-    return Problem(**own, l1=settings["l1"], device=settings["device"], backend=settings["backend"])
+    precision = "bfloat16" if settings["device"] == "cuda" else "float32"
+    return Problem(**own, l1=settings["l1"], device=settings["device"], backend=settings["backend"], precision=precision)
 
 
 def serve(settings: dict[str, Any], answer: Answer) -> None:

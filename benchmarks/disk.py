@@ -78,9 +78,18 @@ def repeated_tokens(documents: list[np.ndarray], count: int, *, context: int, bo
 
 
 def write_cache(
-    folder: Path, tokens: Tokens, width: int, *, bos_id: int | None, pool_tokens: int, shard_tokens: int, seed: int = 0
+    folder: Path,
+    tokens: Tokens,
+    width: int,
+    *,
+    bos_id: int | None,
+    pool_tokens: int,
+    shard_tokens: int,
+    seed: int = 0,
+    acts_nd: torch.Tensor | None = None,
 ) -> Iterator[Written]:
-    """A cache in half precision by the harvest's own plan and writer, with random numbers for activations; pool after pool."""
+    """A cache in half precision by the harvest's own plan and writer; pool after pool, each with the first rows of `acts_nd` (by default
+    random numbers from -1 to 1), whose mean squared norm must be a third of the width."""
     masks = Masks(bos_id)
     pools = plan_pools(tokens, seed=seed, pool_tokens=pool_tokens, shard_tokens=shard_tokens, masks=masks)
     require_free_space(folder, sum(pool.rows for pool in pools) * row_bytes("float16", width), "the synthetic cache")
@@ -94,8 +103,9 @@ def write_cache(
         batch_tokens=1,
         seed=seed,
     )
-    generator = torch.Generator().manual_seed(seed)
-    acts_nd = torch.empty(max(pool.rows for pool in pools), width, dtype=torch.float16).uniform_(-1, 1, generator=generator)
+    if acts_nd is None:
+        generator = torch.Generator().manual_seed(seed)
+        acts_nd = torch.empty(max(pool.rows for pool in pools), width, dtype=torch.float16).uniform_(-1, 1, generator=generator)
     shards = []
     for pool in pools:
         recorded = Recorded(
@@ -128,6 +138,8 @@ def write_manifest(folder: Path, tokens: Tokens, width: int, shards: list[dict])
         "model": {"name": "none", "revision": None, "fingerprint": "none", "dtype": "float32"},
         "dtype": "float16",
         "sites": {SITE: {"d_in": width, "mean_squared_norm": width / 3}},
+        "context": int(np.diff(tokens.sequence_starts).max()),
+        "dataset": {},
         "counts": {},
         "labels": [],
         "shards": shards,
