@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sae.errors import InputError
+from sae.features.text import whole_words
 from sae.language_model import LanguageModel
 
 WORD = re.compile(r"\w+(?:['’]\w+)*")
@@ -29,12 +30,11 @@ class WordRate(NamedTuple):
 
 
 def listed_words(words: Sequence[str]) -> re.Pattern[str]:
-    """Matches any of the listed words (or phrases) as a whole word, whatever its case and apostrophe. Raises `InputError` for no word."""
-    listed = sorted((word.strip().replace("’", "'") for word in words), key=len, reverse=True)
+    """Matches any of the listed words (or phrases) as `whole_words` does. Raises `InputError` for no word."""
+    listed = [word.strip() for word in words]
     if not listed or not all(listed):
         raise InputError(f"expected a list of words to count, got {list(words)}")
-    any_listed = "|".join(map(re.escape, listed)).replace("'", "['’]")
-    return re.compile(rf"(?<!\w)(?:{any_listed})(?!\w)", re.IGNORECASE)
+    return whole_words(listed)
 
 
 def word_rate(texts: Iterable[str], words: Sequence[str]) -> WordRate:

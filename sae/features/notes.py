@@ -8,6 +8,7 @@ import json
 import re
 import sqlite3
 import threading
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from sae.errors import InputError
 from sae.features.records import FeatureIndex
 from sae.features.storage import EXPLANATIONS
+from sae.features.text import folded
 from sae.files import atomic
 from sae.progress import progress
 from sae.text_input import replace_surrogates, replace_surrogates_in
@@ -24,13 +26,26 @@ from sae.text_input import replace_surrogates, replace_surrogates_in
 LONGEST = {"label": 200, "note": 10_000, "name": 100}  # characters
 MOST_LISTED = 10_000  # features of one list
 LABEL_FILES = ("index.json", EXPLANATIONS)  # the index's files that the words for search are made from
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS notes(dictionary TEXT, feature INTEGER, label TEXT NOT NULL, note TEXT NOT NULL, starred INTEGER NOT NULL,
-  changed TEXT NOT NULL, PRIMARY KEY(dictionary, feature)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS lists(dictionary TEXT, name TEXT, feature INTEGER, place INTEGER NOT NULL,
-  PRIMARY KEY(dictionary, name, feature)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS words(dictionary TEXT PRIMARY KEY, source TEXT NOT NULL);
-"""
+WORDS_VERSION = 2  # of how these words are made: another one makes them again
+WAIT = 10.0  # seconds for other threads and programs to let go of the notes
+TABLES = {
+    "notes": "dictionary TEXT, feature INTEGER, label TEXT NOT NULL, note TEXT NOT NULL, starred INTEGER NOT NULL, changed TEXT NOT NULL, "
+    "PRIMARY KEY(dictionary, feature)",
+    "lists": "dictionary TEXT, name TEXT, feature INTEGER, place INTEGER NOT NULL, PRIMARY KEY(dictionary, name, feature)",
+    "words": "dictionary TEXT, source TEXT NOT NULL, PRIMARY KEY(dictionary)",
+}
+WORDS = "fts5(label, explanation, tokens, tokenize = 'unicode61 remove_diacritics 2', prefix = '2 3')"
+CAUSES = {  # part of SQLite's own message: what it means and what to do
+    "locked": "another program or a long change holds them; wait until it is done and try again",
+    "full": "the disk is full; free some space and try again",
+    "readonly": "the file can only be read, or was moved away; make it writable, or start with another --notes",
+    "unable to open": "the file or its folder cannot be opened or written; check both, or start with another --notes",
+    "": "the file is damaged or is none of notes; restore a copy, rescue it with `sqlite3 FILE .recover`, or begin another with --notes",
+}
+
+
+class NotesUnusable(InputError):
+    """The file of notes cannot be read or written, now or at all."""
 
 
 class Note(NamedTuple):
@@ -44,8 +59,8 @@ class Note(NamedTuple):
 class Notes:
     """The notes on one dictionary's features. May be used from several threads, and the file by several programs."""
 
-    def __init__(self, connection: sqlite3.Connection, path: Path, dictionary: str, d_sae: int):
-        self.path, self.dictionary, self.d_sae = path, dictionary, d_sae
+    def __init__(self, connection: sqlite3.Connection, path: Path, dictionary: str, d_sae: int, read_only: bool = False):
+        self.path, self.dictionary, self.d_sae, self.read_only = path, dictionary, d_sae, read_only
         self._connection, self._lock, self._changes = connection, threading.RLock(), 0
         self._search = f"search_{dictionary}"
         self._source: tuple[str, Callable[[], Iterator[tuple[int, str, str, str]]]] | None = None
@@ -54,26 +69,27 @@ class Notes:
     def open(cls, path: str | Path | None, index: FeatureIndex) -> "Notes":
         """The notes on the index's dictionary; without a path, in notes.sqlite beside the index's folder.
 
-        Raises `InputError` for a file that is not such a database.
+        A file that can only be read is read; every change is then refused. Raises `NotesUnusable`, an `InputError`, for a file that is
+        damaged or no such database, or that another program holds; so does every method that meets such a failure later.
         """
         if path is not None and not Path(path).parent.is_dir():
             raise InputError(f"expected a database of notes at {path}, or a folder to begin one in, but there is no {Path(path).parent}")
         path = Path(path) if path is not None else index.folder.resolve().parent / "notes.sqlite"
+        if path.is_dir():
+            raise InputError(
+                f"expected a database of notes at {path}, or nothing yet, but that is a folder; name a file in it with --notes"
+            )
         dictionary = index.info["dictionary_crc32"]
         if not re.fullmatch("[0-9a-f]{8}", dictionary):
             raise InputError(f"expected eight hexadecimal digits as dictionary_crc32 of {index.folder}, got {dictionary!r}; index it again")
         try:
-            connection = sqlite3.connect(path, timeout=10, isolation_level=None, check_same_thread=False)
-            connection.executescript(SCHEMA)
-            connection.execute(
-                f"CREATE VIRTUAL TABLE IF NOT EXISTS search_{dictionary} USING fts5(label, explanation, tokens, "
-                "tokenize = 'unicode61 remove_diacritics 2', prefix = '2 3')"
-            )
-        except (sqlite3.Error, OSError) as error:
-            raise InputError(
-                f"expected a database of notes at {path}, but it cannot be used ({error}); name another with --notes"
-            ) from None
-        return cls(connection, path, dictionary, index.d_sae)
+            connection = sqlite3.connect(path, timeout=WAIT, isolation_level=None, check_same_thread=False)
+            _require_sound(connection)
+            read_only = not _make_tables(connection, dictionary)
+            _require_notes(connection)
+        except sqlite3.Error as error:
+            raise NotesUnusable(_sentence(path, error)) from None
+        return cls(connection, path, dictionary, index.d_sae, read_only)
 
     def close(self) -> None:
         self._connection.close()
@@ -81,7 +97,7 @@ class Notes:
     @property
     def version(self) -> tuple[int, int]:
         """Another one after every change, also by another program."""
-        with self._lock:
+        with self._using():
             return self._changes, self._connection.execute("PRAGMA data_version").fetchone()[0]
 
     def get(self, j: int) -> Note:
@@ -132,7 +148,7 @@ class Notes:
 
     def jsonl(self) -> Iterator[str]:
         """Notes and lists as lines of JSON, those of every dictionary in the file."""
-        with self._lock:
+        with self._using():
             notes = self._connection.execute("SELECT dictionary, feature, label, note, starred FROM notes ORDER BY 1, 2").fetchall()
             listed = self._connection.execute("SELECT dictionary, name, feature FROM lists ORDER BY dictionary, name, place").fetchall()
         for dictionary, feature, label, note, starred in notes:
@@ -176,7 +192,9 @@ class Notes:
 
         `search` does it again if a program with another index of the dictionary has done the same meanwhile.
         """
-        source = " ".join(f"{p.stat().st_size}-{p.stat().st_mtime_ns}" for name in LABEL_FILES if (p := index.folder / name).exists())
+        source = f"{WORDS_VERSION} " + " ".join(
+            f"{p.stat().st_size}-{p.stat().st_mtime_ns}" for name in LABEL_FILES if (p := index.folder / name).exists()
+        )
         spelled = index.vocabulary.spelling
 
         def rows() -> Iterator[tuple[int, str, str, str]]:
@@ -184,11 +202,12 @@ class Notes:
             with progress("make features searchable", index.d_sae, "features") as bar:
                 for j in range(index.d_sae):
                     texts = " ".join(explanation.text for explanation in explanations.get(j, ()))
-                    yield j, labels.get(j, ""), texts, " ".join(spelled(token) for token, _ in index.top_tokens(j))
+                    tokens = " ".join(spelled(token) for token, _ in index.top_tokens(j))
+                    yield j, folded(labels.get(j, "")), folded(texts), folded(tokens)
                     bar.advance(1)
 
         self._source = source, rows
-        with self._lock:
+        with self._using():
             self._refresh_search()
 
     def _refresh_search(self) -> None:
@@ -196,7 +215,7 @@ class Notes:
         if self._source is None or (row and row[0] == self._source[0]):
             return
         source, rows = self._source
-        with self._changing():
+        with self._changing():  # of a file that can only be read, in tables of this connection alone
             self._connection.execute(f"DELETE FROM {self._search}")
             self._connection.executemany(f"INSERT INTO {self._search}(rowid, label, explanation, tokens) VALUES (?, ?, ?, ?)", rows())
             self._connection.execute("INSERT OR REPLACE INTO words VALUES (?, ?)", (self.dictionary, source))
@@ -206,11 +225,11 @@ class Notes:
 
         Best first by BM25, in which a label counts ten times and an explanation three times as much as a token.
         """
-        words = re.findall(r"\w+", query)
+        words = re.findall(r"\w+(?:'\w+)*", folded(query))
         if not words:
             raise InputError(f"expected a word to search for, got {query!r}; signs are found by the filter of top tokens")
-        matching = " ".join(f'"{word}"*' for word in words)
-        with self._lock:
+        matching = " ".join(f'"{word}"*' for word in words)  # FTS5 takes don't for the words don and t, one after the other
+        with self._using():
             self._refresh_search()
             rows = self._connection.execute(
                 f"SELECT rowid FROM {self._search} WHERE {self._search} MATCH ? ORDER BY bm25({self._search}, 10, 3, 1), rowid LIMIT ?",
@@ -223,22 +242,32 @@ class Notes:
             raise InputError(f"feature {j} does not exist: the dictionary has features 0 to {self.d_sae - 1}")
 
     def _rows(self, statement: str, *values: Any) -> list[tuple]:
-        with self._lock:
+        with self._using():
             return self._connection.execute(statement, (self.dictionary, *values)).fetchall()
 
     def _row(self, statement: str, *values: Any) -> tuple | None:
         return next(iter(self._rows(statement, *values)), None)
 
     @contextmanager
+    def _using(self) -> Iterator[None]:
+        """The connection for this thread alone; what SQLite refuses is a sentence."""
+        if not self._lock.acquire(timeout=WAIT):
+            raise NotesUnusable(_sentence(self.path, "locked"))
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise NotesUnusable(_sentence(self.path, error)) from error
+        finally:
+            self._lock.release()
+
+    @contextmanager
     def _changing(self) -> Iterator[None]:
         """One transaction: all of it, or after an error nothing."""
-        with self._lock:
+        with self._using():
             try:
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield
                 self._connection.execute("COMMIT")
-            except sqlite3.OperationalError as error:
-                raise InputError(f"the notes in {self.path} cannot be changed ({error}); another program may be using them") from error
             finally:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
@@ -252,7 +281,7 @@ class Notes:
             self._connection.execute("INSERT OR REPLACE INTO notes VALUES (?, ?, ?, ?, ?, ?)", (dictionary, j, *note, now))
 
     def _index_label(self, j: int, label: str) -> None:
-        self._connection.execute(f"UPDATE {self._search} SET label = ? WHERE rowid = ?", (label, j))
+        self._connection.execute(f"UPDATE {self._search} SET label = ? WHERE rowid = ?", (folded(label), j))
 
     def _append(self, dictionary: str, name: str, features: Sequence[int]) -> None:
         """All at once: counting a list for each of its members would take the square of their number."""
@@ -265,6 +294,56 @@ class Notes:
             raise InputError(f"expected at most {MOST_LISTED:,} features in a list, and {name!r} is full; begin another list")
 
 
+def _require_sound(connection: sqlite3.Connection) -> None:
+    """Raises `sqlite3.DatabaseError` for a damaged file."""
+    found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if found != "ok":
+        raise sqlite3.DatabaseError(found)
+
+
+def _make_tables(connection: sqlite3.Connection, dictionary: str) -> bool:
+    """Whether the file can be written. If not, the words for search stand in tables of this connection, which come before the file's."""
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        for name, columns in TABLES.items():
+            connection.execute(f"CREATE TABLE IF NOT EXISTS {name}({columns}) WITHOUT ROWID")
+        connection.execute(f"CREATE VIRTUAL TABLE IF NOT EXISTS search_{dictionary} USING {WORDS}")
+        connection.execute("COMMIT")
+        connection.execute("BEGIN")
+        connection.execute("INSERT OR REPLACE INTO words VALUES ('', '')")  # tried and taken back
+        connection.execute("ROLLBACK")
+    except sqlite3.OperationalError as error:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        if not re.search("readonly|unable to open", str(error)):
+            raise
+        connection.execute("PRAGMA temp_store = MEMORY")
+        connection.execute(f"CREATE TEMP TABLE words({TABLES['words']})")
+        connection.execute(f"CREATE VIRTUAL TABLE temp.search_{dictionary} USING {WORDS}")
+        return False
+    return True
+
+
+def _require_notes(connection: sqlite3.Connection) -> None:
+    """Raises `sqlite3.DatabaseError` for tables of another form, or values of other types than ours."""
+    for name, columns in TABLES.items():
+        found = [(column, kind) for _, column, kind, *_ in connection.execute(f"PRAGMA main.table_info({name})")]
+        wanted = [tuple(part.split()[:2]) for part in columns.split(", PRIMARY")[0].split(", ")]
+        if found != wanted and found:
+            raise sqlite3.DatabaseError(f"its table {name} has other columns")
+        if not found:
+            raise sqlite3.DatabaseError(f"it has no table {name}")
+        odd = " OR ".join(f"typeof({column}) != '{kind.lower()}'" for column, kind in wanted)
+        whole = " OR feature < 0" if ("feature", "INTEGER") in wanted else ""
+        if connection.execute(f"SELECT 1 FROM main.{name} WHERE {odd}{whole} LIMIT 1").fetchone():
+            raise sqlite3.DatabaseError(f"its table {name} has a value that is no {' or '.join(column for column, _ in wanted)}")
+
+
+def _sentence(path: Path, error: sqlite3.Error | str) -> str:
+    said = " ".join(str(error).split())
+    return f"the notes in {path} cannot be used ({said}): {next(cause for part, cause in CAUSES.items() if part in said)}"
+
+
 def _checked(name: str, value: Any) -> Any:
     if name == "starred":
         if not isinstance(value, bool):
@@ -274,6 +353,8 @@ def _checked(name: str, value: Any) -> Any:
         came = f"{len(value):,} characters" if isinstance(value, str) else f"{value!r}"
         raise InputError(f"expected a {name} of at most {LONGEST[name]:,} characters, got {came}")
     value, _ = replace_surrogates(value.replace("\r\n", "\n").strip())
+    if name == "name":
+        value = unicodedata.normalize("NFC", value)  # a list has one name however its accents are typed
     if name == "name" and not value:
         raise InputError("expected a list's name, got none")
     return value if name == "note" else " ".join(value.split())

@@ -11,9 +11,9 @@ import numpy as np
 from sae.errors import InputError
 from sae.features.records import FeatureIndex
 from sae.features.storage import front_to_back
-from sae.features.text import Occurrences, occurrences, words_of
+from sae.features.text import Occurrences, folded, occurrences, words_of
 
-BLOCK = 1 << 24  # activations looked at together: about 100 MB
+BLOCK = 1 << 21  # activations looked at together: some 15 MB
 
 
 class FiresOn(NamedTuple):
@@ -52,11 +52,8 @@ def search(index: FeatureIndex, query: str | Sequence[str], n: int = 20) -> list
     words = words_of(query)
     found = _scanned_occurrences(index, words)
     piece_of = np.full(len(index.tokens["ids"]), -1, np.int32)  # which occurrence a token belongs to
-    lengths = found.last - found.first + 1
-    steps = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    piece_of[np.repeat(found.first, lengths) + steps] = np.repeat(np.arange(len(lengths)), lengths)
-    is_last = np.zeros(len(piece_of), bool)
-    is_last[found.last] = True
+    pieces, starts = _pieces(found)
+    piece_of[pieces] = np.repeat(np.arange(len(starts)), np.diff(starts, append=len(pieces)))
 
     mass_f, last_f, hits_f = (np.zeros(index.d_sae) for _ in range(3))
     previous = (-1, -1)  # feature and occurrence of the last hit of the block before
@@ -71,7 +68,7 @@ def search(index: FeatureIndex, query: str | Sequence[str], n: int = 20) -> list
             feature = np.searchsorted(index.offsets, hit + low, "right") - 1
             occurrence = piece_of[token]
             mass_f += np.bincount(feature, value, index.d_sae)
-            last_f += np.bincount(feature, value * is_last[token], index.d_sae)
+            last_f += np.bincount(feature, value * (token == found.last[occurrence]), index.d_sae)
             new = (np.diff(feature, prepend=previous[0]) != 0) | (np.diff(occurrence, prepend=previous[1]) != 0)
             hits_f += np.bincount(feature[new], minlength=index.d_sae)
             previous = (int(feature[-1]), int(occurrence[-1]))
@@ -80,18 +77,19 @@ def search(index: FeatureIndex, query: str | Sequence[str], n: int = 20) -> list
     recall = hits_f / len(found.first)
     score = 2 * precision * recall / np.maximum(precision + recall, 1e-30)
     best = np.argsort(-score, kind="stable")[:n]
-    firsts = np.unique(index.tokens["ids"][found.first])
+    best = best[score[best] > 0]
+    ranks = _lens_ranks(index, best, np.unique(index.tokens["ids"][found.first]))
     return [
         FiresOn(
-            int(j),
+            j,
             float(score[j]),
             float(precision[j]),
             float(recall[j]),
             float(last_f[j] / max(mass_f[j], 1e-30)),
             len(found.first),
-            _lens_rank(index, int(j), firsts),
+            rank or None,
         )
-        for j in best[score[best] > 0]
+        for j, rank in zip(best.tolist(), ranks.tolist())
     ]
 
 
@@ -106,10 +104,10 @@ def promotes(index: FeatureIndex, query: str | Sequence[str], n: int = 20) -> li
             f"{index.folder} has no logit lens ({index.info['logit_lens']}); search for features that fire on the word instead"
         )
     words = words_of(query)
-    folded = {word.casefold() for word in words}
-    texts = [piece.decode("utf-8", "replace").strip().casefold() for piece in index.vocabulary.pieces]
-    tokens = [i for i, text in enumerate(texts) if text in folded]
-    in_pieces = [word for word in words if word.casefold() not in texts]
+    wanted = {folded(word) for word in words}
+    texts = [folded(piece.decode("utf-8", "replace").strip()) for piece in index.vocabulary.pieces]
+    tokens = [i for i, text in enumerate(texts) if text in wanted]
+    in_pieces = [word for word in words if folded(word) not in texts]
     if in_pieces:
         try:
             tokens += index.tokens["ids"][_scanned_occurrences(index, in_pieces).first].tolist()
@@ -129,8 +127,8 @@ def _scanned_occurrences(index: FeatureIndex, words: list[str]) -> Occurrences:
     """Occurrences of which at least one token was scanned; a feature cannot be seen to fire on the others."""
     tokens = index.tokens
     found = occurrences(words, tokens["ids"], tokens["sequence_starts"][:-1], index.vocabulary)
-    seen = np.r_[0, np.cumsum(tokens["scanned"], dtype=np.int64)]
-    kept = seen[found.last + 1] > seen[found.first]
+    pieces, starts = _pieces(found)
+    kept = np.logical_or.reduceat(tokens["scanned"][pieces], starts) if len(starts) else np.zeros(0, bool)
     if not kept.any():
         raise InputError(
             f"{' or '.join(repr(w) for w in words)} does not occur as a whole word in the {index.info['tokens_scanned']:,} tokens "
@@ -139,8 +137,16 @@ def _scanned_occurrences(index: FeatureIndex, words: list[str]) -> Occurrences:
     return Occurrences(found.first[kept], found.last[kept])
 
 
-def _lens_rank(index: FeatureIndex, j: int, tokens: np.ndarray) -> int | None:
+def _pieces(found: Occurrences) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of all occurrences one after another, and where each occurrence begins among them."""
+    lengths = found.last - found.first + 1
+    starts = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(found.first - starts, lengths), starts
+
+
+def _lens_ranks(index: FeatureIndex, features: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Place of the first of the tokens in each feature's lens, from 1; 0 beyond the stored ones."""
     if "top_token_ids" not in index.columns:
-        return None
-    places = np.flatnonzero(np.isin(index.columns["top_token_ids"][j], tokens))
-    return int(places[0]) + 1 if len(places) else None
+        return np.zeros(len(features), np.int64)
+    among = np.isin(index.columns["top_token_ids"][features], tokens)
+    return np.where(among.any(1), among.argmax(1) + 1, 0)

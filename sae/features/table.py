@@ -16,10 +16,11 @@ import numpy as np
 from sae.errors import InputError
 from sae.features.notes import Notes
 from sae.features.records import FeatureIndex
+from sae.features.text import folded
 
 SORTS = ("feature", "density", "max", "mean", "fvu_contribution", "skewness", "kurtosis", "top_token", "label", "match")
 PAGE = 50
-REMEMBERED = 16  # lists kept in memory, four bytes a feature, eight after a search
+REMEMBERED = 16  # lists, and searches, kept in memory: four and twelve bytes a feature
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,74 +83,105 @@ class Query:
         return urlencode(texts)
 
     @property
+    def in_index(self) -> bool:
+        """Whether a word is searched for in the index rather than in what is said of features."""
+        return bool(self.q) and self.how != "text"
+
+    @property
     def order(self) -> str:
         return self.sort or ("match" if self.q else "list" if self.list else "max")
 
 
+class _Remembered:
+    """The last few results. For several threads."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Any, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Any) -> Any:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def keep(self, key: Any, value: Any) -> Any:
+        with self._lock:
+            self._kept[key] = value
+            while len(self._kept) > REMEMBERED:
+                self._kept.popitem(last=False)
+        return value
+
+
 class Tables:
-    """Makes lists of features, and remembers the last few of them."""
+    """Makes lists of features, one search for a word at a time, and remembers the last few of both. For several threads."""
 
     def __init__(self, index: FeatureIndex, notes: Notes):
         self.index, self.notes = index, notes
-        self._remembered: OrderedDict[Any, tuple[np.ndarray, np.ndarray | None]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lists, self._searches = _Remembered(), _Remembered()
+        self._searching = threading.Lock()
         pieces = [index.vocabulary.spelling(token) for token in range(len(index.vocabulary.pieces))]
-        self._folded = [piece.casefold() for piece in pieces]
-        self._rank_v = np.argsort(np.argsort(np.array([piece.strip().casefold() for piece in pieces], dtype=object), kind="stable"))
+        self._folded = [folded(piece) for piece in pieces]
+        self._rank_v = np.argsort(np.argsort(np.array([piece.strip() for piece in self._folded], dtype=object), kind="stable"))
 
     def features(self, query: Query) -> np.ndarray:
         """Numbers of the listed features in their order, int32.
 
         Raises `InputError` for a word that does not occur, or a list there is not.
         """
-        return self._listed(query)[0]
-
-    def match(self, query: Query, j: int) -> float | None:
-        """How well a listed feature fits the word searched for: F1 of its firing on it, or what it adds to its logit; else None."""
-        score_f = self._listed(query)[1]
-        return None if score_f is None else float(score_f[j])
-
-    def _listed(self, query: Query) -> tuple[np.ndarray, np.ndarray | None]:
         key = (query, self.notes.version)
-        with self._lock:
-            if key in self._remembered:
-                self._remembered.move_to_end(key)
-                return self._remembered[key]
-        chosen, score_f = self._started(query)
+        if (known := self._lists.get(key)) is not None:
+            return known
+        chosen = self._started(query)
         chosen = chosen[self._kept(query, chosen)]
         if query.order not in ("match", "list"):
             chosen = self._sorted(query, chosen)
         elif query.up:
             chosen = chosen[::-1]
-        chosen = chosen.astype(np.int32)
-        with self._lock:
-            self._remembered[key] = chosen, score_f
-            while len(self._remembered) > REMEMBERED:
-                self._remembered.popitem(last=False)
-        return chosen, score_f
+        return self._lists.keep(key, chosen.astype(np.int32))
 
-    def _started(self, query: Query) -> tuple[np.ndarray, np.ndarray | None]:
-        """What a list or a search gives, best first, and every feature's score in a search for a word; all features without either."""
-        chosen, score_f = np.arange(self.index.d_sae), None
+    def match(self, query: Query, j: int) -> float | None:
+        """How well a listed feature fits the word searched for: F1 of its firing on it, or what it adds to its logit; else None."""
+        score_f = None if not query.in_index else self._found(query)[1]
+        return None if score_f is None else float(score_f[j])
+
+    def remembers(self, query: Query) -> bool:
+        """Whether no search through the index is needed for it."""
+        return not query.in_index or self._searches.get((query.q, query.how)) is not None
+
+    def _started(self, query: Query) -> np.ndarray:
+        """What a list or a search gives, best first; all features without either."""
+        chosen = np.arange(self.index.d_sae)
         if query.list:
-            lists = self.notes.lists()
-            if query.list not in lists:
-                raise InputError(f"there is no list {query.list!r}; the lists are {', '.join(map(repr, lists)) or 'none yet'}")
-            chosen = np.array(lists[query.list], np.int64)
+            chosen = np.array(self._members(query.list), np.int64)
         if query.q:
-            if query.how == "text":
-                hits = np.array(self.notes.search(query.q, self.index.d_sae), np.int64)
-            else:
-                if query.how == "fires":
-                    found = [(hit.feature, hit.score) for hit in self.index.search(query.q, self.index.d_sae)]
-                else:
-                    found = [(hit.feature, hit.value) for hit in self.index.promotes(query.q, self.index.d_sae)]
-                hits, score_f = np.array([j for j, _ in found], np.int64), np.zeros(self.index.d_sae, np.float32)
-                score_f[hits] = [score for _, score in found]
+            hits = self._found(query)[0] if query.in_index else np.array(self.notes.search(query.q, self.index.d_sae), np.int64)
             chosen = hits[np.isin(hits, chosen)] if query.list else hits
         elif query.sort == "match":
             raise InputError("sorting by match needs something to search for")
-        return chosen, score_f
+        return chosen
+
+    def _members(self, name: str) -> list[int]:
+        """Of the list of that name or, if there is none, of the one whose name differs in case, accents' form or apostrophes alone."""
+        lists = self.notes.lists()
+        alike = [other for other in lists if folded(other) == folded(name)]
+        if name not in lists and not alike:
+            raise InputError(f"there is no list {name!r}; the lists are {', '.join(map(repr, lists)) or 'none yet'}")
+        return lists[name if name in lists else alike[0]]
+
+    def _found(self, query: Query) -> tuple[np.ndarray, np.ndarray]:
+        """The features that a word finds in the index, best first, and every feature's score."""
+        key = query.q, query.how
+        with self._searching:
+            if (known := self._searches.get(key)) is not None:
+                return known
+            if query.how == "fires":
+                found = [(hit.feature, hit.score) for hit in self.index.search(query.q, self.index.d_sae)]
+            else:
+                found = [(hit.feature, hit.value) for hit in self.index.promotes(query.q, self.index.d_sae)]
+            hits, score_f = np.array([j for j, _ in found], np.int64), np.zeros(self.index.d_sae, np.float32)
+            score_f[hits] = [score for _, score in found]
+            return self._searches.keep(key, (hits, score_f))
 
     def _kept(self, query: Query, chosen: np.ndarray) -> np.ndarray:
         """Which of the features pass the filters, bool."""
@@ -167,16 +199,16 @@ class Tables:
             if high is not None:
                 kept &= columns[column][chosen] <= np.float32(high)
         if query.token:
-            part = query.token.casefold()
+            part = folded(query.token)
             matching_v = np.array([part in piece for piece in self._folded])
             top = columns["top_token"][chosen]
             kept &= (top >= 0) & matching_v[np.maximum(top, 0)]
         if query.starred or query.labelled or query.label:
-            part = query.label.casefold()
+            part = folded(query.label)
             known = [
                 j
                 for j, note in self.notes.all().items()
-                if part in note.label.casefold() and (note.starred or not query.starred) and (note.label or not query.labelled)
+                if part in folded(note.label) and (note.starred or not query.starred) and (note.label or not query.labelled)
             ]
             kept &= np.isin(chosen, known)
         return kept
@@ -186,7 +218,7 @@ class Tables:
             key = chosen if query.up else -chosen
             return chosen[np.argsort(key, kind="stable")]
         if query.order == "label":
-            labels = {j: note.label.casefold() for j, note in self.notes.all().items() if note.label}
+            labels = {j: folded(note.label) for j, note in self.notes.all().items() if note.label}
             named = sorted((j for j in chosen.tolist() if j in labels), key=lambda j: labels[j], reverse=not query.up)
             return np.r_[np.array(named, np.int64), chosen[~np.isin(chosen, named)]]  # those without one last
         column = np.asarray(self.index.columns[query.order])[chosen]

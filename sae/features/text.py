@@ -6,6 +6,7 @@ v vocabulary · n tokens of a corpus, sequences end to end
 import codecs
 import json
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -14,7 +15,9 @@ import numpy as np
 
 from sae.errors import InputError
 
-BLOCK_TOKENS = 1 << 22  # tokens searched at a time: about 40 bytes of memory each
+BLOCK_TOKENS = 1 << 19  # tokens searched at a time: about 200 bytes of memory each
+APOSTROPHES = "'’‘ʼ＇"  # as typed, and as word processors and telephones write them
+LETTER = r"\w\u0300-\u036f"  # with the marks that follow a letter where it is written in parts
 
 
 class Vocabulary(NamedTuple):
@@ -100,6 +103,26 @@ def _byte_letters() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
+def folded(text: str) -> str:
+    """The text as searches compare it: without case, accents composed, one kind of apostrophe."""
+    plain = unicodedata.normalize("NFC", text).translate(dict.fromkeys(map(ord, APOSTROPHES), "'")).casefold()
+    return unicodedata.normalize("NFC", plain)
+
+
+def whole_words(words: Sequence[str]) -> re.Pattern[str]:
+    """Matches any of the words (or phrases) where it stands by itself, in any spelling that `folded` makes equal to it."""
+    spelled = ["".join(map(_spellings_of, unicodedata.normalize("NFC", word))) for word in sorted(words, key=len, reverse=True)]
+    return re.compile(rf"(?<![{LETTER}])(?:{'|'.join(spelled)})(?![{LETTER}])", re.IGNORECASE)
+
+
+def _spellings_of(letter: str) -> str:
+    if letter in APOSTROPHES:
+        return f"[{APOSTROPHES}]"
+    parts = unicodedata.normalize("NFD", letter)
+    forms = {unicodedata.normalize("NFC", parts[:i]) + parts[i:] for i in range(1, len(parts) + 1)} | {letter}
+    return re.escape(letter) if len(forms) == 1 else f"(?:{'|'.join(map(re.escape, sorted(forms, key=len, reverse=True)))})"
+
+
 class Occurrences(NamedTuple):
     """Where words stand in a corpus, in order and not overlapping."""
 
@@ -119,12 +142,11 @@ def words_of(query: str | Sequence[str]) -> list[str]:
 
 
 def occurrences(words: Sequence[str], ids: np.ndarray, sequence_starts: np.ndarray, vocab: Vocabulary) -> Occurrences:
-    """Tokens [n] that hold one of the words as a whole word in any case, also where it is split over several tokens.
+    """Tokens [n] that hold one of the words as a whole word in any case and spelling, also where it is split over several tokens.
 
     Special tokens and the ends of sequences part words. Occurrences that share a token count as one.
     """
-    whole = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
-    pattern = re.compile(rf"(?<!\w)(?:{whole})(?!\w)", re.IGNORECASE)
+    pattern = whole_words(words)
     pieces = [b"\n" if s else p for p, s in zip(vocab.pieces, vocab.special)] + [b"\n"]  # the last one parts sequences
     lengths, blob = np.array([len(p) for p in pieces]), np.frombuffer(b"".join(pieces), np.uint8)
     spans = [np.zeros((2, 0), np.int64)]

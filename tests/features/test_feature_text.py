@@ -1,6 +1,7 @@
 """Tokens to text, byte for byte, and words to tokens."""
 
 import re
+import unicodedata
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.errors import InputError
-from sae.features.text import occurrences, token_texts, vocabulary, words_of
+from sae.features.text import Vocabulary, folded, occurrences, token_texts, vocabulary, words_of
 
 TEXT = 'Она сказала: "привет" 🦓🪰 naïve 漢字\n\tзебра <b> it\'s'
 
@@ -80,6 +81,51 @@ def test_special_tokens_are_no_words(world):
     tokens = world.index.tokens
     found = occurrences(["end"], np.asarray(tokens["ids"]), np.asarray(tokens["sequence_starts"][:-1]), vocabulary(world.tokenizer))
     assert not world.index.vocabulary.special[tokens["ids"][found.first]].any()
+
+
+letters = st.text(st.sampled_from("aeio\u0301\u0308nñéäǖöǫ̈한’'ʼß1 .,"), max_size=30)
+
+
+@settings(max_examples=300, deadline=None)
+@given(letters, letters, st.sampled_from(["NFC", "NFD", None]))
+def test_a_word_is_found_in_every_spelling_of_it(word, text, form):
+    """Against a search in the folded text, letter by letter; the vocabulary is that of single bytes."""
+    word = unicodedata.normalize("NFC", word).strip()
+    written = unicodedata.normalize(form, text) if form else text
+    if not word or "ß" in word + text or unicodedata.combining(word[0]):  # ss is not ß to a regular expression
+        return
+    plain = rf"(?<![\w\u0300-\u036f]){re.escape(folded(word))}(?![\w\u0300-\u036f])"
+    bytes_alone = Vocabulary([bytes([b]) for b in range(256)], np.zeros(256, bool))
+    found = occurrences([word], np.frombuffer(written.encode(), np.uint8).astype(np.int32), np.array([0]), bytes_alone)
+    spelled = [written.encode()[a : b + 1].decode() for a, b in zip(found.first.tolist(), found.last.tolist())]
+    assert len(spelled) == len(re.findall(plain, folded(written)))
+    assert {folded(each) for each in spelled} <= {folded(word)}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("don't", "don’t"),
+        ("don't", "DONʼT"),
+        ("caf\u00e9", "cafe\u0301"),
+        ("ǖ", "u\u0308\u0304"),
+        ("ǖ", "ü\u0304"),
+        ("한", "\u1112\u1161\u11ab"),
+    ],
+)
+def test_spellings_of_one_word_fold_to_one(one, other):
+    assert folded(one) == folded(other)
+    vocab = Vocabulary([bytes([b]) for b in range(256)], np.zeros(256, bool))
+    for asked, text in ((one, other), (other, one)):
+        ids = np.frombuffer(f"so {text}, then".encode(), np.uint8).astype(np.int32)
+        found = occurrences([asked], ids, np.array([0]), vocab)
+        assert (found.first.tolist(), found.last.tolist()) == ([3], [2 + len(text.encode())])
+
+
+def test_a_letter_without_its_accent_is_another_word_however_the_accent_is_written():
+    vocab = Vocabulary([bytes([b]) for b in range(256)], np.zeros(256, bool))
+    for text in ("café", "cafe\u0301", "e\u0301cafe"):
+        assert not len(occurrences(["cafe"], np.frombuffer(text.encode(), np.uint8).astype(np.int32), np.array([0]), vocab).first)
 
 
 def test_words_of_a_query():

@@ -1,9 +1,14 @@
 """Labels, stars, notes and lists: what is kept, what survives, what is found, what is refused."""
 
 import json
+import os
 import re
+import shutil
 import sqlite3
+import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -210,7 +215,7 @@ def test_a_change_that_another_program_holds_up_is_told_and_the_next_one_works(w
     other = sqlite3.connect(notes.path, isolation_level=None)
     other.execute("BEGIN")
     other.execute("SELECT * FROM notes").fetchall()  # a reader: our COMMIT has to wait for it
-    with pytest.raises(InputError, match="another program may be using them"):
+    with pytest.raises(InputError, match="another program or a long change holds them"):
         notes.set(2, label="lost")
     assert notes.get(2) == Note()
     other.execute("COMMIT")
@@ -261,8 +266,154 @@ def test_a_file_that_is_no_database_is_refused_and_kept(world, tmp_path):
     with pytest.raises(InputError, match="--notes"):
         Notes.open(tmp_path / "notes.sqlite", world.index)
     assert (tmp_path / "notes.sqlite").read_text().startswith("my own notes")
-    with pytest.raises(InputError, match="--notes"):
+    with pytest.raises(InputError, match=r"that is a folder; name a file in it with --notes"):
         Notes.open(tmp_path, world.index)
+
+
+def filled(notes) -> None:
+    for j in range(40):
+        notes.set(j, label=f"label {j}", note="text " * 400)
+        notes.add_to_list("all", j)
+    notes.close()
+
+
+@pytest.mark.parametrize("damage", ["middle", "cut", "header", "one page", "empty schema"])
+def test_a_damaged_file_is_refused_at_the_start_and_left_as_it_is(world, notes, damage):
+    root = notes._connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'lists'").fetchone()[0]
+    filled(notes)
+    content = bytearray(notes.path.read_bytes())
+    if damage == "middle":
+        content[8192 : len(content) // 2] = b"\xa5" * (len(content) // 2 - 8192)
+    elif damage == "cut":
+        del content[len(content) // 2 :]
+    elif damage == "header":
+        content[:40] = bytes(40)
+    elif damage == "one page":
+        content[(root - 1) * 4096 : root * 4096] = bytes(4096)
+    else:
+        content[100:4096] = b"\0" * 3996
+    notes.path.write_bytes(content)
+    with pytest.raises(InputError, match=r"the notes in .* the file is damaged or is none of notes"):
+        Notes.open(notes.path, world.index)
+    assert notes.path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DROP TABLE lists; CREATE TABLE lists(title TEXT)",
+        "DROP TABLE notes; CREATE TABLE notes(dictionary TEXT, feature TEXT, label TEXT, note TEXT, starred INTEGER, changed TEXT)",
+        "ALTER TABLE notes ADD COLUMN colour TEXT",
+        "UPDATE notes SET label = x'ff00' WHERE feature = 3",
+        "UPDATE notes SET starred = 'yes' WHERE feature = 3",
+        "UPDATE notes SET feature = -1 WHERE feature = 3",
+        "UPDATE lists SET feature = 'three' WHERE feature = 3",
+        "UPDATE lists SET name = x'00' WHERE feature = 3",
+    ],
+)
+def test_a_database_of_another_form_is_refused_and_left_as_it_is(world, notes, statement):
+    filled(notes)
+    other = sqlite3.connect(notes.path)
+    other.executescript(statement)
+    other.close()
+    content = notes.path.read_bytes()
+    with pytest.raises(InputError, match=r"the file is damaged or is none of notes.*--notes"):
+        Notes.open(notes.path, world.index)
+    assert notes.path.read_bytes() == content
+
+
+@pytest.fixture
+def as_nobody():
+    """A folder that this process may read but not write, though root runs it: permissions bind nobody else."""
+    folder = Path(tempfile.mkdtemp(prefix="notes"))
+    folder.chmod(0o755)
+    yield folder
+    if os.getuid() == 0:
+        os.seteuid(0)  # also after a failure
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("words", ["made", "another index's"])
+def test_a_file_that_can_only_be_read_is_read_and_searched_and_refuses_changes(world, as_nobody, words):
+    path = as_nobody / "notes.sqlite"
+    notes = Notes.open(path, world.index)
+    notes.update_search(world.index, {})
+    if words != "made":
+        notes._connection.execute("UPDATE words SET source = 'of another index'")
+    notes.set(7, label="kept here", note="n", starred=True)
+    notes.add_to_list("mine", 7)
+    notes.close()
+    path.chmod(0o444)
+    as_nobody.chmod(0o555)
+    if os.getuid() == 0:
+        os.seteuid(65534)
+    content = path.read_bytes()
+    notes = Notes.open(path, world.index)
+    with pytest.raises(InputError, match="cannot be opened or written"):
+        Notes.open(as_nobody / "new.sqlite", world.index)
+    if os.getuid() == 0:
+        os.seteuid(0)  # what is open stays as it is
+    assert notes.read_only
+    notes.update_search(world.index, {})
+    assert (notes.get(7), notes.lists(), notes.search("kept")) == (Note("kept here", "n", True), {"mine": [7]}, [7])
+    for change in (lambda: notes.set(7, label="x"), lambda: notes.add_to_list("x", 1), lambda: notes.remove_from_list("mine")):
+        with pytest.raises(InputError, match="can only be read"):
+            change()
+    assert notes.search("kept") == [7]
+    notes.close()
+    assert path.read_bytes() == content
+    assert os.listdir(as_nobody) == ["notes.sqlite"]
+
+
+def test_a_file_that_was_moved_away_takes_no_more_notes(notes):
+    notes.set(1, label="before")
+    notes.path.rename(notes.path.with_name("moved.sqlite"))
+    with pytest.raises(InputError, match="was moved away"):
+        notes.set(2, label="lost")
+
+
+def test_a_disk_that_runs_full_keeps_what_was_there(world, notes):
+    notes.set(1, label="before")
+    notes._connection.execute(f"PRAGMA max_page_count = {notes._connection.execute('PRAGMA page_count').fetchone()[0]}")
+    with pytest.raises(InputError, match="the disk is full"):
+        notes.set(2, note="x" * 10_000)
+    assert notes.all() == {1: Note("before")}
+    notes._connection.execute("PRAGMA max_page_count = 100000")
+    notes.set(2, note="x" * 10_000)
+    again = Notes.open(notes.path, world.index)
+    assert again.get(2).note == "x" * 10_000
+    again.close()
+
+
+def test_reading_waits_for_another_program_and_then_says_so(world, notes):
+    notes.set(1, label="before")
+    other = sqlite3.connect(notes.path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN EXCLUSIVE")
+    release = threading.Timer(0.3, other.execute, ("ROLLBACK",))
+    release.start()
+    assert notes.get(1) == Note("before")  # waited
+    release.join()
+    notes._connection.execute("PRAGMA busy_timeout = 20")
+    other.execute("BEGIN EXCLUSIVE")
+    for read in (
+        lambda: notes.get(1),
+        notes.all,
+        notes.lists,
+        lambda: list(notes.jsonl()),
+        lambda: notes.version,
+        lambda: notes.search("x"),
+    ):
+        with pytest.raises(InputError, match="another program or a long change holds them; wait"):
+            read()
+    other.execute("ROLLBACK")
+    other.close()
+    assert notes.get(1) == Note("before")
+
+
+def test_a_thread_does_not_wait_for_ever_for_another(notes, monkeypatch):
+    monkeypatch.setattr("sae.features.notes.WAIT", 0.02)
+    with notes._lock, ThreadPoolExecutor(1) as pool, pytest.raises(InputError, match="a long change holds them"):
+        pool.submit(notes.get, 1).result()
 
 
 def test_a_mistyped_folder_is_not_made(world, tmp_path):

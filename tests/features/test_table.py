@@ -1,6 +1,9 @@
 """Lists of features against plain Python over every feature."""
 
 import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -115,6 +118,75 @@ def test_a_change_by_another_program_is_seen_too(world, tables):
     other.set(3, starred=False)
     other.close()
     assert tables.features(Query(starred=True, list="mine")).tolist() == []
+
+
+@pytest.mark.parametrize("how", ["fires", "promotes"])
+def test_one_search_runs_at_a_time_and_none_twice(world, tables, monkeypatch, how):
+    tables = Tables(world.index, tables.notes)
+    name = "search" if how == "fires" else "promotes"
+    real, running, most, asked, lock = getattr(world.index, name), 0, 0, [], threading.Lock()
+
+    def counted(word, n):
+        nonlocal running, most
+        with lock:
+            running, most = running + 1, max(most, running + 1)
+            asked.append(word)
+        time.sleep(0.01)
+        hits = real(word, n)
+        with lock:
+            running -= 1
+        return hits
+
+    monkeypatch.setattr(world.index, name, counted)
+    words = ["zebrafly", "the", "done", "zebrafly|the"]
+    with ThreadPoolExecutor(24) as pool:
+        lists = list(pool.map(lambda word: tables.features(Query(q=word, how=how)).tolist(), words * 6))
+    assert lists == [[hit.feature for hit in real(word, 40)] for word in words] * 6
+    assert most == 1
+    assert sorted(asked) == sorted(words)
+    tables.notes.set(9, starred=True)  # a change of the notes is no reason to search again
+    tables.features(Query(q="zebrafly", how=how))
+    tables.notes.set(9, starred=False)
+    assert len(asked) == len(words)
+    assert tables.remembers(Query(q="zebrafly", how=how))
+    assert not tables.remembers(Query(q="quick", how=how))
+
+
+@pytest.mark.parametrize(
+    ("kept", "asked"), [("don't", "don’t"), ("don’t", "don't"), ("caf\u00e9", "cafe\u0301"), ("cafe\u0301", "caf\u00e9")]
+)
+def test_spellings_of_a_word_find_each_other_in_labels_and_lists(tables, kept, asked):
+    tables.notes.set(21, label=f"we {kept} know")
+    tables.notes.add_to_list(f"{kept} list", 21)
+    try:
+        for query in (Query(q=asked), Query(label=asked), Query(list=f"{asked} list")):
+            assert tables.features(query).tolist() == [21]
+        assert tables.features(Query(q=f"{asked} kn")).tolist() == [21]
+        assert tables.features(Query(q="don't xyz")).tolist() == []
+    finally:
+        tables.notes.set(21, label="")
+        for name in tables.notes.lists():
+            if name != "mine":
+                tables.notes.remove_from_list(name)
+
+
+def test_spellings_find_each_other_in_top_tokens_and_explanations(world, tables, monkeypatch):
+    class Said:
+        text = "fires on don’t and cafe\u0301"
+
+    tables.notes.update_search(world.index, {13: [Said()]})
+    monkeypatch.setattr(tables.notes, "_source", (f"another {Said.text}", tables.notes._source[1]))  # the words are made again
+    assert tables.notes.search("don't") == tables.notes.search("caf\u00e9") == [13]
+    pieces = list(world.index.vocabulary.pieces)
+    top = int(world.index.columns["top_token"][9])
+    for written, asked in (("cafe\u0301", "caf\u00e9"), ("don’t", "don't"), ("caf\u00e9", "cafe\u0301")):
+        pieces[top] = written.encode()
+        monkeypatch.setattr(world.index, "vocabulary", world.index.vocabulary._replace(pieces=pieces))
+        fresh = Tables(world.index, tables.notes)
+        assert 9 in fresh.features(Query(token=asked, dead=True))
+        lens = int(world.index.columns["top_token_ids"][9, 0])
+        pieces[lens] = written.encode()
+        assert 9 in fresh.features(Query(q=asked, how="promotes"))
 
 
 @pytest.mark.parametrize(

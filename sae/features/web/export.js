@@ -2,6 +2,8 @@
 "use strict";
 
 const one = selector => document.querySelector(selector);
+// Text as searches compare it: without case, accents composed, one kind of apostrophe; as sae/features/text.py has it.
+const folded = text => text.normalize("NFC").replace(/[’‘ʼ＇]/g, "'").toLowerCase().normalize("NFC");
 const PAGE = 100, KEPT = 8;  // rows of the table at a time; files of pages kept in memory
 const KEYS = {"j": "next feature of the list", "k": "the one before", "[": "feature with the number below", "]": "with the number above",
   "/": "search", "r": "a random feature", "u": "up to the list", "?": "this help", "Esc": "leave the field or this help"};
@@ -17,7 +19,7 @@ const SAE = {
     stats.features.forEach((j, i) => place.set(j, i));
     const star = new Set(stats.stars);
     stats.text = stats.features.map((j, i) => [j, stats.labels[j] ?? "", star.has(j) ? "★" : "", ...stats.fires[i],
-      ...(stats.promotes[i] ?? []), stats.explanations[j] ?? ""].join(" ").toLowerCase());
+      ...(stats.promotes[i] ?? []), stats.explanations[j] ?? ""].join(" ")).map(folded);
     stats.starred = star;
     route();
   },
@@ -29,7 +31,7 @@ const SAE = {
       loading.delete(file("d", oldest));
     }
   },
-  vocabulary(data, size) { vocabulary = Object.entries(data).map(([id, text]) => ({id: +id, text, lower: text.trim().toLowerCase()})); tokensPerFile = size; },
+  vocabulary(data, size) { vocabulary = Object.entries(data).map(([id, text]) => ({id: +id, text, lower: folded(text.trim())})); tokensPerFile = size; },
   postings(number, data) { postings.set(number, data); },
 };
 
@@ -88,7 +90,7 @@ function list(params) {
 }
 
 function select(query, sort) {
-  const tests = query.toLowerCase().split(/\s+/).filter(Boolean).map(word => {
+  const tests = folded(query).split(/\s+/).filter(Boolean).map(word => {
     const limit = word.match(/^(density|count|max|mean|fvu|feature)(<=|>=|<|>|=)([0-9.e+-]+)$/);
     if (!limit) return i => stats.text[i].includes(word);
     const column = limit[1] === "feature" ? stats.features : stats.columns[limit[1]], bound = Number(limit[3]);
@@ -175,7 +177,7 @@ async function featureView(j, params) {
 
 async function tokenView(query) {
   await load("tokens.js");
-  const wanted = query.trim().toLowerCase();
+  const wanted = folded(query.trim());
   const title = [element("h1", {}, "Which features like a token"),
     element("p", {class: "soft"}, "Type it above. The percentage is the share of the feature's activation that falls on the token.")];
   if (!wanted) return ["By token", ...title];
