@@ -4,7 +4,7 @@ s sequences, here one · p positions
 """
 
 import codecs
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -32,11 +32,11 @@ def browse(config: BrowseConfig) -> None:
 
 def make_steering(
     lm: LanguageModel, dictionary: SparseAutoencoder, index: FeatureIndex
-) -> Callable[[str, Sequence[tuple[int, float]], Sampling], Iterator[dict[str, Any]]]:
+) -> Callable[[str, Sequence[tuple[int, float]], Sampling], Generator[dict[str, Any], None, None]]:
     """The function that the server calls, for one model and dictionary."""
     vocab = vocabulary(lm.tokenizer, lm.model.get_input_embeddings().num_embeddings)
 
-    def steer(prompt: str, features: Sequence[tuple[int, float]], sampling: Sampling) -> Iterator[dict[str, Any]]:
+    def steer(prompt: str, features: Sequence[tuple[int, float]], sampling: Sampling) -> Generator[dict[str, Any], None, None]:
         """Two texts in pieces as they are written, without and with Σ strength · maximum activation · decoder row added at every position.
 
         Both sides draw with the same random numbers, so that at strength 0 they are equal. Yields {"side", "text"} for each piece, and
@@ -62,7 +62,7 @@ def make_steering(
 
 def _both_sides(
     lm: LanguageModel, vocab: Vocabulary, ids_sp: Tensor, mask_sp: Tensor, vectors: list[Any], sampling: Sampling
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     streams = {side: lm.stream(ids_sp, mask_sp, **sampling._asdict()) for side in SIDES}
     decoders = {side: codecs.getincrementaldecoder("utf-8")("replace") for side in SIDES}
     new: dict[str, list[Tensor]] = {side: [] for side in SIDES}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import uvicorn
 
 HOST = "127.0.0.1"
+UNREAD_MILLISECONDS = 60_000
 
 
 @dataclass(kw_only=True)
@@ -46,12 +47,15 @@ def serve(config: BrowseConfig, make_steering: Callable[[LanguageModel, SparseAu
     Raises `InputError` for parts that do not belong together, or a port that is taken.
     """
     index = FeatureIndex.open(config.index)
-    with listening(config.port) as listener:  # before the model is loaded: a taken port is said at once
+    with listening(config.port) as listener:  # before the model is loaded: a taken port and a damaged file are said at once
+        notes = Notes.open(config.notes, index)
+        if notes.read_only:
+            print(f"the notes in {notes.path} can only be read: they are shown, but no change is kept", flush=True)
         lm, dictionary, steering = None, None, None
         if config.model != "none":
             lm, dictionary = parts_of(index, config.dictionary, config.model, config.device)
             steering = make_steering(lm, dictionary, index) if make_steering else None
-        app = create_app(index, Notes.open(config.notes, index), model=lm, dictionary=dictionary, steering=steering)
+        app = create_app(index, notes, model=lm, dictionary=dictionary, steering=steering)
         url = f"http://{HOST}:{listener.getsockname()[1]}/"
         print(f"features of {config.index} at {url} (Ctrl-C ends it)", flush=True)
         if config.open:
@@ -80,11 +84,12 @@ def parts_of(
 def server_of(app: Any) -> "uvicorn.Server":
     import uvicorn
 
+    from sae.features.connection import Connection
+
     settings = uvicorn.Config(
         app,
-        http="h11",
+        http=Connection,
         ws="none",
-        lifespan="off",
         log_level="warning",
         server_header=False,
         timeout_graceful_shutdown=1,
@@ -99,6 +104,8 @@ def listening(port: int) -> socket.socket:
         raise InputError(f"expected a port from 0 to 65535, got {port}")
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio leaves Nagle on: 40 ms
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: a client that does not read its answer is let go
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_MILLISECONDS)
     try:
         listener.bind((HOST, port))
         listener.listen()  # who comes before the server is ready waits for it

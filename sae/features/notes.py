@@ -84,9 +84,8 @@ class Notes:
             raise InputError(f"expected eight hexadecimal digits as dictionary_crc32 of {index.folder}, got {dictionary!r}; index it again")
         try:
             connection = sqlite3.connect(path, timeout=WAIT, isolation_level=None, check_same_thread=False)
-            _require_sound(connection)
-            read_only = not _make_tables(connection, dictionary)
             _require_notes(connection)
+            read_only = not _make_tables(connection, dictionary)
         except sqlite3.Error as error:
             raise NotesUnusable(_sentence(path, error)) from None
         return cls(connection, path, dictionary, index.d_sae, read_only)
@@ -294,11 +293,26 @@ class Notes:
             raise InputError(f"expected at most {MOST_LISTED:,} features in a list, and {name!r} is full; begin another list")
 
 
-def _require_sound(connection: sqlite3.Connection) -> None:
-    """Raises `sqlite3.DatabaseError` for a damaged file."""
+def _require_notes(connection: sqlite3.Connection) -> None:
+    """Raises `sqlite3.DatabaseError` for a file that is damaged, has tables of another form or values of other types than ours."""
     found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if found != "ok":
         raise sqlite3.DatabaseError(found)
+    if not _has_tables(connection):
+        return
+    for name, columns in TABLES.items():
+        found = [(column, kind) for _, column, kind, *_ in connection.execute(f"PRAGMA table_info({name})")]
+        wanted = [tuple(part.split()[:2]) for part in columns.split(", PRIMARY")[0].split(", ")]
+        if found != wanted:
+            raise sqlite3.DatabaseError(f"its table {name} has other columns" if found else f"it has tables, but none of the name {name}")
+        odd = " OR ".join(f"typeof({column}) != '{kind.lower()}'" for column, kind in wanted)
+        below = " OR feature < 0" if ("feature", "INTEGER") in wanted else ""
+        if connection.execute(f"SELECT 1 FROM {name} WHERE {odd}{below} LIMIT 1").fetchone():
+            raise sqlite3.DatabaseError(f"its table {name} has a value that is no {' or '.join(column for column, _ in wanted)}")
+
+
+def _has_tables(connection: sqlite3.Connection) -> bool:
+    return connection.execute("SELECT 1 FROM main.sqlite_master LIMIT 1").fetchone() is not None
 
 
 def _make_tables(connection: sqlite3.Connection, dictionary: str) -> bool:
@@ -315,28 +329,13 @@ def _make_tables(connection: sqlite3.Connection, dictionary: str) -> bool:
     except sqlite3.OperationalError as error:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
-        if not re.search("readonly|unable to open", str(error)):
+        if not re.search("readonly|unable to open", str(error)) or not _has_tables(connection):
             raise
         connection.execute("PRAGMA temp_store = MEMORY")
         connection.execute(f"CREATE TEMP TABLE words({TABLES['words']})")
         connection.execute(f"CREATE VIRTUAL TABLE temp.search_{dictionary} USING {WORDS}")
         return False
     return True
-
-
-def _require_notes(connection: sqlite3.Connection) -> None:
-    """Raises `sqlite3.DatabaseError` for tables of another form, or values of other types than ours."""
-    for name, columns in TABLES.items():
-        found = [(column, kind) for _, column, kind, *_ in connection.execute(f"PRAGMA main.table_info({name})")]
-        wanted = [tuple(part.split()[:2]) for part in columns.split(", PRIMARY")[0].split(", ")]
-        if found != wanted and found:
-            raise sqlite3.DatabaseError(f"its table {name} has other columns")
-        if not found:
-            raise sqlite3.DatabaseError(f"it has no table {name}")
-        odd = " OR ".join(f"typeof({column}) != '{kind.lower()}'" for column, kind in wanted)
-        whole = " OR feature < 0" if ("feature", "INTEGER") in wanted else ""
-        if connection.execute(f"SELECT 1 FROM main.{name} WHERE {odd}{whole} LIMIT 1").fetchone():
-            raise sqlite3.DatabaseError(f"its table {name} has a value that is no {' or '.join(column for column, _ in wanted)}")
 
 
 def _sentence(path: Path, error: sqlite3.Error | str) -> str:

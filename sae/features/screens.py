@@ -203,14 +203,28 @@ def _editor(browser: "Browser", j: int, address: str) -> str:
         for name, members in lists.items()
         if j in members
     )
+    star = f'<button data-key="s" name="starred" value="{0 if note.starred else 1}">{"★ starred" if note.starred else "☆ star"}</button>'
+    fields = _fields(note.label, note.note, "", f'<datalist id="lists">{names}</datalist><button>Add</button>{inside}')
     # one form, so that no button throws away what stands in another's field; Enter presses the first button, which CSS puts behind the note
-    return f"""<form method="post" action="{address}" class="editor"><button class="keep">Keep</button>
-<button data-key="s" name="starred" value="{0 if note.starred else 1}">{"★ starred" if note.starred else "☆ star"}</button>
-<label>Label <input data-key="e" name="label" value="{escape(note.label)}" maxlength="200" size="40"></label>
-<label>Note <textarea name="note" rows="{min(6, 1 + note.note.count(chr(10)))}" cols="50" maxlength="10000">
-{escape(note.note)}</textarea></label>
-<span><label>List <input name="list" list="lists" maxlength="100"></label><datalist id="lists">{names}</datalist>
-<button>Add</button>{inside}</span></form>"""
+    return f'<form method="post" action="{address}" class="editor"><button class="keep">Keep</button>\n{star}\n{fields}</form>'
+
+
+def _fields(label: str, note: str, listed: str, beside: str = "") -> str:
+    return f"""<label>Label <input data-key="e" name="label" value="{escape(label)}" maxlength="200" size="40"></label>
+<label>Note <textarea name="note" rows="{min(6, 1 + note.count(chr(10)))}" cols="50" maxlength="10000">
+{escape(note)}</textarea></label>
+<span><label>List <input name="list" list="lists" value="{escape(listed)}" maxlength="100"></label>{beside}</span>"""
+
+
+def unsaved(j: int, address: str, given: dict[str, str], sentence: str) -> str:
+    """What was typed and could not be kept, to try again with; it needs no notes, which may be what failed."""
+    pressed = "".join(
+        f'<input type="hidden" name="{name}" value="{escape(given[name])}">' for name in ("starred", "remove") if name in given
+    )
+    body = f"""<h1>Feature {j}: not saved</h1>{alert(sentence)}
+<form method="post" action="{escape(address)}" class="editor" data-begun><button class="keep">Keep</button>{pressed}
+{_fields(given.get("label", ""), given.get("note", ""), given.get("list", ""))}</form><p><a href="/f/{j}">Feature {j} as it is</a></p>"""
+    return page(f"Feature {j}: not saved", body)
 
 
 def lists(browser: "Browser", imported: int | None = None) -> str:

@@ -3,12 +3,11 @@
 Everything is rendered here (screens.py); the one script adds keys and streaming. No request ever leaves the machine.
 """
 
-import json
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from contextlib import asynccontextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import parse_qs, urlencode
 
 import numpy as np
@@ -16,12 +15,15 @@ import numpy as np
 from sae.errors import InputError
 from sae.features import panels, screens
 from sae.features.assets import STYLE
-from sae.features.guard import Guard, TooLarge
-from sae.features.notes import Notes
+from sae.features.guard import Guard, Unfit
+from sae.features.notes import Notes, NotesUnusable
 from sae.features.records import FeatureIndex
-from sae.features.table import PAGE, Query, Tables, finite
+from sae.features.table import Query, Tables, finite
+from sae.features.turns import Busy, Turns
 
 if TYPE_CHECKING:
+    from fastapi import Request
+
     from sae.dictionary import SparseAutoencoder
     from sae.features.prompt import Reading
     from sae.language_model import LanguageModel
@@ -30,8 +32,8 @@ WEB = Path(__file__).with_name("web")
 LONGEST_PROMPT = 2_000  # characters
 MOST_STEERED = 8  # features together
 MOST_FIELDS = 20  # of a form
-PATIENCE = 10.0  # seconds that reading a prompt waits for the model
-BUSY = "the model is at work on another text; wait until it is done, or stop it there"
+THREADS = 8  # that make pages: each may hold several arrays of the length of the dictionary
+T = TypeVar("T")
 
 
 class Sampling(NamedTuple):
@@ -43,19 +45,15 @@ class Sampling(NamedTuple):
     seed: int = 0
 
 
-Steering: TypeAlias = Callable[[str, Sequence[tuple[int, float]], Sampling], Iterator[dict[str, Any]]]
+Steering: TypeAlias = Callable[[str, Sequence[tuple[int, float]], Sampling], Generator[dict[str, Any], None, None]]
 
 
 class NotThere(InputError):
     """What the address names does not exist: status 404."""
 
 
-class Busy(InputError):
-    """The model does one thing at a time: status 409."""
-
-
 def status_of(error: InputError) -> int:
-    return 404 if isinstance(error, NotThere) else 409 if isinstance(error, Busy) else 400
+    return 404 if isinstance(error, NotThere) else 503 if isinstance(error, (Busy, NotesUnusable)) else 400
 
 
 class Browser:
@@ -74,15 +72,26 @@ class Browser:
         self.index, self.notes, self.lm, self.dictionary, self.steering = index, notes, lm, dictionary, steering
         self.explanations = read_explanations(index.folder)
         self.tables = Tables(index, notes)
-        self.model_lock = threading.Lock()
+        self.model, self.searches = Turns("the model", "prompt", "steer"), Turns("the search through the index", "search")
         notes.update_search(index, self.explanations)
 
     def require(self, j: int) -> None:
         if not 0 <= j < self.index.d_sae:
             raise NotThere(f"feature {j} does not exist: the dictionary has features 0 to {self.index.d_sae - 1}")
 
-    def read(self, params: dict[str, str], n: int) -> "Reading | None":
-        """The prompt of an address; None without one."""
+    async def with_list(self, request: "Request", query: Query, make: Callable[[], T]) -> T:
+        """`make()` in a thread; a list that needs a search through the whole index first waits for its turn."""
+        from starlette.concurrency import run_in_threadpool
+
+        if self.tables.remembers(query):
+            return await run_in_threadpool(make)
+        async with self.searches.turn("search", request):
+            return await run_in_threadpool(make)
+
+    async def read(self, request: "Request", params: dict[str, str], n: int) -> "Reading | None":
+        """The prompt of an address, when the model is free; None without one."""
+        from starlette.concurrency import run_in_threadpool
+
         from sae.features.prompt import read_prompt
 
         text = params.get("text", "")
@@ -95,10 +104,10 @@ class Browser:
         density = params.get("density_max", "")
         order: Any = params.get("order") or "activation"
         positions = [whole("t", part) for part in params.get("t", "").split(",") if part] or None
-        if not self.model_lock.acquire(timeout=PATIENCE):
-            raise Busy(BUSY)
-        try:
-            return read_prompt(
+        density_max = finite("density_max", density) if density else None
+        async with self.model.turn("prompt", request):
+            return await run_in_threadpool(
+                read_prompt,
                 self.lm,
                 self.dictionary,
                 self.index,
@@ -106,10 +115,8 @@ class Browser:
                 order=order,
                 positions=positions,
                 n=n,
-                density_max=finite("density_max", density) if density else None,
+                density_max=density_max,
             )
-        finally:
-            self.model_lock.release()
 
 
 def create_app(
@@ -123,13 +130,23 @@ def create_app(
     """The ASGI application. Without `model` and `dictionary` there are no prompts, without `steering` there is no steering panel."""
     from fastapi import FastAPI
 
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # their pages load scripts from elsewhere
+    from sae.features.api import add_api
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=_few_threads)  # their pages load scripts from elsewhere
     browser = Browser(index, notes, model, dictionary, steering)
     _answer_errors(app)
     _add_pages(app, browser)
     _add_changes(app, browser)
-    _add_api(app, browser)
+    add_api(app, browser)
     return Guard(app)
+
+
+@asynccontextmanager
+async def _few_threads(_app: Any) -> AsyncIterator[None]:
+    from anyio.to_thread import current_default_thread_limiter
+
+    current_default_thread_limiter().total_tokens = THREADS
+    yield
 
 
 def _answer_errors(app: Any) -> None:
@@ -148,9 +165,11 @@ def _answer_errors(app: Any) -> None:
     async def unusable(request: Request, error: InputError) -> Any:
         return answer(request, status_of(error), str(error))
 
-    @app.exception_handler(TooLarge)
-    async def too_large(request: Request, error: TooLarge) -> Any:
-        return answer(request, 413, str(error))
+    @app.exception_handler(Unfit)
+    async def unfit(request: Request, error: Unfit) -> Any:
+        reply = answer(request, error.status, str(error))
+        reply.headers["connection"] = "close"  # the rest of the body is not waited for
+        return reply
 
     @app.exception_handler(RequestValidationError)
     async def not_a_number(request: Request, error: RequestValidationError) -> Any:
@@ -168,6 +187,7 @@ def _answer_errors(app: Any) -> None:
 def _add_pages(app: Any, browser: Browser) -> None:
     from fastapi import Request
     from fastapi.responses import HTMLResponse, RedirectResponse, Response
+    from starlette.concurrency import run_in_threadpool
 
     files = {
         "/style.css": ("text/css", STYLE + (WEB / "server.css").read_text(encoding="utf-8")),
@@ -183,37 +203,39 @@ def _add_pages(app: Any, browser: Browser) -> None:
     app.get("/favicon.ico")(lambda: Response(status_code=204))
 
     @app.get("/")
-    def table(request: Request) -> Any:
+    async def table(request: Request) -> Any:
         params = dict(request.query_params)
         number = params.get("q", "").strip().removeprefix("#")
         if number.isascii() and number.isdigit() and params.get("how", "text") == "text":
             return RedirectResponse(f"/f/{int(number[:12])}", 303)
         page, query = max(1, whole("page", params.get("page") or "1")), Query.read(params)
         try:
-            return HTMLResponse(screens.table(browser, query, page))
+            return HTMLResponse(await browser.with_list(request, query, lambda: screens.table(browser, query, page)))
         except InputError as error:
             return HTMLResponse(screens.table(browser, query, page, str(error)), status_of(error))
 
     @app.get("/f/{j}")
-    def feature(j: int, request: Request) -> Any:
+    async def feature(j: int, request: Request) -> Any:
         browser.require(j)
-        return HTMLResponse(screens.feature(browser, j, Query.read(request.query_params), digits(request.query_params.get("at", ""))))
+        query, at = Query.read(request.query_params), digits(request.query_params.get("at", ""))
+        return HTMLResponse(await browser.with_list(request, query, lambda: screens.feature(browser, j, query, at)))
 
     @app.get("/random")
-    def random(request: Request) -> Any:
+    async def random(request: Request) -> Any:
         query = Query.read(request.query_params)
-        features = browser.tables.features(query)
+        features = await browser.with_list(request, query, lambda: browser.tables.features(query))
         if not len(features):
             raise InputError("the list is empty, so there is no feature to draw from it")
         at = int(np.random.default_rng().integers(len(features)))
         return RedirectResponse(f"/f/{features[at]}?{query.params(at=str(at))}", 303)
 
     @app.get("/prompt")
-    def prompt(request: Request) -> Any:
+    async def prompt(request: Request) -> Any:
         params = dict(request.query_params)
         params["t"] = ",".join(request.query_params.getlist("t"))
         try:
-            return HTMLResponse(panels.prompt(browser, params, browser.read(params, 50 if params["t"] else 8)))
+            reading = await browser.read(request, params, 50 if params["t"] else 8)
+            return HTMLResponse(await run_in_threadpool(panels.prompt, browser, params, reading))
         except InputError as error:
             return HTMLResponse(panels.prompt(browser, params, None, str(error)), status_of(error))
 
@@ -247,7 +269,7 @@ def _add_pages(app: Any, browser: Browser) -> None:
 def _add_changes(app: Any, browser: Browser) -> None:
     """Forms; the guard lets only this server's own pages send them."""
     from fastapi import Depends, Request
-    from fastapi.responses import RedirectResponse
+    from fastapi.responses import HTMLResponse, RedirectResponse
 
     async def form(request: Request) -> dict[str, str]:
         body = (await request.body()).decode("utf-8", "replace")
@@ -258,13 +280,22 @@ def _add_changes(app: Any, browser: Browser) -> None:
 
     async def lines(request: Request) -> list[str]:
         try:
-            return (await request.body()).decode("utf-8").split("\n")
+            return (await request.body()).decode("utf-8-sig").split("\n")
         except UnicodeDecodeError:
             raise InputError("expected notes as lines of JSON in UTF-8, got other bytes") from None
 
     @app.post("/f/{j}")
     def change(j: int, request: Request, fields: dict[str, str] = Depends(form)) -> Any:  # noqa: B008 (how FastAPI is told)
         browser.require(j)
+        try:
+            keep(j, fields)
+            lists = browser.notes.lists()
+        except InputError as error:  # what was typed stays in the form
+            return HTMLResponse(screens.unsaved(j, f"/f/{j}?{request.query_params}", fields, str(error)), status_of(error))
+        kept = [(name, value) for name, value in request.query_params.multi_items() if name != "list" or value in lists]
+        return RedirectResponse(f"/f/{j}" + (f"?{urlencode(kept)}" if kept else ""), 303)  # a list goes with its last member
+
+    def keep(j: int, fields: dict[str, str]) -> None:
         if "label" in fields or "note" in fields or "starred" in fields:
             starred = {"1": True, "0": False}.get(fields.get("starred", ""))
             browser.notes.set(j, label=fields.get("label"), note=fields.get("note"), starred=starred)
@@ -274,8 +305,6 @@ def _add_changes(app: Any, browser: Browser) -> None:
             browser.notes.add_to_list(fields["list"], j)
         if not {"label", "note", "starred", "remove", "list"} & set(fields):
             raise InputError("expected a label, a note, a star or a list, got none of them")
-        kept = [(name, value) for name, value in request.query_params.multi_items() if name != "list" or value in browser.notes.lists()]
-        return RedirectResponse(f"/f/{j}" + (f"?{urlencode(kept)}" if kept else ""), 303)  # a list goes with its last member
 
     @app.post("/lists")
     def remove(fields: dict[str, str] = Depends(form)) -> Any:  # noqa: B008
@@ -285,86 +314,6 @@ def _add_changes(app: Any, browser: Browser) -> None:
     @app.post("/notes/import")
     def take_over(entries: list[str] = Depends(lines)) -> Any:  # noqa: B008
         return {"entries": browser.notes.import_jsonl(entries)}
-
-
-def _add_api(app: Any, browser: Browser) -> None:
-    from fastapi import Depends, Request
-    from fastapi.responses import JSONResponse, StreamingResponse
-
-    from sae.features.neuronpedia import feature_json, source_of
-
-    index = browser.index
-
-    @app.get("/api/feature/{model:path}/{source}/{j}")
-    def feature(model: str, source: str, j: int) -> Any:
-        known = source_of(index)
-        if (model, source) != known:
-            raise NotThere(f"expected /api/feature/{known[0]}/{known[1]}/{j}, the model and source of this index, got {model}/{source}")
-        browser.require(j)
-        return JSONResponse(feature_json(index, j, browser.explanations.get(j, ())))
-
-    @app.get("/api/features")
-    def features(request: Request) -> Any:
-        query, page = Query.read(request.query_params), max(1, whole("page", request.query_params.get("page") or "1"))
-        chosen = browser.tables.features(query)
-        shown = chosen[(page - 1) * PAGE : page * PAGE].tolist()
-        return JSONResponse({"total": len(chosen), "page": page, "features": [screens.summary(browser, j) for j in shown]})
-
-    @app.get("/api/prompt")
-    def prompt(request: Request) -> Any:
-        params = dict(request.query_params)
-        n = min(1000, max(1, whole("n", params.get("n") or "10")))
-        reading = browser.read(params, n)
-        if reading is None:
-            raise InputError("expected a text to read, got none")
-        firings = [[firing._asdict() | {"percentile": _plain(firing.percentile)} for firing in found] for found in reading.firings]
-        return JSONResponse(reading._asdict() | {"firings": firings})
-
-    async def body(request: Request) -> dict[str, Any]:
-        try:
-            value = json.loads(await request.body())
-        except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict):
-            raise InputError("expected an object of JSON, got something else")
-        return value
-
-    @app.post("/api/steer")
-    def steer(value: dict[str, Any] = Depends(body)) -> Any:  # noqa: B008
-        if browser.steering is None:
-            raise InputError("expected a model to steer, but the server was started without one")
-        prompt, features = str(value.get("prompt", "")), value.get("features")
-        if not prompt.isascii() and prompt != prompt.encode("utf-8", "replace").decode():
-            raise InputError("expected a prompt of whole characters, got half of a surrogate pair")
-        if len(prompt) > LONGEST_PROMPT or not isinstance(features, dict) or len(features) > MOST_STEERED:
-            raise InputError(
-                f"expected a prompt of at most {LONGEST_PROMPT:,} characters and features as an object of at most {MOST_STEERED} "
-                'pairs such as {"123": 1.5}'
-            )
-        pairs = [(whole("feature", j), finite("strength", str(strength))) for j, strength in features.items()]
-        for j, _ in pairs:
-            browser.require(j)
-        if browser.model_lock.locked():
-            raise Busy(BUSY)
-        pieces = browser.steering(prompt, pairs, sampling(value))
-        return StreamingResponse(_events(browser, pieces), media_type="text/event-stream", headers={"cache-control": "no-store"})
-
-
-async def _events(browser: Browser, pieces: Iterator[dict[str, Any]]) -> AsyncIterator[str]:
-    """Pieces as server-sent events; the model is let go of at the end, also when the reader has gone."""
-    from starlette.concurrency import run_in_threadpool
-
-    if not browser.model_lock.acquire(blocking=False):
-        yield f"data: {json.dumps({'error': BUSY})}\n\n"
-        return
-    try:
-        while (piece := await run_in_threadpool(next, pieces, None)) is not None:
-            yield f"data: {json.dumps(piece)}\n\n"
-        yield 'data: {"done": true}\n\n'
-    except (InputError, RuntimeError) as error:  # of the model's arithmetic; the text so far stays
-        yield f"data: {json.dumps({'error': str(error)})}\n\n"
-    finally:
-        browser.model_lock.release()
 
 
 def sampling(params: Any) -> Sampling:
@@ -391,8 +340,3 @@ def whole(name: str, text: str) -> int:
     if digits(text.strip().removeprefix("-")) is None:
         raise InputError(f"expected a whole number as {name}, got {text[:40]!r}")
     return int(text)
-
-
-def _plain(value: float) -> float | None:
-    """A number that JSON can hold."""
-    return value if np.isfinite(value) else None

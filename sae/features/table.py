@@ -172,8 +172,10 @@ class Tables:
     def _found(self, query: Query) -> tuple[np.ndarray, np.ndarray]:
         """The features that a word finds in the index, best first, and every feature's score."""
         key = query.q, query.how
+        if (known := self._searches.get(key)) is not None:
+            return known
         with self._searching:
-            if (known := self._searches.get(key)) is not None:
+            if (known := self._searches.get(key)) is not None:  # found while this one waited
                 return known
             if query.how == "fires":
                 found = [(hit.feature, hit.score) for hit in self.index.search(query.q, self.index.d_sae)]

@@ -13,6 +13,7 @@ class Site(NamedTuple):
     index: Any
     notes: Any
     lm: Any = None
+    dictionary: Any = None
     steering: Any = None
 
 

@@ -76,7 +76,7 @@ def demo(tmp_path_factory) -> Iterator[Site]:
     notes = Notes.open(None, index)
     steering = make_steering(lm, dictionary, index)
     with served(create_app(index, notes, model=lm, dictionary=dictionary, steering=steering)) as url:
-        yield Site(url, index, notes, lm, steering)
+        yield Site(url, index, notes, lm, dictionary, steering)
     notes.close()
 
 

@@ -1,10 +1,12 @@
 """The exported folder in a real browser, from file://: nothing is fetched, everything works."""
 
 import re
+from urllib.parse import urlencode
 
 from browser_world import FEATURE, HOSTILE
 
 from sae.features.explain import read_explanations
+from sae.features.notes import Note
 from sae.features.static import export_static
 
 
@@ -41,3 +43,13 @@ def test_markup_in_the_corpus_stays_text_in_the_export(hostile, tab, tmp_path):
     assert tab.locator("h1 .label").inner_text() == HOSTILE
     assert tab.locator("img").count() == 0
     assert "owned" not in tab.title() + title
+
+
+def test_spellings_of_a_word_find_each_other_in_the_export(demo, tab, tmp_path):
+    notes = {70: Note("we don’t know"), 71: Note("caf\u00e9"), 72: Note("Cafe\u0301 again"), 73: Note("I DON'T")}
+    path = export_static(demo.index, tmp_path / "export", range(60, 80), notes=notes, processes=1)
+    for query, expected in (("don't", [70, 73]), ("don’t", [70, 73]), ("caf\u00e9", [71, 72]), ("cafe\u0301", [71, 72])):
+        tab.goto(f"{path.as_uri()}#/?{urlencode({'q': query, 'sort': 'feature'})}")
+        tab.get_by_text("Features", exact=True).first.wait_for()
+        tab.wait_for_function(f"document.querySelectorAll('tbody tr').length === {len(expected)}")
+        assert [int(text) for text in tab.locator("tbody tr td:first-child").all_inner_texts()] == expected

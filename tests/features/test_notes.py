@@ -302,6 +302,7 @@ def test_a_damaged_file_is_refused_at_the_start_and_left_as_it_is(world, notes, 
     "statement",
     [
         "DROP TABLE lists; CREATE TABLE lists(title TEXT)",
+        "DROP TABLE lists; DROP TABLE words; DROP TABLE notes; CREATE TABLE bookmarks(title TEXT)",
         "DROP TABLE notes; CREATE TABLE notes(dictionary TEXT, feature TEXT, label TEXT, note TEXT, starred INTEGER, changed TEXT)",
         "ALTER TABLE notes ADD COLUMN colour TEXT",
         "UPDATE notes SET label = x'ff00' WHERE feature = 3",

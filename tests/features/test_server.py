@@ -154,7 +154,14 @@ def test_notes_leave_and_come_back_as_lines_of_json(site):
         assert refused.json()["error"].startswith("expected notes")
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:8765", "127.0.0.1.evil.example", "", "127.0.0.1@evil.example", "[::1]x"])
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("evil.example", "evil.example:8765", "127.0.0.1.evil.example", "", "127.0.0.1@evil.example", "[::1]x", "localhost.", "127.1"),
+        *("127.0.0.1/evil.example", "localhost:8765/x", "me@127.0.0.1", "me:word@localhost:8765", "127.0.0.1?x", "127.0.0.1#x"),
+        *("127.0.0.1:", "127.0.0.1:0", "127.0.0.1:65536", "127.0.0.1:99999", "127.0.0.1:8765x", "127.0.0.1:-1", "localhost:8765:80"),
+    ],
+)
 def test_a_foreign_host_is_refused(site, host):
     reply = site[0].get("/", headers={"host": host})
     assert reply.status_code == 403
@@ -173,15 +180,55 @@ def test_a_change_from_elsewhere_is_refused(site, path, origin):
     assert client.get(path).status_code in (200, 404, 405)
 
 
-def test_other_pages_may_link_here_but_not_load_from_here(site):
-    client, _, _ = site
-    assert client.get("/", headers={"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}).status_code == 200
-    for mode in ("no-cors", "cors"):
-        assert client.get("/prompt?text=x", headers={"sec-fetch-site": "cross-site", "sec-fetch-mode": mode}).status_code == 403
-    headers = client.get("/nothing").headers
-    assert headers["cross-origin-resource-policy"] == "same-origin"
-    assert headers["x-content-type-options"] == "nosniff"
-    assert "frame-ancestors 'none'" in headers["content-security-policy"]
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"site": "none", "mode": "navigate", "dest": "document"}, 200),  # typed, or a bookmark
+        ({"site": "same-origin", "mode": "cors", "dest": "empty"}, 200),
+        ({"site": "cross-site", "mode": "navigate", "dest": "document"}, 200),  # a link
+        ({"site": "same-site", "mode": "navigate", "dest": "document"}, 200),  # a link on another port of this machine
+        *(
+            ({"site": site, "mode": "navigate", "dest": dest}, 403)
+            for site in ("cross-site", "same-site")
+            for dest in ("iframe", "frame", "fencedframe", "object", "embed", "empty", "")
+        ),
+        ({"site": "cross-site", "mode": "navigate"}, 403),
+        ({"site": "cross-site", "mode": "no-cors", "dest": "image"}, 403),
+        ({"site": "cross-site", "mode": "no-cors", "dest": "document"}, 403),
+        ({"site": "same-site", "mode": "cors", "dest": "empty"}, 403),
+        ({"site": "cross-site", "mode": "websocket", "dest": "empty"}, 403),
+        ({"site": "cross-site", "mode": "navigate", "dest": "document", "purpose": "prefetch"}, 403),
+        ({"site": "unheard-of", "mode": "cors", "dest": "empty"}, 403),
+    ],
+)
+def test_other_pages_may_link_here_but_not_load_from_here(site, headers, status):
+    sent = {("sec-purpose" if name == "purpose" else f"sec-fetch-{name}"): value for name, value in headers.items()}
+    reply = site[0].get("/prompt?text=x", headers=sent)
+    assert reply.status_code == status
+    if status == 403:
+        assert "may link to this server, but not load from it" in reply.json()["error"]
+    assert reply.headers["cross-origin-resource-policy"] == "same-origin"
+    assert reply.headers["x-content-type-options"] == "nosniff"
+    assert reply.headers["x-frame-options"] == "DENY"
+    assert "frame-ancestors 'none'" in reply.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize("origin", ["null", "http://evil.example", "http://127.0.0.1:9999", ""])
+def test_a_read_that_names_another_origin_is_refused(site, origin):
+    assert site[0].get("/notes.jsonl", headers={"origin": origin}).status_code == 403
+    assert site[0].get("/notes.jsonl", headers=OWN).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["origin", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest"])
+def test_of_two_headers_none_is_trusted(site, name):
+    client, notes, _ = site
+    mine = {"origin": HOST, "sec-fetch-site": "same-origin", "sec-fetch-mode": "cors", "sec-fetch-dest": "empty"}
+    for values in ((mine[name], "http://evil.example"), ("cross-site", mine[name]), (mine[name], mine[name])):
+        headers = [*((other, value) for other, value in mine.items() if other != name), *((name, value) for value in values)]
+        reply = client.post("/f/6", data={"label": "theirs"}, headers=headers)
+        assert reply.status_code == 400
+        assert f"expected one header {name}, got 2" in reply.json()["error"]
+    assert notes.all() == {}
 
 
 @pytest.mark.parametrize(
@@ -318,37 +365,6 @@ def test_steered_text_is_streamed_to_its_end(site):
     }  # the model is free again
 
 
-def test_one_text_at_a_time_and_the_other_is_told(site):
-    client, _, gate = site
-    gate.clear()
-    replies = []
-    first = threading.Thread(
-        target=lambda: replies.append(client.post("/api/steer", json={"prompt": "I", "features": {}}, headers=OWN)), daemon=True
-    )
-    first.start()
-    for _ in range(200):  # until the first one holds the model
-        second = client.post("/api/steer", json={"prompt": "I", "features": {"40": 1}}, headers=OWN)
-        assert second.status_code == 404
-        second = None
-        if first.is_alive():
-            second = busy(client)
-        if second is not None:
-            break
-    assert second is not None
-    assert second.status_code == 409
-    assert "the model is at work" in second.json()["error"]
-    gate.set()
-    first.join(20)
-    assert events(replies[0])[-1] == {"done": True}
-
-
-def busy(client):
-    """The answer to another text while the first one waits; None if it was not there yet."""
-    threading.Event().wait(0.05)
-    reply = client.post("/api/steer", json={"prompt": "other", "features": {"3": 1}}, headers=OWN)
-    return reply if reply.status_code == 409 else None
-
-
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -367,6 +383,56 @@ def test_a_text_that_cannot_be_steered_is_refused(site, body, message):
     reply = site[0].post("/api/steer", content=body, headers=OWN)
     assert reply.status_code == 400
     assert message in reply.json()["error"]
+
+
+def test_a_change_that_fails_keeps_what_was_typed(site, monkeypatch):
+    client, notes, _ = site
+    typed = {"label": 'mine "<b>', "note": "two\nlines </textarea>", "list": "good ones", "starred": "1"}
+    notes._connection.execute("PRAGMA max_page_count = 1")  # as a full disk answers
+    reply = client.post("/f/6?sort=mean&at=3", data=typed | {"note": "x" * 10_000 + typed["note"][-20:]}, headers=OWN)
+    assert reply.status_code == 400  # too long
+    assert "x" * 10_000 in reply.text
+    reply = client.post("/f/6?sort=mean&at=3", data=typed | {"note": "x" * 9_000 + typed["note"]}, headers=OWN)
+    assert (reply.status_code, "the disk is full" in reply.text) == (503, True)
+    assert notes.all() == {}
+    tags = Reader(reply.text).tags
+    assert ("form", {"method": "post", "action": "/f/6?sort=mean&at=3", "class": "editor", "data-begun": None}) in tags
+    values = {attrs.get("name"): attrs.get("value") for tag, attrs in tags if tag == "input"}
+    assert (values["label"], values["list"], values["starred"]) == (typed["label"], "good ones", "1")
+    assert "two\nlines &lt;/textarea&gt;</textarea>" in reply.text
+
+
+def test_every_page_says_it_when_the_notes_fail(site, monkeypatch):
+    """Another program holds the file, and then damages it."""
+    import sqlite3
+
+    client, notes, _ = site
+    notes.set(6, label="kept")
+    notes._connection.execute("PRAGMA busy_timeout = 20")
+    other = sqlite3.connect(notes.path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    pages = ["/", "/f/4", "/random", "/lists", "/notes.jsonl", "/api/features", "/?q=the", "/?q=the&how=fires", "/?starred=1"]
+    for path in pages:
+        reply = client.get(path)
+        assert (reply.status_code, "another program or a long change holds them" in reply.text) == (503, True), path
+    for path, data in (("/f/4", {"label": "mine"}), ("/lists", {"remove": "x"})):
+        reply = client.post(path, data=data, headers=OWN)
+        assert (reply.status_code, "another program or a long change holds them" in reply.text) == (503, True)
+    assert client.post("/notes/import", content=b"", headers=OWN).status_code == 503
+    other.execute("ROLLBACK")
+    other.close()
+    assert client.get("/f/6").status_code == 200
+    with open(notes.path, "r+b") as file:  # all but the first page, so that the file still opens
+        file.seek(4096)
+        file.write(b"\xff" * (notes.path.stat().st_size - 4096))
+    notes._connection.execute("PRAGMA shrink_memory")
+    damaged = [client.get(path) for path in pages if path != "/random"]  # which may go by a list that is remembered
+    assert {reply.status_code for reply in damaged} == {503}
+    assert all("the file is damaged" in reply.text for reply in damaged)
+    before = notes.path.read_bytes()
+    reply = client.post("/f/4", data={"label": "typed by hand"}, headers=OWN)
+    assert (reply.status_code, "typed by hand" in reply.text) == (503, True)
+    assert notes.path.read_bytes() == before
 
 
 def test_without_a_model_the_rest_works(world, tmp_path):

@@ -41,7 +41,7 @@ one("#import")?.addEventListener("change", async event => {
 });
 
 // A label or note that was begun is not left without a word.
-let begun = false;
+let begun = Boolean(one(".editor[data-begun]"));
 one(".editor")?.addEventListener("input", () => { begun = true; });
 one(".editor")?.addEventListener("submit", () => { begun = false; });
 addEventListener("beforeunload", event => { if (begun) event.preventDefault(); });
@@ -91,16 +91,22 @@ function steering(form) {
       side.querySelector(".written").classList.remove("refusal");
     }
     one(".both").classList.remove("stale");
-    say(data.getAll("feature").length ? "" : "No feature is added, so both texts are the same.");
+    const hint = data.getAll("feature").length ? "" : "No feature is added, so both texts are the same.";
+    say(hint);
     running(true);
     stopper = new AbortController();
+    const waiting = setTimeout(() => say("Waiting: the model is at work on another text."), 1000);
     try {
       const reply = await fetch("/api/steer", {method: "POST", body: JSON.stringify(wanted), signal: stopper.signal});
+      clearTimeout(waiting);
+      say(hint);
       if (reply.ok) await read(reply.body.pipeThrough(new TextDecoderStream()).getReader());
       else say((await reply.json()).error);
     } catch (error) {
       if (error.name !== "AbortError") say("The server does not answer; see its terminal.");
+      else say(hint);
     } finally {
+      clearTimeout(waiting);
       running(false);
     }
   }
