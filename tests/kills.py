@@ -1,12 +1,15 @@
-"""Work in a child process that is killed with SIGKILL at one of its changes to files."""
+"""Work in a child process that is killed with SIGKILL at one of its changes to files, or whose files may not grow."""
 
 import os
+import resource
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from sae.errors import InputError
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree")
 
@@ -54,6 +57,22 @@ def _in_child(work: Callable[[], Any], fatal: int, within: Path) -> tuple[bool, 
     if not os.WIFSIGNALED(status) and status:
         raise AssertionError("the work failed before it was killed")
     return os.WIFSIGNALED(status), int(done or 0)
+
+
+def limited(work: Callable[[], Any], limit: int) -> int:
+    """The exit code in a child whose files may not grow beyond so many bytes: 2 when that was said, 0 when it did not matter."""
+    if (child := os.fork()) == 0:
+        code = 1
+        try:
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (those of the tests are files too)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            work()
+            code = 0
+        except InputError as error:
+            code = 2 if "ulimit -f" in str(error) else 1
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:

@@ -4,7 +4,7 @@ import random
 import shutil
 
 import pytest
-from kills import changes, contents, killed
+from kills import changes, contents, killed, limited
 
 from sae.activations.export import ExportConfig as CacheExportConfig
 from sae.activations.export import export_cache
@@ -58,12 +58,16 @@ def commands(world, tmp):
 NAMES = (*(f"export {form}" for form in FORMATS), "explain", "list", "index", "export of a cache", "import", "evaluation", "merge")
 
 
-def check(world, tmp, name, moments_of):
-    """Onto nothing, and onto what an earlier run left."""
-    work = commands(world, tmp)[name]
+def prepared(world, tmp, name):
     if name == "merge":
         for part, folder in (("1/2", "one"), ("2/2", "two")):
             build_index(IndexConfig(cache=world.cache, dictionary=world.dictionary_folder, out=tmp / folder, device="cpu", part=part))
+    return commands(world, tmp)[name]
+
+
+def check(world, tmp, name, moments_of):
+    """Onto nothing, and onto what an earlier run left."""
+    work = prepared(world, tmp, name)
     before = set(tmp.iterdir())
     first = changes(work, tmp)
     whole = contents(tmp)
@@ -90,3 +94,20 @@ def test_a_kill_now_and_then(world, tmp_path, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_kill_at_every_change(world, tmp_path, name):
     check(world, tmp_path, name, lambda last: range(1, last + 1))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_limit_of_the_files_size_is_a_sentence_and_costs_nothing(world, tmp_path, name):
+    """In the middle of the work, at several sizes; then the same command without the limit."""
+    work = prepared(world, tmp_path, name)
+    before, refused = contents(tmp_path), 0
+    for limit in (0, 500, 5000, 50_000):
+        code = limited(work, limit)
+        assert code in (0, 2), (name, limit)
+        refused += code == 2
+        if code == 2:
+            left = contents(tmp_path)
+            assert {path: left[path] for path in before} == before
+            assert not [path for path in left if path.endswith((".tmp", ".box"))]
+    assert refused
+    work()

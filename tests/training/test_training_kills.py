@@ -1,16 +1,25 @@
 """Killed at any change to a file, a training run ends as one that was left alone: the same files, the same weights, the same log."""
 
 import json
+import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
-from kills import changes, killed
+from kills import changes, killed, limited
 from kills import contents as every_file
 from test_training import cache, config_for  # noqa: F401 (a fixture)
 
 from sae.training import train
 from sae.training.metrics import keep_until
+from sae.training.sweep import Sweep
+
+ROOT = Path(__file__).parents[2]
 
 
 def without_clock(folder):
@@ -77,3 +86,47 @@ def test_a_log_is_never_rewritten_in_place(tmp_path):
     keep_until(path, 30)
     assert path.read_text() == kept
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_limit_of_the_files_size_costs_no_more_than_the_steps_since_the_checkpoint(runs, tmp_path):
+    """At the log, at the checkpoint, at the weights; never at all."""
+    run, whole, _ = runs
+    codes = []
+    for limit in (0, 300, 2000, 5000, 1 << 20):
+        codes.append(limited(run, limit))
+        assert not [path for path in every_file(tmp_path) if path.endswith((".tmp", ".box"))]
+        run()
+        assert without_clock(tmp_path / "d") == whole
+        shutil.rmtree(tmp_path / "d")
+    assert codes == [2, 2, 2, 2, 0]
+
+
+def test_a_run_whose_output_is_closed_is_the_same_run(cache, tmp_path):  # noqa: F811
+    train(config_for(cache, tmp_path / "whole"))
+    flags = "--d-sae 40 --l1 1 --steps 60 --batch-size 128 --lr 3e-3 --log-every 10 --resample-every 15 --dead-steps 5 --device cpu"
+    command = f"'{sys.executable}' scripts/train_sae.py --cache '{cache}' --out '{tmp_path}/d' {flags} >&-"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True)
+    assert done.returncode == 0
+    assert b"Traceback" not in done.stderr
+    assert without_clock(tmp_path / "d") == without_clock(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_closed_terminal_leaves_a_checkpoint_unless_nohup_ignores_it(cache, tmp_path, monkeypatch, ignored):  # noqa: F811
+    step, steps = Sweep.step, []
+
+    def hung_up(self, *args):
+        steps.append(1)
+        if len(steps) == 33:
+            os.kill(os.getpid(), signal.SIGHUP)
+        return step(self, *args)
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with monkeypatch.context() as patch, nullcontext() if ignored else pytest.raises(KeyboardInterrupt):
+            patch.setattr(Sweep, "step", hung_up)
+            train(config_for(cache, tmp_path / "d"))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert len(steps) == (60 if ignored else 33)
+    assert (tmp_path / "d" / "checkpoint.safetensors").exists() != ignored
