@@ -59,7 +59,7 @@ class TrainingConfig:
     log_every: int = 50
     """steps between lines of metrics.jsonl"""
     checkpoint_every: int = 1000
-    """steps between resumable checkpoints (one is also written on SIGTERM and Ctrl-C)"""
+    """steps between resumable checkpoints (one is also written on SIGTERM, Ctrl-C and a closed terminal)"""
     wandb: Literal["off", "offline", "online"] = "off"
     """also log to Weights & Biases, histograms of density included"""
     wandb_project: str = "sae"
