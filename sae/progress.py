@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class Progress:
@@ -23,7 +23,9 @@ class Progress:
                 columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TextColumn("{task.fields[text]}"))
                 from rich.console import Console
 
-                self._bar = bars.Progress(*columns, bars.TimeRemainingColumn(), console=Console(stderr=True))
+                above = sys.stdout is not None and sys.stdout.isatty()  # lines go above the bar, but those for a file into it
+                console = Console(stderr=True)
+                self._bar = bars.Progress(*columns, bars.TimeRemainingColumn(), console=console, redirect_stdout=above)
                 self._task = self._bar.add_task(what, total=total, completed=done, text="")
                 self._bar.start()
 
@@ -35,7 +37,11 @@ class Progress:
             self._bar.update(self._task, completed=self.done, text=self.line())
         elif time.monotonic() - self._printed > 10:
             self._printed = time.monotonic()
-            print(f"{self.what}: {self.line()}{self._left()}", file=sys.stderr, flush=True)
+            self._print(self._left())
+
+    def _print(self, end: str = "") -> None:
+        with suppress(OSError):  # the work goes on when nobody can read of it any more
+            print(f"{self.what}: {self.line()}{end}", file=sys.stderr, flush=True)
 
     def line(self) -> str:
         """What is done, the mean rate since the start (nothing before the first unit), and the latest fields."""
@@ -54,7 +60,7 @@ class Progress:
         if self._bar:
             self._bar.stop()
         else:
-            print(f"{self.what}: {self.line()}", file=sys.stderr, flush=True)
+            self._print()
 
 
 def _short(number: float) -> str:

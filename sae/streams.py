@@ -10,15 +10,19 @@ from typing import TextIO
 
 
 class _Outlet(io.FileIO):
-    """Drops what cannot be written, and remembers why."""
+    """Drops what cannot be written, and remembers why, unless the reader has left: `head`, or a terminal that was closed."""
 
-    lost: OSError | None = None
+    def __init__(self, number: int):
+        super().__init__(number, "w", closefd=False)
+        self.lost: OSError | None = None
+        self._terminal = self.isatty()
 
     def write(self, data) -> int | None:  # type: ignore[override]
         try:
             return super().write(data)
         except OSError as error:
-            self.lost = self.lost or error
+            if error.errno != errno.EPIPE and not self._terminal:
+                self.lost = self.lost or error
             return memoryview(data).nbytes
 
 
@@ -26,8 +30,8 @@ class _Outlet(io.FileIO):
 def lasting_streams() -> Iterator[None]:
     """While it lasts, what cannot be printed is dropped and stops no work; streams that are closed from the start print nothing.
 
-    At the end, exits with code 2 and a sentence when standard output was not written whole. A pipe whose reader has left is no such
-    case: it has read what it wanted.
+    At the end, exits with code 2 and a sentence when standard output was not written whole. A reader that has left is no such case:
+    it has read what it wanted.
     """
     for number in range(3):  # a file that took a closed stream's number would be printed into
         try:
@@ -44,9 +48,9 @@ def lasting_streams() -> Iterator[None]:
             if end.code not in (None, 0):
                 raise
         sys.stdout.flush()
-        lost = outlet and outlet.lost
-        if lost and lost.errno != errno.EPIPE:
-            print(f"error: standard output could not be written ({lost.strerror}): what was printed is cut short", file=sys.stderr)
+        if outlet and outlet.lost:
+            why = outlet.lost.strerror
+            print(f"error: standard output could not be written ({why}), so what was printed is cut short", file=sys.stderr)
             sys.exit(2)
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -61,7 +65,7 @@ def _lasting(stream: TextIO | None, number: int) -> tuple[_Outlet | None, TextIO
         return None, stream  # not the system's own, as in a notebook or a test; or a window of Windows, which is no file
     with suppress(OSError):
         stream.flush()
-    outlet = _Outlet(number, "w", closefd=False)
+    outlet = _Outlet(number)
     return outlet, io.TextIOWrapper(
         io.BufferedWriter(outlet),
         encoding=stream.encoding,

@@ -1,8 +1,10 @@
 """Standard output that nobody takes stops no work: closed from the start, closed by its reader, or a full disk."""
 
 import os
+import select
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from sae.errors import InputError
 from sae.progress import progress
 
 ROOT = Path(__file__).parents[1]
-LINES = 3000  # more than a pipe holds
+LINES = 300
+FILL = "." * 300  # so that a pipe does not hold them all
 
 
 @dataclass
@@ -25,8 +28,8 @@ class Config:
 def work(config: Config) -> None:
     with progress("work", LINES, "steps") as bar:
         for step in range(LINES):
-            print("line", step, "." * 30)
-            print("note", step, "." * 30, file=sys.stderr)
+            print("line", step, FILL)
+            print("note", step, FILL, file=sys.stderr)
             bar.advance(1)
     if config.fail:
         raise InputError("expected more")
@@ -34,13 +37,15 @@ def work(config: Config) -> None:
 
 
 def child(streams: dict[int, str], arguments: list[str], folder: Path) -> tuple[int, dict[int, str]]:
-    """Runs the command in a child with each stream closed, full, without a reader, with one that leaves, or kept in a file."""
+    """Runs the command in a child with each stream closed, full, without a reader, with one (or a terminal) that leaves, or in a file."""
     readers, kept = {}, {}
     ends = {}
     for number, state in streams.items():
         kept[number] = folder / str(number)
         if state in ("left", "leaves"):
             readers[number], ends[number] = os.pipe()
+        elif state == "terminal":
+            readers[number], ends[number] = os.openpty()
         elif state != "closed":
             ends[number] = os.open("/dev/full" if state == "full" else kept[number], os.O_RDWR | os.O_CREAT)
     if (pid := os.fork()) == 0:
@@ -69,16 +74,21 @@ def child(streams: dict[int, str], arguments: list[str], folder: Path) -> tuple[
             os._exit(code)
     for end in ends.values():
         os.close(end)
-    for number, reader in readers.items():
-        if streams[number] == "leaves":
-            os.read(reader, 10)
+    waiting = [reader for number, reader in readers.items() if streams[number] != "left"]
+    for reader in set(readers.values()) - set(waiting):
         os.close(reader)
+    while waiting:
+        for reader in select.select(waiting, [], [])[0]:
+            with suppress(OSError):  # a terminal at its end
+                os.read(reader, 10)
+            os.close(reader)
+            waiting.remove(reader)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return code, {number: path.read_text() if path.exists() else "" for number, path in kept.items()}
 
 
-@pytest.mark.parametrize("out", ["kept", "closed", "left", "leaves", "full"])
-@pytest.mark.parametrize("err", ["kept", "closed", "left", "leaves", "full"])
+@pytest.mark.parametrize("out", ["kept", "closed", "left", "leaves", "full", "terminal"])
+@pytest.mark.parametrize("err", ["kept", "closed", "left", "leaves", "full", "terminal"])
 def test_the_work_is_done(out, err, tmp_path):
     code, text = child({1: out, 2: err}, ["--out", str(tmp_path / "result")], tmp_path)
     assert (tmp_path / "result").read_text() == "done"
