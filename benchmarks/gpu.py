@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
 from rounds import PEERS_PYTHON  # noqa: E402
 
 from sae.files import write_json  # noqa: E402
@@ -37,6 +38,7 @@ from sae.files import write_json  # noqa: E402
 REAL = {"sizes": [(768, 32_768), (2304, 65_536), (4096, 131_072)], "rows": 8192, "l0": 50.0, "cached_rows": 1 << 20, "tokens": 1 << 20}
 REAL["precisions"] = ["bfloat16", "tf32", "float32"]
 TINY = {"sizes": [(16, 16)], "precisions": ["bfloat16"], "rows": 4, "l0": 1.5, "cached_rows": 512, "tokens": 600}
+FILES = ("table.md", "results.json", "logs.txt", "profile.txt", "trace.json.gz")
 KEPT = 300_000
 """characters of a part's log that are kept"""
 
@@ -137,7 +139,7 @@ def run_part(part: Part, results: Results, work: Path, deadline: float) -> None:
     seconds = round(time.monotonic() - began, 1)
     said = work / f"{part.name}.log"
     text = said.read_text(errors="replace")[-KEPT:] if said.exists() else ""
-    results.change(part.name, state=state, seconds=seconds, **({} if state == "ok" else {"last_lines": text.splitlines()[-25:]}))
+    results.change(part.name, state=state, seconds=seconds, last_lines=text.splitlines()[-1 if state == "ok" else -25 :])
     with open(results.log, "a") as file:
         file.write(f"\n===== {part.name}: {state}, {seconds} s\n{text}\n")
     print(f"{part.name:20} {seconds:6.1f} s  {len(results.record['parts'][part.name]['answers']):3} results  {state}", flush=True)
@@ -180,18 +182,25 @@ def follow(part: Part, results: Results, work: Path, limit: float) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # tyro may not be there
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results, emptied first (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results (default: %(default)s)")
     parser.add_argument("--wheels", type=Path, help="what `make gpu-wheels` made (default: .gpu-wheels, in a dry run none)")
     parser.add_argument("--minutes", type=float, default=6.0, help="for everything (default: %(default)s; a dry run has no limit)")
     parser.add_argument("--parts", nargs="+", help="only these; by default all")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, at tiny sizes")
     options = parser.parse_args(arguments)
+    if not options.dry_run and not torch.cuda.is_available():
+        parser.error(f"expected a CUDA GPU, but torch {torch.__version__} finds none; --dry-run goes through everything on a CPU")
+    if not options.minutes > 0:
+        parser.error(f"expected --minutes above 0, got {options.minutes:g}; give more")
     options.wheels = options.wheels or Path("/nowhere" if options.dry_run else ".gpu-wheels")
     deadline = float("inf") if options.dry_run else time.monotonic() + 60 * options.minutes
-    shutil.rmtree(options.out, ignore_errors=True)
-    options.out.mkdir(parents=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        (options.out / name).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         parts = plan(options, Path(folder))
+        if unknown := set(options.parts or ()) - {part.name for part in parts}:
+            parser.error(f"expected names of parts, got {', '.join(sorted(unknown))}; leave --parts out to see them all")
         results = Results(options.out, {"date": date.today().isoformat(), "dry_run": options.dry_run})
         print("seconds at most: " + ", ".join(f"{part.name} {part.limit:.0f}" for part in parts), flush=True)
         run_plan(parts, results, Path(folder), deadline)

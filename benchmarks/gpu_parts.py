@@ -63,8 +63,9 @@ def machine(s: Settings, answer: Answer) -> None:
         sizes = {"memory_gib": about.total_memory / 2**30, "l2_mib": about.L2_cache_size / 2**20}
         answer(gpu=about.name, multiprocessors=about.multi_processor_count, **sizes)
         query = "--query-gpu=driver_version,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu"
-        said = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True)
-        answer(nvidia_smi=said.stdout.strip() or said.stderr.strip())
+        if shutil.which("nvidia-smi"):
+            said = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True)
+            answer(nvidia_smi=said.stdout.strip() or said.stderr.strip())
     bytes_n = torch.empty(1 << (33 if s.device == "cuda" else 22), dtype=torch.uint8, device=s.device).random_()
     source, target = bytes_n.chunk(2)
     copied = timed(partial(target.copy_, source), s)
@@ -84,8 +85,8 @@ def exact(s: Settings, answer: Answer) -> None:
     for number, (d, f) in enumerate(s.sizes):
         x_bd, weights = separated(s, d, f)
         truth = objective(x_bd, weights, 1.0, "reference")
-        cases = [(block, True, 256) for block in cuda.BLOCKS] + [(cuda.BLOCKS[2], False, 256), (cuda.BLOCKS[2], True, 1)]
-        for (block, deterministic, capacity), precision in product(cases if number == 0 else cases[2:3], s.precisions):
+        ways = [(block, True, 256) for block in cuda.BLOCKS] + [(cuda.BLOCKS[2], False, 256), (cuda.BLOCKS[2], True, 1)]
+        for (block, deterministic, capacity), precision in product(ways if number == 0 else ways[2:3], s.precisions):
             cuda.encode.configs = [block]
             shape = {**block.kwargs, "num_warps": block.num_warps, "num_stages": block.num_stages}
             what = {"d": d, "f": f, "precision": precision, "block": shape, "deterministic": deterministic, "capacity": capacity}

@@ -24,13 +24,18 @@ def markdown(record: dict[str, Any]) -> str:
         f"{facts.get('gpu', 'no GPU')}, torch {facts.get('torch')}, {record['date']}"
         + (f"; copy {facts['bandwidth_gb']:,.0f} GB/s" if "bandwidth_gb" in facts else "")
         + "".join(f", {precision} product {rate:,.1f} TFLOP/s" for precision, rate in rates.items()),
-        "\n".join(table(["part", "seconds", "state"], [[n, str(p.get("seconds")), p["state"]] for n, p in record["parts"].items()])),
+        "\n".join(table(["part", "seconds", "state", "its last line"], [ended(name, part) for name, part in record["parts"].items()])),
         exactness(answers.get("exact", [])),
         *("\n".join(table(columns, rows)) for columns, rows in tables if rows),
         *(training(a) for a in answers.get("train", [])),
         *(harvested(a) for a in answers.get("harvest", [])),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def ended(name: str, part: dict[str, Any]) -> list[str]:
+    last = (part.get("last_lines") or [""])[-1].replace("|", "/")
+    return [name, str(part.get("seconds")), part["state"], last[:100]]
 
 
 def merged(answers: list[dict[str, Any]]) -> dict[str, Any]:

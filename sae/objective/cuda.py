@@ -312,13 +312,13 @@ def encode_rows(batch: Batch) -> Lists:
     (b, f, d, capacity), k, deterministic = batch.sizes, batch.sweep, batch.workspace.deterministic
     active_kb = batch.take("active", k, b, dtype=torch.int32).zero_()
     lists = Lists(active_kb, batch.take("column", k, b, capacity, dtype=torch.int32), batch.take("value", k, b, capacity))
-    if deterministic:
-        lists.column_kbc.fill_(f)  # unused places sort behind the used ones
     precision = "tf32" if batch.workspace.precision == "tf32" else "ieee"
     encode[lambda meta: (triton.cdiv(b, meta["BLOCK_B"]) * triton.cdiv(f, meta["BLOCK_F"]), k)](
         batch.centred_kbd, batch.W_enc_kfd, batch.weights.b_enc_f, *lists, b, f, d, capacity, PRECISION=precision
     )
     if deterministic:
+        # unused places sort behind the used ones; marked only now, since where shapes were tried out some hold entries of another shape
+        lists.column_kbc.masked_fill_(torch.arange(capacity, device=active_kb.device) >= active_kb[..., None], f)
         sorted_kbc, order_kbc = lists.column_kbc.sort(dim=-1)
         lists.column_kbc.copy_(sorted_kbc)
         lists.value_kbc.copy_(lists.value_kbc.gather(-1, order_kbc))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -100,6 +101,22 @@ def test_the_floor_is_the_product_plus_the_bytes_of_weights_and_moments(script):
     product, moved = 2 * 8192 * 768 * (32_768 + 4 * 50) / 790e12, (2 * 3 * 2 * 4 * 32_768 * 768 + 4 * 8192 * 768) / 4300e9
     assert float(floor[4]) == pytest.approx(1000 * (product + moved), abs=1e-3) == pytest.approx(0.8, abs=0.03)
     assert encoder[6] == f"{1 / (1000 * (product + moved)):.2f}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--dry-run", "--parts", "stpes"], "expected names of parts, got stpes"),
+        (["--dry-run", "--minutes", "0"], "expected --minutes above 0, got 0"),
+        pytest.param([], "expected a CUDA GPU, but torch", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")),
+    ],
+)
+def test_flags_that_cannot_be_used_get_a_sentence_and_cost_no_file(script, tmp_path, capsys, flags, sentence):
+    (tmp_path / "mine.txt").write_text("kept")
+    with pytest.raises(SystemExit, match="2"):
+        script["main"]([*flags, "--out", str(tmp_path)])
+    assert sentence in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.soak

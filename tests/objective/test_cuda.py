@@ -163,6 +163,27 @@ def test_every_block_shape_is_right(block, monkeypatch):
     assert_equals_formula(triton_step(x_bd, weights, 3.0, capacity=16), x_bd, weights, 3.0)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_entries_left_by_another_block_shape_count_for_nothing(deterministic, monkeypatch):
+    """While shapes are tried out at the first step, rounding may give one of them an entry more than the one that is then taken."""
+    kernel = cuda.encode
+
+    class Tried:
+        def __getitem__(self, grid):
+            def launch(*args, **kwargs):
+                kernel[grid](*args, **kwargs)
+                active_kb, column_kbc, value_kbc = args[3:6]
+                at = active_kb.long().clamp(max=column_kbc.shape[-1] - 1)[..., None]
+                column_kbc.scatter_(-1, at, 2)
+                value_kbc.scatter_(-1, at, 5.0)
+
+            return launch
+
+    x_bd, weights = random_problem(40, 20, 60, 0.2, 9)
+    monkeypatch.setattr(cuda, "encode", Tried())
+    assert_equals_formula(triton_step(x_bd, weights, 3.0, capacity=64, deterministic=deterministic), x_bd, weights, 3.0)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("deterministic", [False, True])
