@@ -38,6 +38,8 @@ def _cause(error: BaseException) -> BaseException:
 def _reason(error: BaseException) -> str:
     if type(error).__name__ == "CastError":
         return f"its columns are not those of the other files, {error.details()}"  # type: ignore[attr-defined]
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"it needs the package {error.name}; install it"
     said = " ".join(str(error).split()) or type(error).__name__
     return said if len(said) <= LONGEST else said[: LONGEST - 1] + "…"
 

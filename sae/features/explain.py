@@ -32,6 +32,7 @@ from sae.features.storage import EXPLANATIONS
 from sae.files import atomic, only_writer
 from sae.places import require_file
 from sae.progress import progress
+from sae.text_input import replace_surrogates
 
 LOOKUPS: dict[str, Callable[[Corpus, Firing], Explained]] = {"token": token_lookup, "bigram": bigram_lookup, "pattern": pattern_lookup}
 DRAWS = 200
@@ -240,12 +241,14 @@ def read_explanations(index_folder: str | Path) -> dict[int, list[Explanation]]:
     path = Path(index_folder) / EXPLANATIONS
     found: dict[int, list[Explanation]] = defaultdict(list)
     if path.exists():
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 try:
                     explanation = Explanation(**json.loads(line))
                 except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
                     raise InputError(f"line {number} of {path} is no explanation ({error}); run explain_features.py again") from None
+                if replace_surrogates(f"{explanation.method} {explanation.text}")[1]:
+                    raise InputError(f"line {number} of {path} holds half of a surrogate pair, which is no character; repair or remove it")
                 found[explanation.feature].append(explanation)
     return dict(found)
 

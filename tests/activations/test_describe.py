@@ -9,7 +9,7 @@ from handmade_cache import SITE, write_cache
 from safetensors.torch import load_file, save_file
 
 from sae.activations.cache import ActivationCache
-from sae.activations.describe import DescribeConfig, describe_cache
+from sae.activations.describe import DescribeConfig, describe_cache, show_facts
 from sae.activations.imports import ImportConfig, import_activations
 from sae.errors import InputError
 
@@ -70,6 +70,16 @@ def test_the_tables_name_what_stands_out(tmp_path, capsys):
     for part in (SITE, "handmade", "200 train", "2 rows have a norm above 10 times the median"):
         assert part in said.out
     assert "without texts" in said.err  # the handmade cache names a model that is nowhere
+
+
+def test_of_very_many_labels_a_few_are_named(tmp_path, capsys):
+    fill(tmp_path, [120, 80])
+    facts = describe_cache(DescribeConfig(cache=tmp_path))
+    capsys.readouterr()
+    show_facts(facts | {"labels": [f"label{i}" for i in range(5000)]})
+    said = " ".join(capsys.readouterr().out.split())
+    assert "4,980 more" in said
+    assert len(said) < 3000
 
 
 def test_a_cache_without_text_or_rows_says_so(tmp_path, capsys):

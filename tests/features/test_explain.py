@@ -178,6 +178,17 @@ def test_file_is_whole_or_as_it_was(tmp_path):
     assert [e.text for e in read_explanations(tmp_path)[4]] == ["other", good.text]
 
 
+def test_half_a_character_is_refused_and_a_byte_order_mark_is_none(tmp_path):
+    good = Explanation(4, "token", "x", {}, {})._asdict()
+    path = tmp_path / "explanations.jsonl"
+    path.write_text(f"\ufeff{json.dumps(good)}\n")
+    assert read_explanations(tmp_path) == {4: [Explanation(**good)]}
+    for bad in (good | {"text": "half a \ud83d"}, good | {"method": "model:\udc00"}):
+        path.write_text(f"{json.dumps(good)}\n{json.dumps(bad)}\n")
+        with pytest.raises(InputError, match=r"line 2 .* half of a surrogate pair"):
+            read_explanations(tmp_path)
+
+
 @pytest.mark.parametrize("line", ["{", '{"feature": 1}', "[1, 2]", "7"])
 def test_damaged_file_is_told_with_its_line(tmp_path, line):
     write_explanations(tmp_path, [Explanation(4, "token", "x", {}, {})])
