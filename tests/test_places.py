@@ -251,3 +251,16 @@ def test_good_places_are_left_as_they_were(tmp_path):
     require_file(tmp_path / "link" / "f")
     assert listing(tmp_path) == {"real", "link"}
     assert not Path("relative").exists()
+
+
+def test_the_cache_of_the_datasets_library_is_named_when_it_cannot_be_written(tmp_path, monkeypatch):
+    import datasets
+
+    from sae.activations.datasets_errors import told_plainly
+
+    (tmp_path / "file").touch()
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    cache = tmp_path / "file" / "datasets"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    with pytest.raises(InputError, match=rf"way to {cache}, .*HF_HOME"), told_plainly("a dataset"):
+        datasets.load_dataset("json", data_files=str(tmp_path / "rows.jsonl"), cache_dir=str(cache))

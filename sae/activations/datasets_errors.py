@@ -4,8 +4,10 @@ import logging
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from sae.errors import InputError
+from sae.places import sentence
 
 LONGEST = 300
 """characters of the library's own words"""
@@ -23,9 +25,21 @@ def told_plainly(expected: str) -> Iterator[None]:
             raise
         except Exception as error:  # of pyarrow, pandas, fsspec, huggingface_hub ...: whatever reads the kind of file
             cause = _cause(error)
+            _refuse_cache(cause)
             file = _file_read(cause)
             where = f" of {file}" if file and file not in str(cause) else ""
             raise InputError(f"expected {expected}, but datasets says{where}: {_reason(cause)}") from None
+
+
+def _refuse_cache(cause: BaseException) -> None:
+    """Raises `InputError` when what failed is the folder in which the library keeps copies of what it reads."""
+    from datasets import config
+
+    cache = Path(config.HF_DATASETS_CACHE)
+    if isinstance(cause, OSError) and isinstance(cause.filename, str) and cause.errno:
+        refused = Path(cause.filename)
+        if refused in (cache, *cache.parents) or cache in refused.parents:
+            raise InputError(f"{sentence(cause, cache)}, with HF_HOME: datasets keeps its copies there") from None
 
 
 def _cause(error: BaseException) -> BaseException:
