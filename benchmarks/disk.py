@@ -100,6 +100,7 @@ def write_cache(
         dtype="float16",
         masks=masks,
         max_norm_ratio=None,
+        never_massive=None,
         batch_tokens=1,
         seed=seed,
     )
@@ -108,9 +109,8 @@ def write_cache(
         acts_nd = torch.empty(max(pool.rows for pool in pools), width, dtype=torch.float16).uniform_(-1, 1, generator=generator)
     shards = []
     for pool in pools:
-        recorded = Recorded(
-            pool, {SITE: {"activations": acts_nd[: pool.rows]}}, {SITE: torch.ones(pool.rows)}, rows_of(pool, tokens, masks), []
-        )
+        ones = {SITE: torch.ones(pool.rows)}
+        recorded = Recorded(pool, {SITE: {"activations": acts_nd[: pool.rows]}}, ones, ones, rows_of(pool, tokens, masks), [])
         start = time.monotonic()
         entry = recorder.write(recorded, lambda site, name: folder / site / f"{name}.safetensors")
         seconds = time.monotonic() - start

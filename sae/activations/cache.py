@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae.activations.ledger import FORMAT_VERSION, require_little_endian
 from sae.activations.mapped import Place, layout
+from sae.activations.massive import sampled, sentence
 from sae.activations.storage import FORMATS, decode, shard_layout
 from sae.activations.tokens import SPLITS, Tokens
 from sae.errors import InputError
@@ -109,6 +110,11 @@ class ActivationCache:
     def first_rows(self) -> Tensor:
         """[n, d_in], a fair sample of the training rows: the first shard's."""
         return self.read(self.shards("train")[0])[0]
+
+    def about_massive(self) -> str | None:
+        """What a person should know of the rows with massive norms: from the manifest, or from a sample where it says nothing of them."""
+        found = self.manifest.get("massive")
+        return sentence(found, self.site) if found else sampled(self.first_rows()[: 1 << 16])
 
     @cached_property
     def tokens(self) -> Tokens:

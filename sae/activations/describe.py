@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from sae.activations.cache import ActivationCache
+from sae.activations.massive import RATIO, is_massive
 from sae.activations.tokens import SPLITS
 from sae.errors import InputError
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 OUTLIER = 6
 """A dimension stands out when its mean or standard deviation is above so many times the median standard deviation."""
-MASSIVE = 10
-"""A row is massive when its norm is above so many times the median norm (Sun et al. 2024, Massive Activations, speak of 100 and more)."""
 TOP = 10
 SHOWN_LABELS = 20
 
@@ -112,7 +111,7 @@ def outlier_dimensions(x_nd: Tensor) -> list[dict[str, float]]:
 def massive_activations(cache: ActivationCache, norm_n: Tensor, positions_n: np.ndarray, pieces: list[bytes] | None) -> dict[str, Any]:
     """How many sampled rows are massive, at which tokens, and where in their sequences."""
     median = float(norm_n.median())
-    massive_n = (norm_n > MASSIVE * median).numpy()
+    massive_n = is_massive(norm_n).numpy()
     found: dict[str, Any] = {"rows": int(massive_n.sum()), "largest_over_median": float(norm_n.max()) / median if median else None}
     if not cache.manifest["tokens"]:
         return found | {"tokens": None, "positions": None}  # imported without its text
@@ -207,7 +206,7 @@ def show_sample(description: dict[str, Any]) -> None:
         dimensions if description["outlier_dimensions"] else f"no dimension's mean or std is above {OUTLIER} times the median std"
     )
     largest = "" if massive["largest_over_median"] is None else f"; the largest has {massive['largest_over_median']:.3g} times"
-    console.print(f"{massive['rows']:,} rows have a norm above {MASSIVE} times the median{largest}")
+    console.print(f"{massive['rows']:,} rows have a norm above {RATIO:g} times the median{largest}")
     if massive["rows"] and massive["tokens"] is not None:
         at = Table("token", "rows", "position in the sequence", "rows", title="where the largest norms are")
         tokens = [(str(t["id"]) if t["text"] is None else repr(t["text"]), str(t["rows"])) for t in massive["tokens"]]

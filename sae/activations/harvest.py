@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae.activations.ledger import FORMAT_VERSION, Ledger, claim, describe_file, has_size, require_same
+from sae.activations.massive import PoolRows, sentence, summary
 from sae.activations.plan import REASONS, Pool, count_reasons, count_rows, padding, plan_pools
 from sae.activations.record import Recorded, Recorder
 from sae.activations.recording import (
@@ -280,9 +281,10 @@ def _manifest(config: HarvestConfig, recorder: Recorder, pools: list[Pool], ledg
         site: {"d_in": d, "mean_squared_norm": math.fsum(shard["squared_norm"][site] for shard in train) / n_train}
         for site, d in recorder.widths.items()
     }
+    found = summary(config.max_norm_ratio, [PoolRows(**entries[pool.split, pool.number]["massive"]) for pool in pools])
     left_out = {
         **dict(zip(REASONS, count_reasons(tokens, recorder.masks).sum(0)[1:].tolist())),
-        "norm_outliers": sum(entry.get("norm_outliers", 0) for entry in entries.values()),
+        "norm_outliers": sum(found["rows"].values()) if found["left_out"] else 0,
         "padding": padding(pools, tokens, config.batch_tokens),
     }
     return {
@@ -292,6 +294,7 @@ def _manifest(config: HarvestConfig, recorder: Recorder, pools: list[Pool], ledg
         "seed": config.seed,
         "held_out": config.held_out,
         "sites": sites,
+        "massive": found,
         "counts": {
             **{name: counts[name] for name in ("documents", "empty_documents", "sequences", "tokens")},
             "rows": rows,
@@ -310,3 +313,5 @@ def _report(folder: Path) -> None:
     size = sum(file["bytes"] for shard in manifest["shards"] for file in shard["files"].values())
     norms = ", ".join(f"{site} {value['mean_squared_norm']:.4g}" for site, value in manifest["sites"].items())
     print(f"{folder}: {rows['train']:,} training and {rows['held_out']:,} held-out rows, {size / 1e6:,.1f} MB; mean squared norm {norms}")
+    if said := sentence(manifest["massive"]):
+        print(said)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae.activations.massive import PoolRows, sentence, summary
 from sae.activations.plan import Pool, plan_pools
 from sae.activations.record import Recorder, sum_of_squares
 from sae.activations.recording import (
@@ -31,23 +32,22 @@ from sae.progress import progress
 class LiveActivations:
     """What the trainer asks of an `ActivationCache`, for activations that are computed instead of read.
 
-    The rows are those that a harvest with the same settings stores for training, in its number format. Memory: the model, the tokens
-    (4 bytes each) and one pool of rows. Raises `InputError` for unusable options or text.
+    The rows are those that a harvest with the same settings stores for training, in its number format. In the place of a massive row,
+    which is found only when its pool is computed, stands another row of the pool, so that an epoch has as many rows as planned. Memory:
+    the model, the tokens (4 bytes each) and one pool of rows. Raises `InputError` for unusable options or text.
     """
 
     def __init__(self, config: RecordingConfig):
         check_recording(config)
         if len(config.sites) != 1:
             raise InputError(f"expected one site to train on, but {' '.join(config.sites)} came; give one, or make a cache of all of them")
-        if config.max_norm_ratio is not None:
-            raise InputError("--live.max-norm-ratio needs a cache, because rows are counted before they are computed; leave it out")
         self.config, self.site = config, config.sites[0]
         self.recorder, pools = _prepare(config)
         self.pools = [pool for pool in pools if pool.split == "train" and pool.rows]
         if not self.pools:
             raise InputError("expected text to train on, but every token of it is left out; give more text, or keep more")
         self.d_in = self.recorder.widths[self.site]
-        self._held: tuple[int, Tensor] | None = None
+        self._held: tuple[int, Tensor, PoolRows] | None = None
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
@@ -67,13 +67,22 @@ class LiveActivations:
         """[n, d_in], a fair sample of the training rows: the first pool's."""
         return self.pool_rows(0)
 
+    def about_massive(self) -> str | None:
+        """What a person should know of massive rows, from the first pool."""
+        return sentence(summary(self.config.max_norm_ratio, [self._pool(0)[1]]))
+
     def pool_rows(self, number: int) -> Tensor:
         """Activations [n, d_in] of a pool in visiting order; the last one asked for is kept."""
+        return self._pool(number)[0]
+
+    def _pool(self, number: int) -> tuple[Tensor, PoolRows]:
         if self._held is None or self._held[0] != number:
             self._held = None  # so that there are never two
-            acts, _ = self.recorder.record(self.pools[number], lambda _: None)
-            self._held = (number, acts[self.site])
-        return self._held[1]
+            acts, massive = self.recorder.record(self.pools[number], lambda _: None)
+            rows_nd = acts[self.site]
+            left_out = self.pools[number].rows - len(rows_nd)  # fewer than half, since the median is not above itself
+            self._held = (number, torch.cat([rows_nd, rows_nd[:left_out]]) if left_out else rows_nd, massive)
+        return self._held[1:]
 
     def batches(self, batch_size: int, *, seed: int, device: str | torch.device) -> "LiveBatches":
         return LiveBatches(self, batch_size, seed=seed, device=device)

@@ -3,6 +3,7 @@
 s sequences · p positions · d width of a site · n rows
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae.activations.massive import PoolRows, is_massive
 from sae.activations.plan import Masks, Pool, plan_batches
 from sae.activations.storage import FORMATS, decode, empty, encode, write_shard
 from sae.activations.tokens import Tokens
@@ -39,6 +41,8 @@ class Recorded(NamedTuple):
     """site -> what `encode` gives, in visiting order"""
     largest: dict[str, Tensor]
     """site -> max |x| of each row as the model gave it, float32 [n]: NaN or infinite where a number of the row is"""
+    norms: dict[str, Tensor]
+    """site -> ‖x‖ of each row as the model gave it, float32 [n]"""
     positions_n: Tensor
     """int64, global token positions"""
     ready: list[Any]
@@ -56,17 +60,19 @@ class Recorder(NamedTuple):
     """of FORMATS"""
     masks: Masks
     max_norm_ratio: float | None
+    never_massive: int | None
+    """id of a token whose rows are stored whatever their norm"""
     batch_tokens: int
     seed: int
 
     def begin(self, pool: Pool, advance: Callable[[int], None]) -> Recorded:
         """Runs the forward passes; the device is never waited for.
 
-        Memory: pool.rows activations per site in the format on disk, 4 bytes a row more, and the model's own.
+        Memory: pool.rows activations per site in the format on disk, 8 bytes a row more, and the model's own.
         """
         pinned = self.lm.device.type == "cuda"  # so that copies from the device do not wait for it
         acts = {site: empty(self.dtype, pool.rows, width, pinned=pinned) for site, width in self.widths.items()}
-        largest = {site: torch.empty(pool.rows, pin_memory=pinned) for site in self.widths}
+        largest, norms = ({site: torch.empty(pool.rows, pin_memory=pinned) for site in self.widths} for _ in range(2))
         positions_n = torch.empty(pool.rows, dtype=torch.int64)
         filled, devices = 0, set()
         for batch in self._batches(pool):
@@ -76,6 +82,8 @@ class Recorder(NamedTuple):
             for site, acts_spd in recorded.items():
                 acts_nd = acts_spd.flatten(0, 1).index_select(0, _to_device(batch.kept_n, acts_spd.device))
                 largest[site][rows].copy_(torch.linalg.vector_norm(acts_nd, torch.inf, dim=-1), non_blocking=pinned)
+                precise = torch.promote_types(acts_nd.dtype, torch.float32)
+                norms[site][rows].copy_(torch.linalg.vector_norm(acts_nd, dim=-1, dtype=precise), non_blocking=pinned)
                 for name, value in encode(acts_nd, self.dtype).items():
                     acts[site][name][rows].copy_(value, non_blocking=pinned)
                 devices.add(acts_spd.device)
@@ -83,19 +91,19 @@ class Recorder(NamedTuple):
             filled = rows.stop
             advance(batch.tokens)
         ready = [torch.cuda.current_stream(device).record_event() for device in devices if device.type == "cuda"]
-        return Recorded(pool, acts, largest, positions_n, ready)
+        return Recorded(pool, acts, largest, norms, positions_n, ready)
 
-    def record(self, pool: Pool, advance: Callable[[int], None]) -> tuple[dict[str, Tensor], Tensor]:
-        """Activations of the pool, site -> [n, d] floats, and their global positions, int64 [n], in visiting order; nothing is written.
+    def record(self, pool: Pool, advance: Callable[[int], None]) -> tuple[dict[str, Tensor], PoolRows]:
+        """Activations of the pool, site -> [n, d] floats, in visiting order, and what was massive among them; nothing is written.
 
         Raises `InputError` for numbers that are not finite in the number format.
         """
         recorded = self.begin(pool, advance)
-        kept_n = self.kept(recorded)
+        kept_n, massive = self.kept(recorded)
         acts = {site: decode(stored) for site, stored in recorded.acts.items()}
         if len(kept_n) == pool.rows:
-            return acts, recorded.positions_n
-        return {site: acts_nd[kept_n] for site, acts_nd in acts.items()}, recorded.positions_n[kept_n]
+            return acts, massive
+        return {site: acts_nd[kept_n] for site, acts_nd in acts.items()}, massive
 
     def write(self, recorded: Recorded, path_of: Callable[[str, str], Path]) -> dict[str, Any]:
         """Writes a pool's shards, shuffled, to `path_of(site, shard name)`; returns the ledger's entry for it.
@@ -103,8 +111,8 @@ class Recorder(NamedTuple):
         May run in a thread of its own. Raises `InputError` for numbers that are not finite in the format on disk, and for a full disk.
         """
         pool = recorded.pool
-        kept_n = self.kept(recorded).numpy()
-        order_n = kept_n[pool.permutation(self.seed, len(kept_n))]
+        kept_n, massive = self.kept(recorded)
+        order_n = kept_n.numpy()[pool.permutation(self.seed, len(kept_n))]
         shards = []
         for name, start, stop in pool.shards(len(order_n)):
             chosen_n = order_n[start:stop]
@@ -113,27 +121,33 @@ class Recorder(NamedTuple):
                 shard["files"][site] = write_shard(path_of(site, name), self.dtype, stored, recorded.positions_n, chosen_n)
                 shard["squared_norm"][site] = sum(map(sum_of_squares, _blocks(stored, torch.from_numpy(chosen_n))))
             shards.append(shard)
-        outliers = pool.rows - len(kept_n)
-        return {"kind": "pool", "split": pool.split, "number": pool.number, "norm_outliers": outliers, "shards": shards}
+        return {"kind": "pool", "split": pool.split, "number": pool.number, "massive": massive._asdict(), "shards": shards}
 
-    def kept(self, recorded: Recorded) -> Tensor:
-        """Rows of the pool that are stored, int64 [n]: all but norm outliers, which one site makes of a token for all sites.
+    def kept(self, recorded: Recorded) -> tuple[Tensor, PoolRows]:
+        """Rows of the pool that are stored, int64 [n]: all but massive ones, which one site makes of a token for all sites; and those.
 
         Raises `InputError` naming the first row whose numbers, or their size in the format on disk, are not finite.
         """
         for event in recorded.ready:
             event.synchronize()  # host sync
-        keep_n = torch.ones(recorded.pool.rows, dtype=torch.bool)
+        massive_n = torch.zeros(recorded.pool.rows, dtype=torch.bool)
         for site, largest_n in recorded.largest.items():
             self._require(largest_n.isfinite(), recorded, site)
-            if self.max_norm_ratio is not None and len(keep_n):
-                blocks = _blocks(recorded.acts[site], torch.arange(len(keep_n)))
-                norm_n = torch.cat([torch.linalg.vector_norm(acts_nd.float(), dim=-1) for acts_nd in blocks])
-                keep_n &= norm_n <= self.max_norm_ratio * norm_n.median()
+            massive_n |= is_massive(recorded.norms[site], self.max_norm_ratio)
+        if self.never_massive is not None:
+            massive_n &= torch.from_numpy(np.asarray(self.tokens.ids[recorded.positions_n.numpy()]) != self.never_massive)
+        keep_n = ~massive_n if self.max_norm_ratio is not None else torch.ones_like(massive_n)
         limit = torch.finfo(FORMATS[self.dtype].read).max
         for site, largest_n in recorded.largest.items():
             self._require((largest_n <= limit) | ~keep_n, recorded, site)
-        return keep_n.nonzero()[:, 0]
+        return keep_n.nonzero()[:, 0], self._massive(recorded, massive_n)
+
+    def _massive(self, recorded: Recorded, massive_n: Tensor) -> PoolRows:
+        at_n = recorded.positions_n[massive_n].numpy()
+        offsets = at_n - np.asarray(self.tokens.sequence_starts)[self.tokens.sequence_of(at_n)]
+        square = {site: norm_n.double().square() for site, norm_n in recorded.norms.items()}
+        of_these, of_all = ({site: float(s_n[rows].sum()) for site, s_n in square.items()} for rows in (massive_n, slice(None)))
+        return PoolRows(recorded.pool.split, len(at_n), of_these, of_all, sorted(Counter(offsets.tolist()).items()))
 
     def _batches(self, pool: Pool) -> Iterator[Batch]:
         starts, lengths = self.tokens.sequence_starts, np.diff(self.tokens.sequence_starts)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from sae.activations import massive
 from sae.activations.plan import Masks, parse_positions
 from sae.activations.record import Recorder
 from sae.activations.storage import FORMATS
@@ -40,8 +41,8 @@ class RecordingConfig(TextConfig):
     """Do not store activations at the tokenizer's other special tokens: end of text, padding, unknown."""
     positions: str | None = None
     """Store only these positions of each sequence, FIRST:LAST counted from 0 as in a Python slice, for example 1:64 or 16:"""
-    max_norm_ratio: float | None = None
-    """Do not store tokens whose norm is above this many times the median of their pool at any site: attention sinks, for example 10."""
+    max_norm_ratio: float | None = massive.RATIO
+    """Do not store tokens whose norm is above so many times the median of their pool, as attention sinks' are; None keeps all."""
     seed: int = 0
     """Decides order, shuffling and which documents are held out."""
     pool_tokens: int = 1 << 18
@@ -73,7 +74,9 @@ def check_recording(config: RecordingConfig) -> None:
     if not 0 <= config.held_out < 1:
         raise InputError(f"expected --held-out from 0 up to but not including 1, but {config.held_out} came; 0.05 is usual")
     if config.max_norm_ratio is not None and not config.max_norm_ratio >= 1:
-        raise InputError(f"expected --max-norm-ratio of at least 1, but {config.max_norm_ratio} came; 10 leaves out attention sinks alone")
+        raise InputError(
+            f"expected --max-norm-ratio of at least 1, but {config.max_norm_ratio} came; 10 leaves out attention sinks alone, None nothing"
+        )
     parse_positions(config.positions)
     if config.dtype not in FORMATS:
         raise InputError(f"expected --dtype {', '.join(FORMATS)}, but {config.dtype!r} came; choose one of them")
@@ -105,7 +108,8 @@ def make_masks(config: RecordingConfig, lm: "LanguageModel") -> Masks:
 def make_recorder(config: RecordingConfig, lm: "LanguageModel", tokens: Tokens) -> Recorder:
     widths = {site: lm.width(site) for site in config.sites}
     masks = make_masks(config, lm)
-    return Recorder(lm, tokens, widths, config.dtype, masks, config.max_norm_ratio, config.batch_tokens, config.seed)
+    kept_bos = lm.bos_id if config.keep_bos else None
+    return Recorder(lm, tokens, widths, config.dtype, masks, config.max_norm_ratio, kept_bos, config.batch_tokens, config.seed)
 
 
 def model_record(lm: "LanguageModel") -> dict[str, Any]:

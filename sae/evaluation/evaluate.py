@@ -2,14 +2,16 @@
 
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sae.activations.massive import RATIO, is_massive, share
 from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
 from sae.evaluation.language_model_loss import ARMS, LanguageModelLoss, language_model_loss
@@ -70,7 +72,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     cache = ActivationCache.open(config.cache, dictionary.site)
     cache.require_dictionary(dictionary, named=config.model is not None)
     refuse_training_tokens(config.dictionary, cache)
-    reconstruction = reconstruct(dictionary, cache, config.rows)
+    reconstruction, massive = reconstruct(dictionary, cache, config.rows)
     loss = splice(config, dictionary, cache, reconstruction.mean_d, device) if config.sequences else None
     result = {
         "dictionary": str(config.dictionary),
@@ -83,10 +85,11 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         "split": "held_out",
         "seed": config.seed,
         "reconstruction": describe(reconstruction),
+        "massive_rows": massive and massive._asdict() | {"without": describe(massive.without)},
         "language_model": finite(loss._asdict()) if loss else None,
     }
     write_json(out, result)
-    print_table(config, cache, reconstruction, loss)
+    print_table(config, cache, reconstruction, massive, loss)
     return result
 
 
@@ -116,19 +119,43 @@ def refuse_training_tokens(folder: Path, cache: "ActivationCache") -> None:
         )
 
 
-def reconstruct(dictionary: SparseAutoencoder, cache: "ActivationCache", rows: int) -> Reconstruction:
-    """Over the first `rows` held-out rows; shards were shuffled when they were written."""
-    metrics = ReconstructionMetrics(dictionary.W_dec_fd.norm(dim=-1), dictionary.d_in)
+class MassiveRows(NamedTuple):
+    """Those among the scanned rows, and what the other rows say."""
+
+    above_median: float
+    rows: int
+    share_of_squared_norm: float
+    without: Reconstruction
+
+
+def reconstruct(dictionary: SparseAutoencoder, cache: "ActivationCache", rows: int) -> tuple[Reconstruction, MassiveRows | None]:
+    """Over the first `rows` held-out rows, and over those of them that are not massive, where some are.
+
+    The first rows are a fair sample: shards were shuffled when they were written.
+    """
     total = min(rows, cache.rows("held_out"))
+    norm_n = torch.cat([torch.linalg.vector_norm(x_bd.float(), dim=-1) for x_bd in held_out(cache, total)])
+    massive_n, square_n = is_massive(norm_n), norm_n.double().square()
+    usual, massive = (ReconstructionMetrics(dictionary.W_dec_fd.norm(dim=-1), dictionary.d_in) for _ in range(2))
     with progress("reconstruction", total, "tokens") as bar:
-        for shard in cache.shards("held_out"):
-            x_nd = cache.read(shard)[0][: total - metrics.rows]
-            for x_bd in x_nd.split(READ_ROWS):
-                measure(dictionary, x_bd, metrics)
-                bar.advance(len(x_bd))
-            if metrics.rows == total:
-                break
-    return metrics.result()
+        for x_bd in held_out(cache, total):
+            massive_b = massive_n[bar.done : bar.done + len(x_bd)]
+            measure(dictionary, x_bd[~massive_b] if massive_b.any() else x_bd, usual)
+            measure(dictionary, x_bd[massive_b], massive)
+            bar.advance(len(x_bd))
+    without = usual.result()
+    if not massive.rows:
+        return without, None
+    usual.merge(massive)
+    return usual.result(), MassiveRows(RATIO, massive.rows, share(float(square_n[massive_n].sum()), float(square_n.sum())), without)
+
+
+def held_out(cache: "ActivationCache", rows: int) -> Iterator[Tensor]:
+    """The first `rows` of the split, some at a time."""
+    for shard in cache.shards("held_out"):
+        x_nd = cache.read(shard)[0][:rows]
+        rows -= len(x_nd)
+        yield from x_nd.split(READ_ROWS) if len(x_nd) else ()
 
 
 def splice(
@@ -172,7 +199,9 @@ def finite(values: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def print_table(config: EvaluationConfig, cache: "ActivationCache", r: Reconstruction, loss: LanguageModelLoss | None) -> None:
+def print_table(
+    config: EvaluationConfig, cache: "ActivationCache", r: Reconstruction, massive: MassiveRows | None, loss: LanguageModelLoss | None
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -182,6 +211,7 @@ def print_table(config: EvaluationConfig, cache: "ActivationCache", r: Reconstru
     rows = {
         "activations scanned": f"{r.rows:,}",
         "FVU (fraction of variance unexplained)": f"{r.fvu:.4f}",
+        **({"FVU without the massive rows": f"{massive.without.fvu:.4f}"} if massive else {}),
         "explained variance": f"{r.explained_variance:.4f}",
         "explained second moment (about 0, not the mean)": f"{r.explained_second_moment:.4f}",
         "squared error per token": f"{r.mse:.4g}",
@@ -208,6 +238,13 @@ def print_table(config: EvaluationConfig, cache: "ActivationCache", r: Reconstru
         table.add_row(name, value)
     console = Console(width=None if sys.stdout.isatty() else 120)
     console.print(table)
+    if massive:
+        console.print(
+            f"{massive.rows:,} rows have norms above {massive.above_median:g} times the median and hold "
+            f"{massive.share_of_squared_norm:.1%} of all squared norm, so the FVU depends on them."
+        )
+    elif left_out := cache.manifest["counts"]["left_out"].get("norm_outliers"):
+        console.print(f"The FVU is without {left_out:,} rows that the cache left out for their norm; --max-norm-ratio None keeps them.")
     if loss:
         reasons = cache.manifest["counts"]["left_out"]
         named = ", ".join(why.replace("_", " ") for why, count in reasons.items() if count and why != "padding")

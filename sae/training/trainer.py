@@ -75,6 +75,8 @@ def train_into(folders: list[Path], config: TrainingConfig, source: "Source", de
         return
 
     remove_leftovers(config.out)
+    if said := source.about_massive():
+        print(said)
     scale = (source.d_in / source.mean_squared_norm) ** 0.5
     sweep = Sweep(initial_dictionary(config, source, scale).to(device), config)
     first = restore_checkpoint(config, sweep)

@@ -71,7 +71,7 @@ def by_hand(cache: ActivationCache, model: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("skip_special", [False, True])
 @pytest.mark.parametrize(("positions", "first", "last"), [(None, 0, 99), ("2:9", 2, 9), (":5", 0, 5), ("11:", 11, 99)])
 def test_masks_leave_out_what_they_say(config, keep_bos, skip_special, positions, first, last):
-    masked = change(config, keep_bos=keep_bos, skip_special=skip_special, positions=positions, dtype="bfloat16")
+    masked = change(config, keep_bos=keep_bos, skip_special=skip_special, positions=positions, dtype="bfloat16", max_norm_ratio=None)
     cache, _, rows = stored(harvest(masked), SITES[0])
     expected, counts = [], {"beginning_of_text": 0, "special_tokens": 0, "outside_positions": 0}
     tokens = cache.tokens
@@ -108,7 +108,7 @@ def test_positions_that_are_no_window_are_refused(text):
 
 
 def test_norm_outliers_of_any_site_are_left_out_at_all(config):
-    """Float16 cannot hold them, so it is a harvest without this option that fails."""
+    """Float16 cannot hold them, so a harvest that keeps them fails."""
     one_pool = change(config, held_out=0.0, pool_tokens=10**6, max_norm_ratio=2.5)
     with pytest.raises(InputError, match=r"resid_pre\.0.*1e\+05.*bfloat16"):
         harvest(change(one_pool, max_norm_ratio=None, out=config.out.with_name("all")))
@@ -126,6 +126,50 @@ def test_norm_outliers_of_any_site_are_left_out_at_all(config):
     assert cache.manifest["counts"]["left_out"]["norm_outliers"] == (~keep).sum()
     assert cache.manifest["counts"]["rows"]["train"] == keep.sum()
     assert all(shard["rows"] <= config.shard_tokens for shard in cache.manifest["shards"])
+
+
+@pytest.mark.parametrize("ratio", [None, 10.0, 2.5])
+def test_massive_rows_are_named_in_one_line_whether_they_are_stored_or_not(config, capsys, ratio):
+    """Rows, places and their share of the training rows' squared norm, against each pool's tokens by hand."""
+    harvest(change(config, dtype="bfloat16", max_norm_ratio=ratio, pool_tokens=10**6))  # one pool for each split
+    said = [line for line in capsys.readouterr().out.splitlines() if "norms above" in line]
+    cache = ActivationCache.open(config.out, SITES[0])
+    exact, ids, tokens = by_hand(cache, config.model), np.asarray(cache.tokens.ids), cache.tokens
+    sequence = tokens.sequence_of(np.arange(len(ids)))
+    split, offset = np.asarray(tokens.sequence_split)[sequence], np.arange(len(ids)) - np.asarray(tokens.sequence_starts)[sequence]
+    massive = np.zeros(len(ids), bool)
+    square = {site: exact[site].double().square().sum(-1).numpy() for site in SITES}
+    for which in (0, 1):
+        own = (split == which) & (ids != BOS)
+        for site in SITES:
+            massive[own] |= square[site][own] > (ratio or 10) ** 2 * np.sort(square[site][own])[(own.sum() - 1) // 2]
+    found = cache.manifest["massive"]
+    assert found["rows"] == {name: int((massive & (split == i)).sum()) for i, name in enumerate(("train", "held_out"))}
+    assert found["rows"]["train"] > 10
+    train = (split == 0) & (ids != BOS)
+    for site in SITES:
+        by_site = square[site][train & massive].sum() / square[site][train].sum()
+        assert found["share_of_squared_norm"][site] == pytest.approx(by_site, rel=1e-4)
+    places = sorted(((int((offset[massive] == p).sum()), -p) for p in set(offset[massive].tolist())), reverse=True)
+    assert found["positions"] == [[-p, count] for count, p in places[:5]]
+    assert len(said) == 1
+    assert said[0].startswith(f"{massive.sum()} rows")
+    assert ("--max-norm-ratio None keeps them" in said[0]) == (ratio is not None)
+    assert ("--max-norm-ratio 10 leaves" in said[0]) == (ratio is None)
+    stored_rows = sum(cache.rows(name) for name in ("train", "held_out"))
+    assert stored_rows == (ids != BOS).sum() - (0 if ratio is None else massive.sum())
+    assert cache.manifest["counts"]["left_out"]["norm_outliers"] == (0 if ratio is None else massive.sum())
+
+
+def test_beginning_of_text_that_is_asked_for_is_stored_whatever_its_norm(config, model_folder, tmp_path):
+    model = GPT2LMHeadModel.from_pretrained(model_folder)
+    with torch.no_grad():
+        model.transformer.wte.weight[[BOS, LOUD]] = model.transformer.wte.weight[[LOUD, BOS]]
+    model.save_pretrained(tmp_path / "model")
+    cache, _, rows = stored(harvest(change(config, model=str(tmp_path / "model"), dtype="bfloat16", keep_bos=True)), SITES[0])
+    ids = np.asarray(cache.tokens.ids)
+    assert rows.tolist() == list(range(len(ids)))
+    assert cache.manifest["massive"]["rows"] == {"train": 0, "held_out": 0}
 
 
 @pytest.mark.parametrize("changes", [{"max_norm_ratio": 2.5}, {"max_norm_ratio": 2.5, "dtype": "int8"}])

@@ -299,7 +299,7 @@ def test_activations_that_are_not_finite_are_named(config, tmp_path):
     with torch.no_grad():
         embedding[moon, 0] = 1e5  # too large for float16, well inside bfloat16 and float32
     lm.model.save_pretrained(place)
-    large = change(config, model=str(place), sites=("resid_post.0",))
+    large = change(config, model=str(place), sites=("resid_post.0",), max_norm_ratio=None)
     with pytest.raises(InputError, match=r"resid_post\.0, document \d+.*1e\+05.*bfloat16"):
         harvest(large)
     assert not list(large.out.glob("resid_post.0/*"))

@@ -1,6 +1,7 @@
 """Live activations are a cache's, in another order, and the trainer cannot tell."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -57,6 +58,27 @@ def test_the_scale_is_that_of_the_first_pool(world, cache):
     assert live.mean_squared_norm == pytest.approx(cache.mean_squared_norm, rel=0.05)
 
 
+@pytest.mark.parametrize("ratio", [1.15, None])
+def test_other_rows_of_the_pool_stand_in_for_massive_ones(world, tmp_path, ratio):
+    settings = {**world, "max_norm_ratio": ratio}
+    cache = ActivationCache.open(harvest(HarvestConfig(**settings, out=tmp_path / "cache")))
+    stored = torch.cat([cache.read(shard)[0] for shard in cache.shards("train")]).float()
+    live = LiveActivations(RecordingConfig(**settings))
+    batches = live.batches(50, seed=0, device="cpu")
+    drawn = torch.cat([next(batches) for _ in range(-(-live.rows("train") // 50))])[: live.rows("train")]
+    left_out = cache.manifest["massive"]["rows"]["train"]
+    assert left_out > 10 if ratio else left_out == 0
+    assert live.rows("train") == len(stored) + left_out
+    once, twice = (Counter(map(tuple, rows_nd.tolist())) for rows_nd in (stored, drawn))
+    assert set(once) == set(twice)
+    assert (twice - once).total() == left_out
+    assert not once - twice
+    said = live.about_massive()
+    assert ("--max-norm-ratio None" in said) if ratio else (said is None)
+    batches.seek(2)  # back to pools that were computed before
+    assert torch.equal(next(batches), drawn[100:150])
+
+
 def test_seek_continues_like_an_uninterrupted_run(world):
     one = LiveActivations(RecordingConfig(**world)).batches(90, seed=1, device="cpu")
     uninterrupted = [next(one) for _ in range(60)]
@@ -72,7 +94,7 @@ def test_seek_continues_like_an_uninterrupted_run(world):
     [
         (dict(sites=("resid_post.0", "resid_post.1")), "one site"),
         (dict(sites=()), "--sites"),
-        (dict(max_norm_ratio=10.0), "max-norm-ratio"),
+        (dict(max_norm_ratio=0.5), "max-norm-ratio"),
         (dict(pool_tokens=0), "pool-tokens"),
     ],
 )

@@ -1,6 +1,7 @@
 """The command: a real cache of a tiny GPT-2, its held-out tokens only, and refusals."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -110,6 +111,42 @@ def test_exactly_the_positions_that_the_cache_stored_are_replaced(home, tmp_path
         kl += float((clean.exp() * (clean - zeroed)).sum())
     assert 0 < result["replaced"] == int(sum(own.sum() for own in kept)) < sum(map(len, kept)) + (changes == {"keep_bos": True})
     assert result["kl"]["zero"] == pytest.approx(kl / result["tokens"], rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1_000_000, 100])
+def test_fvu_is_measured_with_and_without_massive_rows(home, tmp_path, rows, monkeypatch, capsys):
+    """A model with one token a hundred times as large as the others, against the formula on the rows by hand."""
+    model = GPT2LMHeadModel.from_pretrained(home / "lm")
+    with torch.no_grad():
+        model.transformer.wte.weight[5] *= 100
+    model.save_pretrained(tmp_path / "loud")
+    make_cache(home, tmp_path / "cache", model=str(tmp_path / "loud"), max_norm_ratio=None)
+    monkeypatch.setattr(sys.modules["sae.evaluation.evaluate"], "READ_ROWS", 7)
+    sae = identity(home, model_fingerprint=None, model_name=None)
+    with torch.no_grad():
+        sae.W_dec_fd[0] = 0  # so that something is left to explain
+    sae.save(tmp_path / "sae")
+    cache = ActivationCache.open(tmp_path / "cache")
+    x_nd = torch.cat([cache.read(shard)[0] for shard in cache.shards("held_out")]).double()[:rows]
+    norm_n = x_nd.norm(dim=-1)
+    massive_n = norm_n > 10 * norm_n.median()
+    assert 0 < massive_n.sum() < 0.1 * len(x_nd)
+    result = evaluate(EvaluationConfig(tmp_path / "sae", tmp_path / "cache", sequences=0, rows=rows, device="cpu"))
+    for chosen_nd, found in ((x_nd, result["reconstruction"]), (x_nd[~massive_n], result["massive_rows"]["without"])):
+        error = chosen_nd[:, 0].clamp(min=0).square().sum()
+        assert found["fvu"] == pytest.approx(float(error / (chosen_nd - chosen_nd.mean(0)).square().sum()), rel=1e-4)
+        assert found["rows"] == len(chosen_nd)
+    assert result["massive_rows"]["rows"] == massive_n.sum()
+    share = float((norm_n[massive_n] ** 2).sum() / (norm_n**2).sum())
+    assert result["massive_rows"]["share_of_squared_norm"] == pytest.approx(share)
+    assert "FVU without the massive rows" in capsys.readouterr().out
+
+
+def test_massive_rows_that_a_cache_left_out_are_mentioned(home, tmp_path, capsys):
+    make_cache(home, tmp_path / "cache", max_norm_ratio=1.3)
+    identity(home).save(tmp_path)
+    assert evaluate(EvaluationConfig(tmp_path, tmp_path / "cache", sequences=0, device="cpu"))["massive_rows"] is None
+    assert "--max-norm-ratio None keeps them" in " ".join(capsys.readouterr().out.split())
 
 
 def test_fewer_rows_and_no_model_when_asked(home, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +62,32 @@ def contents(folder):
     """Weights, and the log without its clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return (folder / WEIGHTS).read_bytes(), [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_rows_with_massive_norms_are_named_before_training(cache, tmp_path, capsys, known):
+    """From the manifest, and from the rows of a cache that says nothing of them, like an imported one."""
+    model = GPT2LMHeadModel.from_pretrained(cache.parent / "lm")
+    with torch.no_grad():
+        model.transformer.wte.weight[75] *= 100  # the letter j
+    model.save_pretrained(tmp_path / "lm")
+    shutil.copy(cache.parent / "lm" / "tokenizer.json", tmp_path / "lm")
+    shutil.copy(cache.parent / "lm" / "tokenizer_config.json", tmp_path / "lm")
+    text, sites = (str(cache.parent / "text.jsonl"),), ("resid_post.0",)
+    harvest(
+        HarvestConfig(text=text, model=str(tmp_path / "lm"), out=tmp_path / "c", sites=sites, context=32, tokens=8000, max_norm_ratio=None)
+    )
+    manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    rows = sum(manifest["massive"]["rows"].values())
+    assert rows > 50
+    if not known:
+        del manifest["massive"]
+        (tmp_path / "c" / "manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    train(config_for(tmp_path / "c", tmp_path / "d", steps=3))
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "norms above 10 times the median" in line]
+    assert f"{rows} rows" in said if known else "sampled rows" in said
+    assert ("--max-norm-ratio 10" in said) == known
 
 
 def test_training_lowers_the_loss_and_saves_a_dictionary_for_raw_activations(cache, tmp_path):
