@@ -23,6 +23,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,11 @@ def plan(options: argparse.Namespace, work: Path) -> list[Part]:
         return [] if dry else [sanitizer(), "--tool", tool, "--error-exitcode", "1"]
 
     tests = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/objective/test_cuda.py"]
+    tests += ["-k", "one_feature"] if dry else ["-n", "4"] if find_spec("xdist") else []
     parts = [
         *([install(options.wheels, work)] if options.wheels.is_dir() else []),
         own("exact", 60, together=True),
-        Part("tests", tests + (["-k", "one_feature"] if dry else []), 60, together=True),
+        Part("tests", tests, 75, together=True),
         own("memcheck", 60, *checker("memcheck"), together=True),
         own("racecheck", 60, *checker("racecheck"), together=True),
         own("cache", 60, together=True),
@@ -99,7 +101,7 @@ def plan(options: argparse.Namespace, work: Path) -> list[Part]:
         own("sparsify", 15),
         own("train", 75),
         own("profile", 20),
-        own("harvest", 25),
+        own("harvest", 40),
     ]
     chosen = [part for part in parts if options.parts is None or part.name in options.parts]
     return [replace(part, limit=5 * part.limit) for part in chosen] if dry else chosen
