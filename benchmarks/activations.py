@@ -36,7 +36,8 @@ from sae.activations.tokens import tokenise
 from sae.command_line import run
 from sae.errors import InputError
 from sae.files import read_json, write_json, write_tensors
-from sae.language_model import LanguageModel, parse_site
+from sae.language_model import LanguageModel
+from sae.sites import parse_site
 
 Part = Literal["harvest", "disk", "shuffle"]
 

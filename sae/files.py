@@ -71,17 +71,20 @@ def read_json(path: Path, what: str) -> Any:
 
 
 def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None) -> None:
-    """`tensors` of torch, as safetensors, atomically."""
+    """`tensors` of torch, as safetensors, atomically; those that share memory are written once each."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with atomic(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
+        own = {k: v.contiguous() for k, v in tensors.items()}
+        first = {v.untyped_storage().data_ptr(): k for k, v in reversed(own.items())}  # others of one memory are refused by safetensors
+        own = {k: v if first[v.untyped_storage().data_ptr()] == k else v.clone() for k, v in own.items()}
         box = temporary.with_suffix(".box")  # safetensors writes through a private file beside its own, without our name
         box.mkdir(exist_ok=True)
         try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, box / "tensors", metadata)
+            save_file(own, box / "tensors", metadata)
             (box / "tensors").replace(temporary)
         except SafetensorError as error:  # carries the operating system's error only in its text
             if found := re.search(r"os error ([0-9]+)", str(error)):

@@ -7,22 +7,25 @@ every float dtype, so a model is recognised whichever it was loaded in.
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sae.offload import on_hand
+
 SAMPLE = 256
+COMPILED = "_orig_mod."  # what torch.compile puts into names
 
 
 def fingerprint(model: Any) -> str:
     """Of a whole Hugging Face model, wherever `device_map` put its weights."""
     digest = hashlib.sha256(model.config.get_text_config().model_type.encode())
     for name, shape in _parameters(model):
-        with _on_hand(model, name) as values:
-            digest.update(_line(name, shape, values.detach()))
+        with on_hand(model.get_submodule(name.rpartition(".")[0])):
+            digest.update(_line(name, shape, model.get_parameter(name).detach()))
     return digest.hexdigest()[:12]
 
 
@@ -59,7 +62,7 @@ def fingerprint_of_files(config: Any, name: str, revision: str | None) -> str | 
 def _parameters(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
     tied = getattr(model, "all_tied_weights_keys", {})
     for name, weight in model.named_parameters():
-        if weight.is_floating_point() and name not in tied:
+        if weight.is_floating_point() and name.replace(COMPILED, "") not in tied:
             yield name, tuple(weight.shape)
 
 
@@ -71,18 +74,7 @@ def _renamed(key: str, renamings: list[Any]) -> str:
 
 def _line(name: str, shape: tuple[int, ...], values: Tensor) -> bytes:
     sample = values.reshape(-1)[:: max(1, values.numel() // SAMPLE)][:SAMPLE]
-    return f"{name} {shape}".encode() + torch.signbit(sample).cpu().numpy().tobytes()  # host sync
-
-
-@contextmanager
-def _on_hand(model: Any, name: str) -> Iterator[Tensor]:
-    """A parameter's values, also when `device_map` left them on disk or on the host."""
-    with ExitStack() as stack:
-        if model.get_parameter(name).is_meta:
-            from accelerate.utils import align_module_device
-
-            stack.enter_context(align_module_device(model.get_submodule(name.rpartition(".")[0]), "cpu"))
-        yield model.get_parameter(name)
+    return f"{name.replace(COMPILED, '')} {shape}".encode() + torch.signbit(sample).cpu().numpy().tobytes()  # host sync
 
 
 def _safetensors_files(name: str, revision: str | None) -> list[Path]:

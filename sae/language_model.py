@@ -1,81 +1,21 @@
 """A Hugging Face causal language model with named places: record what flows there, or replace it, in any forward pass.
 
-s sequences · p positions · d model width · v vocabulary
-
-Sites, with L counted from 0: `resid_pre.L` and `resid_post.L` (the residual stream before and after block L), `attn_out.L` and `mlp_out.L`
-(what block L adds to it), `head_out.L` (the heads' outputs, concatenated, before the output projection).
+s sequences · p positions · d model width · v vocabulary · for the names of places see sae/sites.py
 """
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sae.errors import InputError
 from sae.fingerprint import fingerprint
-
-KINDS = ("resid_pre", "resid_post", "attn_out", "mlp_out", "head_out")
-SAFE_KINDS = ("resid_pre", "resid_post", "head_out")  # mean the same in any block, whatever it does to what it adds
-
-Edit = Callable[[Tensor], Tensor]
-
-
-class Family(NamedTuple):
-    """Where related architectures keep their parts: `blocks` and `final_norm` below the decoder, the others below a block."""
-
-    model_types: str
-    """`model_type`s in Hugging Face configurations for which attn_out and mlp_out are known to be what is added to the stream"""
-    blocks: str
-    attn_out: str
-    """the module whose output is added, so a norm that follows the attention belongs to it"""
-    mlp_out: str
-    projection: str
-    """of the heads' outputs; its input is head_out"""
-    final_norm: str
-
-
-# The first row whose modules all exist is taken: rows with more specific names stand above those with common ones.
-FAMILIES = (
-    Family("gpt2", "h", "attn", "mlp", "attn.c_proj", "ln_f"),
-    Family("gptj", "h", "attn", "mlp", "attn.out_proj", "ln_f"),
-    Family("gpt_neo", "h", "attn", "mlp", "attn.attention.out_proj", "ln_f"),
-    Family("gpt_neox", "layers", "attention", "mlp", "attention.dense", "final_layer_norm"),
-    Family(
-        "gemma2 gemma3_text olmo2",
-        "layers",
-        "post_attention_layernorm",
-        "post_feedforward_layernorm",
-        "self_attn.o_proj",
-        "norm",
-    ),
-    Family("llama mistral mixtral qwen2 qwen3 phi3 olmo", "layers", "self_attn", "mlp", "self_attn.o_proj", "norm"),
-    Family("phi", "layers", "self_attn", "mlp", "self_attn.dense", "final_layernorm"),
-    Family("opt", "layers", "self_attn", "fc2", "self_attn.out_proj", "final_layer_norm"),
-)
-
-
-class Site(NamedTuple):
-    kind: str
-    layer: int
-
-    def __str__(self) -> str:
-        return f"{self.kind}.{self.layer}"
-
-
-def parse_site(text: str, kinds: Sequence[str] = KINDS, n_layers: int | None = None) -> Site:
-    """`"resid_post.2"` -> `Site("resid_post", 2)`; with `n_layers`, only a site that a model with so many blocks has.
-
-    Raises `InputError` that lists the sites there are.
-    """
-    match = re.fullmatch(r"([a-z_]+)\.(0|[1-9][0-9]*)", text)
-    if match and match[1] in kinds and (n_layers is None or int(match[2]) < n_layers):
-        return Site(match[1], int(match[2]))
-    last = "L" if n_layers is None else n_layers - 1
-    there_are = ", ".join(f"{kind}.0 to {kind}.{last}" for kind in kinds)
-    raise InputError(f"expected a site of the model, one of {there_are}, got {text!r}")
+from sae.hooks import Edit, Hooks, Place
+from sae.offload import device_of
+from sae.sites import KINDS, SAFE_KINDS, Site, family_of, parse_site
+from sae.text_input import text_list
 
 
 class NonFiniteLogits(ArithmeticError):
@@ -95,20 +35,16 @@ class LanguageModel:
         if tokenizer is not None:  # the texts we cut ourselves are longer than the context; not worth a warning
             tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         config = model.config.get_text_config()
+        self._refuse_virtual_tokens()
         self._decoder = model.get_decoder()
-        self._family = _family(self._decoder, name or type(model).__name__)
+        self._hooks = Hooks(model, self._decoder)
+        self._family = family_of(self._decoder, name or type(model).__name__)
         self._blocks = list(self._decoder.get_submodule(self._family.blocks))
         self.kinds = KINDS if config.model_type in self._family.model_types.split() else SAFE_KINDS
         self.n_layers: int = len(self._blocks)
         self.d_model: int = config.hidden_size
         self.context: int = config.max_position_embeddings
         self.bos_id: int | None = tokenizer.bos_token_id if tokenizer is not None else config.bos_token_id
-        self.past_length = 0
-        """inside a forward under `edited`: positions already in the KV cache, so the column of the pass's first token"""
-        self.attention_mask: Any = None
-        """inside a forward under `edited`: the mask the model was given, [s, past + p], or None"""
-        self._rows = (0, 0)
-        self._given_mask: Any = ()
         self._fingerprint: str | None = None  # set where not all weights are in memory as they are in the files
         self._cut_off = False
 
@@ -144,11 +80,21 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go (with `device_map`, later blocks may live elsewhere)."""
-        return self.model.get_input_embeddings().weight.device
+        return device_of(self.model.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:
         return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def past_length(self) -> int:
+        """Inside a pass under `edited`: positions already in the KV cache, so the column of the pass's first token."""
+        return self._hooks.past_length
+
+    @property
+    def attention_mask(self) -> Any:
+        """Inside a pass under `edited`: which columns up to the pass's last hold tokens, [s, past + p]; None where no mask was given."""
+        return self._hooks.attention_mask
 
     @property
     def final_norm(self) -> nn.Module | None:
@@ -174,12 +120,30 @@ class LanguageModel:
             return (block if kind == "resid_pre" else block.get_submodule(self._family.projection)), False
         return (block if kind == "resid_post" else block.get_submodule(getattr(self._family, kind))), True
 
-    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Texts as left-padded token ids [s, p] and attention mask [s, p], each behind a beginning-of-text token where there is one."""
+    def token_ids(self, text: str) -> list[int]:
+        """Behind one beginning-of-text token, where there is one; a text that brings its own, as chat templates do, gets no second.
+
+        Raises `InputError` without a tokenizer, and for tokens that the model has no embedding of.
+        """
         if self.tokenizer is None:
             raise InputError(f"expected a tokenizer beside the model {self.name!r} to read text, found none; add its files to the folder")
-        start = [] if self.bos_id is None else [self.bos_id]
-        rows = [start + self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        if self.bos_id is not None:
+            first = next((n for n, token in enumerate(ids) if token != self.bos_id), len(ids))
+            ids = [self.bos_id, *ids[first:]]
+        if ids and max(ids) >= self._vocabulary:
+            raise InputError(
+                f"expected a tokenizer of at most {self._vocabulary} tokens, the embeddings of {self.name!r}, got token {max(ids)} in "
+                f"{text!r:.60}; give the model's own tokenizer"
+            )
+        return ids
+
+    def encode(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """`token_ids` of several texts, left-padded: ids [s, p] and attention mask [s, p].
+
+        Halves of surrogate pairs become U+FFFD, with a warning. Raises `InputError` for a single string, and for no token at all.
+        """
+        rows = [self.token_ids(text) for text in text_list(texts)]
         if not rows or not all(rows):
             raise InputError("expected text of at least one token, got none; this model has no beginning-of-text token to start from")
         longest = max(len(row) for row in rows)
@@ -194,9 +158,14 @@ class LanguageModel:
 
     @property
     def pad_id(self) -> int:
-        """Fills rows; masked out, so any token does."""
+        """Fills rows; masked out, so any token does that the model has an embedding of, as a tokenizer's own pad token need not."""
         pad = None if self.tokenizer is None else self.tokenizer.pad_token_id
-        return pad if pad is not None else next(iter(self.eos_ids), 0)
+        choices = [*([] if pad is None else [pad]), *self.eos_ids, 0]
+        return next(token for token in choices if 0 <= token < self._vocabulary)
+
+    @property
+    def _vocabulary(self) -> int:
+        return self.model.get_input_embeddings().num_embeddings
 
     @torch.no_grad()
     def record(self, ids_sp: Tensor, sites: Sequence[str], attention_mask_sp: Tensor | None = None) -> dict[str, Tensor]:
@@ -204,17 +173,18 @@ class LanguageModel:
 
         Inside `edited`, values are those after the edits. Padding positions hold meaningless numbers.
         """
-        found: dict[str, Tensor] = {}
+        sites, found = text_list(sites, "sites"), dict[str, Tensor]()
 
-        def keep(site: str) -> Callable[[Tensor], None]:
-            def see(value: Tensor) -> None:
+        def keep(site: str) -> Edit:
+            def see(value: Tensor) -> Tensor:
                 found[site] = value
                 if len(found) == len(set(sites)):
                     raise _AllRecorded
+                return value
 
             return see
 
-        with self._hooked({site: keep(site) for site in sites}), suppress(_AllRecorded):
+        with self.edited({site: keep(site) for site in sites}), suppress(_AllRecorded):
             self._forward(ids_sp, attention_mask_sp)
         return {site: found[site] for site in sites}
 
@@ -228,15 +198,25 @@ class LanguageModel:
         """Inside, the value at each site is replaced by the function's result, in every forward pass and `generate`.
 
         A function gets [s, p, width] and returns that shape; a cached decoding step brings [s, 1, width], the column `past_length`.
-        Nested contexts apply in the order they were entered.
+        Nested contexts apply in the order they were entered. What `torch.compile` made of the model is run uncompiled inside. Raises
+        `InputError` while another thread is inside, and from a pass that another thread makes.
         """
-        with self._hooked(edits):
+        self._refuse_virtual_tokens()
+        for site, edit in edits.items():
+            if not callable(edit):
+                raise InputError(f"expected a function of the value at {site}, got {type(edit).__name__}")
+        places = {site: Place(*self.module(site), self.width(site)) for site in edits}
+        with self._hooks.attached(edits, places):
             yield
 
     def generate(self, ids_sp: Tensor, attention_mask_sp: Tensor | None = None, **sampling: Any) -> Tensor:
-        """Prompt and new ids, [s, p + new], with the settings of `stream`; rows that ended are filled with `pad_id`."""
-        new_s = self.stream(ids_sp, attention_mask_sp, **sampling)
-        return torch.cat([ids_sp.to(self.device, torch.long), *(next_s[:, None] for next_s in new_s)], dim=1)
+        """Prompt and new ids, [s, p + new], with the settings of `stream`; rows that ended are filled with `pad_id`.
+
+        Prompts that were padded on the right are padded on the left in the result.
+        """
+        ids_sp, mask_sp = self._padded_left(*self._inputs(ids_sp, attention_mask_sp))
+        new_s = self.stream(ids_sp, mask_sp, **sampling)
+        return torch.cat([ids_sp, *(next_s[:, None] for next_s in new_s)], dim=1)
 
     @torch.no_grad()
     def stream(
@@ -253,7 +233,7 @@ class LanguageModel:
 
         Own loop, because `model.generate` mixes in penalties and top-k from the hub's generation_config.json. Sampling has its own
         generator: equal seeds give equal text and the global random state is untouched. Edits and hooks hold for the tokens that are
-        asked for inside them. Raises `NonFiniteLogits`.
+        asked for inside them. Padding is moved to the left, since new tokens follow the last column. Raises `NonFiniteLogits`.
         """
         if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
             raise InputError(
@@ -261,7 +241,7 @@ class LanguageModel:
                 f"got {max_new_tokens}, {temperature} and {top_p}"
             )
         self._require_all_blocks()
-        (step_sp, mask_sp), cache = self._inputs(ids_sp, attention_mask_sp, max_new_tokens), None
+        (step_sp, mask_sp), cache = self._padded_left(*self._inputs(ids_sp, attention_mask_sp, max_new_tokens)), None
         generator = torch.Generator(self.device).manual_seed(seed)
         eos = torch.tensor(self.eos_ids, dtype=torch.long, device=self.device)
         ended_s = torch.zeros(len(ids_sp), dtype=torch.bool, device=self.device)
@@ -290,6 +270,15 @@ class LanguageModel:
         """Twelve hexadecimal digits that recognise the whole model in any float dtype; see sae/fingerprint.py."""
         return self._fingerprint or fingerprint(self.model)
 
+    def _refuse_virtual_tokens(self) -> None:
+        """Of peft, which counts them as positions before the first: every place would lie elsewhere than said."""
+        adapter = getattr(self.model, "active_peft_config", None)
+        if adapter is not None and adapter.is_prompt_learning:
+            raise InputError(
+                f"expected a model without virtual tokens, got {self.name!r} with {adapter.peft_type}; give an adapter that "
+                "changes weights, such as LoRA"
+            )
+
     def _require_all_blocks(self) -> None:
         if self._cut_off:
             raise InputError(
@@ -303,87 +292,23 @@ class LanguageModel:
             came = f"{ids_sp.shape[1]}" + (f" and {new} new ones" if new else "")
             raise InputError(f"expected at most {self.context} positions, the context of {self.name!r}, got {came}; shorten the text")
         mask_sp = torch.ones_like(ids_sp) if mask_sp is None else mask_sp
+        if mask_sp.shape != ids_sp.shape:
+            raise InputError(f"expected an attention mask of the ids' shape {tuple(ids_sp.shape)}, got {tuple(mask_sp.shape)}")
         return ids_sp.to(self.device, torch.long), mask_sp.to(self.device, torch.long)
+
+    def _padded_left(self, ids_sp: Tensor, mask_sp: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows with their masked columns first and everything else in its order."""
+        real_sp = mask_sp != 0
+        if not real_sp.any(1).all():  # host sync
+            raise InputError("expected prompts of at least one token, got one that is all padding")
+        order_sp = real_sp.to(torch.uint8).argsort(dim=1, stable=True)
+        return ids_sp.gather(1, order_sp), mask_sp.gather(1, order_sp)
 
     def _forward(self, ids_sp: Tensor, mask_sp: Tensor | None) -> Any:
         ids_sp, full_mask_sp = self._inputs(ids_sp, mask_sp)
         if mask_sp is None:  # spares the model a mask that says nothing
             return self.model(input_ids=ids_sp, use_cache=False)
         return self.model(input_ids=ids_sp, attention_mask=full_mask_sp, position_ids=_position_ids(full_mask_sp), use_cache=False)
-
-    @contextmanager
-    def _hooked(self, functions: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
-        """Shows each site's value to its function, and puts the function's result, if it is not None, in its place."""
-
-        def begin_model(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._given_mask = kwargs.get("attention_mask", args[1:] or None)  # which of several positional arguments it is, is not known
-
-        def begin(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            value = args[0] if args else kwargs.get("input_ids")
-            value = kwargs["inputs_embeds"] if value is None else value
-            cache = kwargs.get("past_key_values")
-            self._rows = (value.shape[0], value.shape[1])
-            self.past_length = 0 if cache is None else int(cache.get_seq_length())
-            mask = kwargs.get("attention_mask")
-            # Gemma 3 with images makes masks for its kinds of layers before it calls the decoder
-            self.attention_mask = self._given_mask if isinstance(mask, dict) else mask
-
-        with ExitStack() as stack:
-            places = {site: self.module(site) for site in functions}
-            stack.callback(setattr, self, "_given_mask", ())  # no later pass shall take it for its own
-            stack.callback(self.model.register_forward_pre_hook(begin_model, with_kwargs=True).remove)
-            stack.callback(self._decoder.register_forward_pre_hook(begin, with_kwargs=True).remove)
-            for site, function in functions.items():
-                stack.callback(self._attach(*places[site], self._replacing(site, function)).remove)
-            yield
-
-    def _replacing(self, site: str, function: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
-        width = self.width(site)
-
-        def replace(value: Tensor) -> Tensor | None:
-            shape = (*self._rows, width)
-            result = function(value.reshape(shape))  # OPT runs its MLP on [s * p, d]
-            if result is None:
-                return None
-            if result.shape != shape:
-                raise InputError(f"expected the edit at {site} to return shape {shape}, got {tuple(result.shape)}")
-            return result.to(value).reshape(value.shape)
-
-        return replace
-
-    @staticmethod
-    def _attach(module: nn.Module, is_output: bool, replace: Callable[[Tensor], Tensor | None]) -> Any:
-        """One forward hook, on the module's output or on its first input."""
-
-        def on_input(_module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
-            result = replace(args[0] if args else kwargs["hidden_states"])
-            if result is None:
-                return None
-            return ((result, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": result})
-
-        def on_output(_module: nn.Module, _args: tuple, output: Any) -> Any:
-            result = replace(output[0] if isinstance(output, tuple) else output)
-            return None if result is None else (result, *output[1:]) if isinstance(output, tuple) else result
-
-        if is_output:
-            return module.register_forward_hook(on_output)
-        return module.register_forward_pre_hook(on_input, with_kwargs=True)
-
-
-def _family(decoder: nn.Module, name: str) -> Family:
-    def has(module: nn.Module, path: str) -> bool:
-        with suppress(AttributeError):
-            return module.get_submodule(path) is not None
-        return False
-
-    for family in FAMILIES:
-        parts = (family.attn_out, family.mlp_out, family.projection)
-        if has(decoder, family.blocks) and all(has(decoder.get_submodule(f"{family.blocks}.0"), part) for part in parts):
-            return family
-    looked_for = "; ".join(f"{f.blocks} with {f.attn_out}, {f.mlp_out} and {f.projection}" for f in FAMILIES)
-    raise InputError(
-        f"expected {name!r} to keep its blocks as one of ({looked_for}), found {type(decoder).__name__}, which has none of them"
-    )
 
 
 def _position_ids(mask_sp: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from sae.errors import InputError
 from sae.fingerprint import fingerprint_of_files
 from sae.gguf_files import Place, forget_packing, mentions, place_of, require_packages, unpacked
+from sae.sites import parse_site
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -75,8 +76,6 @@ def load_model(
 
 def _depth(config: Any, sites: Sequence[str]) -> int | None:
     """Number of blocks that the sites need, None for all of them. A site that does not exist is refused when it is used."""
-    from sae.language_model import parse_site
-
     text = config.get_text_config()
     needed = max((parse_site(site, n_layers=text.num_hidden_layers).layer + 1 for site in sites), default=text.num_hidden_layers)
     return needed if needed < text.num_hidden_layers else None

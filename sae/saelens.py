@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sae.errors import InputError
 from sae.files import read_json
-from sae.language_model import parse_site
+from sae.sites import parse_site
 
 WEIGHTS = "sae_weights.safetensors"
 CFG = "cfg.json"

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
-from sae.language_model import LanguageModel, parse_site
+from sae.language_model import LanguageModel
+from sae.sites import parse_site
 from steering.calibration import TOKENS
 from steering.concepts import Concept, Corpus, Texts
 from steering.directions.actadd import actadd

@@ -3,7 +3,7 @@
 s sequences · r rows of a pass (s, or s times beams) · p positions · t positions that a table covers · d width · k terms at a site
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
-from sae.language_model import Edit, LanguageModel, NonFiniteLogits
+from sae.hooks import Edit
+from sae.language_model import LanguageModel, NonFiniteLogits
+from steering.places import Place, Positions, listed_positions
 from steering.vector import SteeringVector
 
 OPERATIONS = ("add", "rotate", "clamp", "ablate")
-PLACES = ("all", "prompt", "generated", "last")
 
 once = lru_cache(maxsize=8)
 """of what a pass needs on its device, in its dtype and for its rows: prepared at the first pass of a generation, not at every one"""
@@ -41,7 +42,6 @@ class DictionaryFeature:
 
 Item: TypeAlias = SteeringVector | DictionaryFeature
 Strength: TypeAlias = float | Sequence[float] | Tensor
-Positions: TypeAlias = str | tuple[str, int] | Sequence[int]
 
 
 @contextmanager
@@ -75,13 +75,15 @@ def steered(
     positions than the model's context; `OverflowError` where the sum's norm overflows, because a model would then not fail but say anything
     at all; `NonFiniteLogits` at the end if a generation inside met logits that were not finite.
     """
-    listed = _listed(positions, prompt_length)
+    if not isinstance(lm, LanguageModel):
+        raise InputError(f"expected a LanguageModel to steer, got {type(lm).__name__}; wrap it: LanguageModel(model, tokenizer)")
+    listed = listed_positions(positions, prompt_length)
     edits: dict[str, Edit] = {}
     for site, terms in _by_site(lm, vectors, operation).items():
         per_position = any(term.is_positional for term in terms)
         if positions == "all" and prompt_length is not None and not per_position:
             raise InputError(f'expected no prompt_length with positions "all", got {prompt_length}')
-        place = _Place(lm, positions if isinstance(positions, str) else "listed", prompt_length, listed)
+        place = Place(lm, positions if isinstance(positions, str) else "listed", prompt_length, listed)
         if operation in ("add", "rotate"):
             edits[site] = _adding(site, terms, place, operation == "rotate")
         else:
@@ -112,7 +114,7 @@ def _by_site(lm: LanguageModel, vectors: Sequence[Item | tuple[Item, Strength]],
     terms: dict[str, list[_Term]] = {}
     sequences: set[int] = set()
     features: set[tuple[int, int, str]] = set()
-    for entry in vectors:
+    for entry in _listed(vectors):
         item, coefficient = entry if isinstance(entry, tuple) else (entry, 1.0)
         strength_s = _strength(coefficient, lm.device)
         sequences |= {len(strength_s)} - {1}
@@ -136,8 +138,23 @@ def _by_site(lm: LanguageModel, vectors: Sequence[Item | tuple[Item, Strength]],
     return terms
 
 
+def _listed(vectors: Any) -> list[Item | tuple[Item, Strength]]:
+    items = (SteeringVector, DictionaryFeature)
+    form = "expected vectors as a list such as [vector] or [(vector, 2.0), (other, -1.5)]"
+    if isinstance(vectors, (Mapping, str, *items)) or not isinstance(vectors, Iterable):
+        raise InputError(f"{form}, got {type(vectors).__name__}")
+    entries = list(vectors)
+    for entry in entries:
+        if not isinstance(entry[0] if isinstance(entry, tuple) and len(entry) == 2 else entry, items):
+            raise InputError(f"{form}, got one with {type(entry).__name__} {entry!r:.60} in it")
+    return entries
+
+
 def _strength(coefficient: Strength, device: torch.device) -> Tensor:
-    wide = torch.as_tensor(coefficient, dtype=torch.float64)
+    try:
+        wide = torch.as_tensor(coefficient, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise InputError(f"expected a coefficient, or one for each sequence, got {coefficient!r:.60}") from None
     if wide.ndim > 1 or wide.numel() == 0 or wide.isnan().any():  # host sync
         raise InputError(f"expected a coefficient, or one for each sequence, got {coefficient}")
     return wide.reshape(-1).float().to(device)
@@ -152,78 +169,7 @@ def _feature_term(item: DictionaryFeature, strength_s: Tensor) -> _Term:
     return _Term(row_d, strength_s, read_d, bias.item())  # host sync
 
 
-def _listed(positions: Positions, prompt_length: int | None) -> list[int] | None:
-    """The chosen positions, None for a place that has a name."""
-    if prompt_length is not None and prompt_length < 1:
-        raise InputError(f"expected prompt_length, columns of the prompt, of at least 1, got {prompt_length}")
-    if isinstance(positions, str) and positions in PLACES:
-        if positions != "all" and prompt_length is None:
-            raise InputError(f'expected prompt_length, columns of the prompt, with positions "{positions}", got none')
-        return None
-    if isinstance(positions, tuple) and len(positions) == 2 and positions[0] == "first":
-        chosen = list(range(int(positions[1])))
-    else:
-        chosen = [] if isinstance(positions, str) else [p for p in positions if isinstance(p, int)]  # type: ignore[misc]
-        chosen = chosen if len(set(chosen)) == len(positions) else []
-    if not chosen or min(chosen) < 0:
-        names = ", ".join(PLACES)
-        raise InputError(f'expected positions to be one of {names}, ("first", n) or a list of different positions, got {positions!r}')
-    if prompt_length is not None and max(chosen) >= prompt_length:
-        raise InputError(f"expected positions inside the prompt of {prompt_length} columns, got up to {max(chosen)}; give a longer prompt")
-    return chosen
-
-
-class _Place:
-    """Which positions of a pass are steered."""
-
-    def __init__(self, lm: LanguageModel, name: str, prompt_length: int | None, listed: list[int] | None):
-        self.lm, self.name, self.prompt_length, self.listed = lm, name, prompt_length, listed
-        self.listed_t = None if listed is None else _flags(listed, lm.device)
-
-    def of(self, value_rpd: Tensor) -> Tensor | bool:
-        """True for all, False for none, or a mask [r, p, 1] that broadcasts over rows."""
-        past, length = self.lm.past_length, self.prompt_length
-        if past + value_rpd.shape[1] > self.lm.context:
-            raise InputError(
-                f"expected at most {self.lm.context} positions, the context of {self.lm.name!r}, got {past + value_rpd.shape[1]}"
-            )
-        if self.name == "all":
-            return True
-        if length is not None and past >= length:
-            return self.name == "generated"
-        index_rp, real_rp, last_r1 = self.coordinates(value_rpd)
-        in_prompt_rp = real_rp & (index_rp <= last_r1)
-        if self.name == "prompt":
-            chosen_rp = in_prompt_rp
-        elif self.name == "last":
-            chosen_rp = real_rp & (index_rp == last_r1)
-        elif self.name == "generated":
-            chosen_rp = real_rp & (index_rp >= last_r1)
-        else:
-            listed_t = self.listed_t.to(value_rpd.device)  # type: ignore[union-attr]
-            chosen_rp = in_prompt_rp & (index_rp < len(listed_t)) & listed_t[index_rp.clamp(0, len(listed_t) - 1)]
-        return chosen_rp[..., None]
-
-    def coordinates(self, value_rpd: Tensor) -> tuple[Tensor, Tensor, Tensor | int]:
-        """Each position's number among its row's tokens, whether it is one, and the number of the prompt's last; all on the device.
-
-        That last number is beyond any where the prompt's length was not said.
-        """
-        past, length, mask = self.lm.past_length, self.prompt_length, self.lm.attention_mask
-        columns = slice(past, past + value_rpd.shape[1])
-        if mask is None:
-            index_rp = torch.arange(columns.start, columns.stop, device=value_rpd.device)[None]
-            return index_rp, torch.ones_like(index_rp, dtype=torch.bool), self.lm.context if length is None else length - 1
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < columns.stop:
-            raise InputError(
-                f'expected an attention mask of sequences by positions to steer elsewhere than at "all", got {type(mask).__name__}'
-            )
-        real_rc = mask.to(value_rpd.device).bool()
-        last_r1 = self.lm.context if length is None else real_rc[:, :length].sum(1, keepdim=True) - 1
-        return (real_rc.cumsum(1) - 1)[:, columns], real_rc[:, columns], last_r1
-
-
-def _adding(site: str, terms: list[_Term], place: _Place, rotate: bool) -> Edit:
+def _adding(site: str, terms: list[_Term], place: Place, rotate: bool) -> Edit:
     """Adds Σ c·v where `place` says, and directions per position where they belong; other positions keep every bit."""
     positional = any(term.is_positional for term in terms)
     zero_11d = terms[0].direction.new_zeros(1, 1, terms[0].direction.shape[-1])
@@ -259,7 +205,7 @@ def _adding(site: str, terms: list[_Term], place: _Place, rotate: bool) -> Edit:
     return add
 
 
-def _table(site: str, terms: list[_Term], place: _Place) -> tuple[Tensor, _Place]:
+def _table(site: str, terms: list[_Term], place: Place) -> tuple[Tensor, Place]:
     """Σ c·v for each of the first t positions, [1 or s, t, d], and the place of those that have one."""
     if place.name not in ("all", "listed"):
         raise InputError(f'one direction per position at {site} needs positions "all" or a list of as many positions, got {place.name!r}')
@@ -278,7 +224,7 @@ def _table(site: str, terms: list[_Term], place: _Place) -> tuple[Tensor, _Place
         table_td[own] = rows_pd
         total = total + term.strength_s[:, None, None] * table_td
     assert isinstance(total, Tensor)
-    return total, _Place(place.lm, "listed", place.prompt_length, listed)
+    return total, Place(place.lm, "listed", place.prompt_length, listed)
 
 
 def _rotated(value_rpd: Tensor, delta: Tensor) -> Tensor:
@@ -289,7 +235,7 @@ def _rotated(value_rpd: Tensor, delta: Tensor) -> Tensor:
     return (moved * (length / new_length.clamp_min(torch.finfo(torch.float32).tiny))).to(value_rpd.dtype)
 
 
-def _setting(site: str, terms: list[_Term], place: _Place, ablate: bool) -> Edit:
+def _setting(site: str, terms: list[_Term], place: Place, ablate: bool) -> Edit:
     """h + Σ_k (target_k − a_k)·write_k, with a = relu(read·h + bias) of a feature and a = read·h of a vector, all of the same h."""
     if any(term.is_positional for term in terms):
         raise InputError(f"one direction per position at {site} can be added or rotated to, not clamped or ablated")
@@ -335,12 +281,6 @@ def _orthonormal(directions: list[Tensor], together: bool) -> list[Tensor]:
         some = rest_d.norm() > 1e-6 * direction_d.norm()
         units.append(torch.where(some, rest_d / rest_d.norm().clamp_min(1e-300), 0))
     return [unit_d.float() for unit_d in units]
-
-
-def _flags(listed: list[int], device: torch.device) -> Tensor:
-    flags_t = torch.zeros(max(listed) + 1, dtype=torch.bool)
-    flags_t[listed] = True
-    return flags_t.to(device)
 
 
 def _of_rows(of_sequences: Tensor, rows: int) -> Tensor:

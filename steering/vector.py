@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from sae.errors import InputError
 from sae.files import atomic, write_tensors
-from sae.language_model import KINDS, parse_site
+from sae.fingerprint import COMPILED
+from sae.sites import KINDS, parse_site
 
 if TYPE_CHECKING:
     from sae.language_model import LanguageModel
@@ -40,10 +42,14 @@ class SteeringVector:
             raise InputError("expected a steering vector with a direction at one site at least, got none")
         for site, direction in self.directions.items():
             parse_site(site, KINDS)
+            if not isinstance(direction, Tensor) or direction.is_complex():
+                raise InputError(f"expected a steering direction at {site} as a real tensor, got {type(direction).__name__}")
             shape = tuple(direction.shape)
             if len(shape) not in (1, 2) or 0 in shape or not torch.isfinite(direction).all():  # host sync
                 raise InputError(f"expected a steering direction of finite numbers, [d] or [p, d], at {site}, got shape {shape}")
-        object.__setattr__(self, "directions", {site: d.detach().float() for site, d in self.directions.items()})
+        own = {site: d.detach().to(torch.float32, copy=True) for site, d in self.directions.items()}  # the caller's may change
+        object.__setattr__(self, "directions", own)
+        object.__setattr__(self, "provenance", deepcopy(self.provenance))
 
     @classmethod
     def at(cls, site: str, direction: Tensor, provenance: dict[str, Any] | None = None) -> "SteeringVector":
@@ -202,7 +208,7 @@ class SteeringVector:
         """
         if Path(path).suffix != ".pt":
             raise InputError(f"lm-evaluation-harness knows the file by its ending .pt, got {path}")
-        names = {module: name for name, module in lm.model.base_model.named_modules()}
+        names = {module: name.replace(COMPILED, "") for name, module in lm.model.base_model.named_modules()}
         config: dict[str, dict[str, Any]] = {}
         for site, direction in self.directions.items():
             if direction.ndim != 1 or len(direction) != lm.width(site):

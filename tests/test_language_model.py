@@ -10,7 +10,8 @@ import torch
 import transformers as hf
 
 from sae.errors import InputError
-from sae.language_model import KINDS, LanguageModel, NonFiniteLogits, Site, parse_site
+from sae.language_model import LanguageModel, NonFiniteLogits
+from sae.sites import KINDS, Site, parse_site
 
 N_LAYERS, VOCAB = 3, 50
 COMMON = dict(vocab_size=VOCAB, bos_token_id=0, eos_token_id=None, pad_token_id=None)

@@ -100,8 +100,8 @@ def _check(config: ImportConfig) -> None:
 
 
 def _site(config: ImportConfig, source: Source) -> str:
-    from sae.language_model import parse_site
     from sae.saelens import site_of_hook
+    from sae.sites import parse_site
 
     if config.site is not None:
         return str(parse_site(config.site))

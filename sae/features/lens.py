@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sae.errors import InputError
-from sae.language_model import parse_site
+from sae.offload import device_of, on_hand
+from sae.sites import parse_site
 
 if TYPE_CHECKING:
     from sae.language_model import LanguageModel
@@ -39,23 +40,29 @@ def into_residual(lm: "LanguageModel", site: str, rows_fd: Tensor) -> Tensor:
             "projection"
         )
     weight = projection.weight
-    rows_fd = rows_fd.to(weight.device, weight.dtype if weight.is_floating_point() else lm.dtype)
+    rows_fd = rows_fd.to(device_of(projection), weight.dtype if weight.is_floating_point() else lm.dtype)
     return (projection(rows_fd) - projection(torch.zeros_like(rows_fd[:1]))).float()  # a bias is no part of any direction
 
 
 @torch.no_grad()
 def folded_unembedding(lm: "LanguageModel") -> tuple[Tensor, str]:
     """W_U with the final norm's linear part folded in, float32 [v, d], and a sentence that says what it is."""
-    W_U_vd = lm.model.get_output_embeddings().weight.float()
-    norm: Any = lm.final_norm
+    unembedding, norm = lm.model.get_output_embeddings(), lm.final_norm
+    with on_hand(unembedding):
+        W_U_vd = unembedding.weight.float()
     if norm is None:
         return W_U_vd, f"{DESCRIPTION} (this model has no final norm)"
+    with on_hand(norm):
+        return _folded(W_U_vd, norm)
+
+
+def _folded(W_U_vd: Tensor, norm: Any) -> tuple[Tensor, str]:
     weight_d = getattr(norm, "weight", None)
     if isinstance(norm, nn.LayerNorm) or weight_d is None:  # OLMo's norm has no weight and does take the mean off
-        W_U_vd = W_U_vd if weight_d is None else W_U_vd * weight_d.float()
+        W_U_vd = W_U_vd if weight_d is None else W_U_vd * weight_d.float().to(W_U_vd.device)
         return W_U_vd - W_U_vd.mean(dim=-1, keepdim=True), f"{DESCRIPTION} (LayerNorm)"  # W (x - mean x) = (W - row means) x
     gain_d = norm(torch.ones_like(weight_d)).float()  # an RMSNorm gives its gain, be that the weight or 1 + weight (Gemma)
-    return W_U_vd * gain_d, f"{DESCRIPTION} (RMSNorm)"
+    return W_U_vd * gain_d.to(W_U_vd.device), f"{DESCRIPTION} (RMSNorm)"
 
 
 @torch.no_grad()

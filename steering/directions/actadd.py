@@ -6,7 +6,9 @@ p positions · d model width
 import torch
 
 from sae.errors import InputError
-from sae.language_model import LanguageModel, parse_site
+from sae.language_model import LanguageModel
+from sae.sites import parse_site
+from sae.text_input import text_list
 from steering.vector import SteeringVector
 
 
@@ -21,7 +23,7 @@ def actadd(lm: LanguageModel, positive: str, negative: str, site: str) -> Steeri
     lm.width(site)
     if parse_site(site).kind != "resid_pre":
         raise InputError(f"expected a resid_pre site, where activation addition records and adds, got {site!r}")
-    rows = [_tokens(lm, text) for text in (positive, negative)]
+    rows = [lm.token_ids(text) for text in text_list((positive, negative), "prompts")]
     longest = max(map(len, rows))
     if len(rows[0]) != len(rows[1]):
         rows = [row + [_space(lm)] * (longest - len(row)) for row in rows]
@@ -33,12 +35,6 @@ def actadd(lm: LanguageModel, positive: str, negative: str, site: str) -> Steeri
     difference_pd[:same] = 0  # equal by causality; rounding may differ between the rows of a batch
     provenance = {"method": "actadd", "model": lm.name, "positive": positive, "negative": negative, "tokens": rows}
     return SteeringVector.at(site, difference_pd, provenance)
-
-
-def _tokens(lm: LanguageModel, text: str) -> list[int]:
-    if lm.tokenizer is None:
-        raise InputError(f"expected a tokenizer beside the model {lm.name!r} to read prompts, found none; add its files to the folder")
-    return ([] if lm.bos_id is None else [lm.bos_id]) + list(lm.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _space(lm: LanguageModel) -> int:

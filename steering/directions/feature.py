@@ -12,7 +12,8 @@ from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
 from sae.features.lens import folded_unembedding, into_residual, logit_lens
 from sae.features.records import FeatureIndex
-from sae.language_model import Edit, LanguageModel
+from sae.hooks import Edit
+from sae.language_model import LanguageModel
 from steering.vector import SteeringVector
 
 NEUTRAL_PROMPT = "From my experience,"
