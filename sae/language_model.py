@@ -70,6 +70,7 @@ class LanguageModel:
         """
         from sae.model_files import load_model, load_tokenizer
 
+        sites = text_list(sites, "sites")
         if device_map is not None and device != "auto":
             raise InputError(f"expected either device or device_map, got both ({device!r} and {device_map!r}); give one of them")
         loaded = load_model(str(name), device, dtype, device_map, revision, sites, quantize)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae.errors import InputError
 from sae.language_model import LanguageModel
+from sae.text_input import text_list
 from steering.intervention import steered
 from steering.vector import SteeringVector
 
@@ -123,6 +124,7 @@ def _monotone(tried: list[tuple[float, float]], budget: float) -> bool:
 
 def encode_cut(lm: LanguageModel, texts: Sequence[str], tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
     """`lm.encode` of the first tokens of each text, as many as `tokens` and the model's context allow."""
+    texts = text_list(texts)
     if not texts:
         raise InputError("expected texts to read, got none")
     rows = [lm.encode([text])[0][0, : min(tokens, lm.context)] for text in texts]

@@ -18,7 +18,7 @@ from sae.activations.text import TextConfig, documents
 from sae.errors import InputError
 from sae.files import read_json
 from sae.language_model import LanguageModel
-from sae.text_input import replace_surrogates_in
+from sae.text_input import replace_surrogates_in, text_list
 from steering.directions.contrast import TINY
 from steering.measure import word_rate
 from steering.strengths import read_words
@@ -52,6 +52,10 @@ class Concept:
     """what plain prompting puts before a prompt"""
     label: str | None = None
     """label of a corpus whose documents show the concept"""
+
+    def __post_init__(self) -> None:
+        for name in ("positive", "negative", "words"):
+            text_list(getattr(self, name), name)
 
 
 class Corpus(NamedTuple):

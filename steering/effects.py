@@ -17,6 +17,7 @@ from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
 from sae.language_model import LanguageModel
 from sae.progress import progress
+from sae.text_input import text_list
 from steering.directions.targeted import Effects, fit_effects
 from steering.intervention import Item, Strength, steered
 from steering.measure import until_end
@@ -104,6 +105,7 @@ def rollout_activations(
 
     The vectors act while the text is written, not while it is read.
     """
+    prompts = text_list(prompts, "prompts")
     if samples < 1 or not prompts:
         raise InputError(f"expected at least one prompt and one sample of each, got {len(prompts)} and {samples}")
     ids_sp, mask_sp = (x.repeat_interleave(samples, dim=0) for x in lm.encode(prompts))

@@ -13,6 +13,7 @@ from torch import Tensor
 from sae.errors import InputError
 from sae.features.text import whole_words
 from sae.language_model import LanguageModel
+from sae.text_input import text_list
 
 WORD = re.compile(r"\w+(?:['’]\w+)*")
 
@@ -42,7 +43,7 @@ def word_rate(texts: Iterable[str], words: Sequence[str]) -> WordRate:
 
     Inflected forms count when the list has them: "damn" alone does not count "damned".
     """
-    any_listed = listed_words(words)
+    texts, any_listed = text_list(texts), listed_words(words)
     found = sum(len(any_listed.findall(text)) for text in texts)
     return WordRate(found, sum(len(WORD.findall(text)) for text in texts))
 

@@ -17,6 +17,7 @@ from sae.files import write_json
 from sae.language_model import LanguageModel, NonFiniteLogits
 from sae.places import require_file
 from sae.progress import progress
+from sae.text_input import text_list
 from steering.intervention import steered
 from steering.measure import continuation_loss, until_end, word_rate
 from steering.neutral import FEW_PROMPTS
@@ -64,7 +65,7 @@ class Row(NamedTuple):
 
 def strengths(config: StrengthsConfig) -> list[Row]:
     """Prints the table and gives its rows. Raises `InputError` when the parts do not belong together."""
-    if config.samples < 1 or not config.strengths or not config.prompts:
+    if config.samples < 1 or not config.strengths or not text_list(config.prompts, "prompts"):
         raise InputError("expected at least one sample, one strength and one prompt")
     if config.out:
         require_file(config.out)

@@ -17,6 +17,7 @@ import torch
 from sae.errors import InputError
 from sae.language_model import LanguageModel, NonFiniteLogits
 from sae.progress import progress
+from sae.text_input import text_list
 from steering.intervention import steered
 from steering.vector import SteeringVector
 
@@ -98,6 +99,7 @@ def answer_log_probs(
     `vectors` are added from the prompt's last token on, which are the positions that predict the answers. An answer's tokens are those
     of the whole text that the prompt alone does not have. Raises `NonFiniteLogits` where a probability is not a number.
     """
+    answers = text_list(answers, "answers")
     if not answers:
         raise InputError("expected answers to score, got none")
     padded_sp, mask_sp = lm.encode([prompt, *(f"{prompt} {answer}" for answer in answers)])

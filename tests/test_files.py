@@ -65,3 +65,13 @@ def test_messages(tmp_path):
     with pytest.raises(InputError, match=r"the cache needs about .* GB but .* GB free"):
         require_free_space(tmp_path / "not" / "yet", 10**18, "the cache")
     require_free_space(tmp_path, 1, "the cache")
+
+
+def test_tensors_that_share_memory_are_written_each(tmp_path):
+
+    base = torch.arange(12.0).view(3, 4)
+    given = {"one": base, "same": base, "row": base[1], "transposed": base.T}
+    write_tensors(tmp_path / "t.safetensors", given)
+    found = load_file(tmp_path / "t.safetensors")
+    assert found.keys() == given.keys()
+    assert all(torch.equal(found[name], given[name]) for name in given)

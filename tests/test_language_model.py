@@ -3,6 +3,8 @@
 s sequences · p positions · d model width · v vocabulary
 """
 
+import copy
+import types
 from functools import cache
 
 import pytest
@@ -12,6 +14,16 @@ import transformers as hf
 from sae.errors import InputError
 from sae.language_model import LanguageModel, NonFiniteLogits
 from sae.sites import KINDS, Site, parse_site
+from steering.calibration import calibrate, encode_cut
+from steering.directions.actadd import actadd
+from steering.directions.diffmean import diffmean_of_texts
+from steering.directions.iti import fit_iti, head_outputs
+from steering.directions.pca import principal_directions_of_texts
+from steering.directions.texts import activations_of_texts
+from steering.effects import rollout_activations
+from steering.measure import listed_words, word_rate
+from steering.truthfulqa import answer_log_probs
+from steering.vector import SteeringVector
 
 N_LAYERS, VOCAB = 3, 50
 COMMON = dict(vocab_size=VOCAB, bos_token_id=0, eos_token_id=None, pad_token_id=None)
@@ -399,3 +411,106 @@ def test_starter_model_predicts_text_and_encodes_left_padded(shared):
     assert ids_sp[1, 0] == lm.bos_id
     words = [lm.tokenizer.decode(i) for i in lm.logits(ids_sp, mask_sp)[0, -1].topk(10).indices]
     assert " doing" in words
+
+
+def test_a_text_that_brings_its_own_beginning_gets_no_second_one(byte_lm):
+    plain, own, twice = (byte_lm.encode([text])[0][0].tolist() for text in ("ab", "<s>ab", "<s><s>ab"))
+    assert plain == own == twice
+    assert plain.count(byte_lm.bos_id) == 1
+    assert byte_lm.encode(["a<s>b"])[0][0].tolist().count(byte_lm.bos_id) == 2  # the one within is the text's
+    assert byte_lm.encode(["", "<s>"])[0].tolist() == [[byte_lm.bos_id]] * 2
+    assert actadd(byte_lm, "<s>ab", "<s>cb", "resid_pre.1").provenance["tokens"][0] == plain
+
+
+def test_halves_of_surrogate_pairs_are_replaced_and_counted(byte_lm):
+    with pytest.warns(UserWarning, match="2 halves of surrogate pairs in texts are replaced"):
+        ids_sp, _ = byte_lm.encode(["x \ud83d", "\udcffy \u00e9"])
+    assert [byte_lm.tokenizer.decode(row, skip_special_tokens=True) for row in ids_sp] == ["x \ufffd", "\ufffdy \u00e9"]
+
+
+def test_a_string_is_no_list_of_strings(byte_lm):
+    site, pair = "resid_post.1", ["I love it", "I hate it"]
+    calls = {
+        "texts": [
+            lambda: byte_lm.encode("I think"),
+            lambda: activations_of_texts(byte_lm, "I think", site),
+            lambda: encode_cut(byte_lm, "I think"),
+            lambda: principal_directions_of_texts(byte_lm, "I think", site, 1),
+            lambda: head_outputs(byte_lm, "I think"),
+            lambda: fit_iti(byte_lm, "ab", [0, 1]),
+            lambda: word_rate("I think", ["think"]),
+            lambda: calibrate(byte_lm, SteeringVector.at(site, torch.ones(32)), [0.1], "I think"),
+        ],
+        "sites": [lambda: byte_lm.record(ids_of(), site), lambda: LanguageModel.load("anywhere", sites=site)],
+        "positive_texts": [lambda: diffmean_of_texts(byte_lm, *pair, site)],
+        "negative_texts": [lambda: diffmean_of_texts(byte_lm, pair, "I hate it", site)],
+        "tuning_texts": [lambda: fit_iti(byte_lm, pair, [0, 1], tuning_texts="ab")],
+        "words": [lambda: word_rate(pair, "think"), lambda: listed_words("think")],
+        "answers": [lambda: answer_log_probs(byte_lm, "I", "think")],
+        "prompts": [lambda: rollout_activations(byte_lm, None, [], "I think", samples=1, new_tokens=1, seed=0)],
+    }
+    for name, tries in calls.items():
+        for call in tries:
+            with pytest.raises(InputError, match=f"expected {name} to be a list of strings, got the single string"):
+                call()
+
+
+PADS = [(7, None, 7), (VOCAB, 9, 9), (VOCAB, None, 0), (VOCAB + 3, VOCAB, 0), (None, None, 0)]
+
+
+@pytest.mark.parametrize(("pad", "eos", "expected"), PADS)
+def test_padding_is_a_token_that_the_model_has(pad, eos, expected):
+    lm = LanguageModel(copy.deepcopy(tiny("gpt2").model))
+    lm.model.generation_config.eos_token_id = eos
+    lm.tokenizer = types.SimpleNamespace(pad_token_id=pad)
+    assert lm.pad_id == expected
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(byte_lm):
+    lm = LanguageModel(copy.deepcopy(tiny("gpt2").model), byte_lm.tokenizer)
+    with pytest.raises(InputError, match="expected a tokenizer of at most 50 tokens"):
+        lm.encode(["zz"])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
+def test_padding_on_the_right_is_moved_to_the_left(family):
+    lm, n = tiny(family), 6
+    rows = [ids_of(1, length, seed=length) for length in (3, 6, 4)]
+    right_sp, right_mask_sp = (
+        torch.cat([torch.nn.functional.pad(x, (0, n - x.shape[1])) for x in made]) for made in (rows, [torch.ones_like(r) for r in rows])
+    )
+    new = lm.generate(right_sp, right_mask_sp, max_new_tokens=5, temperature=0)
+    for row, whole in zip(rows, new):
+        assert whole[n - row.shape[1] :].tolist() == lm.generate(row, max_new_tokens=5, temperature=0)[0].tolist()
+    with pytest.raises(InputError, match="all padding"):
+        lm.generate(right_sp, torch.zeros_like(right_sp), max_new_tokens=1)
+    with pytest.raises(InputError, match=r"attention mask of the ids' shape \(3, 6\), got \(3, 5\)"):
+        lm.logits(right_sp, right_mask_sp[:, 1:])
+
+
+def test_virtual_tokens_are_refused_and_other_adapters_are_not():
+    model, ids_sp = copy.deepcopy(tiny("llama").model), ids_of()
+    lm = LanguageModel(model)
+    model.active_peft_config = types.SimpleNamespace(is_prompt_learning=False, peft_type="LORA")
+    lm.record(ids_sp, ["resid_post.0"])
+    model.active_peft_config = types.SimpleNamespace(is_prompt_learning=True, peft_type="PREFIX_TUNING")
+    for call in (lambda: LanguageModel(model), lambda: lm.record(ids_sp, ["resid_post.0"])):
+        with pytest.raises(InputError, match=r"without virtual tokens, got .* with PREFIX_TUNING"):
+            call()
+
+
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "LoraConfig"])
+def test_adapters_of_peft(kind):
+    peft = pytest.importorskip("peft")
+    lora = dict(target_modules=["q_proj"], init_lora_weights=False)
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", **(lora if kind == "LoraConfig" else dict(num_virtual_tokens=3)))
+    model, ids_sp = peft.get_peft_model(copy.deepcopy(tiny("llama").model), config), ids_of()
+    if kind != "LoraConfig":
+        with pytest.raises(InputError, match="without virtual tokens"):
+            LanguageModel(model)
+        return
+    lm = LanguageModel(model)
+    plain = lm.logits(ids_sp)
+    assert not torch.equal(plain, tiny("llama").logits(ids_sp))
+    with lm.edited({"resid_post.1": additive(32)}):
+        assert not torch.allclose(lm.logits(ids_sp), plain)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae.errors import InputError
 from sae.language_model import LanguageModel
+from sae.text_input import text_list
 from steering.directions.contrast import contrast_sets, digest, warn_if_uncertain
 from steering.directions.texts import activations_of_texts
 from steering.vector import SteeringVector
@@ -46,6 +47,7 @@ def diffmean_of_texts(
     CAA is "last" with texts that end in the answer's letter. The beginning-of-text token never counts. How sure the direction is, is
     judged by drawing whole texts again, since tokens of one text are not independent.
     """
+    positive_texts, negative_texts = text_list(positive_texts, "positive_texts"), text_list(negative_texts, "negative_texts")
     if not positive_texts or not negative_texts:
         raise InputError(f"expected positive and negative texts, got {len(positive_texts)} and {len(negative_texts)}")
     pos, neg = (activations_of_texts(lm, texts, site, tokens=tokens) for texts in (positive_texts, negative_texts))

@@ -13,6 +13,7 @@ from torch import Tensor
 from sae.errors import InputError
 from sae.language_model import LanguageModel
 from sae.progress import progress
+from sae.text_input import text_list
 from steering.directions.contrast import activations, digest, warn_if_uncertain
 from steering.vector import SteeringVector
 
@@ -41,6 +42,8 @@ def fit_iti(
     Use it with `steered(lm, [(v, α)], positions="generated", ...)` in generation as in multiple choice (`steering.truthfulqa`).
     Warns when a class is tiny or they are unequal; raises `InputError` when a class is missing, or for more heads than there are.
     """
+    texts = text_list(texts)
+    tuning_texts = None if tuning_texts is None else text_list(tuning_texts, "tuning_texts")
     label_n, group_n = _checked(texts, labels, groups, direction, validation)
     z_nlhe = head_outputs(lm, texts)
     _, n_layers, n_heads, _ = z_nlhe.shape
@@ -91,6 +94,7 @@ def _mass_mean(z_nke: Tensor, positive_n: Tensor) -> Callable[[Tensor, Tensor], 
 
 def head_outputs(lm: LanguageModel, texts: Sequence[str]) -> Tensor:
     """Each head's output at the last token of each text, before the output projection, float32 [n, l, h, e] on the CPU."""
+    texts = text_list(texts)
     sites = [f"head_out.{layer}" for layer in range(lm.n_layers)]
     widths = {lm.width(site) for site in sites}
     n_heads: int = lm.model.config.get_text_config().num_attention_heads

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae.errors import InputError
 from sae.language_model import LanguageModel
+from sae.text_input import text_list
 from steering.directions.contrast import TINY, activations, contrast_sets, cosine_interval, digest, warn_if_uncertain
 from steering.directions.texts import activations_of_texts
 from steering.vector import SteeringVector
@@ -107,6 +108,7 @@ def principal_directions_of_texts(
     lm: LanguageModel, texts: Sequence[str], site: str, k: int, *, first_dropped: int = FIRST_DROPPED, seed: int = 0
 ) -> list[SteeringVector]:
     """`principal_directions` of all tokens of the texts after the first `first_dropped` of each (and the beginning-of-text token)."""
+    texts = text_list(texts)
     if not texts:
         raise InputError("expected texts to take activations from, got none")
     acts_nd = torch.cat(activations_of_texts(lm, texts, site, first_dropped=first_dropped))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae.errors import InputError
 from sae.language_model import LanguageModel
+from sae.text_input import text_list
 
 BATCH = 16
 
@@ -23,6 +24,7 @@ def activations_of_texts(
     """
     if tokens not in ("all", "last") or first_dropped < 0:
         raise InputError(f'expected tokens to be "all" or "last" and first_dropped at least 0, got {tokens!r} and {first_dropped}')
+    texts = text_list(texts)
     lm.width(site)
     before = first_dropped + (lm.bos_id is not None)
     rows: list[Tensor] = []

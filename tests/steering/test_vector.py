@@ -254,3 +254,23 @@ def test_what_lm_eval_cannot_say(tmp_path):
         with pytest.raises(InputError, match=sentence):
             made.to_lm_eval(tmp_path / name, lm)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_vector_keeps_what_it_was_given(tmp_path):
+    row_d, provenance = torch.arange(4.0), {"data": [1]}
+    vector = SteeringVector({f"resid_post.{layer}": row_d for layer in range(4)}, provenance)
+    views = SteeringVector({f"resid_post.{i}": row for i, row in enumerate([row_d[1:], row_d.expand(2, 4), row_d.flip(0)[:3]])})
+    vector.save(tmp_path / "v.safetensors")
+    views.save(tmp_path / "views.safetensors")
+    row_d += 1
+    provenance["data"].append(2)
+    for kept in (vector, SteeringVector.load(tmp_path / "v.safetensors")):
+        assert all(direction.tolist() == [0, 1, 2, 3] for direction in kept.directions.values())
+        assert kept.provenance == {"data": [1]}
+    assert SteeringVector.load(tmp_path / "views.safetensors").directions["resid_post.0"].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("direction", [[1.0, 2.0], None, torch.zeros(3, dtype=torch.complex64)])
+def test_a_direction_that_is_no_real_tensor_is_refused(direction):
+    with pytest.raises(InputError, match=r"expected a steering direction at resid_post\.0 as a real tensor"):
+        SteeringVector.at("resid_post.0", direction)
