@@ -32,7 +32,7 @@ class WordRate(NamedTuple):
 
 def listed_words(words: Sequence[str]) -> re.Pattern[str]:
     """Matches any of the listed words (or phrases) as `whole_words` does. Raises `InputError` for no word."""
-    listed = [word.strip() for word in words]
+    listed = [word.strip() for word in text_list(words, "words")]
     if not listed or not all(listed):
         raise InputError(f"expected a list of words to count, got {list(words)}")
     return whole_words(listed)
