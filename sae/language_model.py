@@ -14,6 +14,7 @@ from sae.errors import InputError
 from sae.fingerprint import fingerprint
 from sae.hooks import Edit, Hooks, Place
 from sae.offload import device_of
+from sae.sampling import sample
 from sae.sites import KINDS, SAFE_KINDS, Site, family_of, parse_site
 from sae.text_input import text_list
 
@@ -257,9 +258,10 @@ class LanguageModel:
             )
             cache = output.past_key_values
             logits_sv = output.logits[:, -1].float()
-            if not torch.isfinite(logits_sv[~ended_s]).all():  # host sync
+            finite_s = logits_sv.amax(-1).isfinite() & logits_sv.amin(-1).isfinite()
+            if not (finite_s | ended_s).all():  # host sync
                 raise NonFiniteLogits(f"the model's logits are not finite at new token {step + 1}")
-            next_s = _sample(logits_sv, temperature, top_p, generator).to(self.device)
+            next_s = sample(logits_sv, temperature, top_p, generator).to(self.device)
             next_s = torch.where(ended_s, self.pad_id, next_s)
             yield next_s
             ended_s |= torch.isin(next_s, eos)
@@ -315,12 +317,3 @@ class LanguageModel:
 def _position_ids(mask_sp: Tensor) -> Tensor:
     """Positions counted from each row's first real token, so that left padding does not shift it."""
     return (mask_sp.cumsum(-1) - 1).clamp(min=0)
-
-
-def _sample(logits_sv: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token per row, [s]: from the smallest set of likeliest tokens that holds `top_p` of the probability."""
-    if temperature == 0:
-        return logits_sv.argmax(-1)
-    probs_sv, order_sv = (logits_sv / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    probs_sv = probs_sv.masked_fill(probs_sv.cumsum(-1) - probs_sv >= top_p, 0)
-    return order_sv.gather(-1, torch.multinomial(probs_sv.to(generator.device), 1, generator=generator).to(order_sv.device))[:, 0]

