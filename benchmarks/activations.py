@@ -35,8 +35,9 @@ from sae.activations.text import TextConfig, documents
 from sae.activations.tokens import tokenise
 from sae.command_line import run
 from sae.errors import InputError
-from sae.files import read_json, write_json, write_tensors
+from sae.files import write_json, write_tensors
 from sae.language_model import LanguageModel
+from sae.reading import read_json
 from sae.sites import parse_site
 
 Part = Literal["harvest", "disk", "shuffle"]

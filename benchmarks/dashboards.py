@@ -36,8 +36,9 @@ from sae.features.export import ExportConfig, export_features
 from sae.features.index import IndexConfig, build_index
 from sae.features.records import FeatureIndex
 from sae.features.saedashboard import read_saedashboard, rewrite_saedashboard
-from sae.files import read_json, write_json, write_tensors
+from sae.files import write_json, write_tensors
 from sae.language_model import LanguageModel
+from sae.reading import read_json
 
 
 @dataclass(kw_only=True)

@@ -39,12 +39,14 @@ from sae.errors import InputError
 from sae.features import examples
 from sae.features.contribution import MAX_ROWS
 from sae.features.export import ExportConfig, export_features
-from sae.features.index import CHUNK_BYTES, IndexConfig, build_index, choose_tokens, chunks, details_layout, encode
+from sae.features.index import CHUNK_BYTES, IndexConfig, build_index, choose_tokens, chunks, encode
+from sae.features.opening import details_layout
 from sae.features.records import FORMAT_VERSION, FeatureIndex
 from sae.features.storage import create, write_arrays
-from sae.files import read_json, write_json
+from sae.files import write_json
 from sae.language_model import LanguageModel
 from sae.objective.workspace import Workspace
+from sae.reading import read_json
 
 Part = Literal["build", "read", "page", "export"]
 

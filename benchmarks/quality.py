@@ -21,7 +21,8 @@ from sae.command_line import run
 from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
 from sae.evaluation.evaluate import reconstruct
-from sae.files import read_json, write_json
+from sae.files import write_json
+from sae.reading import read_json
 from sae.training import TrainingConfig, train
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -25,9 +25,10 @@ from torch import Tensor
 from sae.command_line import run
 from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
-from sae.files import read_json, write_json
+from sae.files import write_json
 from sae.language_model import LanguageModel
 from sae.progress import progress
+from sae.reading import read_json
 from steering.intervention import OPERATIONS, DictionaryFeature, steered
 from steering.vector import SteeringVector
 

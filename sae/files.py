@@ -6,12 +6,12 @@ import os
 import re
 import shutil
 import sys
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from sae.checksum import BLANK, seal
 from sae.errors import InputError
 from sae.places import writing
 
@@ -60,18 +60,8 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path, what: str) -> Any:
-    """`what` names the kind of file in the error sentence, for example "a dictionary's cfg.json"."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise InputError(f"expected {what} at {path}, which does not exist; check the folder's name") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"expected {what} at {path}, but it is not valid JSON ({error})") from None
-
-
 def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None) -> None:
-    """`tensors` of torch, as safetensors, atomically; those that share memory are written once each."""
+    """`tensors` of torch, as safetensors with a checksum (see checksum.py), atomically; those that share memory are written once each."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -84,7 +74,8 @@ def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = N
         box = temporary.with_suffix(".box")  # safetensors writes through a private file beside its own, without our name
         box.mkdir(exist_ok=True)
         try:
-            save_file(own, box / "tensors", metadata)
+            save_file(own, box / "tensors", (metadata or {}) | {"crc32": BLANK})
+            seal(box / "tensors")
             (box / "tensors").replace(temporary)
         except SafetensorError as error:  # carries the operating system's error only in its text
             if found := re.search(r"os error ([0-9]+)", str(error)):
@@ -161,15 +152,6 @@ def _half_written(folder: Path, name: str | None = None) -> Iterator[tuple[Path,
 def _remove(path: Path) -> None:
     with suppress(OSError):  # it may be another user's
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def crc32(path: Path) -> str:
-    """Checksum of a file's bytes, eight hexadecimal digits."""
-    value = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            value = zlib.crc32(chunk, value)
-    return f"{value:08x}"
 
 
 def require_free_space(folder: Path, needed: int, what: str) -> None:

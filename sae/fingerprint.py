@@ -5,7 +5,6 @@ every float dtype, so a model is recognised whichever it was loaded in.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,11 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from sae.offload import on_hand
+from sae.reading import read_json
 
 SAMPLE = 256
 COMPILED = "_orig_mod."  # what torch.compile puts into names
+
+
+class Parts(TypedDict):
+    """model.safetensors.index.json"""
+
+    weight_map: dict[str, str]
 
 
 def fingerprint(model: Any) -> str:
@@ -88,6 +95,6 @@ def _safetensors_files(name: str, revision: str | None) -> list[Path]:
     if whole := find("model.safetensors"):
         return [whole]
     index = find("model.safetensors.index.json")
-    parts = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else []
+    parts = sorted(set(read_json(index, "a model's list of weights", Parts)["weight_map"].values())) if index else []
     found = [find(part) for part in parts]
     return [path for path in found if path]

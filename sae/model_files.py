@@ -109,7 +109,9 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
     with _one_sentence(name, "a tokenizer", found), _quiet():
         if found.gguf and not mentions(found, revision, b"tokenizer.ggml.tokens"):
             return None
-        return AutoTokenizer.from_pretrained(found.name, revision=revision, **found.options())
+        tokenizer = AutoTokenizer.from_pretrained(found.name, revision=revision, **found.options())
+        tokenizer("a")  # a damaged setting may show only now
+        return tokenizer
 
 
 def _device(device: str | torch.device) -> torch.device:
@@ -135,18 +137,13 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 @contextmanager
 def _one_sentence(name: str, what: str, found: Place) -> Iterator[None]:
-    from safetensors import SafetensorError
-
-    errors: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
-    if found.gguf:  # a damaged one breaks its reader in any way
-        errors = (Exception,)
     if not found.gguf and not Path(name).exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
         raise InputError(f"expected {what} in the folder {name}, which does not exist; check its path")
     try:
         yield
     except InputError:
         raise
-    except errors as error:
+    except Exception as error:  # a damaged file breaks the packages that read it in any way
         reason = " ".join(str(error).split())
         reason = reason if len(reason) < 300 else reason[:300] + "..."
         raise InputError(

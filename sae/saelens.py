@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import NotRequired, TypedDict
 
 from sae.errors import InputError
-from sae.files import read_json
+from sae.reading import read_json, read_tensors
 from sae.sites import parse_site
 
 WEIGHTS = "sae_weights.safetensors"
@@ -68,6 +69,12 @@ SAME_ACTIVATIONS = {"fold_ln", "center_unembed", "dtype", "torch_dtype", "device
 SAME_EXCEPT_HEADS = {"fold_value_biases", "refactor_factored_attn_matrices"}
 
 
+class Cfg(TypedDict):
+    """cfg.json as far as it has a form; what the keys may say is decided below."""
+
+    metadata: NotRequired[dict[str, Any] | None]
+
+
 class Contents(NamedTuple):
     """Of a folder that is understood as a whole."""
 
@@ -95,10 +102,8 @@ def hook_of_site(site: str | None) -> str | None:
 
 def read_folder(folder: Path, device: str | torch.device) -> Contents:
     """Raises `InputError` naming the key or tensor for anything but a whole dictionary with a plain ReLU on one of our sites."""
-    cfg = read_json(folder / CFG, "a dictionary's cfg.json")
-    if not isinstance(cfg, dict) or not isinstance(cfg.get("metadata", {}), dict | None):
-        raise InputError(f"expected a JSON object with the dictionary's settings in {folder / CFG}, but it holds something else")
-    weights = read_weights(folder / WEIGHTS, device)
+    cfg = read_json(folder / CFG, "a dictionary's cfg.json", Cfg)
+    weights, _ = read_tensors(folder / WEIGHTS, "a dictionary's weights", device=device, then="copy or train the dictionary again")
     values = merge(folder, cfg)
     require_plain(folder, cfg, values)
     require_whole(folder, values, weights)
@@ -106,18 +111,6 @@ def read_folder(folder: Path, device: str | torch.device) -> Contents:
     site = find_site(folder, values)
     require_raw_activations(folder, values, site)
     return Contents(weights, values.get("apply_b_dec_to_input", True), facts | ({"site": site} if site else {}))
-
-
-def read_weights(path: Path, device: str | torch.device) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path, str(device))
-    except FileNotFoundError:
-        raise InputError(f"expected the dictionary's weights at {path}, which does not exist; the folder is incomplete") from None
-    except SafetensorError as error:
-        raise InputError(f"{path} is not a whole safetensors file ({error}); copy or train the dictionary again") from None
 
 
 def merge(folder: Path, cfg: dict[str, Any]) -> dict[str, Any]:

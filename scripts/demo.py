@@ -12,8 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from sae.checksum import crc32
 from sae.command_line import run
-from sae.files import crc32
 from sae.places import require_folder
 from sae.saelens import WEIGHTS
 

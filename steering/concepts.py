@@ -16,8 +16,8 @@ import numpy as np
 
 from sae.activations.text import TextConfig, documents
 from sae.errors import InputError
-from sae.files import read_json
 from sae.language_model import LanguageModel
+from sae.reading import read_json
 from sae.text_input import replace_surrogates_in, text_list
 from steering.directions.contrast import TINY
 from steering.measure import word_rate

@@ -6,18 +6,21 @@ d width of the site · p positions
 import io
 import json
 import math
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sae.errors import InputError
 from sae.files import atomic, write_tensors
 from sae.fingerprint import COMPILED
+from sae.reading import one_sentence, parse_json, read_tensors
 from sae.sites import KINDS, parse_site
 
 if TYPE_CHECKING:
@@ -126,20 +129,14 @@ class SteeringVector:
     @classmethod
     def load(cls, path: str | Path) -> "SteeringVector":
         """Raises `InputError` unless `path` is a whole file that `save` wrote."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                metadata, keys = file.metadata() or {}, list(file.keys())
-                if metadata.get("format") == FORMAT:
-                    return cls({site: file.get_tensor(site) for site in keys}, json.loads(metadata["provenance"]))
-                if metadata.get("format") == FORMAT_1 and keys == ["direction"]:
-                    return cls.at(metadata["site"], file.get_tensor("direction"), json.loads(metadata["provenance"]))
-                raise InputError(f"expected a steering vector ({FORMAT}) in {path}, got a file with {', '.join(keys) or 'nothing'}")
-        except FileNotFoundError:
-            raise InputError(f"expected a steering vector at {path}, which does not exist; check the path") from None
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"expected a steering vector at {path}, but it is no whole safetensors file ({error})") from None
+        tensors, metadata = read_tensors(Path(path), "a steering vector")
+        known = metadata.get("format"), "provenance" in metadata
+        if known == (FORMAT, True) or (known == (FORMAT_1, True) and "site" in metadata and list(tensors) == ["direction"]):
+            provenance = parse_json(metadata["provenance"], f"the provenance of {path}", dict[str, Any])
+            if any(not tensor.is_floating_point() for tensor in tensors.values()):
+                raise InputError(f"expected directions of floats in {path}, got {', '.join(str(t.dtype) for t in tensors.values())}")
+            return cls(tensors if known[0] == FORMAT else {metadata["site"]: tensors["direction"]}, provenance)
+        raise InputError(f"expected a steering vector ({FORMAT}) in {path}, got a file with {', '.join(tensors) or 'nothing'}")
 
     def to_gguf(self, path: str | Path, model_type: str) -> None:
         """The control vector file of repeng and llama.cpp; `model_type` is the model's `config.model_type`.
@@ -175,28 +172,27 @@ class SteeringVector:
         for any other file. Needs the package gguf.
         """
         gguf = _gguf()
-        try:
-            reader = gguf.GGUFReader(path)
-        except FileNotFoundError:
-            raise InputError(f"expected a gguf file at {path}, which does not exist; check the path") from None
-        except Exception as error:  # the reader lets through whatever numpy says of bytes that make no sense
-            raise InputError(f"expected a gguf file at {path}, but it cannot be read ({error})") from None
+        if not Path(path).exists():
+            raise InputError(f"expected a gguf file at {path}, which does not exist; check the path")
+        with one_sentence(f"a gguf file at {path}"):
+            reader = _strict_reader(gguf)(path)
 
         def text(key: str) -> str | None:
             found = reader.get_field(key)
             return None if found is None else bytes(found.parts[-1]).decode("utf-8", "replace")
 
         tensors = {t.name.removeprefix("direction."): t for t in reader.tensors if t.name.startswith("direction.")}
-        numbers = all(layer.isdecimal() and int(layer) >= layer_base for layer in tensors)
+        numbers = all(re.fullmatch("0|[1-9][0-9]{0,5}", layer) and int(layer) >= layer_base for layer in tensors)
         if text("general.architecture") != ARCHITECTURE or not tensors or not numbers:
             named = ", ".join(t.name for t in reader.tensors[:3]) or "no tensor"
             raise InputError(f"expected a control vector with direction.{layer_base} and higher in {path}, got one with {named}")
         if any(t.data.dtype.kind != "f" for t in tensors.values()):
             raise InputError(f"expected directions in {path} in float32 or float16, got them quantised")
-        directions = {f"resid_post.{int(layer) - layer_base}": torch.tensor(t.data).float() for layer, t in tensors.items()}
+        arrays = {int(layer): np.array(tensor.data, np.float32) for layer, tensor in tensors.items()}
+        directions = {f"resid_post.{layer - layer_base}": torch.from_numpy(array) for layer, array in arrays.items()}
         provenance = {"method": "gguf", "model_type": text(f"{ARCHITECTURE}.model_hint")}
         own = text(f"{ARCHITECTURE}.provenance")
-        return cls(directions, json.loads(own) if own else provenance)
+        return cls(directions, parse_json(own, f"the provenance of {path}", dict[str, Any]) if own else provenance)
 
     def to_lm_eval(self, path: str | Path, lm: "LanguageModel", coefficient: float = 1.0) -> None:
         """The .pt file of lm-evaluation-harness' model type `steered` (`--model_args pretrained=...,steer_path=...`), added everywhere.
@@ -236,6 +232,19 @@ class SteeringVector:
                 raise InputError(f"expected two steering vectors of one shape at {site} to combine, got {shapes}")
             directions[site] = sign * direction if mine is None else mine + sign * direction.to(mine.device)
         return SteeringVector(directions, {word: [self.provenance, other.provenance]})
+
+
+def _strict_reader(gguf: Any) -> Any:
+    """The package's reader, which would read on behind the end of a file that is cut off, for as long as a number in it says."""
+
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, **order: Any) -> np.ndarray:
+            found = super()._get(offset, dtype, count, **order)
+            if len(found) != count:
+                raise ValueError("it is cut off")
+            return found
+
+    return Reader
 
 
 def _gguf() -> Any:

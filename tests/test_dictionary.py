@@ -77,7 +77,7 @@ def test_missing_keys_and_damaged_files_are_named(tmp_path):
     with pytest.raises(InputError, match="lacks b_enc"):
         SparseAutoencoder.load(tmp_path)
     weights_path.write_bytes(whole[:-20])
-    with pytest.raises(InputError, match="not a whole safetensors file"):
+    with pytest.raises(InputError, match="damaged or no safetensors file"):
         SparseAutoencoder.load(tmp_path)
     weights_path.unlink()
     with pytest.raises(InputError, match="does not exist"):

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sae.checksum import crc32
 from sae.errors import InputError
-from sae.files import atomic, crc32, read_json, remove_leftovers, require_free_space, write_json, write_tensors
+from sae.files import atomic, remove_leftovers, require_free_space, write_json, write_tensors
+from sae.reading import read_json
 
 
 def test_a_failure_while_writing_leaves_what_was_there(tmp_path):

@@ -181,7 +181,7 @@ def test_facts_that_change_nothing_are_kept(tmp_path, cfg, change):
         (VERSION_6, {"d_sae": 11}, r"W_enc .* has shape \(6, 10\) where cfg.json asks for \(6, 11\)"),
         (VERSION_6, {"d_in": None}, "d_in None"),
         (VERSION_3, {"d_in": 6.0}, "d_in 6.0"),
-        (VERSION_6, {"metadata": "none"}, "something else"),
+        (VERSION_6, {"metadata": "none"}, "'metadata' should be a valid dictionary"),
     ],
 )
 def test_what_changes_the_function_or_what_it_reads_is_refused_by_name(tmp_path, cfg, change, message):

@@ -9,16 +9,16 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from sae.activations.ledger import FORMAT_VERSION, require_little_endian
-from sae.activations.mapped import Place, layout
+from sae.activations.manifest import THEN, check_file, damaged, read_manifest, verify
 from sae.activations.massive import sampled, sentence
 from sae.activations.storage import FORMATS, decode, shard_layout
 from sae.activations.tokens import SPLITS, Tokens
 from sae.errors import InputError
-from sae.files import crc32, read_json
+from sae.reading import SMALL, Place, layout, map_arrays, read_tensors, require_within
 
 if TYPE_CHECKING:
     from sae.activations.batches import ActivationBatches
@@ -49,22 +49,23 @@ class ActivationCache:
         """of the rows that are read; those of int8 are float16"""
 
     @classmethod
-    def open(cls, folder: str | Path, site: str | None = None, *, skip_damaged: bool = False) -> "ActivationCache":
-        """Opens a finished cache; `site` may be left out when there is exactly one. Sizes and headers of all files are checked.
+    def open(cls, folder: str | Path, site: str | None = None, *, skip_damaged: bool = False, verify: bool = False) -> "ActivationCache":
+        """Opens a finished cache; `site` may be left out when there is exactly one.
 
-        With `skip_damaged`, every shard of the site is read once to compare its checksum, and damaged ones are left out and named on
-        stderr. Without it, a file of the wrong size or with a damaged header raises `InputError` naming it; a flipped bit among the
-        numbers is found by `verify` alone.
+        Sizes and headers of all files are checked, and checksums of token files up to 32 MB; with `verify`, every file of the site is
+        read once to compare its checksum. A damaged file raises `InputError` naming it. With `skip_damaged`, checksums are compared too,
+        and damaged shards are left out and named on stderr.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
         site = _choose_site(folder, manifest, site)
         cache = cls(folder, manifest, site, {split: [] for split in SPLITS})
+        checksums = skip_damaged or verify
         for entry in manifest["tokens"]:
-            _try(skip_damaged, partial(_check_file, folder / entry["file"], entry, skip_damaged))
+            _try(skip_damaged, partial(check_file, folder / entry["file"], entry, checksums or entry["bytes"] <= SMALL))
         for entry in manifest["shards"]:
             shard = Shard(entry["name"], entry["rows"], folder / site / f"{entry['name']}.safetensors")
-            if _try(skip_damaged, partial(cache._check, shard, entry["files"][site], skip_damaged)):
+            if _try(skip_damaged, partial(cache._check, shard, entry["files"][site], checksums)):
                 cache._shards[entry["split"]].append(shard)
         return cache
 
@@ -79,15 +80,16 @@ class ActivationCache:
 
     def read(self, shard: Shard) -> tuple[Tensor, Tensor]:
         """Activations [n, d_in] of the cache's dtype, and their global token positions, int64 [n]; both memory-mapped (int8: unpacked)."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(shard.path, framework="pt") as file:
-                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise _damaged(shard.path, str(error)) from None
+        stored, _ = read_tensors(shard.path, "a cache's shard", then=THEN)
         rows = stored.pop("rows")
+        self._require_positions(rows.numpy(), shard)
         return decode(stored), rows
+
+    def positions(self, shard: Shard) -> np.ndarray:
+        """Global token positions of the shard's rows, int64 [n], memory-mapped."""
+        rows = map_arrays(shard.path, "a cache's shard", then=THEN)[0]["rows"]
+        self._require_positions(rows, shard)
+        return rows
 
     def read_block(self, shard: Shard, start: int, out_nd: Tensor) -> None:
         """Fills `out_nd` (contiguous, the cache's dtype) with the shard's rows from `start` on, by plain sequential reading."""
@@ -123,14 +125,19 @@ class ActivationCache:
             raise InputError(
                 f"expected a cache that knows its text, but {self.folder} was imported without token ids; import it with --token-ids"
             )
-        return Tokens.read([self.folder / entry["file"] for entry in self.manifest["tokens"]], self.manifest["labels"])
+        tokens = Tokens.read([self.folder / entry["file"] for entry in self.manifest["tokens"]], self.manifest["labels"])
+        if len(tokens.ids) != (counted := self.manifest["counts"]["tokens"]):
+            raise InputError(
+                f"expected {counted:,} tokens in {self.folder}, as its manifest counts, but found {len(tokens.ids):,}; harvest again"
+            )
+        return tokens
 
     def verify(self) -> list[str]:
         """Names of the files, of all sites and the tokens, whose size or checksum is not that of the manifest."""
         return verify(self.folder)
 
     def require_model(self, lm: "LanguageModel") -> None:
-        """Raises `InputError` unless the cache was made with this model."""
+        """Raises `InputError` unless the cache was made with this model, and all its tokens are of the model's vocabulary."""
         made = self.manifest["model"]
         self.model_name()
         if made["fingerprint"] != lm.fingerprint():
@@ -138,6 +145,8 @@ class ActivationCache:
                 f"expected a cache made with {lm.name} (fingerprint {lm.fingerprint()}), but {self.folder} was made with {made['name']} "
                 f"(fingerprint {made['fingerprint']}); use that model or harvest again"
             )
+        if self.manifest["tokens"]:
+            require_within(self.tokens.ids, 0, lm.model.get_input_embeddings().weight.shape[0], "token ids", self.folder)
 
     def model_name(self) -> str:
         """Name of the model it was made with; raises `InputError` if that is unknown."""
@@ -164,15 +173,18 @@ class ActivationCache:
 
     def _places(self, shard: Shard) -> dict[str, Place]:
         """Where the shard's tensors lie; raises `InputError` if the file is not what the manifest says."""
-        places, _ = layout(shard.path, "a cache's shard")
+        places, _ = layout(shard.path, "a cache's shard", THEN)
         expected = shard_layout(self.manifest["dtype"], shard.rows, self.d_in)
         found = {name: (place.dtype, place.shape) for name, place in places.items()}
         if found != expected:
-            raise _damaged(shard.path, f"it holds {found} where the manifest says {expected}")
+            raise damaged(shard.path, f"it holds {found} where the manifest says {expected}")
         return places
 
+    def _require_positions(self, rows_n: np.ndarray, shard: Shard) -> None:
+        require_within(rows_n, 0, self.manifest["counts"]["tokens"], "rows", shard.path)
+
     def _check(self, shard: Shard, entry: dict[str, Any], checksum: bool) -> None:
-        _check_file(shard.path, entry, checksum)
+        check_file(shard.path, entry, checksum)
         self._places(shard)
 
 
@@ -183,43 +195,8 @@ def _read_into(file: IO[bytes], offset: int, values: Tensor, path: Path) -> None
     while filled < len(view):
         count = file.readinto(view[filled:])  # type: ignore[attr-defined]
         if not count:
-            raise _damaged(path, "it ended while being read")
+            raise damaged(path, "it ended while being read")
         filled += count
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Raises `InputError` for a folder that is no finished cache of a known format."""
-    require_little_endian()
-    if not (folder / "manifest.json").exists() and (folder / "harvest.json").exists():
-        raise InputError(f"the harvest into {folder} has not finished; give its command again to let it go on")
-    manifest = read_json(folder / "manifest.json", "an activation cache's manifest")
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if version != FORMAT_VERSION:
-        raise InputError(
-            f"expected an activation cache of format version {FORMAT_VERSION} at {folder}, but its version is {version!r}; "
-            "use the release of this software that wrote it, or harvest again"
-        )
-    missing = [key for key in ("model", "dtype", "sites", "counts", "labels", "shards", "tokens") if key not in manifest]
-    if missing or manifest["dtype"] not in FORMATS:
-        raise InputError(
-            f"expected an activation cache's manifest in {folder}, but {missing or ['dtype']} is missing or unknown; harvest again"
-        )
-    return manifest
-
-
-def verify(folder: str | Path) -> list[str]:
-    """Names of the files whose size or checksum is not that of the manifest, relative to the folder; reads all of them."""
-    folder = Path(folder)
-    manifest = read_manifest(folder)
-    files = {entry["file"]: entry for entry in manifest["tokens"]}
-    for entry in manifest["shards"]:
-        files |= {f"{site}/{entry['name']}.safetensors": file for site, file in entry["files"].items()}
-    damaged = []
-    for name, file in files.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != file["bytes"] or crc32(path) != file["crc32"]:
-            damaged.append(name)
-    return damaged
 
 
 def _choose_site(folder: Path, manifest: dict[str, Any], site: str | None) -> str:
@@ -241,15 +218,3 @@ def _try(skip_damaged: bool, check: Callable[[], None]) -> bool:
         print(f"left out: {error}", file=sys.stderr)
         return False
     return True
-
-
-def _check_file(path: Path, entry: dict[str, Any], checksum: bool) -> None:
-    size = path.stat().st_size if path.is_file() else None
-    if size != entry["bytes"]:
-        raise _damaged(path, "it is missing" if size is None else f"it has {size} bytes instead of {entry['bytes']}")
-    if checksum and crc32(path) != entry["crc32"]:
-        raise _damaged(path, "its checksum is wrong")
-
-
-def _damaged(path: Path, why: str) -> InputError:
-    return InputError(f"expected a whole file at {path}, but {why}; read the others with skip_damaged, or harvest again")

@@ -39,13 +39,15 @@ class DescribeConfig:
     """Sequences to show the beginning of."""
     json: bool = False
     """Print one JSON object instead of tables."""
+    verify: bool = False
+    """First read the whole site to compare every checksum; without it only those of token files up to 32 MB."""
 
 
 def describe_cache(config: DescribeConfig) -> dict[str, Any]:
     """Prints the tables, and gives the same as plain values. Raises `InputError` for a cache that cannot be read."""
     if config.rows < 1 or config.texts < 0:
         raise InputError(f"expected --rows of at least 1 and --texts of at least 0, but {config.rows} and {config.texts} came")
-    cache = ActivationCache.open(config.cache, config.site)
+    cache = ActivationCache.open(config.cache, config.site, verify=config.verify)
     x_nd, positions_n = sample_rows(cache, config.rows)
     norm_n = torch.linalg.vector_norm(x_nd, dim=-1)
     pieces = token_texts(cache)

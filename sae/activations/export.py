@@ -50,7 +50,7 @@ def export_cache(config: ExportConfig) -> Path:
     if os.path.lexists(config.out):
         raise InputError(f"expected a new folder, but {config.out} exists already; choose another --out")
     require_folder(config.out)
-    cache = ActivationCache.open(config.cache, config.site)
+    cache = ActivationCache.open(config.cache, config.site, verify=True)
     if not config.splits or len(set(config.splits)) < len(config.splits):
         raise InputError(f"expected every split once, but --splits is {' '.join(config.splits)!r}; give {' or '.join(SPLITS)}")
     rows = sum(map(cache.rows, config.splits))

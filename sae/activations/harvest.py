@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sae.activations.ledger import FORMAT_VERSION, Ledger, claim, describe_file, has_size, require_same
+from sae.activations.manifest import read_manifest, verify
 from sae.activations.massive import PoolRows, sentence, summary
 from sae.activations.plan import REASONS, Pool, count_reasons, count_rows, padding, plan_pools
 from sae.activations.record import Recorded, Recorder
@@ -32,7 +33,7 @@ from sae.activations.text import text_files
 from sae.activations.tokens import SPLITS, Tokens
 from sae.activations.writers import Writers
 from sae.errors import InputError
-from sae.files import only_writer, read_json, require_free_space, write_json, write_tensors
+from sae.files import only_writer, require_free_space, write_json, write_tensors
 from sae.places import require_folder
 from sae.progress import progress
 
@@ -132,8 +133,6 @@ def device_of(config: RecordingConfig, writers: Writers) -> str:
 
 
 def _verify(config: HarvestConfig) -> Path:
-    from sae.activations.cache import verify
-
     defaults = HarvestConfig(out=config.out, verify=True)
     given = [f.name for f in fields(config) if getattr(config, f.name) != getattr(defaults, f.name)]
     if given:
@@ -227,7 +226,8 @@ def _left(config: HarvestConfig, recorder: Recorder, pools: list[Pool], ledger: 
     done = {
         (entry["split"], entry["number"])
         for entry in ledger.of("pool")
-        if all(has_size(_path(config, site, s["name"]), file["bytes"]) for s in entry["shards"] for site, file in s["files"].items())
+        if all(s["files"].keys() == s["squared_norm"].keys() == set(config.sites) for s in entry["shards"])
+        and all(has_size(_path(config, site, s["name"]), file["bytes"]) for s in entry["shards"] for site, file in s["files"].items())
     }
     left = [index for index, pool in enumerate(pools) if (pool.split, pool.number) not in done]
     require_free_space(config.out, _bytes(config, sum(pools[index].rows for index in left), recorder.lm), "the harvest")
@@ -308,7 +308,7 @@ def _manifest(config: HarvestConfig, recorder: Recorder, pools: list[Pool], ledg
 
 
 def _report(folder: Path) -> None:
-    manifest = read_json(folder / "manifest.json", "a cache's manifest")
+    manifest = read_manifest(folder)
     rows = manifest["counts"]["rows"]
     size = sum(file["bytes"] for shard in manifest["shards"] for file in shard["files"].values())
     norms = ", ".join(f"{site} {value['mean_squared_norm']:.4g}" for site, value in manifest["sites"].items())

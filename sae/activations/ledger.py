@@ -4,13 +4,62 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
+
+from sae.checksum import crc32
 from sae.errors import InputError
-from sae.files import crc32, read_json, remove_leftovers, sync, write_json
+from sae.files import remove_leftovers, sync, write_json
 from sae.places import writing
+from sae.reading import Count, Number, parse_json, read_json
 
 FORMAT_VERSION = 1
+
+
+class FileEntry(TypedDict):
+    bytes: Count
+    crc32: str
+
+
+class ShardEntry(TypedDict):
+    name: Annotated[str, Field(pattern=r"^[0-9A-Za-z_-]{1,64}$")]  # of a file
+    split: Literal["train", "held_out"]
+    rows: Count
+    files: dict[str, FileEntry]
+
+
+class PoolShard(ShardEntry):
+    squared_norm: dict[str, Number]
+
+
+class TokenEntry(FileEntry):
+    file: Annotated[str, Field(pattern=r"^tokens/[0-9A-Za-z_-]{1,64}\.safetensors$")]
+
+
+class TokensNote(TokenEntry):
+    kind: Literal["tokens"]
+
+
+class CountsNote(TypedDict):
+    kind: Literal["counts"]
+    label_names: list[str]
+    documents: Count
+    empty_documents: Count
+    sequences: Count
+    tokens: Count
+
+
+class PoolNote(TypedDict):
+    kind: Literal["pool"]
+    split: Literal["train", "held_out"]
+    number: Count
+    norm_outliers: NotRequired[Count]
+    shards: list[PoolShard]
+
+
+Note = Annotated[TokensNote | CountsNote | PoolNote, Field(discriminator="kind")]
 
 
 class Ledger:
@@ -48,14 +97,17 @@ class Ledger:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Entries up to a line that is not whole, as a kill or a full disk leaves it, and the bytes that they take."""
+    """Entries up to a line that is not whole, as a kill or a full disk leaves it, and the bytes that they take.
+
+    What a damaged line and those after it noted is done again.
+    """
     entries, size = [], 0
     for line in path.read_bytes().splitlines(keepends=True):
         try:
             if not line.endswith(b"\n"):
                 break
-            entries.append(json.loads(line))
-        except ValueError:
+            entries.append(parse_json(line, f"a line of {path}", Note))
+        except InputError:
             break
         size += len(line)
     return entries, size
@@ -99,11 +151,16 @@ def claim(folder: Path, settings: dict[str, Any], model: dict[str, Any]) -> None
     require_same(folder, settings=settings, model=model)
 
 
+class Begun(TypedDict):
+    settings: dict[str, Any]
+    model: dict[str, Any]
+
+
 def require_same(folder: Path, **mine_of: dict[str, Any]) -> None:
     """Raises `InputError` if the harvest in `folder` was begun with another model, or other settings, than these."""
     path = folder / "harvest.json"
-    stored = read_json(path, "a harvest's settings")
-    version = stored.get("format_version") if isinstance(stored, dict) else None
+    stored = read_json(path, "a harvest's settings", Begun)
+    version = stored.get("format_version")
     if version != FORMAT_VERSION:
         raise InputError(
             f"expected a harvest in format version {FORMAT_VERSION} at {folder}, but it was begun in {version!r}; "

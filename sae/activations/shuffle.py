@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sae.activations.batches import BLOCKS_PER_BUFFER, BUFFER_BYTES, ActivationBatches
 from sae.activations.cache import ActivationCache, Shard
-from sae.activations.mapped import map_tensors
 from sae.activations.tokens import Tokens
 
 
@@ -99,7 +98,7 @@ class TokenPositions:
 
     def of(self, shard: Shard) -> np.ndarray:
         """int64 [n], memory-mapped"""
-        return map_tensors(shard.path, "a cache's shard")[0]["rows"]
+        return self.cache.positions(shard)
 
     def read_block(self, shard: Shard, start: int, out_n1: Tensor) -> None:
         out_n1.copy_(torch.from_numpy(self.of(shard)[start : start + len(out_n1)].copy())[:, None])

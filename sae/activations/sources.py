@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae.activations.datasets_errors import told_plainly
 from sae.errors import InputError
+from sae.reading import layout, one_sentence, require_within
 
 RUN = 1024
 """Rows of a plain array that stay in one split: neighbours may come from one text."""
@@ -76,14 +77,14 @@ def _open_saelens(folder: Path, column: str | None) -> Source:
     def read(start: int, stop: int) -> Tensor:
         first, last = start // positions, -(-stop // positions)
         with told_plainly(expected):
-            acts_nd = np.asarray(of_hook[first:last][hook]).reshape(-1, d_in)
+            acts_nd = np.asarray(of_hook[first:last][hook]).reshape((last - first) * positions, d_in)
         return torch.from_numpy(acts_nd[start - first * positions : stop - first * positions])
 
     ids = None
     if "token_ids" in dataset.column_names:
         batches = dataset.select_columns(["token_ids"]).with_format("numpy").iter(1 << 12)
         with told_plainly(expected):
-            ids = np.concatenate([np.asarray(batch["token_ids"], dtype=np.int32).reshape(-1) for batch in batches])
+            ids = np.concatenate([_token_ids(np.asarray(batch["token_ids"])).reshape(-1) for batch in batches])
         if len(ids) != len(dataset) * positions:
             raise InputError(f"expected {positions} token_ids beside each sequence in {folder}, but {len(ids)} came in all; make it again")
     return Source("saelens", len(dataset) * positions, d_in, positions, read, ids, hook)
@@ -118,7 +119,15 @@ def _read_ids(path: Path, rows: int) -> np.ndarray:
     array = _open_array(path, None, dimensions=1)
     if array.dtype.removeprefix("u") not in ("int8", "int16", "int32", "int64") or array.shape != (rows,):
         raise InputError(f"expected {rows} integer token ids in {path}, but it holds {array.dtype} {list(array.shape)}; give one per row")
-    return array.read(0, rows).to(torch.int32).numpy()
+    return _token_ids(array.read(0, rows).numpy())
+
+
+def _token_ids(ids: np.ndarray) -> np.ndarray:
+    """As int32; raises `InputError` for numbers that are no token ids."""
+    if ids.dtype.kind not in "iu":
+        raise InputError(f"expected token ids as integers, but they are {ids.dtype}; convert them")
+    require_within(ids, 0, 1 << 31, "token ids", "the source")
+    return ids.astype(np.int32)
 
 
 def _open_array(path: Path, column: str | None, dimensions: int) -> Array:
@@ -134,25 +143,24 @@ def _open_array(path: Path, column: str | None, dimensions: int) -> Array:
 
 
 def _open_npy(path: Path) -> Array:
-    try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"expected a .npy array of numbers at {path}, but numpy says: {error}; save it again") from None
-    values = values.astype(values.dtype.newbyteorder("="), copy=False) if values.dtype.isnative is False else values
-    return Array(values.shape, values.dtype.name, lambda start, stop: torch.from_numpy(np.array(values[start:stop])))
+    with one_sentence(f"a .npy array of numbers at {path}"):
+        values = np.lib.format.open_memmap(path, mode="r")
+    if values.dtype.kind not in "fiu":
+        raise InputError(f"expected a .npy array of numbers at {path}, but it holds {values.dtype.name}; convert it")
+    native = values.dtype.newbyteorder("=")
+    return Array(values.shape, native.name, lambda start, stop: torch.from_numpy(np.array(values[start:stop], native)))
 
 
 def _open_safetensors(path: Path, column: str | None, dimensions: int) -> Array:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
-    try:
+    places, _ = layout(path, "a safetensors file", "save it again")
+    name = _choose([n for n, p in places.items() if len(p.shape) == dimensions], column, f"tensor of {dimensions} dimensions in {path}")
+    with one_sentence(f"a safetensors file at {path}"):
         file: Any = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"expected a safetensors file at {path}, but it is damaged ({error}); save it again") from None
-    names = [name for name in file.keys() if len(file.get_slice(name).get_shape()) == dimensions]  # noqa: SIM118
-    piece = file.get_slice(_choose(names, column, f"tensor of {dimensions} dimensions in {path}"))
-    dtype = str(piece[:0].dtype).removeprefix("torch.")
-    return Array(tuple(piece.get_shape()), dtype, lambda start, stop: piece[start:stop])
+        piece = file.get_slice(name)
+        dtype = str(piece[:0].dtype).removeprefix("torch.")
+    return Array(places[name].shape, dtype, lambda start, stop: piece[start:stop])
 
 
 def _choose(names: list[str], wanted: str | None, what: str) -> str:

@@ -1,7 +1,6 @@
 """Texts to harvest from: files, folders, globs, `datasets` names and token files, as one stream of documents."""
 
 import gzip
-import json
 import sys
 import zlib
 from collections.abc import Iterator
@@ -13,8 +12,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from sae.activations.datasets_errors import told_plainly
-from sae.activations.mapped import map_tensors
 from sae.errors import InputError
+from sae.reading import map_arrays, parse_json, require_starts, require_within
 from sae.text_input import replace_surrogates
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
@@ -125,7 +124,7 @@ def _read_file(path: Path, config: TextConfig) -> Iterator[Document]:
         yield from read(path, config)
     except UnicodeDecodeError:
         raise InputError(f"expected UTF-8 text in {path}, but {_undecodable(path)} is not; convert or remove the file") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error, pyarrow.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
         raise InputError(f"expected a whole {''.join(path.suffixes[-2:])} file at {path}, but it is damaged ({error})") from None
 
 
@@ -158,23 +157,17 @@ def _read_jsonl(path: Path, config: TextConfig) -> Iterator[Document]:
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield _document(_parse(line, f"line {number} of {path}"), config, f"line {number} of {path}")
+                where = f"line {number} of {path}"
+                yield _document(parse_json(line, f"JSON in {where}"), config, where)
 
 
 def _read_json(path: Path, config: TextConfig) -> Iterator[Document]:
     with _open(path) as file:
-        rows = _parse(file.read(), str(path))
+        rows = parse_json(file.read(), f"JSON in {path}")
     if not isinstance(rows, list):
         raise InputError(f"expected a JSON list of objects in {path}, but it holds a {type(rows).__name__}; use .jsonl or a list")
     for number, row in enumerate(rows, 1):
         yield _document(row, config, f"entry {number} of {path}")
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"expected JSON in {where}, but it is not valid ({error}); repair or remove it") from None
 
 
 def _read_parquet(path: Path, config: TextConfig) -> Iterator[Document]:
@@ -228,18 +221,17 @@ def _document(row: Any, config: TextConfig, where: str) -> Document:
 
 def _read_tokens(path: Path) -> Iterator[Document]:
     """A token file: ids [n], document_starts [D+1], optionally document_label [D] with label_names in the metadata."""
-    tensors, metadata = map_tensors(path, "a token file")
-    ids, starts = tensors.get("ids"), tensors.get("document_starts")
-    if ids is None or starts is None or ids.dtype.kind not in "iu" or starts.dtype.kind not in "iu":
-        raise InputError(
-            f"expected a token file with integer ids and document_starts at {path}, which has {', '.join(tensors) or 'nothing'}"
-        )
-    if len(starts) < 1 or starts[0] != 0 or starts[-1] != len(ids) or (np.diff(starts.astype(np.int64)) < 0).any():
-        raise InputError(f"expected document_starts in {path} to rise from 0 to the {len(ids)} ids, but they do not; make the file again")
-    labels = tensors.get("document_label")
-    names = json.loads(metadata.get("label_names", "[]"))
-    if labels is not None and (len(labels) != len(starts) - 1 or (len(labels) and int(labels.max()) >= len(names))):
-        raise InputError(f"expected one document_label, an index into label_names, per document in {path}; make the file again")
+    integers = "U8 U16 I16 U32 I32 I64"
+    schema = {"ids": (integers, "n"), "document_starts": (integers, "d+1")}
+    tensors, metadata = map_arrays(path, "a token file", schema)
+    ids, starts, labels = tensors["ids"], tensors["document_starts"].astype(np.int64), tensors.get("document_label")
+    require_starts(starts, len(ids), "document_starts", path)
+    require_within(ids, 0, 1 << 31, "ids", path)
+    names = parse_json(metadata.get("label_names", "[]"), f"a list of label_names in {path}", list[str])
+    if labels is not None:
+        if labels.dtype.kind not in "iu" or labels.shape != (len(starts) - 1,):
+            raise InputError(f"expected one document_label, an index into label_names, per document in {path}; make the file again")
+        require_within(labels, -1, len(names), "document_label", path)
     for document in range(len(starts) - 1):
         content = np.asarray(ids[starts[document] : starts[document + 1]], dtype=np.int32)
         label = -1 if labels is None else int(labels[document])

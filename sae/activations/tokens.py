@@ -9,13 +9,23 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sae.activations.mapped import map_tensors
 from sae.activations.text import Document
 from sae.errors import InputError
+from sae.reading import map_arrays, require_starts, require_within
 
 SPLITS = ("train", "held_out")
 PART_TOKENS = 1 << 24
 """Tokens per file, and so what is held in memory while they are made: 64 MB."""
+
+
+PART = {
+    "ids": ("I32", "n"),
+    "sequence_starts": ("I64", "s+1"),
+    "sequence_document": ("I64", "s"),
+    "document_label": ("I32", "d"),
+    "sequence_split": ("U8", "s"),
+}
+"""Arrays of a token file."""
 
 
 class Part(NamedTuple):
@@ -64,12 +74,16 @@ class Tokens:
         """Raises `InputError` for a damaged file."""
         parts = []
         for path in paths:
-            tensors, _ = map_tensors(path, "a cache's token file")
-            missing = [name for name in Part._fields if name not in tensors]
-            if missing:
-                raise InputError(f"expected {', '.join(Part._fields)} in {path}, but {missing[0]} is missing; make the cache again")
+            tensors, _ = map_arrays(path, "a cache's token file", PART, then="make the cache again")
             parts.append(Part(**{name: tensors[name] for name in Part._fields}))
-        return cls.join(parts, label_names)
+            require_starts(parts[-1].sequence_starts, len(parts[-1].ids), "sequence_starts", path)
+        tokens = cls.join(parts, label_names)
+        documents, where = len(tokens.document_label), paths[0].parent
+        require_within(tokens.ids, 0, 1 << 31, "ids", where)
+        require_within(tokens.sequence_document, 0, documents, "sequence_document", where)
+        require_within(tokens.document_label, -1, len(label_names), "document_label", where)
+        require_within(tokens.sequence_split, 0, len(SPLITS), "sequence_split", where)
+        return tokens
 
     def sequence_of(self, positions: np.ndarray) -> np.ndarray:
         """Numbers of the sequences that hold these global token positions, int64, of the same shape."""

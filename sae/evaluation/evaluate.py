@@ -1,30 +1,50 @@
 """Measure a dictionary on the held-out tokens of an activation cache."""
 
 import math
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from sae.activations.massive import RATIO, is_massive, share
+from sae.checksum import crc32
 from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
 from sae.evaluation.language_model_loss import ARMS, LanguageModelLoss, language_model_loss
 from sae.evaluation.reconstruction import Reconstruction, ReconstructionMetrics, measure
-from sae.files import crc32, read_json, write_json
+from sae.files import write_json
 from sae.places import require_file
 from sae.progress import progress
+from sae.reading import Number, read_json, require
 from sae.saelens import WEIGHTS
 
 if TYPE_CHECKING:
     from sae.activations.cache import ActivationCache
 
 READ_ROWS = 4096
+
+
+class Split(TypedDict):
+    seed: int
+    held_out: Number
+
+
+class OnText(TypedDict):
+    """Settings of a run that computed its activations."""
+
+    live: Split
+
+
+class OnCache(TypedDict):
+    cache: Annotated[str, Field(pattern=r"^[^\x00]*$")]
 
 
 @dataclass
@@ -47,6 +67,8 @@ class EvaluationConfig:
     """of the choice of sequences and of the bootstrap"""
     out: Path | None = None
     """where the numbers go; by default evaluation.json in the dictionary's folder"""
+    verify: bool = False
+    """first read the whole site in the cache to compare every checksum; without it only those of token files up to 32 MB"""
 
     def check(self) -> None:
         """Raises `InputError` for values that cannot be meant."""
@@ -69,7 +91,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         require_file(out)
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     dictionary = SparseAutoencoder.load(config.dictionary, device)
-    cache = ActivationCache.open(config.cache, dictionary.site)
+    cache = ActivationCache.open(config.cache, dictionary.site, verify=config.verify)
     cache.require_dictionary(dictionary, named=config.model is not None)
     refuse_training_tokens(config.dictionary, cache)
     reconstruction, massive = reconstruct(dictionary, cache, config.rows)
@@ -95,22 +117,27 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
 
 def refuse_training_tokens(folder: Path, cache: "ActivationCache") -> None:
     """Raises `InputError` unless the cache holds tokens out, and when the dictionary's own cache split the same text otherwise."""
+    from sae.activations.manifest import read_manifest
+    from sae.training.checkpoint import Record
+
     if not cache.rows("held_out"):
         raise InputError(f"expected held-out tokens in {cache.folder}, but it has training tokens only; harvest with --held-out 0.05")
     if not (folder / "training.json").exists():
         return
-    settings = read_json(folder / "training.json", "a run's training.json")["settings"]
-    if "live" in settings:  # trained without a cache, on this text
+    settings = read_json(folder / "training.json", "a run's training.json", Record)["settings"]
+    live = "live" in settings
+    require(settings, OnText if live else OnCache, f"a run's training.json in {folder}")
+    if live:  # trained without a cache, on this text
         trained_on: Any = "activations computed live"
-        theirs = settings["live"] | {"dataset": {name: settings["live"][name] for name in cache.manifest["dataset"] or ()}}
+        theirs = settings["live"] | {"dataset": {name: settings["live"].get(name) for name in cache.manifest["dataset"] or ()}}
     else:
         trained_on = Path(settings["cache"])
-        if trained_on.resolve() == cache.folder.resolve():
+        if os.path.realpath(trained_on) == os.path.realpath(cache.folder):
             return
-        if not (trained_on / "manifest.json").exists():
+        if not os.path.exists(trained_on / "manifest.json"):
             print(f"note: the dictionary was trained on {trained_on}, which is not at hand to compare texts with", file=sys.stderr)
             return
-        theirs = read_json(trained_on / "manifest.json", "an activation cache's manifest")
+        theirs = read_manifest(trained_on)
     split = [(manifest["seed"], manifest["held_out"]) for manifest in (theirs, cache.manifest)]
     if theirs["dataset"] and theirs["dataset"] == cache.manifest["dataset"] and split[0] != split[1]:
         raise InputError(

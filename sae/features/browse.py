@@ -39,6 +39,8 @@ class BrowseConfig:
     """Where to listen on 127.0.0.1; 0 takes any that is free."""
     open: bool = True
     """Open the web browser."""
+    verify: bool = False
+    """First compare every file's checksum; without it only those of files up to 32 MB."""
 
 
 def serve(config: BrowseConfig, make_steering: Callable[[LanguageModel, SparseAutoencoder, FeatureIndex], Steering] | None = None) -> None:
@@ -46,7 +48,7 @@ def serve(config: BrowseConfig, make_steering: Callable[[LanguageModel, SparseAu
 
     Raises `InputError` for parts that do not belong together, or a port that is taken.
     """
-    index = FeatureIndex.open(config.index)
+    index = FeatureIndex.open(config.index, verify=config.verify)
     with listening(config.port) as listener:  # before the model is loaded: a taken port and a damaged file are said at once
         notes = Notes.open(config.notes, index)
         if notes.read_only:

@@ -7,15 +7,18 @@ every feature, and the end. An index holds one site; exporting each layer's into
 import gzip
 import json
 import struct
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from sae.errors import InputError
 from sae.features.saedashboard import Names
 from sae.files import atomic, only_writer, remove_leftovers
 from sae.progress import progress
+from sae.reading import Count, parse_json
 
 if TYPE_CHECKING:
     from sae.features.records import Context, FeatureIndex
@@ -23,6 +26,11 @@ if TYPE_CHECKING:
 LOGITS = 10
 QUANTILES = 101  # of the non-zero activations, from the smallest to the largest
 TOP = 20
+
+
+class Layer(TypedDict):
+    filename: str
+    offsets: list[Count]
 
 
 def write_circuit_tracer(index: "FeatureIndex", folder: Path, names: Names) -> None:
@@ -92,10 +100,10 @@ def cantor_pair(layer: int, j: int) -> int:
 def _layers(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
+    then = "choose another --out"
     try:
-        layers = json.loads(gzip.decompress(path.read_bytes()))
-    except (OSError, EOFError, ValueError) as error:
-        raise InputError(
-            f"expected circuit-tracer's list of layers in {path}, but it cannot be read ({error}); choose another --out"
-        ) from None
+        data = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"expected circuit-tracer's list of layers in {path}, but it cannot be read ({error}); {then}") from None
+    layers = parse_json(data, f"circuit-tracer's list of layers in {path}", dict[str, Layer] | list[Layer])
     return layers if isinstance(layers, dict) else {str(layer): entry for layer, entry in enumerate(layers)}

@@ -32,7 +32,7 @@ from sae.features.storage import EXPLANATIONS
 from sae.files import atomic, only_writer
 from sae.places import require_file
 from sae.progress import progress
-from sae.text_input import replace_surrogates
+from sae.reading import parse_json, read_bytes, require
 
 LOOKUPS: dict[str, Callable[[Corpus, Firing], Explained]] = {"token": token_lookup, "bigram": bigram_lookup, "pattern": pattern_lookup}
 DRAWS = 200
@@ -82,7 +82,7 @@ def explain(config: ExplainConfig) -> Path:
         raise InputError("expected --features or --sample, but got both")
     if config.endpoint is None and (config.judge_model is not None or config.key_variable is not None):
         raise InputError("--judge-model and --key-variable belong to --endpoint, which was not given; add it or leave them out")
-    index = FeatureIndex.open(config.index)
+    index = FeatureIndex.open(config.index, verify=True)
     require_file(config.index / EXPLANATIONS)
     features = choose(index, config)
     corpus = read_corpus(index, config.held_out, config.seed)
@@ -236,20 +236,22 @@ def rounded(value: Any) -> float | None:
     return round(float(value), 4) if np.isfinite(value) else None
 
 
+def parse_explanation(line: bytes, what: str) -> Explanation:
+    """Raises `InputError`, which begins with `what`, for a line that is none."""
+    value = parse_json(line, what, dict[str, Any])
+    require(value, Explanation, what)
+    return Explanation(**value)
+
+
 def read_explanations(index_folder: str | Path) -> dict[int, list[Explanation]]:
     """The explanations of every feature that has some; empty without the file. Raises `InputError` for a line that is none."""
     path = Path(index_folder) / EXPLANATIONS
     found: dict[int, list[Explanation]] = defaultdict(list)
     if path.exists():
-        with open(path, encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    explanation = Explanation(**json.loads(line))
-                except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
-                    raise InputError(f"line {number} of {path} is no explanation ({error}); run explain_features.py again") from None
-                if replace_surrogates(f"{explanation.method} {explanation.text}")[1]:
-                    raise InputError(f"line {number} of {path} holds half of a surrogate pair, which is no character; repair or remove it")
-                found[explanation.feature].append(explanation)
+        for number, line in enumerate(read_bytes(path, "explanations").splitlines(), 1):
+            what = f"an explanation in line {number} of {path} (remove the line to go on)"
+            explanation = parse_explanation(line, what)
+            found[explanation.feature].append(explanation)
     return dict(found)
 
 

@@ -57,7 +57,7 @@ def export_features(config: ExportConfig) -> None:
         if getattr(config, name) not in (None, ()) and config.format not in formats:
             raise InputError(f"--{name.replace('_', '-')} has no use with --format {config.format}; it is for {', '.join(formats)}")
     require_folder(config.out)
-    index = FeatureIndex.open(config.index)
+    index = FeatureIndex.open(config.index, verify=True)
     features = list(config.features or range(index.d_sae))
     for j in features:
         index.feature(j)

@@ -20,16 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae.checksum import crc32
 from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
 from sae.features import examples, neighbours
 from sae.features.contribution import MAX_ROWS, ErrorSums, contributions
 from sae.features.csc import BLOCK_ENTRIES, MAX_FEATURES, RUN_ENTRIES, Spool, merge, statistics
-from sae.features.lens import BINS, folded_unembedding, into_residual, logit_lens
+from sae.features.lens import folded_unembedding, into_residual, logit_lens
+from sae.features.opening import CHECKED, FORMAT_VERSION, details_layout
 from sae.features.parallel import WORKERS, in_order
-from sae.features.records import FORMAT_VERSION
 from sae.features.storage import ANSWERS, EXPLANATIONS, create, open_arrays, write_arrays
-from sae.files import crc32, require_free_space, write_json
+from sae.files import require_free_space, write_json
 from sae.folders import fresh_folder
 from sae.objective.fast import active_entries
 from sae.objective.workspace import Workspace
@@ -63,6 +64,8 @@ class IndexConfig:
     """Model for tokenizer and logit lens, by hub name, folder or GGUF file; the one the cache names without it."""
     device: str = "auto"
     """Device that encodes: auto, cpu or cuda."""
+    verify: bool = False
+    """First read the whole site in the cache to compare every checksum; without it only those of token files up to 32 MB."""
 
 
 def build_index(config: IndexConfig) -> Path:
@@ -77,7 +80,7 @@ def build_index(config: IndexConfig) -> Path:
     require_folder(config.out)
     device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
     dictionary = SparseAutoencoder.load(config.dictionary, device)
-    cache = ActivationCache.open(config.cache, dictionary.site)
+    cache = ActivationCache.open(config.cache, dictionary.site, verify=config.verify)
     cache.require_dictionary(dictionary, named=config.model is not None)
     if dictionary.d_sae > MAX_FEATURES:
         raise InputError(f"expected at most {MAX_FEATURES:,} features, but the dictionary has {dictionary.d_sae:,}")
@@ -181,22 +184,6 @@ def derive(
     return columns, details
 
 
-def details_layout(f: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Arrays of details.safetensors; see docs/features.md."""
-    return {
-        "histogram": ("U32", (f, examples.BINS)),
-        "top_entries": ("U32", (f, examples.TOP)),
-        "bucket_entries": ("U32", (f, examples.BUCKETS, examples.BUCKET_SAMPLES)),
-        "token_ids": ("I32", (f, examples.TOKENS)),
-        "token_shares": ("F32", (f, examples.TOKENS)),
-        "coactive_ids": ("I32", (f, neighbours.KEPT)),
-        "coactive_counts": ("U32", (f, neighbours.KEPT)),
-        "neighbour_ids": ("I32", (f, neighbours.KEPT)),
-        "neighbour_cosines": ("F32", (f, neighbours.KEPT)),
-        "lens_counts": ("U32", (f, BINS)),
-    }
-
-
 def finish(
     folder: Path,
     info: dict[str, Any],
@@ -213,7 +200,8 @@ def finish(
     write_arrays(folder / "token_features.safetensors", examples.by_top_token(details["token_ids"], details["token_shares"]))
     write_arrays(folder / "sums.safetensors", sums)
     write_arrays(folder / "tokens.safetensors", {name: text[name] for name in sorted(text)})
-    write_json(folder / "index.json", info | {"tokens_scanned": n_scanned, "fvu": fvu if np.isfinite(fvu) else None})
+    checksums = {name: crc32(folder / f"{name}.safetensors") for name in CHECKED}
+    write_json(folder / "index.json", info | {"tokens_scanned": n_scanned, "fvu": fvu if np.isfinite(fvu) else None, "crc32": checksums})
 
 
 def choose_tokens(tokens: Any, cache: "ActivationCache", config: IndexConfig) -> np.ndarray:

@@ -17,10 +17,11 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from sae.errors import InputError
 from sae.features.patterns import Corpus, Firing
@@ -28,6 +29,7 @@ from sae.features.records import Context, FeatureIndex
 from sae.features.storage import ANSWERS
 from sae.places import writing
 from sae.progress import progress
+from sae.reading import Count, Number, require
 from sae.text_input import replace_surrogates
 
 if TYPE_CHECKING:
@@ -297,6 +299,16 @@ def _accuracy(actual: np.ndarray, yes: np.ndarray) -> dict[str, Any]:
     }
 
 
+class Accuracy(TypedDict):
+    accuracy: Number | None
+
+
+class Scores(Accuracy):
+    contexts: Count
+    answered: Count
+    failed_requests: dict[str, Count]
+
+
 class Log:
     """Answers so far, one line each, in a file of their own for every model, text and division of its documents.
 
@@ -304,7 +316,7 @@ class Log:
     """
 
     def __init__(self, index: FeatureIndex, config: "ExplainConfig"):
-        from sae.features.explain import Explanation
+        from sae.features.explain import Explanation, parse_explanation
 
         self.done: dict[int, Explanation] = {}
         name = re.sub(r"[^\w.-]", "_", config.judge_model or "")
@@ -312,8 +324,11 @@ class Log:
         settings = json.dumps([index.info["dictionary_crc32"], text, config.held_out, config.seed, config.judge_model])
         self.path = config.index / ANSWERS.replace("*", f"{name}.{zlib.crc32(settings.encode()):08x}")
         lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []  # what follows the last break was cut off by a kill
-        for line in lines:
-            explanation = Explanation(**json.loads(line))
+        for number, line in enumerate(lines, 1):
+            what = f"a model's answer in line {number} of {self.path} (remove the line to ask again)"
+            explanation = parse_explanation(line, what)
+            require(explanation.scores, Scores, what)
+            require(explanation.baselines, dict[Literal["always_no", "always_yes"], Accuracy], what)
             self.done[explanation.feature] = explanation
         if self.path.exists():
             os.truncate(self.path, sum(len(line) + 1 for line in lines))

@@ -37,6 +37,8 @@ class ListConfig:
     """Also write a page for each listed feature into this folder, and index.html."""
     json: bool = False
     """Print JSON instead of a table."""
+    verify: bool = False
+    """First compare every file's checksum; without it only those of files up to 32 MB."""
 
 
 def list_features(config: ListConfig) -> None:
@@ -48,7 +50,7 @@ def list_features(config: ListConfig) -> None:
         raise InputError(f"expected --top of at least 1, but got {config.top}")
     if config.html is not None:
         require_folder(config.html)
-    index = FeatureIndex.open(config.index)
+    index = FeatureIndex.open(config.index, verify=config.verify)
     features, found, heading = select(index, config)
     one = len(config.feature) == 1
     if config.json:

@@ -9,8 +9,8 @@ import numpy as np
 from sae.errors import InputError
 from sae.features.contribution import carried
 from sae.features.index import TEXT, derive, finish, replacing_index
+from sae.features.opening import open_sums
 from sae.features.records import FeatureIndex
-from sae.features.storage import open_arrays
 from sae.files import require_free_space
 from sae.places import require_folder
 
@@ -35,7 +35,7 @@ def merge_indexes(config: MergeConfig) -> Path:
     if len(config.parts) < 2:
         raise InputError(f"expected at least two indexes to join, but got {len(config.parts)}")
     require_folder(config.out)
-    parts = [FeatureIndex.open(folder) for folder in config.parts]
+    parts = [FeatureIndex.open(folder, verify=True) for folder in config.parts]
     for part in parts[1:]:
         for name in SAME:
             if part.info[name] != parts[0].info[name]:
@@ -55,7 +55,7 @@ def merge_indexes(config: MergeConfig) -> Path:
         for name in parts[0].columns:
             if name == "decoder_norm" or name.startswith(("top_token_", "bottom_token_")):
                 columns[name] = parts[0].columns[name]
-        every = [open_arrays(part.folder / "sums.safetensors") for part in parts]
+        every = [open_sums(part.folder, part.info) for part in parts]
         sums = {name: carried(np.sum([one[name] for one in every], axis=0)) for name in every[0]}
         finish(folder, joined_info(parts, label_names), columns, details, sums, text)
     print(f"joined {len(parts)} indexes of {parts[0].d_sae:,} features in {config.out}")
@@ -124,7 +124,7 @@ def joined_scanned(parts: list[FeatureIndex]) -> np.ndarray:
 def joined_info(parts: list[FeatureIndex], label_names: list[str]) -> dict[str, Any]:
     infos = [part.info for part in parts]
     return {
-        **{name: value for name, value in infos[0].items() if name not in ("tokens_scanned", "fvu")},
+        **{name: value for name, value in infos[0].items() if name not in ("tokens_scanned", "fvu", "crc32")},
         "cache": " + ".join(dict.fromkeys(info["cache"] for info in infos)),
         "splits": list(dict.fromkeys(split for info in infos for split in info["splits"])),
         "label_names": label_names,

@@ -7,17 +7,20 @@ Neuronpedia names a dictionary by a model and a source such as 2-res-4k, and a f
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from sae.errors import InputError
-from sae.features.saedashboard import Names, examples, names_of, require_keys, tables
+from sae.features.saedashboard import Names, encoded, examples, names_of, tables
 from sae.files import atomic
 from sae.progress import progress
+from sae.reading import parse_json
 
 if TYPE_CHECKING:
     from sae.features.explain import Explanation
@@ -33,11 +36,24 @@ ACTIVATION = (
     *("dfaMaxValue", "lossValues", "logitContributions", "binMin", "binMax", "binContains", "qualifyingTokenIndex", "zQIndices"),
     *("zKIndices", "zValues", "creatorId", "createdAt", "dataSource", "dataIndex"),
 )
-REQUIRED = {
-    "features": ("modelId", "layer", "index"),
-    "activations": ("modelId", "layer", "index", "tokens", "values"),
-    "explanations": ("modelId", "layer", "index", "description"),
-}
+
+
+class FeatureRow(TypedDict):
+    modelId: str
+    layer: str
+    index: str
+
+
+class ActivationRow(FeatureRow):
+    tokens: list[str]
+    values: list[float]
+
+
+class ExplanationRow(FeatureRow):
+    description: str
+
+
+SCHEMAS: dict[str, Any] = {"features": FeatureRow, "activations": ActivationRow, "explanations": ExplanationRow}
 
 
 def source_of(index: "FeatureIndex") -> tuple[str, str]:
@@ -174,11 +190,7 @@ class NeuronpediaFolder(NamedTuple):
 
     def rows(self, part: str, name: str) -> list[dict[str, Any]]:
         """Rows of one file. Raises `InputError` if one lacks what names its feature."""
-        path = self.folder / part / name
-        found = _read_rows(path)
-        for row in found:
-            require_keys(row, REQUIRED[part], path)
-        return found
+        return _read_rows(self.folder / part / name, SCHEMAS[part])
 
 
 def read_neuronpedia(folder: str | Path) -> NeuronpediaFolder:
@@ -191,7 +203,7 @@ def read_neuronpedia(folder: str | Path) -> NeuronpediaFolder:
     if not names["features"]:
         raise InputError(f"expected features/batch-0.jsonl.gz of an export of Neuronpedia in {folder}, but there is none")
     return NeuronpediaFolder(
-        folder, {name: _read_rows(folder / f"{name}.jsonl") for name in META if (folder / f"{name}.jsonl").exists()}, names
+        folder, {name: _read_rows(folder / f"{name}.jsonl", dict[str, Any]) for name in META if (folder / f"{name}.jsonl").exists()}, names
     )
 
 
@@ -261,15 +273,16 @@ def _created(index: "FeatureIndex") -> str:
 
 
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    data = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
+    data = b"".join(encoded(row, path) + b"\n" for row in rows)
     with atomic(path) as temporary:
         temporary.write_bytes(gzip.compress(data, 6, mtime=0) if path.suffix == ".gz" else data)
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def _read_rows(path: Path, schema: Any) -> list[dict[str, Any]]:
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise InputError(f"expected rows of JSON in {path}, but it cannot be read ({error}); fetch it again") from None
+    lines = enumerate(text.split("\n"), 1)
+    return [parse_json(line, f"a row in line {number} of {path}", schema) for number, line in lines if line.strip()]

@@ -6,19 +6,21 @@ Nothing here goes through all of a feature's activations except `feature`, `perc
 feature is shown as fast as a rare one, and from a cold disk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from sae.checksum import crc32
 from sae.errors import InputError
 from sae.features.examples import AFTER, BEFORE, BUCKET_SAMPLES, BUCKETS, LOWEST, NONE, OCTAVE, TOP
 from sae.features.lens import BINS
-from sae.features.storage import fetch, open_arrays
+from sae.features.opening import FILES, open_index
+from sae.features.storage import fetch
 from sae.features.text import Vocabulary
-from sae.files import crc32, read_json
 from sae.saelens import WEIGHTS
 
 if TYPE_CHECKING:
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from sae.features.page import FeatureView
     from sae.features.search import FiresOn, Promotes
 
-FORMAT_VERSION = 2
-FILES = ("columns", "records", "details", "token_features", "tokens")
 UTF8_MARGIN = 3  # tokens to the left of a window that may hold the first bytes of a character which ends inside it
 
 
@@ -102,15 +102,10 @@ class FeatureIndex:
         self.vocabulary = Vocabulary(pieces, np.asarray(tokens["piece_special"]))
 
     @classmethod
-    def open(cls, folder: str | Path) -> "FeatureIndex":
-        """Raises `InputError` if the folder is no whole feature index."""
-        folder = Path(folder)
-        info = read_json(folder / "index.json", "a feature index (built by build_feature_index.py)")
-        if info.get("format_version") != FORMAT_VERSION:
-            raise InputError(
-                f"{folder} is a feature index of format {info.get('format_version')}, expected {FORMAT_VERSION}; build the index again"
-            )
-        return cls(folder, info, *(open_arrays(folder / f"{name}.safetensors", in_order=False) for name in FILES))
+    def open(cls, folder: str | Path, *, verify: bool = False) -> "FeatureIndex":
+        """Compares checksums of files up to 32 MB, of all with `verify`. Raises `InputError` if the folder is no whole feature index."""
+        info, arrays = open_index(Path(folder), verify)
+        return cls(Path(folder), info, *(arrays[name] for name in FILES))
 
     def dictionary(self, folder: Path | None = None, device: str = "cpu") -> "SparseAutoencoder":
         """The dictionary that was indexed, from where it was, or the same in another folder; raises `InputError` for any other."""
@@ -145,7 +140,8 @@ class FeatureIndex:
 
     def context(self, feature: Feature, position: int, before: int, after: int) -> Context:
         """The window of at most `before` + 1 + `after` tokens around `position`, inside its sequence."""
-        return self._context(feature.id, int(np.searchsorted(feature.positions, position)), position, before, after)
+        with self._in_range():
+            return self._context(feature.id, int(np.searchsorted(feature.positions, position)), position, before, after)
 
     def top_contexts(self, j: int, n: int = 20, before: int = BEFORE, after: int = AFTER) -> list[Context]:
         """The `n` highest activations whose windows (24 tokens before, 16 after) share no token, at most 2 from one document.
@@ -273,10 +269,19 @@ class FeatureIndex:
         entries = low + entries[entries != NONE].astype(np.int64)
         for array in (self.positions, self.values):
             fetch(array, (entries - before).tolist(), before + after + 1)
-        positions = self.positions[entries].tolist()
-        for name in ("ids", "scanned"):
-            fetch(self.tokens[name], [position - before for position in positions], before + after + 1)
-        return [self._context(j, entry - low, position, before, after) for entry, position in zip(entries.tolist(), positions)]
+        with self._in_range():
+            positions = self.positions[entries].tolist()
+            for name in ("ids", "scanned"):
+                fetch(self.tokens[name], [position - before for position in positions], before + after + 1)
+            return [self._context(j, entry - low, position, before, after) for entry, position in zip(entries.tolist(), positions)]
+
+    @contextmanager
+    def _in_range(self) -> Iterator[None]:
+        """A file too large for its checksum to be compared at every opening may hold anything."""
+        try:
+            yield
+        except IndexError as error:
+            raise InputError(f"{self.folder} holds a number out of range ({error}), so it is damaged; --verify says where") from None
 
     def _context(self, j: int, entry: int, position: int, before: int, after: int) -> Context:
         """The window around `position`, which the feature's entry number `entry` has, or is the first one beyond."""

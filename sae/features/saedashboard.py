@@ -7,15 +7,17 @@ an index has none. `tokens_N.pt`, which SAEDashboard keeps for itself, is a pick
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from sae.errors import InputError
-from sae.files import atomic, read_json, write_json
+from sae.files import atomic, write_json
 from sae.progress import progress
+from sae.reading import Count, Entries, read_json
 from sae.saelens import hook_of_site
 
 if TYPE_CHECKING:
@@ -122,6 +124,25 @@ def _activation(low: float, high: float, contains: float, context: "Context") ->
     return row | {"qualifying_token_index": context.centre, **NO_ATTRIBUTION}
 
 
+class Activation(TypedDict):
+    tokens: list[str]
+    values: list[float]
+
+
+class Row(TypedDict):
+    """And `TABLES`."""
+
+    feature_index: Count
+    activations: Entries[Activation]
+
+
+class Batch(TypedDict):
+    model_id: str
+    layer: int | str
+    sae_set: str
+    features: Entries[Row]
+
+
 class SAEDashboardFolder(NamedTuple):
     """What SAEDashboard wrote, field for field."""
 
@@ -137,18 +158,16 @@ def read_saedashboard(folder: str | Path) -> SAEDashboardFolder:
     paths = sorted(folder.glob("batch-*.json"), key=lambda path: (len(path.name), path.name))
     if not paths:
         raise InputError(f"expected SAEDashboard's batch-0.json and so on in {folder}, but there are none; check the folder's name")
-    batches = {path.stem: read_json(path, "a batch of SAEDashboard") for path in paths}
+    batches = {path.stem: read_json(path, "a batch of SAEDashboard", Batch) for path in paths}
     for name, batch in batches.items():
-        require_keys(batch, ("model_id", "layer", "sae_set", "features"), folder / f"{name}.json")
-        for row in batch["features"]:
-            require_keys(row, ("feature_index", "activations", *TABLES), folder / f"{name}.json")
-            for activation in row["activations"]:
-                require_keys(activation, ("tokens", "values"), folder / f"{name}.json")
+        missing = [key for row in batch["features"] for key in TABLES if key not in row]
+        if missing:
+            raise InputError(f"expected the field {missing[0]} in {folder / name}.json, which lacks it; is it of an older version?")
     return SAEDashboardFolder(_read_if_there(folder / "run_settings.json"), _read_if_there(folder / "skipped_indexes.json"), batches)
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_json(path, "a file of SAEDashboard") if path.exists() else {}
+    return read_json(path, "a file of SAEDashboard", dict[str, Any]) if path.exists() else {}
 
 
 def rewrite_saedashboard(read: SAEDashboardFolder, folder: Path) -> None:
@@ -158,18 +177,19 @@ def rewrite_saedashboard(read: SAEDashboardFolder, folder: Path) -> None:
             _write(folder / f"{name}.json", value, allow_nan=True)  # as it came, though JSON has no NaN
 
 
-def require_keys(row: Any, keys: Iterable[str], where: Path) -> None:
-    if not isinstance(row, dict):
-        raise InputError(f"expected objects with names and values in {where}, but got {type(row).__name__}")
-    missing = [key for key in keys if key not in row]
-    if missing:
-        raise InputError(f"expected the fields {', '.join(missing)} in {where}, which lacks them; is it of an older version?")
-
-
 def _middles(edges: np.ndarray) -> list[float]:
     return ((edges[1:] + edges[:-1]) / 2).tolist()
 
 
 def _write(path: Path, value: Any, *, allow_nan: bool = False) -> None:
+    data = encoded(value, path, allow_nan=allow_nan)
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, ensure_ascii=False, allow_nan=allow_nan), encoding="utf-8")
+        temporary.write_bytes(data)
+
+
+def encoded(value: Any, path: Path, *, allow_nan: bool = False) -> bytes:
+    """JSON to write at `path`. Raises `InputError` for what it cannot hold, and what was read may: NaN, half of a character."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=allow_nan).encode()
+    except ValueError as error:
+        raise InputError(f"expected values that JSON can hold, to write {path}, but one is not ({error}); fetch them again") from None

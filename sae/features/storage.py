@@ -10,10 +10,9 @@ from typing import IO, Literal
 
 import numpy as np
 
-from sae.activations.mapped import layout
+from sae.reading import NUMPY_DTYPES, Arrays, map_arrays
 
 EXPLANATIONS, ANSWERS = "explanations.jsonl", "answers.*.jsonl"  # that others put into an index's folder
-DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4", "U32": "<u4", "U8": "u1", "BOOL": "?"}
 
 
 def create(path: Path, shapes: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, np.ndarray]:
@@ -23,7 +22,7 @@ def create(path: Path, shapes: dict[str, tuple[str, tuple[int, ...]]]) -> dict[s
     """
     header, end = {}, 0
     for name, (dtype, shape) in shapes.items():
-        begin, end = end, end + int(np.prod(shape, dtype=np.int64)) * np.dtype(DTYPES[dtype]).itemsize
+        begin, end = end, end + int(np.prod(shape, dtype=np.int64)) * np.dtype(NUMPY_DTYPES[dtype]).itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that every array starts aligned
@@ -43,23 +42,17 @@ def _reserve(file: IO[bytes], size: int) -> None:
         file.write(bytes(min(1 << 22, size - low)))
 
 
-def open_arrays(path: Path, mode: Literal["r", "r+"] = "r", *, in_order: bool = True) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file as memory maps; `InputError` when the file is missing, damaged or cut short.
+def open_arrays(
+    path: Path, mode: Literal["r", "r+"] = "r", schema: Arrays | None = None, *, in_order: bool = True, **sizes: int
+) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file as memory maps; `InputError` when the file is missing, damaged or does not fit the schema.
 
     `in_order=False`: here and there will be read, so that the system fetches only what is asked for (it may fetch megabytes else).
     """
-    places, _ = layout(path, "a feature index's arrays")
-    if not places:
-        return {}
-    whole = np.memmap(path, np.uint8, mode)
-    if not in_order:
-        _advise(whole, "MADV_RANDOM")
-    arrays: dict[str, np.ndarray] = {}
-    for name, place in places.items():
-        dtype = np.dtype(DTYPES[place.dtype])
-        size = int(np.prod(place.shape, dtype=np.int64)) * dtype.itemsize
-        # plain arrays, which are several times as fast to cut as numpy's maps; the map lives as long as one of them
-        arrays[name] = np.asarray(whole)[place.offset : place.offset + size].view(dtype).reshape(place.shape)
+    arrays, _ = map_arrays(path, "a feature index's arrays", schema, mode=mode, then="build the index again", **sizes)
+    mapped = _map_of(next(iter(arrays.values()), np.zeros(0)))
+    if mapped is not None and not in_order:
+        _advise(mapped, "MADV_RANDOM")
     return arrays
 
 
@@ -108,7 +101,7 @@ def _map_of(array: np.ndarray) -> np.memmap | None:
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Arrays as a safetensors file; with the permissions of any new file, unlike safetensors' own writer, so that others may read it."""
-    names = {np.dtype(code): name for name, code in DTYPES.items()}
+    names = {np.dtype(code): name for name, code in NUMPY_DTYPES.items()}
     widest_first = sorted(arrays, key=lambda name: -arrays[name].dtype.itemsize)
     for name, target in create(path, {name: (names[arrays[name].dtype], arrays[name].shape) for name in widest_first}).items():
         target[...] = arrays[name]

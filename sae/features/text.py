@@ -33,7 +33,10 @@ class Vocabulary(NamedTuple):
 
         A character that the end cuts off is not shown; bytes that are no UTF-8 are shown as "\ufffd".
         """
-        pieces = [self.pieces[i] for i in ids]
+        try:
+            pieces = [self.pieces[i] for i in ids]
+        except IndexError:
+            raise InputError(f"expected token ids below {len(self.pieces)}, but there is one beyond: the index is damaged") from None
         texts = [_whole(piece) for piece in pieces]
         if None not in texts:  # nearly all windows: five times as fast
             return texts  # type: ignore[return-value]
@@ -42,6 +45,8 @@ class Vocabulary(NamedTuple):
 
     def spelling(self, token: int) -> str:
         """The token's own text, for lists of tokens; bytes that are no whole character are written as \\xNN."""
+        if not 0 <= token < len(self.pieces):
+            raise InputError(f"expected token ids below {len(self.pieces)}, got {token}: the index is damaged")
         return self.pieces[token].decode("utf-8", "backslashreplace")
 
 

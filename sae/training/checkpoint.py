@@ -1,13 +1,26 @@
 """A training run's checkpoint: one safetensors file, whole or absent, with all that the next step depends on."""
 
 import json
+from typing import Any
+
+from typing_extensions import TypedDict
 
 from sae.errors import InputError
 from sae.files import write_tensors
+from sae.reading import Number, parse_json, read_tensors
 from sae.training.config import TrainingConfig
 from sae.training.sweep import Sweep
 
 FILE = "checkpoint.safetensors"
+THEN = "begin anew with --restart"
+
+
+class Record(TypedDict):
+    """training.json, which marks a finished run."""
+
+    settings: dict[str, Any]
+    scale: Number
+    last: dict[str, Any]
 
 
 def save_checkpoint(config: TrainingConfig, sweep: Sweep, step: int) -> None:
@@ -20,22 +33,21 @@ def save_checkpoint(config: TrainingConfig, sweep: Sweep, step: int) -> None:
 def restore_checkpoint(config: TrainingConfig, sweep: Sweep) -> int:
     """Brings `sweep` to the checkpoint in the run's folder and gives the number of steps done; 0 without one.
 
-    Raises `InputError` when the folder holds a run with other settings, or a damaged checkpoint.
+    Raises `InputError` when the folder holds a run with other settings, or a checkpoint that is damaged or has no checksum.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = config.out / FILE
     if not path.exists():
         return 0
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise InputError(f"the checkpoint {path} is damaged ({error}); begin anew with --restart") from None
-    refuse_other_settings(config, json.loads(metadata["settings"]))
+    tensors, metadata = read_tensors(path, "a checkpoint", then=THEN)
+    if not {"crc32", "step", "settings"} <= metadata.keys():
+        raise InputError(f"expected a checkpoint with a checksum at {path}, but an earlier version wrote this one; {THEN}")
+    refuse_other_settings(config, parse_json(metadata["settings"], f"the settings of the checkpoint {path}", dict[str, Any]))
+    step = parse_json(metadata["step"], f"the step of the checkpoint {path}", int)
+    ours = {name: (tensor.dtype, tensor.shape) for name, tensor in sweep.state().items()}
+    if ours != {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()} or not 0 < step <= config.steps:
+        raise InputError(f"expected the state of this run after 1 to {config.steps} steps in {path}, but it holds another; {THEN}")
     sweep.restore(tensors)
-    return int(metadata["step"])
+    return step
 
 
 def refuse_other_settings(config: TrainingConfig, theirs: dict) -> None:

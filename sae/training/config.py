@@ -64,6 +64,8 @@ class TrainingConfig:
     """also log to Weights & Biases, histograms of density included"""
     wandb_project: str = "sae"
     """project name there"""
+    verify: bool = False
+    """first read the whole site in the cache to compare every checksum; without it only those of token files up to 32 MB"""
     restart: bool = False
     """begin anew where --out already holds a run, instead of resuming it"""
     dry_run: bool = False
@@ -89,7 +91,7 @@ class TrainingConfig:
 
     def settings(self) -> dict:
         """What decides the result: everything but how it is watched and where it runs."""
-        watching = ("out", "device", "wandb", "wandb_project", "restart", "dry_run", "checkpoint_every")
+        watching = ("out", "device", "wandb", "wandb_project", "restart", "dry_run", "checkpoint_every", "verify")
         return {k: str(v) if isinstance(v, Path) else v for k, v in vars(self).items() if k not in watching}
 
 

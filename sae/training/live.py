@@ -18,6 +18,7 @@ class LiveTrainingConfig(TrainingConfig):
 
     cache: Path = field(init=False, default=Path())
     site: str | None = field(init=False, default=None)
+    verify: bool = field(init=False, default=False)
     live: RecordingConfig
     fingerprint: str = field(init=False, default="")
     """of the model, so that a run does not go on with another one"""

@@ -1,6 +1,7 @@
 """The metrics log: `metrics.jsonl` always, Weights & Biases when asked."""
 
 import json
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -8,10 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
+from sae.errors import InputError
 from sae.files import atomic
 from sae.objective import Step
 from sae.places import writing
+from sae.reading import parse_json, read_bytes
 from sae.training.config import TrainingConfig, l1_now, learning_rate
 from sae.training.sweep import Sweep
 
@@ -92,20 +96,29 @@ def density_histogram(sweep: Sweep, k: int) -> Any:
     return wandb.Histogram(torch.log10(fired_f[fired_f > 0].double() / sweep.rows_counted).tolist())  # host sync
 
 
+class Line(TypedDict):
+    step: int
+
+
 def keep_until(path: Path, step: int) -> None:
-    """Drops the lines after a step, and a half-written last one, so that a resumed log equals an uninterrupted one."""
+    """Drops the lines after a step, and a half-written last one, so that a resumed log equals an uninterrupted one.
+
+    A damaged line is dropped too, which is said where it is not the last.
+    """
     if not path.exists():
         return
-    kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    kept, damaged = [], []
+    lines = read_bytes(path, "a run's log").splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
         try:
-            if json.loads(text)["step"] > step:
-                break
-        except ValueError:
-            break
-        kept.append(text + "\n")
+            if parse_json(line, f"a line of {path}", Line)["step"] <= step:
+                kept.append(line.rstrip() + b"\n")
+        except InputError:
+            damaged += [number] if number < len(lines) else []
+    if damaged:
+        print(f"{path}: {len(damaged)} damaged lines are left out, the first being line {damaged[0]}", file=sys.stderr)
     with atomic(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.write_bytes(b"".join(kept))
 
 
 def start_wandb(config: TrainingConfig) -> Any:

@@ -15,11 +15,12 @@ import torch
 
 from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
-from sae.files import only_writer, read_json, remove_leftovers, write_json
+from sae.files import only_writer, remove_leftovers, write_json
 from sae.objective import Step, bad_rows_text
 from sae.places import require_folder
 from sae.progress import progress
-from sae.training.checkpoint import FILE, refuse_other_settings, restore_checkpoint, save_checkpoint
+from sae.reading import read_json
+from sae.training.checkpoint import FILE, Record, refuse_other_settings, restore_checkpoint, save_checkpoint
 from sae.training.config import TrainingConfig
 from sae.training.metrics import MetricsLog, start_wandb, write_lines
 from sae.training.sweep import Sweep
@@ -43,7 +44,7 @@ def train(config: TrainingConfig) -> list[Path]:
     config.check()
     if not config.dry_run:
         require_folder(config.out)
-    return train_on(ActivationCache.open(config.cache, config.site), config)
+    return train_on(ActivationCache.open(config.cache, config.site, verify=config.verify), config)
 
 
 def train_on(source: "Source", config: TrainingConfig) -> list[Path]:
@@ -68,7 +69,7 @@ def train_into(folders: list[Path], config: TrainingConfig, source: "Source", de
         for path in [config.out / FILE, *(f / "training.json" for f in folders)]:
             path.unlink(missing_ok=True)
     if all((folder / "training.json").exists() for folder in folders):
-        refuse_other_settings(config, read_json(folders[0] / "training.json", "a run's training.json")["settings"])
+        refuse_other_settings(config, read_json(folders[0] / "training.json", "a run's training.json", Record)["settings"])
         remove_leftovers(config.out)
         (config.out / FILE).unlink(missing_ok=True)  # a kill may have come between the two last steps
         print(f"{config.out} is already complete; --restart trains it again")
@@ -77,6 +78,8 @@ def train_into(folders: list[Path], config: TrainingConfig, source: "Source", de
     remove_leftovers(config.out)
     if said := source.about_massive():
         print(said)
+    if not source.mean_squared_norm > 0:
+        raise InputError(f"expected activations to train on, but all at {source.site} are zero; choose another site")
     scale = (source.d_in / source.mean_squared_norm) ** 0.5
     sweep = Sweep(initial_dictionary(config, source, scale).to(device), config)
     first = restore_checkpoint(config, sweep)

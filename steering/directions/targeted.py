@@ -13,6 +13,8 @@ from torch import Tensor
 
 from sae.errors import InputError
 from sae.files import write_tensors
+from sae.reading import parse_json, read_tensors
+from sae.sites import parse_site
 from steering.vector import SteeringVector
 
 FORMAT = "steering-effects-1"
@@ -36,18 +38,14 @@ class Effects(NamedTuple):
     @classmethod
     def load(cls, path: str | Path) -> "Effects":
         """Raises `InputError` unless `path` is a whole file that `save` wrote."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise InputError(f"expected effects ({FORMAT}) in {path}, got another file; fit them with --fit")
-                return cls(file.get_tensor("M"), file.get_tensor("b"), metadata["site"], json.loads(metadata["provenance"]))
-        except FileNotFoundError:
-            raise InputError(f"expected effects at {path}, which does not exist; fit them with --fit") from None
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"expected effects at {path}, but it is no whole safetensors file ({error})") from None
+        then = "fit them with --fit"
+        tensors, metadata = read_tensors(Path(path), "effects", {"M": ("F32", "d f"), "b": ("F32", "f")}, then=then)
+        if metadata.get("format") != FORMAT or not {"site", "provenance"} <= metadata.keys():
+            raise InputError(f"expected effects ({FORMAT}) in {path}, got another file; {then}")
+        provenance = parse_json(metadata["provenance"], f"the provenance of {path}", dict[str, Any])
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise InputError(f"expected effects of finite numbers in {path}, got some that are not; {then}")
+        return cls(tensors["M"], tensors["b"], str(parse_site(metadata["site"])), provenance)
 
 
 def fit_effects(x_kd: Tensor, y_kf: Tensor, site: str, provenance: dict[str, Any] | None = None) -> Effects:

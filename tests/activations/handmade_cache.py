@@ -29,19 +29,29 @@ def write_cache(folder: Path, shard_rows: list[int], d_in: int = 3, dtype: str =
         "sequence_split": torch.tensor([0], dtype=torch.uint8),
     }
     file = _save(folder / "tokens" / "00000.safetensors", tokens)
+    sites = {SITE: {"d_in": d_in, "mean_squared_norm": 1.0}}
+    write_manifest(folder, dtype, sites, shards, [{"file": "tokens/00000.safetensors", **file}])
+    return folder
+
+
+def write_manifest(folder: Path, dtype: str, sites: dict, shards: list[dict], tokens: list[dict]) -> None:
+    rows = {split: sum(shard["rows"] for shard in shards if shard["split"] == split) for split in ("train", "held_out")}
     manifest = {
         "format_version": 1,
         "model": {"name": "handmade", "revision": None, "fingerprint": "0123456789ab"},
+        "dataset": None,
+        "context": None,
         "dtype": dtype,
-        "sites": {SITE: {"d_in": d_in, "mean_squared_norm": 1.0}},
-        "counts": {},
+        "seed": 0,
+        "held_out": 0.0,
+        "sites": sites,
+        "counts": {"tokens": sum(rows.values()), "rows": rows, "left_out": {}},
         "labels": [],
         "shards": shards,
-        "tokens": [{"file": "tokens/00000.safetensors", **file}],
+        "tokens": tokens,
         "complete": True,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor]) -> dict:

@@ -6,8 +6,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 from handmade_cache import SITE, write_cache
+from safetensors.torch import load_file, save_file
 
 from sae.activations.cache import ActivationCache, verify
+from sae.checksum import crc32
 from sae.dictionary import SparseAutoencoder
 from sae.errors import InputError
 
@@ -68,6 +70,74 @@ def test_a_flipped_bit_is_found(tmp_path, where, capsys):
     if where >= 0:  # cheap to see, so seen without reading everything
         with pytest.raises(InputError, match=r"00001\.safetensors"):
             ActivationCache.open(tmp_path)
+
+
+def test_a_flipped_number_is_found_when_asked_for(tmp_path):
+    write_cache(tmp_path, [5, 7])
+    path = tmp_path / SITE / "00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+    ActivationCache.open(tmp_path)
+    with pytest.raises(InputError, match=r"00001\.safetensors, but its checksum is wrong"):
+        ActivationCache.open(tmp_path, verify=True)
+
+
+@pytest.mark.parametrize("position", [-1, 12, 2**40, -(2**63)])
+def test_a_row_of_no_token_is_refused_when_read(tmp_path, position):
+    write_cache(tmp_path, [5, 7])
+    path = tmp_path / SITE / "00001.safetensors"
+    tensors = load_file(path)
+    tensors["rows"][3] = position
+    save_file(tensors, path)
+    cache = ActivationCache.open(tmp_path)
+    for read in (cache.read, cache.positions):
+        read(cache.shards("train")[0])
+        with pytest.raises(InputError, match=rf"rows in .*00001.safetensors from 0 to 11.*{position}"):
+            read(cache.shards("train")[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda m: m["shards"].pop(), "as its manifest counts, but it lists"),
+        (lambda m: m["shards"][0]["files"].clear(), "not at resid_post.1"),
+        (lambda m: m["shards"][0].update(name="../../secret"), "'shards.0.name'"),
+        (lambda m: m["sites"].update({"../x.1": m["sites"][SITE]}), "'sites"),
+        (lambda m: m["sites"][SITE].update(mean_squared_norm=float("nan")), "mean_squared_norm' should be a finite number"),
+        (lambda m: m["counts"]["rows"].update(train=None), "'counts.rows.train' should be a valid integer"),
+        (lambda m: m.pop("labels"), "'labels' is missing"),
+        (lambda m: m.update(shards=None), "'shards' should be a valid list"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(tmp_path, change, sentence):
+    write_cache(tmp_path, [5, 7])
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    change(manifest)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=sentence):
+        ActivationCache.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "sentence"),
+    [
+        ("ids", [-1] + [0] * 11, "ids in .* from 0"),
+        ("sequence_starts", [0, 13], "sequence_starts in .* rise from 0 to 12"),
+        ("sequence_document", [1], "sequence_document in .* from 0 to 0"),
+        ("document_label", [0], "document_label in .* from -1 to -1"),
+        ("sequence_split", [2], "sequence_split in .* from 0 to 1"),
+        ("ids", [0] * 11, "rise from 0 to 11"),
+    ],
+)
+def test_tokens_that_lead_nowhere_are_refused(tmp_path, name, numbers, sentence):
+    write_cache(tmp_path, [5, 7])
+    path, manifest = tmp_path / "tokens" / "00000.safetensors", tmp_path / "manifest.json"
+    before, size = crc32(path), path.stat().st_size
+    tensors = load_file(path)
+    save_file(tensors | {name: torch.tensor(numbers, dtype=tensors[name].dtype)}, path)
+    text = manifest.read_text().replace(before, crc32(path)).replace(f'"bytes": {size}', f'"bytes": {path.stat().st_size}')
+    manifest.write_text(text)
+    with pytest.raises(InputError, match=sentence):
+        _ = ActivationCache.open(tmp_path).tokens
 
 
 def test_damaged_tokens_are_named_and_leave_the_activations_readable(tmp_path):

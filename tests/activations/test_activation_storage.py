@@ -1,6 +1,5 @@
 """Number formats: the bound on what 8 bits lose, files that safetensors itself reads, and readers that know the format."""
 
-import json
 import tempfile
 import zlib
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from handmade_cache import write_manifest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -81,9 +81,7 @@ def eight_bit_cache(folder: Path, dtype: str = "int8") -> torch.Tensor:
         content = path.read_bytes()
         entry = {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
         shards.append({"name": path.stem, "split": "train", "rows": len(part), "files": {"resid_post.0": entry}})
-    manifest = {"format_version": 1, "model": {}, "dtype": dtype, "counts": {}, "labels": [], "tokens": [], "shards": shards}
-    manifest["sites"] = {"resid_post.0": {"d_in": 6, "mean_squared_norm": 1.0}}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, dtype, {"resid_post.0": {"d_in": 6, "mean_squared_norm": 1.0}}, shards, [])
     return acts
 
 
@@ -108,5 +106,5 @@ def test_eight_bits_are_read_like_any_other_format(tmp_path):
 
 def test_an_unknown_format_is_refused(tmp_path):
     eight_bit_cache(tmp_path, "int4")
-    with pytest.raises(InputError, match=r"\['dtype'\] is missing or unknown"):
+    with pytest.raises(InputError, match=r"'dtype' should be 'float16'.* is 'int4'"):
         ActivationCache.open(tmp_path)

@@ -161,7 +161,8 @@ def test_a_file_is_on_disk_before_the_ledger_names_it_and_all_are_before_the_man
 
     def seen_replace(source: Path, target: Path) -> None:
         replace(source, target)
-        events.append(("name", str(source), str(target)))
+        if not str(target).endswith(".tmp"):  # from one temporary name to another
+            events.append(("name", str(source), str(target)))
 
     monkeypatch.setattr(os, "fsync", seen_fsync)
     monkeypatch.setattr(os, "replace", seen_replace)

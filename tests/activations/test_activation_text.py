@@ -84,7 +84,7 @@ def test_a_token_file_gives_ids_and_labels(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ids": None}, "ids and document_starts"),
+        ({"ids": None}, "the array .ids. in"),
         ({"document_starts": torch.tensor([0, 3, 2, 6])}, "rise from 0"),
         ({"document_starts": torch.tensor([0, 3, 5, 9])}, "rise from 0"),
         ({"document_label": torch.tensor([0, 1, 2], dtype=torch.uint8)}, "document_label"),

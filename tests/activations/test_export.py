@@ -11,6 +11,7 @@ from sae.activations.cache import ActivationCache
 from sae.activations.export import ExportConfig, export_cache
 from sae.activations.harvest import HarvestConfig, harvest
 from sae.activations.imports import ImportConfig, import_activations
+from sae.checksum import crc32
 from sae.errors import InputError
 
 
@@ -43,10 +44,10 @@ def test_labels_and_one_split(tmp_path):
     folder = write_cache(tmp_path / "c", [30, 20], held_out=(1,))
     from safetensors.torch import load_file, save_file
 
-    path = folder / "tokens" / "00000.safetensors"
+    path, manifest = folder / "tokens" / "00000.safetensors", folder / "manifest.json"
+    before = crc32(path)
     save_file({**load_file(path), "document_label": torch.tensor([0], dtype=torch.int32)}, path)
-    manifest = folder / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"labels": []', '"labels": ["prose"], "seed": 0, "held_out": 0.5'))
+    manifest.write_text(manifest.read_text().replace('"labels": []', '"labels": ["prose"]').replace(before, crc32(path)))
     dataset = datasets.load_from_disk(str(export_cache(ExportConfig(cache=folder, out=tmp_path / "e", splits=("held_out",)))))
     assert dataset["token_id"][:] == list(range(30, 50))
     assert set(dataset["label"][:]) == {"prose"}

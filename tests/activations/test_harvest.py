@@ -25,8 +25,8 @@ from sae.activations.harvest import HarvestConfig, harvest
 from sae.activations.live import LiveActivations
 from sae.activations.tokens import Tokens
 from sae.errors import InputError
-from sae.files import read_json
 from sae.language_model import LanguageModel
+from sae.reading import read_json
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # children are forked below
 

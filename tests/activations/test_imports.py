@@ -177,7 +177,7 @@ def test_plain_arrays_arrive_whole(tmp_path):
         (np.ones((40, 3)), {"model": "lm"}, "width 6"),
         (np.ones((40, 6)), {"model": "lm", "token_ids": np.full(40, 40)}, "vocabulary"),
         (np.ones((40, 3)), {"token_ids": np.ones(39, dtype=int)}, "40 integer token ids"),
-        (np.array([{}] * 3), {}, "numpy says"),
+        (np.array([{}] * 3), {}, "Python objects"),
     ],
 )
 def test_unusable_sources_are_refused_and_no_cache_appears(tmp_path, model, values, changes, message):

@@ -199,7 +199,7 @@ def test_training_tokens_are_refused(home, tmp_path):
     with pytest.raises(InputError, match="held-out"):
         evaluate(EvaluationConfig(tmp_path, home / "all_train", sequences=0, device="cpu"))
     make_cache(home, "other_split", seed=5)
-    (tmp_path / "training.json").write_text(json.dumps({"settings": {"cache": str(home / "other_split")}}))
+    (tmp_path / "training.json").write_text(json.dumps({"settings": {"cache": str(home / "other_split")}, "scale": 1.0, "last": {}}))
     with pytest.raises(InputError, match="other documents"):
         evaluate(EvaluationConfig(tmp_path, home / "cache", sequences=0, device="cpu"))
     evaluate(EvaluationConfig(tmp_path, home / "other_split", sequences=0, device="cpu"))

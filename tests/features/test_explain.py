@@ -194,7 +194,7 @@ def test_damaged_file_is_told_with_its_line(tmp_path, line):
     write_explanations(tmp_path, [Explanation(4, "token", "x", {}, {})])
     with open(tmp_path / "explanations.jsonl", "a") as file:
         file.write(line + "\n")
-    with pytest.raises(InputError, match=r"line 2 of .* is no explanation"):
+    with pytest.raises(InputError, match=r"expected an explanation in line 2 of"):
         read_explanations(tmp_path)
 
 

@@ -1,9 +1,17 @@
 """What is read from an index, against brute force."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
+from sae.checksum import crc32
 from sae.errors import InputError
+from sae.features.index import IndexConfig, build_index
+from sae.features.records import FeatureIndex
+from sae.files import write_tensors
+from sae.reading import read_tensors
 
 
 def sequences(index):
@@ -145,3 +153,70 @@ def test_every_reader_refuses_a_feature_out_of_range(world, name):
     for j in (-1, 40):
         with pytest.raises(InputError, match="does not exist"):
             getattr(world.index, name)(j)
+
+
+def damaged_copy(world, folder, name, low):
+    """The index with one byte of a file changed."""
+    shutil.copytree(world.index.folder, folder)
+    path = folder / f"{name}.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:low] + bytes([content[low] ^ 1]) + content[low:][1:])
+    return folder
+
+
+@pytest.mark.parametrize("name", ["columns", "records", "details", "token_features", "tokens", "sums"])
+def test_a_flipped_bit_is_found(world, tmp_path, monkeypatch, name):
+    folder = damaged_copy(world, tmp_path / "i", name, -1)
+    with pytest.raises(InputError, match=rf"{name}.safetensors as it was written, but its checksum is another"):
+        FeatureIndex.open(folder)
+    monkeypatch.setattr("sae.features.opening.SMALL", 0)  # as for a large file
+    FeatureIndex.open(folder)
+    with pytest.raises(InputError, match="checksum is another"):
+        FeatureIndex.open(folder, verify=True)
+
+
+def test_an_index_of_an_earlier_version_opens_and_says_that_there_is_nothing_to_compare(world, tmp_path, capsys):
+    shutil.copytree(world.index.folder, tmp_path / "i")
+    info = json.loads((tmp_path / "i" / "index.json").read_text())
+    del info["crc32"]
+    (tmp_path / "i" / "index.json").write_text(json.dumps(info))
+    assert FeatureIndex.open(tmp_path / "i").top_tokens(0) == world.index.top_tokens(0)
+    assert capsys.readouterr().err == ""
+    FeatureIndex.open(tmp_path / "i", verify=True)
+    assert "no checksums to compare" in capsys.readouterr().err
+
+
+def test_a_number_out_of_range_in_a_large_file_is_one_sentence(world, tmp_path, monkeypatch):
+    shutil.copytree(world.index.folder, tmp_path / "i")
+    monkeypatch.setattr("sae.features.opening.SMALL", 0)
+    index = FeatureIndex.open(tmp_path / "i")
+    j = int(np.argmax(index.columns["count"]))
+    index.positions = index.positions.copy()
+    index.positions[:] = 2**32 - 1
+    with pytest.raises(InputError, match="out of range"):
+        index.top_contexts(j)
+    ids = world.index.tokens["ids"].copy()
+    ids[:] = 10**6
+    index = FeatureIndex.open(tmp_path / "i")
+    index.tokens["ids"] = ids
+    with pytest.raises(InputError, match="token ids below"):
+        index.top_contexts(j)
+    with pytest.raises(InputError, match=r"token ids below [0-9]+, got -1"):
+        index.vocabulary.spelling(-1)
+
+
+def test_a_token_beyond_the_vocabulary_asks_for_no_memory(world, tmp_path):
+    """2^30 as an id once made a vocabulary of as many pieces: 8 GB."""
+    shutil.copytree(world.cache, tmp_path / "c")
+    path, manifest = tmp_path / "c" / "tokens" / "00000.safetensors", tmp_path / "c" / "manifest.json"
+    before = crc32(path)
+    tensors, _ = read_tensors(path, "tokens")
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    tensors["ids"][5] = 1 << 30
+    write_tensors(path, tensors)
+    with pytest.raises(InputError, match="checksum is wrong"):
+        build_index(IndexConfig(cache=tmp_path / "c", dictionary=world.dictionary_folder, out=tmp_path / "i", device="cpu"))
+    manifest.write_text(manifest.read_text().replace(before, crc32(path)))
+    with pytest.raises(InputError, match=r"token ids in .* from 0 to 419, but they go from 0 to 1073741824"):
+        build_index(IndexConfig(cache=tmp_path / "c", dictionary=world.dictionary_folder, out=tmp_path / "i", device="cpu"))
+    assert not (tmp_path / "i").exists()

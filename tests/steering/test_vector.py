@@ -110,7 +110,7 @@ def test_unusable_vector_files(tmp_path):
     vector("resid_post.1").save(tmp_path / "cut")
     (tmp_path / "cut").write_bytes((tmp_path / "cut").read_bytes()[:-20])
     save_file({"weights": torch.ones(2)}, tmp_path / "other")
-    for name, sentence in {"absent": "does not exist", "cut": "no whole safetensors", "other": "got a file with weights"}.items():
+    for name, sentence in {"absent": "does not exist", "cut": "no safetensors file", "other": "got a file with weights"}.items():
         with pytest.raises(InputError, match=sentence):
             SteeringVector.load(tmp_path / name)
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae.activations.harvest import HarvestConfig, harvest
@@ -140,6 +140,34 @@ def test_a_stopped_run_continues_bit_for_bit(cache, tmp_path, monkeypatch):
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
+def test_a_checkpoint_with_a_flipped_bit_or_without_a_checksum_is_refused(cache, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sae.training.trainer.finish", stop)
+        with pytest.raises(Stop):
+            train(config_for(cache, tmp_path / "d"))
+    path = tmp_path / "d" / "checkpoint.safetensors"
+    content = path.read_bytes()
+    header = content.index(b"\0", 8)
+    places = [content.index(b'"step":"') + 8, content.index(b"settings") + 30, header + 100, len(content) // 2, len(content) - 1]
+    for place in places:
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(InputError, match=r"checksum is wrong, so it is damaged; begin anew with --restart"):
+            train(config_for(cache, tmp_path / "d"))
+    save_file(load_file(path), path)
+    with pytest.raises(InputError, match="an earlier version wrote this one; begin anew with --restart"):
+        train(config_for(cache, tmp_path / "d"))
+    path.write_bytes(content)
+    train(config_for(cache, tmp_path / "d"))
+    train(config_for(cache, tmp_path / "whole"))
+    assert contents(tmp_path / "d") == contents(tmp_path / "whole")
+
+
 def test_kill_minus_nine_at_random_moments_then_resume(cache, tmp_path):
     """A killed process leaves a folder from which the same command finishes as if it had never been killed."""
     command = [sys.executable, "-c", "from sae.command_line import train_sae; train_sae()"]
@@ -254,7 +282,7 @@ def test_settings_that_cannot_be_meant_are_refused(cache, tmp_path, change):
     assert not (tmp_path / "d").exists()
 
 
-def test_training_imports_with_torch_numpy_and_safetensors_alone():
+def test_training_imports_with_torch_numpy_safetensors_and_pydantic_alone():
     code = """
 import sys
 heavy = {'transformers', 'datasets', 'wandb', 'tyro', 'rich', 'sklearn', 'matplotlib', 'pandas', 'scipy', 'tokenizers'}

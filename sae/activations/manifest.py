@@ -1,0 +1,107 @@
+"""What a cache's manifest.json says, held against its schema, and the files that it names against their sizes and checksums."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from sae.activations.ledger import FORMAT_VERSION, ShardEntry, TokenEntry, require_little_endian
+from sae.activations.tokens import SPLITS
+from sae.checksum import crc32
+from sae.errors import InputError
+from sae.reading import Count, Entries, Number, read_json, require
+from sae.saelens import HOOK_NAMES
+
+THEN = "read the others with skip_damaged, or harvest again"
+SITE = rf"^({'|'.join(HOOK_NAMES)})\.[0-9]{{1,5}}$"
+
+
+class SiteEntry(TypedDict):
+    d_in: Annotated[Count, Field(gt=0)]
+    mean_squared_norm: Annotated[Number, Field(ge=0)]
+
+
+class ModelEntry(TypedDict):
+    name: str | None
+    revision: str | None
+    fingerprint: str | None
+
+
+class Rows(TypedDict):
+    train: Count
+    held_out: Count
+
+
+class Counts(TypedDict):
+    tokens: Count
+    rows: Rows
+    left_out: dict[str, Count]
+
+
+class Manifest(TypedDict):
+    """What readers use of a manifest."""
+
+    model: ModelEntry
+    dataset: dict[str, Any] | None
+    context: Count | None
+    dtype: Literal["float16", "bfloat16", "float32", "int8"]
+    seed: int
+    held_out: Number
+    sites: dict[Annotated[str, Field(pattern=SITE)], SiteEntry]
+    counts: Counts
+    labels: list[str]
+    shards: Entries[ShardEntry]
+    tokens: Entries[TokenEntry]
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises `InputError` for a folder that is no finished cache of a known format."""
+    require_little_endian()
+    if not os.path.exists(folder / "manifest.json") and os.path.exists(folder / "harvest.json"):  # False where one may not look
+        raise InputError(f"the harvest into {folder} has not finished; give its command again to let it go on")
+    manifest = read_json(folder / "manifest.json", "an activation cache's manifest")
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"expected an activation cache of format version {FORMAT_VERSION} at {folder}, but its version is {version!r}; "
+            "use the release of this software that wrote it, or harvest again"
+        )
+    require(manifest, Manifest, f"a cache's manifest in {folder}")
+    rows = dict.fromkeys(SPLITS, 0)
+    for shard in manifest["shards"]:
+        rows[shard["split"]] += shard["rows"]
+        if lacking := sorted(set(manifest["sites"]) - set(shard["files"])):
+            raise InputError(f"expected the shard {shard['name']} in {folder} at every site, but it is not at {lacking[0]}; harvest again")
+    counted = manifest["counts"]["rows"]
+    if rows != {split: counted[split] for split in SPLITS}:
+        raise InputError(f"expected shards of {counted} rows in {folder}, as its manifest counts, but it lists {rows}; harvest again")
+    return manifest
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Names of the files whose size or checksum is not that of the manifest, relative to the folder; reads all of them."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    files = {entry["file"]: entry for entry in manifest["tokens"]}
+    for entry in manifest["shards"]:
+        files |= {f"{site}/{entry['name']}.safetensors": file for site, file in entry["files"].items()}
+    damaged = []
+    for name, file in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != file["bytes"] or crc32(path) != file["crc32"]:
+            damaged.append(name)
+    return damaged
+
+
+def check_file(path: Path, entry: dict[str, Any], checksum: bool) -> None:
+    size = path.stat().st_size if path.is_file() else None
+    if size != entry["bytes"]:
+        raise damaged(path, "it is missing" if size is None else f"it has {size} bytes instead of {entry['bytes']}")
+    if checksum and crc32(path) != entry["crc32"]:
+        raise damaged(path, "its checksum is wrong")
+
+
+def damaged(path: Path, why: str) -> InputError:
+    return InputError(f"expected a whole file at {path}, but {why}; {THEN}")
