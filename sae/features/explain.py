@@ -33,6 +33,7 @@ from sae.files import atomic, only_writer
 from sae.places import require_file
 from sae.progress import progress
 from sae.reading import parse_json, read_bytes, require
+from sae.text_input import replace_surrogates
 
 LOOKUPS: dict[str, Callable[[Corpus, Firing], Explained]] = {"token": token_lookup, "bigram": bigram_lookup, "pattern": pattern_lookup}
 DRAWS = 200
@@ -240,7 +241,10 @@ def parse_explanation(line: bytes, what: str) -> Explanation:
     """Raises `InputError`, which begins with `what`, for a line that is none."""
     value = parse_json(line, what, dict[str, Any])
     require(value, Explanation, what)
-    return Explanation(**value)
+    explanation = Explanation(**value)
+    if replace_surrogates(f"{explanation.method} {explanation.text}")[1]:
+        raise InputError(f"expected {what}, but it holds half of a surrogate pair, which is no character; repair it")
+    return explanation
 
 
 def read_explanations(index_folder: str | Path) -> dict[int, list[Explanation]]:
