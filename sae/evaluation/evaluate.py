@@ -60,7 +60,7 @@ class EvaluationConfig:
     rows: int = 1_000_000
     """held-out activations for reconstruction, at most"""
     batch: int = 8
-    """sequences in one forward pass"""
+    """sequences in one forward pass at most; fewer where their logits would take more than 0.27 GB"""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one"""
     seed: int = 0

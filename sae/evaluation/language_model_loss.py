@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ARMS = ("clean", "spliced", "zero", "mean")
 LOGITS_BYTES = 64 << 20
+TABLE_BYTES = 1 << 28  # of the logits of one batch
 """of one float32 chunk [n, v] of log-probabilities"""
 RESAMPLES = 1000
 
@@ -71,6 +72,8 @@ def language_model_loss(
     if not rows:
         raise InputError("expected sequences of at least two tokens to measure the language model's loss on, got none")
     rows.sort(key=lambda row: len(row[0]))  # alike lengths share a batch
+    table = 4 * lm.model.config.get_text_config().vocab_size * len(rows[-1][0])  # bytes of one sequence's logits; two of each are held
+    batch = max(1, min(batch, TABLE_BYTES // table))
     sums = []
     with progress("language model", len(rows), "sequences") as bar:
         for start in range(0, len(rows), batch):

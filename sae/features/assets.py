@@ -84,6 +84,7 @@ input{font:inherit;padding:.35rem .6rem;width:min(26rem,100%);border:1px solid v
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%}
 th,td{text-align:left;padding:.25rem .6rem;border-bottom:1px solid var(--line);white-space:nowrap;vertical-align:baseline}
+td code{display:inline-block;max-width:14rem;overflow:hidden;text-overflow:ellipsis;vertical-align:bottom}
 td.num,th.num{text-align:right;font-variant-numeric:tabular-nums}
 td:last-child{white-space:pre;max-width:40rem;overflow:hidden;text-overflow:ellipsis}
 th button{font:inherit;font-weight:600;color:inherit;background:none;border:0;padding:0;cursor:pointer;text-decoration:underline}

@@ -120,6 +120,8 @@ def test_every_page_opens_in_a_browser(way, site, tab):
     tab.set_default_timeout(60_000)
     tab.goto(url)
     assert tab.locator("a.open").count() > 20
+    wider = "[...document.querySelectorAll('table.features td')].filter(cell => cell.scrollWidth > cell.clientWidth + 1).length"
+    assert tab.evaluate(wider) == 0  # a real vocabulary has tokens of 50 characters
     tab.locator("a.open").first.click()
     tab.locator("text=strongest").first.wait_for()
     assert "Ġ" not in tab.inner_text("body")
@@ -155,9 +157,11 @@ def test_steering_moves_text_in_proportion_to_its_strength(way, capsys):
     assert said[1.5]["steered"]["texts"] != said[1.5]["unsteered"]["texts"]
 
 
-def test_directions_are_compared_at_equal_kl(way, tab, capsys):
+def test_directions_are_compared_at_equal_kl(way, tab, capsys, monkeypatch):
+    from steering import continuations
     from steering.comparison import CompareConfig, compare_directions
 
+    monkeypatch.setattr(continuations, "CALIBRATION_SENTENCES", continuations.CALIBRATION_SENTENCES[:4])  # most of the time goes there
     out = way.folder / "comparison"
     prompts = ("I think", "The weather today", "My neighbour said", "In the morning")
     result = compare_directions(
