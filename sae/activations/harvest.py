@@ -227,6 +227,7 @@ def _left(config: HarvestConfig, recorder: Recorder, pools: list[Pool], ledger: 
         (entry["split"], entry["number"])
         for entry in ledger.of("pool")
         if all(s["files"].keys() == s["squared_norm"].keys() == set(config.sites) for s in entry["shards"])
+        and entry["massive"]["squared_norm"].keys() == entry["massive"]["all_squared_norm"].keys() == set(config.sites)
         and all(has_size(_path(config, site, s["name"]), file["bytes"]) for s in entry["shards"] for site, file in s["files"].items())
     }
     left = [index for index, pool in enumerate(pools) if (pool.split, pool.number) not in done]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from sae.checksum import crc32
 from sae.errors import InputError
@@ -51,11 +51,21 @@ class CountsNote(TypedDict):
     tokens: Count
 
 
+class Massive(TypedDict):
+    """`massive.PoolRows`"""
+
+    split: str
+    rows: Count
+    squared_norm: dict[str, Number]
+    all_squared_norm: dict[str, Number]
+    positions: list[Annotated[list[Count], Field(min_length=2, max_length=2)]]
+
+
 class PoolNote(TypedDict):
     kind: Literal["pool"]
     split: Literal["train", "held_out"]
     number: Count
-    norm_outliers: NotRequired[Count]
+    massive: Massive
     shards: list[PoolShard]
 
 
