@@ -128,6 +128,18 @@ def test_batches_and_chunks_do_not_matter(lm, sequences, monkeypatch):
         assert single.cross_entropy[arm] == pytest.approx(value, rel=1e-6)
 
 
+def test_a_large_vocabulary_takes_fewer_sequences_at_a_time(lm, sequences, monkeypatch):
+    expected, sizes = run(lm, zero(), sequences), []
+    monkeypatch.setattr(module, "TABLE_BYTES", 2 * 4 * 50 * 24 + 100)  # two of the longest sequences
+    whole = module.batch_sums
+    monkeypatch.setattr(module, "batch_sums", lambda *args: sizes.append(len(args[3])) or whole(*args))
+    few = run(lm, zero(), sequences)
+    assert sizes == [2, 2, 2]
+    assert few.cross_entropy == pytest.approx(expected.cross_entropy, rel=1e-6)
+    monkeypatch.setattr(module, "TABLE_BYTES", 1)
+    assert run(lm, zero(), sequences).kl == pytest.approx(expected.kl, rel=1e-5)
+
+
 def test_bootstrap_interval_has_the_spread_of_a_ratio_over_sequences():
     """Recovered loss of sequence i is u_i with one token each and CE_zero − CE_clean = 1: a mean of u_i, with a known error."""
     u_s = np.random.default_rng(0).normal(0.8, 0.1, 400)
