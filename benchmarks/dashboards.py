@@ -30,7 +30,7 @@ from sae.activations.harvest import HarvestConfig, harvest
 from sae.activations.text import TextConfig, documents
 from sae.activations.tokens import tokenise
 from sae.command_line import run
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.features.export import ExportConfig, export_features
 from sae.features.index import IndexConfig, build_index
@@ -104,7 +104,7 @@ def benchmark(config: BenchmarkConfig) -> None:
 
 def prepare(config: BenchmarkConfig, folder: Path) -> float:
     """Writes the contexts for both, and a cache of them; gives the seconds of the harvest, loading of the model included."""
-    lm, site = LanguageModel.load(str(config.model)), SparseAutoencoder.load(config.dictionary).site
+    lm, site = LanguageModel.load(str(config.model)), Dictionary.load(config.dictionary).site
     if lm.bos_id is None or site is None:
         raise InputError("expected a model with a beginning of text and a dictionary that names its site")
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]

@@ -34,18 +34,18 @@ from rounds import OFFLINE, ROOT
 
 from sae.activations.cache import ActivationCache
 from sae.command_line import run
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
+from sae.entries import Buffers
 from sae.errors import InputError
 from sae.features import examples
 from sae.features.contribution import MAX_ROWS
 from sae.features.export import ExportConfig, export_features
-from sae.features.index import CHUNK_BYTES, IndexConfig, build_index, choose_tokens, chunks, encode
+from sae.features.index import CHUNK_BYTES, IndexConfig, build_index, choose_tokens, chunks
 from sae.features.opening import details_layout
 from sae.features.records import FORMAT_VERSION, FeatureIndex
 from sae.features.storage import create, write_arrays
 from sae.files import write_json
 from sae.language_model import LanguageModel
-from sae.objective.workspace import Workspace
 from sae.reading import read_json
 
 Part = Literal["build", "read", "page", "export"]
@@ -145,12 +145,12 @@ def arm_in_process(arm: str, config: BenchmarkConfig, out: Path, threads: int, p
 
 @torch.no_grad()
 def encode_alone(config: IndexConfig) -> None:
-    dictionary = SparseAutoencoder.load(config.dictionary)
+    dictionary = Dictionary.load(config.dictionary)
     cache = ActivationCache.open(config.cache, dictionary.site)
-    workspace = Workspace()
+    buffers = Buffers()
     size = min(MAX_ROWS, max(1, CHUNK_BYTES // (dictionary.d_sae * 4)))
-    for x_bd, _ in chunks(cache, choose_tokens(cache.tokens, cache, config), config.splits, size):
-        encode(dictionary, x_bd.to(dictionary.W_enc_fd.dtype), workspace)
+    for (x_bd,), _ in chunks([cache], choose_tokens(cache.tokens, cache, config), config.splits, size):
+        dictionary.encode(x_bd, buffers)
 
 
 def measure_read(config: BenchmarkConfig, folder: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from sae.activations.batches import ActivationBatches
 from sae.activations.cache import ActivationCache
 from sae.command_line import run
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.files import write_json
 
@@ -101,7 +101,7 @@ class Case(NamedTuple):
 def benchmark(config: BenchmarkConfig) -> None:
     config.check()
     cache = None if config.stream == "synthetic" else ActivationCache.open(config.stream)
-    dictionary = SparseAutoencoder.load(config.dictionary) if config.dictionary else None
+    dictionary = Dictionary.load(config.dictionary) if config.dictionary else None
     if cache and dictionary and cache.d_in != dictionary.d_in:
         raise InputError(f"expected a dictionary for activations {cache.d_in} wide, but {config.dictionary} is for {dictionary.d_in}")
     todo, arms, out = cases(config, cache, dictionary), arms_of(config), config.out or default_out(config)
@@ -126,7 +126,7 @@ def defaults(config: BenchmarkConfig) -> dict[str, Any]:
     return dict(d_in=(512,), d_sae=(4096, 16_384), l0=(64.0,), batch_size=4096)
 
 
-def cases(config: BenchmarkConfig, cache: ActivationCache | None, dictionary: SparseAutoencoder | None) -> list[Case]:
+def cases(config: BenchmarkConfig, cache: ActivationCache | None, dictionary: Dictionary | None) -> list[Case]:
     default = defaults(config)
     batch_size = config.batch_size or default["batch_size"]
     if config.growth:
@@ -174,7 +174,7 @@ def machine(config: BenchmarkConfig, threads: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def problem(config: BenchmarkConfig, case: Case, cache: ActivationCache | None, dictionary: SparseAutoencoder | None) -> dict[str, Tensor]:
+def problem(config: BenchmarkConfig, case: Case, cache: ActivationCache | None, dictionary: Dictionary | None) -> dict[str, Tensor]:
     """The batch, of mean squared norm d, and weights; without a dictionary, initial ones under a bias that gives the case's L0."""
     if cache is None:
         x_bd = torch.randn(case.batch_size, case.d_in, generator=torch.Generator().manual_seed(config.seed))
@@ -186,13 +186,13 @@ def problem(config: BenchmarkConfig, case: Case, cache: ActivationCache | None, 
         sae = dictionary.folded(1 / scale)
     else:
         assert case.l0 is not None, "only a dictionary has an L0 of its own"
-        sae = SparseAutoencoder.initial(case.d_in, case.d_sae, seed=config.seed, decoder_norm=1.0)
-        sae.b_dec_d.copy_(x_bd.mean(0))
+        sae = Dictionary.initial(case.d_in, case.d_sae, seed=config.seed, decoder_norm=1.0)
+        sae.b_dec_o.copy_(x_bd.mean(0))
         sae.b_enc_f.fill_(-threshold(sae, x_bd, case.l0))
     return {"x_bd": x_bd, **{name: value.detach() for name, value in sae.named_parameters()}}
 
 
-def threshold(sae: SparseAutoencoder, x_bd: Tensor, l0: float) -> float:
+def threshold(sae: Dictionary, x_bd: Tensor, l0: float) -> float:
     """What `l0` of a row's pre-activations exceed, on average over the batch; found among the largest, since all may not fit in memory."""
     chunks = x_bd.split(max(16, (1 << 24) // sae.d_sae))
     share = 1 - 8 * l0 / sae.d_sae  # of the first chunk that is surely below

@@ -18,7 +18,7 @@ import numpy as np
 
 from sae.activations.cache import ActivationCache
 from sae.command_line import run
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.evaluation.evaluate import reconstruct
 from sae.files import write_json
@@ -110,7 +110,7 @@ def point(config: QualityConfig, cache: ActivationCache, tool: str, l1: float, l
     else:
         train_peer(config, cache.site, tool, l1, lr, seed, folder)
         seconds = read_json(folder / "seconds.json", "a peer's training time")
-    dictionary = SparseAutoencoder.load(folder, config.device)
+    dictionary = Dictionary.load(folder, config.device)
     r = reconstruct(dictionary, cache, config.rows)
     scale = (cache.d_in / cache.mean_squared_norm) ** 0.5
     return {

@@ -23,7 +23,7 @@ from report import spread_text
 from torch import Tensor
 
 from sae.command_line import run
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.files import write_json
 from sae.language_model import LanguageModel
@@ -110,7 +110,7 @@ def arms(lm: LanguageModel, prompt_tokens: int) -> dict[str, Arm]:
     site = f"resid_post.{lm.n_layers // 2}"
     generator = torch.Generator().manual_seed(0)
     vector = SteeringVector.at(site, torch.randn(lm.d_model, generator=generator)).unit()
-    feature = DictionaryFeature(SparseAutoencoder.initial(lm.d_model, 8, seed=0), 3, site)
+    feature = DictionaryFeature(Dictionary.initial(lm.d_model, 8, seed=0), 3, site)
     places: dict[str, dict[str, Any]] = {
         "all": {"positions": "all"},
         "generated": {"positions": "generated", "prompt_length": prompt_tokens},

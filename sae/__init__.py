@@ -1,6 +1,6 @@
 """Learn dictionaries of a language model's activations and look into them."""
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 
-__all__ = ["InputError", "SparseAutoencoder"]
+__all__ = ["Dictionary", "InputError"]

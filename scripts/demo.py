@@ -14,8 +14,8 @@ from pathlib import Path
 
 from sae.checksum import crc32
 from sae.command_line import run
+from sae.formats.saelens import WEIGHTS
 from sae.places import require_folder
-from sae.saelens import WEIGHTS
 
 MODEL = Path("checkpoints/demo-lm")
 SHIPPED = Path("checkpoints/demo-sae")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.language_model import LanguageModel
 from sae.sites import parse_site
@@ -61,7 +61,7 @@ class Material:
     prompts: Sequence[str]
     max_new_tokens: int
     """that are to follow the prompts"""
-    dictionary: SparseAutoencoder | None = None
+    dictionary: Dictionary | None = None
     corpus: Corpus | None = None
     effects: Effects | None = None
     """of the dictionary's rows, fitted before"""

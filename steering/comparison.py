@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sae.activations.text import TextConfig, check_source
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.files import atomic, write_json
 from sae.language_model import LanguageModel
@@ -152,7 +152,7 @@ def refuse_long_prompts(lm: LanguageModel, config: CompareConfig) -> None:
             )
 
 
-def dictionary_and_site(config: CompareConfig, lm: LanguageModel) -> tuple[SparseAutoencoder | None, str]:
+def dictionary_and_site(config: CompareConfig, lm: LanguageModel) -> tuple[Dictionary | None, str]:
     """The dictionary, if one was named, and the site. Raises `InputError` unless it was trained on this model and site."""
     if config.sae is not None:
         return load_dictionary(config.sae, lm, config.site)

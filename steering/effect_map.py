@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sae.activations.text import TextConfig
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.features.lens import folded_unembedding, into_residual, logit_lens
 from sae.files import write_json
@@ -96,7 +96,7 @@ def effect_map(config: EffectConfig) -> dict[str, Any]:
             require_file(path)
     lm = LanguageModel.load(config.model, device=config.device)
     dictionary, site = load_dictionary(config.sae, lm)
-    written_fd = into_residual(lm, site, dictionary.W_dec_fd)
+    written_fd = into_residual(lm, site, dictionary.W_dec_fo)
     rows = feature_rows(dictionary, config.feature)
     documents = read_sequences(
         lm, config, config.calibration_documents + (ALIVE_DOCUMENTS if config.fit else 0), config.length, config.seed
@@ -146,7 +146,7 @@ def check(config: EffectConfig) -> None:
 
 def measure_all(
     lm: LanguageModel,
-    dictionary: SparseAutoencoder,
+    dictionary: Dictionary,
     directions: list[tuple[str, int | None, SteeringVector]],
     ruler: Ruler,
     config: EffectConfig,

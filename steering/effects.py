@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.language_model import LanguageModel
 from sae.progress import progress
@@ -67,7 +67,7 @@ class Effect(NamedTuple):
 
 def effect(
     lm: LanguageModel,
-    dictionary: SparseAutoencoder,
+    dictionary: Dictionary,
     vector: SteeringVector,
     coefficient: float,
     prompts: Sequence[str] = FEW_PROMPTS,
@@ -93,7 +93,7 @@ def effect(
 @torch.no_grad()
 def rollout_activations(
     lm: LanguageModel,
-    dictionary: SparseAutoencoder,
+    dictionary: Dictionary,
     vectors: Sequence[tuple[Item, Strength]],
     prompts: Sequence[str],
     *,
@@ -117,7 +117,7 @@ def rollout_activations(
     return torch.cat(parts)
 
 
-def read_rollouts(lm: LanguageModel, dictionary: SparseAutoencoder, whole_rp: Tensor, mask_rp: Tensor, start: int) -> Tensor:
+def read_rollouts(lm: LanguageModel, dictionary: Dictionary, whole_rp: Tensor, mask_rp: Tensor, start: int) -> Tensor:
     """Mean activations of the new tokens, from column `start` to each row's end of text, as the unsteered model sees them; [r, f]."""
     site = dictionary.require_site()
     real_rn = until_end(lm, whole_rp[:, start:])
@@ -130,18 +130,18 @@ def read_rollouts(lm: LanguageModel, dictionary: SparseAutoencoder, whole_rp: Te
     return torch.cat(means)
 
 
-def feature_rows(dictionary: SparseAutoencoder, features: Sequence[int]) -> list[SteeringVector]:
+def feature_rows(dictionary: Dictionary, features: Sequence[int]) -> list[SteeringVector]:
     """Unit decoder rows. Raises `InputError` for a feature that does not exist."""
     for j in features:
         if not 0 <= j < dictionary.d_sae:
             raise InputError(f"feature {j} does not exist: the dictionary has features 0 to {dictionary.d_sae - 1}")
-    rows_fd = dictionary.W_dec_fd.detach().float().cpu()  # host sync
+    rows_fd = dictionary.W_dec_fo.detach().float().cpu()  # host sync
     return [SteeringVector.at(dictionary.require_site(), rows_fd[j], {"method": "feature", "feature": int(j)}).unit() for j in features]
 
 
 def measure_effects(
     lm: LanguageModel,
-    dictionary: SparseAutoencoder,
+    dictionary: Dictionary,
     features: Sequence[int],
     ruler: Ruler,
     kl: float,

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.gates import Threshold
 from sae.errors import InputError
 from sae.hooks import Edit
 from sae.language_model import LanguageModel, NonFiniteLogits
@@ -29,15 +30,19 @@ once = lru_cache(maxsize=8)
 class DictionaryFeature:
     """A feature together with its encoder, to clamp or to ablate."""
 
-    dictionary: SparseAutoencoder
+    dictionary: Dictionary
     feature: int
     site: str | None = None
-    """where; the dictionary's own site without it"""
+    """where it reads; by default the dictionary's own site"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.feature < self.dictionary.d_sae:
-            raise InputError(f"feature {self.feature} does not exist: the dictionary has features 0 to {self.dictionary.d_sae - 1}")
+        self.dictionary.require_feature(self.feature)
         object.__setattr__(self, "site", self.dictionary.require_site(self.site))
+
+    @property
+    def site_out(self) -> str:
+        """where it writes"""
+        return str(self.dictionary.site_out or self.site)
 
 
 Item: TypeAlias = SteeringVector | DictionaryFeature
@@ -61,7 +66,8 @@ def steered(
     - "add": h + Σ c·v.
     - "rotate": the same direction as h + Σ c·v, at the length of h.
     - "clamp": a `DictionaryFeature`'s activation a_j becomes c, what the dictionary cannot express stays: h + (c − a_j)·W_dec[j]
-      (Templeton et al. 2024). A vector's component along v becomes c·‖v‖.
+      (Templeton et al. 2024). A transcoder's is read where it reads and changes the value where it writes. A vector's component along v
+      becomes c·‖v‖.
     - "ablate": a feature's activation becomes 0, h − a_j·W_dec[j]; of vectors, h loses its projection on all they span (Arditi et al.
       2024). c is the share that is removed.
 
@@ -79,7 +85,8 @@ def steered(
         raise InputError(f"expected a LanguageModel to steer, got {type(lm).__name__}; wrap it: LanguageModel(model, tokenizer)")
     listed = listed_positions(positions, prompt_length)
     edits: dict[str, Edit] = {}
-    for site, terms in _by_site(lm, vectors, operation).items():
+    by_site = _by_site(lm, vectors, operation)
+    for site, terms in by_site.items():
         per_position = any(term.is_positional for term in terms)
         if positions == "all" and prompt_length is not None and not per_position:
             raise InputError(f'expected no prompt_length with positions "all", got {prompt_length}')
@@ -88,8 +95,31 @@ def steered(
             edits[site] = _adding(site, terms, place, operation == "rotate")
         else:
             edits[site] = _setting(site, terms, place, operation == "ablate")
-    with _reporting(lm), lm.edited(edits):
+    notes = {str(term.own.site): term.own.note for terms in by_site.values() for term in terms if term.own and term.own.elsewhere}
+    with _reporting(lm), lm.edited(edits), lm.edited(notes):
         yield
+
+
+class _Own:
+    """A feature whose dictionary must be asked for its activation: a TopK, one with a frame, or a transcoder, which reads elsewhere."""
+
+    def __init__(self, item: DictionaryFeature):
+        self.dictionary, self.feature, self.site = item.dictionary, item.feature, item.site
+        self.elsewhere = item.dictionary.is_transcoder
+        self._read: Tensor | None = None
+
+    def note(self, value_rpd: Tensor) -> Tensor:
+        """Keeps what flows where a transcoder reads until the pass comes to where it writes."""
+        self._read = value_rpd
+        return value_rpd
+
+    def activation(self, value_rpd: Tensor) -> tuple[Tensor, Tensor | float]:
+        """[r, p] float32, and what one unit of it is worth at each position, [r, p] or 1."""
+        x_rpd = value_rpd if self._read is None else self._read
+        x_rpd = x_rpd.to(self.dictionary.W_enc_fd.device)
+        unit = self.dictionary.unit(x_rpd.to(self.dictionary.W_enc_fd.dtype))
+        act_rp = self.dictionary.activations(x_rpd, [self.feature])[..., 0].float().to(value_rpd.device)
+        return act_rp, unit if isinstance(unit, float) else unit[..., 0].float().to(value_rpd.device)
 
 
 class _Term(NamedTuple):
@@ -102,6 +132,9 @@ class _Term(NamedTuple):
     read_d: Tensor | None = None
     """for a feature: its encoder row"""
     bias: float = 0.0
+    threshold: float = 0.0
+    own: "_Own | None" = None
+    """for a feature whose activation is more than its own row, bias and threshold"""
 
     @property
     def is_positional(self) -> bool:
@@ -125,7 +158,9 @@ def _by_site(lm: LanguageModel, vectors: Sequence[Item | tuple[Item, Strength]],
                     f"feature {item.feature} can be clamped, once and to an activation that is given, or ablated; not {operation}"
                 )
             features.add(key)
-            found: Mapping[str, _Term] = {item.site or "": _feature_term(item, strength_s)}
+            if item.dictionary.d_in != (width := lm.width(str(item.site))):
+                raise InputError(f"expected a dictionary {width} wide for {item.site} of {lm.name!r}, got one for {item.dictionary.d_in}")
+            found: Mapping[str, _Term] = {item.site_out: _feature_term(item, strength_s)}
         else:
             found = {site: _Term(direction.to(lm.device), strength_s) for site, direction in item.directions.items()}
         for site, term in found.items():
@@ -162,11 +197,14 @@ def _strength(coefficient: Strength, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def _feature_term(item: DictionaryFeature, strength_s: Tensor) -> _Term:
-    """a = relu(read · h + bias), with the decoder's bias that the encoder subtracts first folded into its own."""
-    sae, j = item.dictionary, item.feature
-    bias = sae.b_enc_f[j].double() - sae.W_enc_fd[j].double() @ sae.b_dec_d.double()
-    read_d, row_d = (w[j].float().to(strength_s.device) for w in (sae.W_enc_fd, sae.W_dec_fd))
-    return _Term(row_d, strength_s, read_d, bias.item())  # host sync
+    """z = read · h + bias and a = z above the threshold, with the bias that is taken off the input folded into the encoder's."""
+    d, j = item.dictionary, item.feature
+    row_d = d.rows([j])[0].float().to(strength_s.device)
+    if not isinstance(d.gate, Threshold) or d.frame is not None or d.is_transcoder:
+        return _Term(row_d, strength_s, torch.zeros_like(row_d), own=_Own(item))
+    bias = d.b_enc_f[j].double() - (0 if d.b_in_d is None else d.W_enc_fd[j].double() @ d.b_in_d.double())
+    threshold = 0.0 if d.gate.theta_f is None else d.gate.theta_f[j].item()
+    return _Term(row_d, strength_s, d.W_enc_fd[j].float().to(strength_s.device), bias.item(), threshold)  # host sync
 
 
 def _adding(site: str, terms: list[_Term], place: Place, rotate: bool) -> Edit:
@@ -236,11 +274,13 @@ def _rotated(value_rpd: Tensor, delta: Tensor) -> Tensor:
 
 
 def _setting(site: str, terms: list[_Term], place: Place, ablate: bool) -> Edit:
-    """h + Σ_k (target_k − a_k)·write_k, with a = relu(read·h + bias) of a feature and a = read·h of a vector, all of the same h."""
+    """h + Σ_k (target_k − a_k)·write_k, with a = z where z = read·h + bias is above the threshold for most features, and a = read·h of a
+    vector, all of the same h."""
     if any(term.is_positional for term in terms):
         raise InputError(f"one direction per position at {site} can be added or rotated to, not clamped or ablated")
     has_features = any(t.read_d is not None for t in terms)
-    floor_k = torch.tensor([-torch.inf if t.read_d is None else 0.0 for t in terms], device=place.lm.device)  # ReLU of features alone
+    floor_k = torch.tensor([-torch.inf if t.read_d is None else t.threshold for t in terms], device=place.lm.device)
+    own = [(k, term.own) for k, term in enumerate(terms) if term.own]
     length_k = torch.stack([torch.ones_like(t.strength_s[0]) if t.read_d is not None else t.direction.norm() for t in terms])
     vectors = iter(_orthonormal([t.direction for t in terms if t.read_d is None], ablate))
     pairs = [(t.read_d, t.direction) if t.read_d is not None else (unit_d := next(vectors), unit_d) for t in terms]
@@ -263,8 +303,14 @@ def _setting(site: str, terms: list[_Term], place: Place, ablate: bool) -> Edit:
         wide = value_rpd.float()
         act_rpk = torch.nn.functional.linear(wide, read, bias)
         if has_features:
-            act_rpk = torch.maximum(act_rpk, floor)
+            act_rpk = act_rpk.masked_fill_(act_rpk <= floor, 0)
+        units = []
+        for k, feature in own:
+            act_rpk[..., k], unit = feature.activation(value_rpd)
+            units.append((k, unit))
         gap_rpk = strength * act_rpk if ablate else strength - act_rpk
+        for k, unit in units:
+            gap_rpk[..., k] *= unit
         changed = torch.addmm(wide.flatten(0, 1), gap_rpk.flatten(0, 1), write).to(value_rpd.dtype).view(value_rpd.shape)
         return torch.where(where, changed, value_rpd) if isinstance(where, Tensor) else changed
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.features.browse import BrowseConfig, serve
 from sae.features.records import FeatureIndex
@@ -31,7 +31,7 @@ def browse(config: BrowseConfig) -> None:
 
 
 def make_steering(
-    lm: LanguageModel, dictionary: SparseAutoencoder, index: FeatureIndex
+    lm: LanguageModel, dictionary: Dictionary, index: FeatureIndex
 ) -> Callable[[str, Sequence[tuple[int, float]], Sampling], Generator[dict[str, Any], None, None]]:
     """The function that the server calls, for one model and dictionary."""
     vocab = vocabulary(lm.tokenizer, lm.model.get_input_embeddings().num_embeddings)

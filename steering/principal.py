@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sae.activations.text import TextConfig
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.files import write_json
 from sae.language_model import LanguageModel
@@ -226,7 +226,7 @@ def principal_study(config: PrincipalConfig) -> dict[str, Any]:
 
 
 def all_directions(
-    config: PrincipalConfig, fit: Sequences, fit_npd: Tensor, dictionary: SparseAutoencoder | None
+    config: PrincipalConfig, fit: Sequences, fit_npd: Tensor, dictionary: Dictionary | None
 ) -> tuple[list[Direction], list[str]]:
     """Every group's unit directions, and a sentence for each group that cannot be."""
     site, half, few = config.site, config.random // 2, []
@@ -256,7 +256,7 @@ def all_directions(
     return found, few
 
 
-def alive_features(dictionary: SparseAutoencoder, acts_nd: Tensor, least: int = 20) -> tuple[np.ndarray, np.ndarray]:
+def alive_features(dictionary: Dictionary, acts_nd: Tensor, least: int = 20) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the features that fire on at least `least` rows, and every feature's highest activation, [f]."""
     firing_f = torch.zeros(dictionary.d_sae, dtype=torch.long)
     highest_f = torch.zeros(dictionary.d_sae)
@@ -267,12 +267,12 @@ def alive_features(dictionary: SparseAutoencoder, acts_nd: Tensor, least: int = 
     return np.flatnonzero(firing_f >= least), highest_f.numpy()
 
 
-def feature_directions(dictionary: SparseAutoencoder, site: str, fit: Sequences, fit_npd: Tensor, count: int, seed: int) -> list[Direction]:
+def feature_directions(dictionary: Dictionary, site: str, fit: Sequences, fit_npd: Tensor, count: int, seed: int) -> list[Direction]:
     """Decoder rows: of `count` random features that fire, and for each label the one along which documents show it best."""
     alive, _ = alive_features(dictionary, fit_npd.flatten(0, 1)[:50_000])
     if len(alive) < count:
         raise InputError(f"expected at least {count} features that fire on the text, found {len(alive)}; lower --random")
-    rows_fd = dictionary.W_dec_fd.detach().float().cpu()  # host sync
+    rows_fd = dictionary.W_dec_fo.detach().float().cpu()  # host sync
 
     def direction(group: str, name: str, j: int) -> Direction:
         return Direction(group, name, SteeringVector.at(site, rows_fd[j], {"method": "feature", "feature": int(j)}).unit())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 
 
@@ -14,14 +14,14 @@ def a_dictionary(d=6, f=10, seed=0):
     generator = torch.Generator().manual_seed(seed)
     W_enc_fd, W_dec_fd = torch.randn(2, f, d, generator=generator)
     b_enc_f, b_dec_d = torch.randn(f, generator=generator), torch.randn(d, generator=generator)
-    return SparseAutoencoder(W_enc_fd, b_enc_f, W_dec_fd, b_dec_d, {"site": "resid_post.2", "model_name": "m"}).requires_grad_(False)
+    return Dictionary.autoencoder(W_enc_fd, b_enc_f, W_dec_fd, b_dec_d, {"site": "resid_post.2", "model_name": "m"}).requires_grad_(False)
 
 
 def test_encode_and_decode_are_the_formula():
     sae, x_bd = a_dictionary(), torch.randn(5, 3, 6)
-    acts_bf = torch.clamp(torch.einsum("spd,fd->spf", x_bd - sae.b_dec_d, sae.W_enc_fd) + sae.b_enc_f, min=0)
+    acts_bf = torch.clamp(torch.einsum("spd,fd->spf", x_bd - sae.b_dec_o, sae.W_enc_fd) + sae.b_enc_f, min=0)
     torch.testing.assert_close(sae.encode(x_bd), acts_bf)
-    torch.testing.assert_close(sae(x_bd), torch.einsum("spf,fd->spd", acts_bf, sae.W_dec_fd) + sae.b_dec_d)
+    torch.testing.assert_close(sae(x_bd), torch.einsum("spf,fd->spd", acts_bf, sae.W_dec_fo) + sae.b_dec_o)
     torch.testing.assert_close(sae.encode(x_bd.half()), sae.encode(x_bd.half().float()))
 
 
@@ -29,20 +29,20 @@ def test_folding_gives_unit_rows_and_the_same_function_of_raw_activations():
     sae, x_bd, scale = a_dictionary(), torch.randn(7, 6).double() * 30, 0.17
     sae = sae.double()
     with torch.no_grad():
-        sae.W_dec_fd[3] = 0
+        sae.W_dec_fo[3] = 0
     folded = sae.folded(scale)
     torch.testing.assert_close(folded(x_bd), sae(x_bd * scale) / scale)
-    norms = folded.W_dec_fd.norm(dim=-1)
+    norms = folded.W_dec_fo.norm(dim=-1)
     torch.testing.assert_close(norms, torch.where(torch.arange(10) == 3, 0.0, 1.0).double())
     assert torch.equal(folded.encode(x_bd) > 0, sae.encode(x_bd * scale) > 0)
 
 
 def test_initial_dictionary():
-    sae = SparseAutoencoder.initial(16, 50, seed=1, decoder_norm=0.3)
-    assert torch.equal(sae.W_enc_fd, sae.W_dec_fd)
-    assert sae.W_enc_fd.data_ptr() != sae.W_dec_fd.data_ptr()
-    torch.testing.assert_close(sae.W_dec_fd.norm(dim=-1), torch.full((50,), 0.3))
-    assert torch.equal(sae.W_dec_fd, SparseAutoencoder.initial(16, 50, seed=1, decoder_norm=0.3).W_dec_fd)
+    sae = Dictionary.initial(16, 50, seed=1, decoder_norm=0.3)
+    assert torch.equal(sae.W_enc_fd, sae.W_dec_fo)
+    assert sae.W_enc_fd.data_ptr() != sae.W_dec_fo.data_ptr()
+    torch.testing.assert_close(sae.W_dec_fo.norm(dim=-1), torch.full((50,), 0.3))
+    assert torch.equal(sae.W_dec_fo, Dictionary.initial(16, 50, seed=1, decoder_norm=0.3).W_dec_fo)
 
 
 def test_save_writes_saelens_layout_and_load_gives_it_back(tmp_path):
@@ -54,7 +54,7 @@ def test_save_writes_saelens_layout_and_load_gives_it_back(tmp_path):
     assert cfg["architecture"] == "standard"
     assert cfg["apply_b_dec_to_input"] is True
     assert cfg["metadata"]["hook_name"] == "blocks.2.hook_resid_post"
-    loaded = SparseAutoencoder.load(tmp_path / "s")
+    loaded = Dictionary.load(tmp_path / "s")
     assert loaded.site == "resid_post.2"
     for ours, theirs in zip(sae.parameters(), loaded.parameters()):
         assert torch.equal(ours, theirs)
@@ -65,8 +65,8 @@ def test_a_dictionary_without_input_bias_subtraction_is_read_as_the_same_functio
     sae.save(tmp_path)
     cfg = json.loads((tmp_path / "cfg.json").read_text())
     (tmp_path / "cfg.json").write_text(json.dumps(cfg | {"apply_b_dec_to_input": False}))
-    expected = torch.relu(x_bd @ sae.W_enc_fd.T + sae.b_enc_f) @ sae.W_dec_fd + sae.b_dec_d
-    torch.testing.assert_close(SparseAutoencoder.load(tmp_path)(x_bd), expected)
+    expected = torch.relu(x_bd @ sae.W_enc_fd.T + sae.b_enc_f) @ sae.W_dec_fo + sae.b_dec_o
+    torch.testing.assert_close(Dictionary.load(tmp_path)(x_bd), expected)
 
 
 def test_missing_keys_and_damaged_files_are_named(tmp_path):
@@ -75,17 +75,17 @@ def test_missing_keys_and_damaged_files_are_named(tmp_path):
     weights, whole, cfg = load_file(weights_path), weights_path.read_bytes(), cfg_path.read_text()
     save_file({k: v for k, v in weights.items() if k != "b_enc"}, weights_path)
     with pytest.raises(InputError, match="lacks b_enc"):
-        SparseAutoencoder.load(tmp_path)
+        Dictionary.load(tmp_path)
     weights_path.write_bytes(whole[:-20])
     with pytest.raises(InputError, match="damaged or no safetensors file"):
-        SparseAutoencoder.load(tmp_path)
+        Dictionary.load(tmp_path)
     weights_path.unlink()
     with pytest.raises(InputError, match="does not exist"):
-        SparseAutoencoder.load(tmp_path)
+        Dictionary.load(tmp_path)
     weights_path.write_bytes(whole)
     cfg_path.write_text(cfg[:-5])
     with pytest.raises(InputError, match="not valid JSON"):
-        SparseAutoencoder.load(tmp_path)
+        Dictionary.load(tmp_path)
 
 
 def test_a_dictionary_is_used_at_its_own_site_alone():

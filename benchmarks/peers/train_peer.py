@@ -16,12 +16,12 @@ from torch import Tensor
 
 from sae.activations.batches import ActivationBatches
 from sae.activations.cache import ActivationCache
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 
 NORM_BATCHES = 50
 
 
-def saelens(args: argparse.Namespace, batches: ActivationBatches, d_in: int) -> SparseAutoencoder:
+def saelens(args: argparse.Namespace, batches: ActivationBatches, d_in: int) -> Dictionary:
     """`SAETrainer` with `StandardTrainingSAE` and the tutorial's normalisation, folded into the weights by SAELens itself."""
     from sae_lens.config import SAETrainerConfig
     from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
@@ -50,12 +50,12 @@ def saelens(args: argparse.Namespace, batches: ActivationBatches, d_in: int) -> 
     batches.seek(0)
     trainer.activation_scaler.scaling_factor = d_in**0.5 / (sum(norms) / len(norms))
     sae = trainer.fit()
-    ours = SparseAutoencoder(sae.W_enc.data.T.contiguous(), sae.b_enc.data, sae.W_dec.data, sae.b_dec.data)
+    ours = Dictionary.autoencoder(sae.W_enc.data.T.contiguous(), sae.b_enc.data, sae.W_dec.data, sae.b_dec.data)
     check_equal(ours, lambda x_bd: sae.decode(sae.encode(x_bd)), next(batches))
     return ours
 
 
-def dictionary_learning(args: argparse.Namespace, batches: ActivationBatches, d_in: int) -> SparseAutoencoder:
+def dictionary_learning(args: argparse.Namespace, batches: ActivationBatches, d_in: int) -> Dictionary:
     """`StandardTrainerAprilUpdate` on activations of unit mean squared norm, as its `trainSAE` and its demo normalise them."""
     from dictionary_learning.trainers.standard import StandardTrainerAprilUpdate
 
@@ -81,13 +81,13 @@ def dictionary_learning(args: argparse.Namespace, batches: ActivationBatches, d_
     ae, x_bd = trainer.ae, next(batches)
     before_bd = ae(x_bd / norm).detach() * norm
     ae.scale_biases(norm)
-    ours = SparseAutoencoder(ae.encoder.weight.data, ae.encoder.bias.data, ae.decoder.weight.data.T.contiguous(), ae.bias.data)
+    ours = Dictionary.autoencoder(ae.encoder.weight.data, ae.encoder.bias.data, ae.decoder.weight.data.T.contiguous(), ae.bias.data)
     check_equal(ours, lambda _: before_bd, x_bd)
     return ours
 
 
 @torch.no_grad()
-def check_equal(ours: SparseAutoencoder, theirs: Callable[[Tensor], Tensor], x_bd: Tensor) -> None:
+def check_equal(ours: Dictionary, theirs: Callable[[Tensor], Tensor], x_bd: Tensor) -> None:
     """The converted dictionary must reconstruct raw activations as the tool does."""
     expected_bd = theirs(x_bd)
     torch.testing.assert_close(ours(x_bd), expected_bd, rtol=1e-3, atol=1e-4 * float(expected_bd.abs().max()))

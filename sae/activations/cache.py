@@ -22,7 +22,7 @@ from sae.reading import SMALL, Place, layout, map_arrays, read_tensors, require_
 
 if TYPE_CHECKING:
     from sae.activations.batches import ActivationBatches
-    from sae.dictionary import SparseAutoencoder
+    from sae.dictionaries.dictionary import Dictionary
     from sae.language_model import LanguageModel
 
 __all__ = ["ActivationCache", "Shard", "Tokens", "verify"]
@@ -155,7 +155,25 @@ class ActivationCache:
             raise InputError(f"expected a cache that knows its model, but {self.folder} was imported without one; import it with --model")
         return name
 
-    def require_dictionary(self, dictionary: "SparseAutoencoder", *, named: bool) -> None:
+    def at(self, site: str) -> "ActivationCache":
+        """The same cache at another of its sites; row i of a shard there belongs to the same token as row i here."""
+        return ActivationCache.open(self.folder, site)
+
+    def target_of(self, dictionary: "Dictionary") -> "ActivationCache":
+        """What the dictionary shall rebuild: this cache, or for a transcoder the same cache where it writes.
+
+        Raises `InputError` if the cache does not hold that site.
+        """
+        if not dictionary.is_transcoder:
+            return self
+        if dictionary.site_out not in self.manifest["sites"]:
+            raise InputError(
+                f"expected a cache that holds {dictionary.site_out} too, where this transcoder writes, but {self.folder} has "
+                f"{', '.join(self.manifest['sites'])}; harvest with --sites {self.site} {dictionary.site_out}"
+            )
+        return self.at(str(dictionary.site_out))
+
+    def require_dictionary(self, dictionary: "Dictionary", *, named: bool) -> None:
         """Raises `InputError` unless the dictionary was made for activations of this site, width and model.
 
         `named`: a person named the model, so that where no fingerprint tells, their word counts.

@@ -11,8 +11,8 @@ from sae.activations.ledger import FORMAT_VERSION, ShardEntry, TokenEntry, requi
 from sae.activations.tokens import SPLITS
 from sae.checksum import crc32
 from sae.errors import InputError
+from sae.formats.transformer_lens import HOOK_NAMES
 from sae.reading import Count, Entries, Number, read_json, require
-from sae.saelens import HOOK_NAMES
 
 THEN = "read the others with skip_damaged, or harvest again"
 SITE = rf"^({'|'.join(HOOK_NAMES)})\.[0-9]{{1,5}}$"

@@ -16,15 +16,15 @@ from typing_extensions import TypedDict
 
 from sae.activations.massive import RATIO, is_massive, share
 from sae.checksum import crc32
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.evaluation.language_model_loss import ARMS, LanguageModelLoss, language_model_loss
 from sae.evaluation.reconstruction import Reconstruction, ReconstructionMetrics, measure
 from sae.files import write_json
+from sae.formats.saelens import WEIGHTS
 from sae.places import require_file
 from sae.progress import progress
 from sae.reading import Number, read_json, require
-from sae.saelens import WEIGHTS
 
 if TYPE_CHECKING:
     from sae.activations.cache import ActivationCache
@@ -90,7 +90,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     if config.out or config.dictionary.is_dir():
         require_file(out)
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    dictionary = SparseAutoencoder.load(config.dictionary, device)
+    dictionary = Dictionary.load(config.dictionary, device)
     cache = ActivationCache.open(config.cache, dictionary.site, verify=config.verify)
     cache.require_dictionary(dictionary, named=config.model is not None)
     refuse_training_tokens(config.dictionary, cache)
@@ -102,6 +102,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         "d_in": dictionary.d_in,
         "d_sae": dictionary.d_sae,
         "site": cache.site,
+        **({"site_out": dictionary.site_out} if dictionary.is_transcoder else {}),
         "model": cache.manifest["model"],
         "cache": str(config.cache),
         "split": "held_out",
@@ -155,20 +156,21 @@ class MassiveRows(NamedTuple):
     without: Reconstruction
 
 
-def reconstruct(dictionary: SparseAutoencoder, cache: "ActivationCache", rows: int) -> tuple[Reconstruction, MassiveRows | None]:
+def reconstruct(dictionary: Dictionary, cache: "ActivationCache", rows: int) -> tuple[Reconstruction, MassiveRows | None]:
     """Over the first `rows` held-out rows, and over those of them that are not massive, where some are.
 
     The first rows are a fair sample: shards were shuffled when they were written.
     """
-    total = min(rows, cache.rows("held_out"))
+    total, target = min(rows, cache.rows("held_out")), cache.target_of(dictionary)
     norm_n = torch.cat([torch.linalg.vector_norm(x_bd.float(), dim=-1) for x_bd in held_out(cache, total)])
     massive_n, square_n = is_massive(norm_n), norm_n.double().square()
-    usual, massive = (ReconstructionMetrics(dictionary.W_dec_fd.norm(dim=-1), dictionary.d_in) for _ in range(2))
+    usual, massive = (ReconstructionMetrics(dictionary.norms(), dictionary.d_out) for _ in range(2))
     with progress("reconstruction", total, "tokens") as bar:
-        for x_bd in held_out(cache, total):
+        for x_bd, y_bo in zip(held_out(cache, total), held_out(target, total)):
             massive_b = massive_n[bar.done : bar.done + len(x_bd)]
-            measure(dictionary, x_bd[~massive_b] if massive_b.any() else x_bd, usual)
-            measure(dictionary, x_bd[massive_b], massive)
+            for rows_b, metrics in ((~massive_b, usual), (massive_b, massive)):
+                chosen = slice(None) if rows_b.all() else rows_b
+                measure(dictionary, x_bd[chosen], metrics, y_bo[chosen])
             bar.advance(len(x_bd))
     without = usual.result()
     if not massive.rows:
@@ -186,7 +188,7 @@ def held_out(cache: "ActivationCache", rows: int) -> Iterator[Tensor]:
 
 
 def splice(
-    config: EvaluationConfig, dictionary: SparseAutoencoder, cache: "ActivationCache", mean_d: Tensor, device: torch.device
+    config: EvaluationConfig, dictionary: Dictionary, cache: "ActivationCache", mean_d: Tensor, device: torch.device
 ) -> LanguageModelLoss:
     """On a seeded choice of the held-out sequences, in the cache's own context length."""
     from sae.language_model import LanguageModel

@@ -1,6 +1,7 @@
 """What a dictionary costs the language model: its loss with the dictionary spliced in, against clean, zero and mean ablation.
 
-Spliced means that the value at the dictionary's site is replaced by its reconstruction. Positions of which the activation cache holds no
+Spliced means that the value where the dictionary writes is replaced by its output: by the reconstruction of that value or, with a
+transcoder, by what it makes of the value where it reads. Positions of which the activation cache holds no
 row (beginning of text, and whatever else it was told to leave out) are left untouched in every arm, since no dictionary is trained on such.
 Losses are means over the real next tokens of all sequences.
 
@@ -14,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.progress import progress
 
 if TYPE_CHECKING:
-    from sae.language_model import LanguageModel
+    from sae.language_model import Edit, LanguageModel
 
 ARMS = ("clean", "spliced", "zero", "mean")
 LOGITS_BYTES = 64 << 20
@@ -52,7 +53,7 @@ class LanguageModelLoss(NamedTuple):
 @torch.no_grad()
 def language_model_loss(
     lm: "LanguageModel",
-    dictionary: SparseAutoencoder,
+    dictionary: Dictionary,
     site: str,
     sequences: Sequence[np.ndarray],
     mean_d: Tensor,
@@ -66,8 +67,9 @@ def language_model_loss(
 
     Raises `InputError` for sequences without a next token, or a dictionary whose width is not the site's.
     """
-    if dictionary.d_in != lm.width(site):
-        raise InputError(f"expected a dictionary {lm.width(site)} wide for {site} of {lm.name}, got one for {dictionary.d_in}")
+    for place, width in ((site, dictionary.d_in), (dictionary.site_out or site, dictionary.d_out)):
+        if width != lm.width(place):
+            raise InputError(f"expected a dictionary {lm.width(place)} wide for {place} of {lm.name}, got one for {width}")
     rows = [(ids, own) for ids, own in zip(sequences, replaced, strict=True) if len(ids) > 1]
     if not rows:
         raise InputError("expected sequences of at least two tokens to measure the language model's loss on, got none")
@@ -83,7 +85,7 @@ def language_model_loss(
 
 
 def batch_sums(
-    lm: "LanguageModel", dictionary: SparseAutoencoder, site: str, rows: Sequence[tuple[np.ndarray, np.ndarray]], mean_d: Tensor
+    lm: "LanguageModel", dictionary: Dictionary, site: str, rows: Sequence[tuple[np.ndarray, np.ndarray]], mean_d: Tensor
 ) -> np.ndarray:
     """Of rows of ids and whether they are replaced, sums over each one's next tokens, float64 [s, 9]: their count, four cross-entropies
     and three KLs (order of `ARMS`); then its replaced positions."""
@@ -98,11 +100,11 @@ def batch_sums(
     def there(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda x_spd: torch.where(replaced_sp.to(x_spd.device)[..., None], function(x_spd).to(x_spd), x_spd)
 
-    device = dictionary.W_dec_fd.device
-    edits: dict[str, Callable[[Tensor], Tensor]] = {
-        "spliced": there(lambda x_spd: dictionary(x_spd.to(device))),
-        "zero": there(torch.zeros_like),
-        "mean": there(lambda x_spd: mean_d.expand(x_spd.shape)),
+    out = dictionary.site_out or site
+    edits: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
+        "spliced": spliced(dictionary, site, there),
+        "zero": {out: there(torch.zeros_like)},
+        "mean": {out: there(lambda x_spd: mean_d.expand(x_spd.shape))},
     }
     scored_sp = mask_sp[:, 1:].bool()
     targets_n = ids_sp[:, 1:][scored_sp]
@@ -110,7 +112,7 @@ def batch_sums(
     columns = [torch.ones_like(targets_n, dtype=torch.float64), losses(clean_nv, clean_nv, targets_n)[0]]
     kls = []
     for arm in ARMS[1:]:
-        with lm.edited({site: edits[arm]}):
+        with lm.edited(edits[arm]):
             cross_entropy_n, kl_n = losses(lm.logits(ids_sp, mask_sp)[:, :-1][scored_sp], clean_nv, targets_n)
         columns.append(cross_entropy_n)
         kls.append(kl_n)
@@ -119,6 +121,20 @@ def batch_sums(
     sequence_n = torch.arange(len(rows), device=sums_sc.device)[:, None].expand(scored_sp.shape)[scored_sp]
     sums_sc = sums_sc.index_add_(0, sequence_n, per_token_nc).cpu()  # host sync
     return torch.cat([sums_sc, replaced_sp.sum(1, keepdim=True)], dim=1).numpy()
+
+
+def spliced(dictionary: Dictionary, site: str, there: "Callable[[Edit], Edit]") -> "dict[str, Edit]":
+    """Edits that put the dictionary's output where it writes; `there` keeps an edit off the positions that are left as they are."""
+    device = dictionary.W_dec_fo.device
+    if not dictionary.is_transcoder:
+        return {site: there(lambda x_spd: dictionary(x_spd.to(device)))}
+    read: list[Tensor] = []
+
+    def note(x_spd: Tensor) -> Tensor:
+        read.append(x_spd)
+        return x_spd
+
+    return {site: note, str(dictionary.site_out): there(lambda _: dictionary(read.pop().to(device)))}
 
 
 def losses(logits_nv: Tensor, clean_nv: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:

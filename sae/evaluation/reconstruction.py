@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 
 DENSE_ABOVE = 0.1
@@ -34,7 +34,7 @@ class Reconstruction(NamedTuple):
     l0_percentiles: dict[str, int]
     """of the number of features that fire on a row"""
     l1: float
-    """mean over rows of Σ_f activation · decoder norm"""
+    """mean over rows of Σ_f |activation| · decoder norm"""
     cosine: float
     """mean over rows of cos(x, x̂), 0 where either is the zero vector"""
     norm_ratio: float
@@ -71,11 +71,11 @@ class ReconstructionMetrics:
 
     @torch.no_grad()
     def add(self, x_bd: Tensor, acts_bf: Tensor, x_hat_bd: Tensor) -> None:
-        """`x_bd` in any float dtype, the activations and reconstruction of the same rows."""
-        fired_bf = acts_bf > 0
+        """`x_bd`, what is to be rebuilt, in any float dtype; the activations and reconstruction of the same rows."""
+        fired_bf = acts_bf != 0
         self.fired_f += fired_bf.sum(0)
         self.l0_histogram += torch.bincount(fired_bf.sum(1), minlength=len(self.l0_histogram))
-        self.activity_f += acts_bf.sum(0, dtype=torch.float64)
+        self.activity_f += acts_bf.abs().sum(0, dtype=torch.float64)
         x_bd, x_hat_bd = x_bd.double(), x_hat_bd.double()
         x_norm_b, x_hat_norm_b = x_bd.norm(dim=1), x_hat_bd.norm(dim=1)
         product_b = (x_bd * x_hat_bd).sum(1)
@@ -137,15 +137,18 @@ def ratio(a: float, b: float) -> float:
 
 
 @torch.no_grad()
-def measure(dictionary: SparseAutoencoder, x_bd: Tensor, metrics: ReconstructionMetrics | None = None) -> ReconstructionMetrics:
+def measure(
+    dictionary: Dictionary, x_bd: Tensor, metrics: ReconstructionMetrics | None = None, y_bo: Tensor | None = None
+) -> ReconstructionMetrics:
     """Adds the rows `x_bd` to `metrics` (new ones if None), a chunk at a time so that [rows, f] never exists for large f.
 
-    A chunk is moved to the dictionary's device when its turn comes.
+    `y_bo` is what a transcoder shall rebuild from them. A chunk is moved to the dictionary's device when its turn comes.
     """
-    metrics = metrics or ReconstructionMetrics(dictionary.W_dec_fd.norm(dim=-1), dictionary.d_in)
+    metrics = metrics or ReconstructionMetrics(dictionary.norms(), dictionary.d_out)
     chunk = max(1, CHUNK_BYTES // (4 * dictionary.d_sae))
     for start in range(0, len(x_bd), chunk):
-        x = x_bd[start : start + chunk].to(dictionary.W_dec_fd.device)
+        x = x_bd[start : start + chunk].to(dictionary.W_dec_fo.device)
+        y = x if y_bo is None else y_bo[start : start + chunk].to(x.device)
         acts_bf = dictionary.encode(x)
-        metrics.add(x, acts_bf, dictionary.decode(acts_bf))
+        metrics.add(y, acts_bf, dictionary.decode(acts_bf, x))
     return metrics

@@ -61,6 +61,7 @@ b{font-weight:inherit;border-bottom:1px solid rgb(var(--hot));border-radius:2px}
 .a4,.a5,.a6{border-bottom-width:2px}
 .a7,.a8,.a9{border-bottom-width:3px}
 b.c{font-weight:700}
+b.m{--hot:40 120 230}
 .a1{background:rgb(var(--hot)/.07)}
 .a2{background:rgb(var(--hot)/.13)}
 .a3{background:rgb(var(--hot)/.19)}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.features.notes import Notes
 from sae.features.records import FeatureIndex
@@ -43,7 +43,7 @@ class BrowseConfig:
     """First compare every file's checksum; without it only those of files up to 32 MB."""
 
 
-def serve(config: BrowseConfig, make_steering: Callable[[LanguageModel, SparseAutoencoder, FeatureIndex], Steering] | None = None) -> None:
+def serve(config: BrowseConfig, make_steering: Callable[[LanguageModel, Dictionary, FeatureIndex], Steering] | None = None) -> None:
     """Serves until Ctrl-C. `make_steering` gives the function behind the steering panel, which this package does not have.
 
     Raises `InputError` for parts that do not belong together, or a port that is taken.
@@ -71,9 +71,7 @@ def serve(config: BrowseConfig, make_steering: Callable[[LanguageModel, SparseAu
             gc.unfreeze()  # or libraries complain of what is left at the end
 
 
-def parts_of(
-    index: FeatureIndex, dictionary: Path | None, model: str | None, device: str = "auto"
-) -> tuple[LanguageModel, SparseAutoencoder]:
+def parts_of(index: FeatureIndex, dictionary: Path | None, model: str | None, device: str = "auto") -> tuple[LanguageModel, Dictionary]:
     """Model and dictionary of an index, or others with the same weights. Raises `InputError` for any that have not."""
     sae = index.dictionary(dictionary)
     known = index.info["model"]

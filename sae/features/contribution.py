@@ -1,9 +1,10 @@
 """What each feature takes off the reconstruction error, from active entries alone.
 
-b rows (tokens) of a chunk · d model width · f features · n active entries
+b rows (tokens) of a chunk · d model width · o width of what is written · f features · n entries
 
-With r = x − x̂, leaving feature j out of a token where it is active with a changes ‖r‖² by 2 a r·d_j + a²‖d_j‖², d_j its decoder row.
-Summed over tokens and divided by Σ‖x − x̄‖², that is how much the fraction of variance unexplained (FVU) rises without the feature.
+With r = y − ŷ, leaving feature j out of a token where it is active with a changes ‖r‖² by 2 a r·d_j + a²‖d_j‖², d_j its decoder row.
+Summed over tokens and divided by Σ‖y − ȳ‖², that is how much the fraction of variance unexplained (FVU) rises without the feature.
+y is what the dictionary shall rebuild: what it read, or of a transcoder what flows where it writes.
 """
 
 import threading
@@ -12,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.dictionary import SparseAutoencoder
-from sae.objective.fast import add_weighted_sums, starts_of
+from sae.dictionaries.dictionary import Dictionary
+from sae.entries import Entries, add_weighted_sums, starts_of
 
 UNIT = 36
 MAX_ROWS = 1 << 16  # of a chunk: then sums of its numbers, in units of 2^-36, are exact in float64
@@ -43,32 +44,38 @@ def number(sums: np.ndarray) -> int:
 class ErrorSums:
     """Sums over tokens from which the features' contributions come: `sums` of name to int64 [2, ...], see `exact_sums`."""
 
-    def __init__(self, dictionary: SparseAutoencoder):
+    def __init__(self, dictionary: Dictionary):
         self.dictionary = dictionary
-        self.square_f = dictionary.W_dec_fd.float().square().sum(-1)
-        sizes = {"feature": dictionary.d_sae, "x": dictionary.d_in, "square": 1, "error": 1}
+        self.square_f = dictionary.W_dec_fo.float().square().sum(-1)
+        sizes = {"feature": dictionary.d_sae, "x": dictionary.d_out, "square": 1, "error": 1}
         self._lock = threading.Lock()  # chunks may come from several threads, in any order: whole numbers add to the same
         self.sums = {name: np.zeros((2, size), np.int64) for name, size in sizes.items()}
 
     @torch.no_grad()
-    def add(self, x_bd: Tensor, row_n: Tensor, feature_n: Tensor, value_n: Tensor) -> None:
-        """Rows and their active entries, row after row, int32 and float32."""
-        W_dec_fd = self.dictionary.W_dec_fd.float()
-        x_bd = x_bd.float()
+    def add(self, x_bd: Tensor, entries: Entries, y_bo: Tensor | None = None) -> None:
+        """Rows as they were encoded and their entries; `y_bo` is what to rebuild where that is not `x_bd` itself."""
+        row_n, feature_n, value_n = entries
+        W_dec_fo = self.dictionary.W_dec_fo.float()
+        x_bd, value_n = x_bd.float(), value_n.float()
+        y_bo = x_bd if y_bo is None else y_bo.float()
         starts = starts_of(row_n, len(x_bd))
-        error_bd = self.dictionary.b_dec_d.float() - x_bd  # x̂ − x, once the features are added
+        error_bo = self.dictionary.b_dec_o.float() - y_bo  # ŷ − y, once the features are added
         # before that, it serves for the variance, which no shift changes; without a large mean float32 is enough for a row
-        self._add("square", error_bd.square().sum(-1).double().cpu().numpy())  # host sync
-        x_d = error_bd.sum(0, dtype=torch.float64).cpu().numpy()  # host sync
-        self._add("x", x_d, np.arange(len(x_d)), len(x_d))
-        add_weighted_sums(error_bd, W_dec_fd, feature_n, starts, value_n, False)
+        self._add("square", error_bo.square().sum(-1).double().cpu().numpy())  # host sync
+        y_o = error_bo.sum(0, dtype=torch.float64).cpu().numpy()  # host sync
+        self._add("x", y_o, np.arange(len(y_o)), len(y_o))
+        if self.dictionary.decodes_with_input:
+            error_bo = self.dictionary.baseline(x_bd.to(self.dictionary.W_dec_fo.dtype)).float() - y_bo
+            unit = self.dictionary.unit(x_bd)
+            value_n = value_n * unit[row_n.long(), 0] if isinstance(unit, Tensor) else value_n
+        add_weighted_sums(error_bo, W_dec_fo, feature_n, starts, value_n, False)
         with torch.sparse.check_sparse_tensor_invariants(False):  # the indices are right by construction, checking them is a pass
-            zeros = torch.sparse_csr_tensor(starts, feature_n, torch.zeros_like(value_n), (len(x_bd), len(W_dec_fd)))
-            along_n = torch.sparse.sampled_addmm(zeros, error_bd, W_dec_fd.T).values()
+            zeros = torch.sparse_csr_tensor(starts, feature_n, torch.zeros_like(value_n), (len(x_bd), len(W_dec_fo)))
+            along_n = torch.sparse.sampled_addmm(zeros, error_bo, W_dec_fo.T).values()
         value_n = value_n.double()
         change_n = value_n * (value_n * self.square_f.index_select(0, feature_n) - 2 * along_n)
-        self._add("feature", change_n.cpu().numpy(), feature_n.cpu().numpy(), len(W_dec_fd))  # host sync
-        self._add("error", error_bd.square_().sum(-1).double().cpu().numpy())  # host sync
+        self._add("feature", change_n.cpu().numpy(), feature_n.cpu().numpy(), len(W_dec_fo))  # host sync
+        self._add("error", error_bo.square_().sum(-1).double().cpu().numpy())  # host sync
 
     def _add(self, name: str, values: np.ndarray, group: np.ndarray | None = None, groups: int = 1) -> None:
         part = exact_sums(values, group, groups)

@@ -3,7 +3,8 @@
 f features · r rows of a run
 
 A compressed sparse column matrix: `offsets` [f + 1] int64, and for the entries offsets[j] to offsets[j + 1] of feature j the token
-`positions` (uint32, ascending) and `values` (float16). Runs and merge sort plain 64-bit words in which (feature, row, value) or
+`positions` (uint32, ascending) and `values` (float16). Where activations may be negative, `values` are without sign and `negative` (bool)
+says which were; runs keep the sign. Runs and merge sort plain 64-bit words in which (feature, row, value) or
 (feature, position, value) are packed from the top, which is several times faster than sorting indices.
 """
 
@@ -33,11 +34,11 @@ class Spool:
         self._waiting = self._rows = 0
 
     def add(self, positions: np.ndarray, row: np.ndarray, feature: np.ndarray, value: np.ndarray) -> None:
-        """Rows at token `positions` [r]; entry i has `value[i]` for `feature[i]` on row `row[i]`. Values above 65,504 are cut to it."""
+        """Rows at token `positions` [r]; entry i has `value[i]` for `feature[i]` on row `row[i]`. Values beyond 65,504 are cut to it."""
         if self._rows + len(positions) > MAX_ROWS:
             self.flush()
-        self.clipped += int((value > MAX_VALUE).sum())
-        bits = np.minimum(value, MAX_VALUE).astype(np.float16).view(np.uint16)
+        self.clipped += int((np.abs(value) > MAX_VALUE).sum())
+        bits = np.clip(value, -MAX_VALUE, MAX_VALUE).astype(np.float16).view(np.uint16)
         key = feature.astype(np.uint64) << np.uint64(40)
         key |= (row + self._rows).astype(np.uint64) << np.uint64(16)
         key |= bits
@@ -66,7 +67,7 @@ class Spool:
 
 
 def merge(
-    runs: list[Path], d_sae: int, path: Path, block_entries: int = BLOCK_ENTRIES, shifts: list[int] | None = None
+    runs: list[Path], d_sae: int, path: Path, block_entries: int = BLOCK_ENTRIES, shifts: list[int] | None = None, signed: bool = False
 ) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
     """Merges `runs` into the matrix at `path`, block of features after block; `shifts` are added to the runs' positions.
 
@@ -79,7 +80,8 @@ def merge(
         counts_f += np.diff(part["offsets"])
     offsets = np.r_[0, np.cumsum(counts_f)]
     n = int(offsets[-1])
-    records = create(path, {"offsets": ("I64", (d_sae + 1,)), "positions": ("U32", (n,)), "values": ("F16", (n,))})
+    layout: dict[str, tuple[str, tuple[int, ...]]] = {"offsets": ("I64", (d_sae + 1,)), "positions": ("U32", (n,)), "values": ("F16", (n,))}
+    records = create(path, layout | ({"negative": ("BOOL", (n,))} if signed else {}))
     records["offsets"][:] = offsets
     with progress("sort by feature", n, "activations") as bar:
         begin = 0
@@ -92,9 +94,14 @@ def merge(
             )
             key.sort()
             positions = (key >> np.uint64(16)).astype(np.uint32)  # the middle 32 bits
-            values = key.astype(np.uint16).view(np.float16)
-            records["positions"][low:high], records["values"][low:high] = positions, values
-            yield begin, {"offsets": offsets[begin : end + 1] - low, "positions": positions, "values": values}
+            bits = key.astype(np.uint16)  # the lowest 16
+            block: dict[str, np.ndarray] = {"positions": positions}
+            if signed:
+                block["negative"], bits = bits > 0x7FFF, bits & np.uint16(0x7FFF)
+            block["values"] = bits.view(np.float16)
+            for name, values in block.items():
+                records[name][low:high] = values
+            yield begin, block | {"offsets": offsets[begin : end + 1] - low}
             bar.advance(int(high - low))
             begin = end
 
@@ -106,6 +113,8 @@ def _keys(part: dict[str, np.ndarray], begin: int, end: int, shift: int) -> np.n
     key = np.repeat(np.arange(end - begin, dtype=np.uint64) << np.uint64(48), np.diff(offsets))
     key |= (part["positions"][low:high].astype(np.uint64) + np.uint64(shift)) << np.uint64(16)
     key |= part["values"][low:high].view(np.uint16)
+    if "negative" in part:  # an index whose values have lost their signs, to be merged with others
+        key |= part["negative"][low:high].astype(np.uint64) << np.uint64(15)
     return key
 
 
@@ -143,4 +152,13 @@ def statistics(block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "std": np.sqrt(second).astype(np.float32),
         "skewness": (third / spread**1.5).astype(np.float32),
         "kurtosis": (fourth / spread**2).astype(np.float32),
-    }
+    } | ({"negative_share": negative_share(block, fires)} if "negative" in block else {})
+
+
+def negative_share(block: dict[str, np.ndarray], fires: np.ndarray) -> np.ndarray:
+    """Share of each feature's activations that are below 0, float32."""
+    count = np.diff(block["offsets"])
+    share = np.zeros(len(count), np.float32)
+    if len(fires):
+        share[fires] = np.add.reduceat(block["negative"], block["offsets"][fires], dtype=np.int64) / count[fires]
+    return share

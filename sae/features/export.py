@@ -91,7 +91,7 @@ def _interchange(config: ExportConfig, index: FeatureIndex, features: Sequence[i
     from sae.features.saedashboard import names_of, write_saedashboard
 
     names = names_of(index, config.model_id, config.source_set)
-    rows = None if config.dictionary is None else index.dictionary(config.dictionary).W_dec_fd.float().numpy()
+    rows = None if config.dictionary is None else index.dictionary(config.dictionary).W_dec_fo.float().numpy()
     if config.format == "circuit-tracer":
         write_circuit_tracer(index, config.out, names)
     else:

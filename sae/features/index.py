@@ -10,7 +10,7 @@ activations, feature after feature: see csc.py), `details` (what a reader is sho
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from sae.checksum import crc32
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
+from sae.entries import Buffers
 from sae.errors import InputError
 from sae.features import examples, neighbours
 from sae.features.contribution import MAX_ROWS, ErrorSums, contributions
@@ -32,11 +33,9 @@ from sae.features.parallel import WORKERS, in_order
 from sae.features.storage import ANSWERS, EXPLANATIONS, create, open_arrays, write_arrays
 from sae.files import require_free_space, write_json
 from sae.folders import fresh_folder
-from sae.objective.fast import active_entries
-from sae.objective.workspace import Workspace
+from sae.formats.saelens import WEIGHTS
 from sae.places import require_folder
 from sae.progress import progress
-from sae.saelens import WEIGHTS
 
 if TYPE_CHECKING:
     from sae.activations.cache import ActivationCache
@@ -79,7 +78,7 @@ def build_index(config: IndexConfig) -> Path:
 
     require_folder(config.out)
     device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
-    dictionary = SparseAutoencoder.load(config.dictionary, device)
+    dictionary = Dictionary.load(config.dictionary, device)
     cache = ActivationCache.open(config.cache, dictionary.site, verify=config.verify)
     cache.require_dictionary(dictionary, named=config.model is not None)
     if dictionary.d_sae > MAX_FEATURES:
@@ -105,7 +104,7 @@ def replacing_index(out: Path) -> Iterator[Path]:
         )
 
 
-def fill(folder: Path, config: IndexConfig, dictionary: SparseAutoencoder, cache: "ActivationCache", model: "LanguageModel") -> None:
+def fill(folder: Path, config: IndexConfig, dictionary: Dictionary, cache: "ActivationCache", model: "LanguageModel") -> None:
     """Writes the files of an index into the empty `folder`."""
     from sae.features.text import vocabulary
 
@@ -113,13 +112,13 @@ def fill(folder: Path, config: IndexConfig, dictionary: SparseAutoencoder, cache
     wanted = choose_tokens(tokens, cache, config)
     spool, scanned, sums = spool_activations(folder, dictionary, cache, wanted, config.splits)
     text = {name: np.asarray(getattr(tokens, name)) for name in TEXT}
-    columns, details = derive(folder, spool.paths, dictionary.d_sae, text)
+    columns, details = derive(folder, spool.paths, dictionary.d_sae, text, signed=dictionary.gate.signed)
     for run in spool.paths:
         run.unlink()
-    columns["decoder_norm"] = dictionary.W_dec_fd.float().norm(dim=-1).cpu().numpy()  # host sync
-    neighbours.cosine_neighbours(dictionary.W_dec_fd, details["neighbour_ids"], details["neighbour_cosines"])
+    columns["decoder_norm"] = dictionary.W_dec_fo.float().norm(dim=-1).cpu().numpy()  # host sync
+    neighbours.cosine_neighbours(dictionary.W_dec_fo, details["neighbour_ids"], details["neighbour_cosines"])
     try:
-        written_fd = into_residual(model, cache.site, dictionary.W_dec_fd)
+        written_fd = into_residual(model, dictionary.site_out or cache.site, dictionary.W_dec_fo)
     except InputError as error:
         lens = f"none: {error}"
     else:
@@ -127,7 +126,7 @@ def fill(folder: Path, config: IndexConfig, dictionary: SparseAutoencoder, cache
         found = logit_lens(written_fd, W_U_vd[: len(model.tokenizer)])  # rows beyond are padding that nobody can read
         details["lens_counts"][:] = found.pop("lens_counts")
         columns |= found
-        if written_fd is not dictionary.W_dec_fd:
+        if written_fd is not dictionary.W_dec_fo:
             lens += "; W_dec[j] is first taken through the output projection"
     vocab = vocabulary(model.tokenizer, int(tokens.ids.max()) + 1)
     info: dict[str, Any] = {
@@ -137,6 +136,7 @@ def fill(folder: Path, config: IndexConfig, dictionary: SparseAutoencoder, cache
         "cache": str(config.cache),
         "model": cache.manifest["model"],
         "site": cache.site,
+        **({"site_out": dictionary.site_out, "d_out": dictionary.d_out} if dictionary.is_transcoder else {}),
         "d_in": dictionary.d_in,
         "d_sae": dictionary.d_sae,
         "splits": list(config.splits),
@@ -155,7 +155,7 @@ def fill(folder: Path, config: IndexConfig, dictionary: SparseAutoencoder, cache
 
 
 def derive(
-    folder: Path, runs: list[Path], d_sae: int, text: dict[str, np.ndarray], shifts: list[int] | None = None
+    folder: Path, runs: list[Path], d_sae: int, text: dict[str, np.ndarray], shifts: list[int] | None = None, signed: bool = False
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Merges the runs into records.safetensors and makes what follows from the activations alone: columns, and the rows of details."""
     shown = examples.Text.of(text["ids"], text["sequence_starts"], text["sequence_document"])
@@ -170,7 +170,7 @@ def derive(
             details[name][begin : begin + len(values)] = values
         return statistics(entries) | examples.reach(entries, shown) | {"top_token": rows["token_ids"][:, 0]}
 
-    parts = list(in_order(derived, merge(runs, d_sae, folder / "records.safetensors", shifts=shifts)))
+    parts = list(in_order(derived, merge(runs, d_sae, folder / "records.safetensors", shifts=shifts, signed=signed)))
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     records = open_arrays(folder / "records.safetensors")
@@ -241,43 +241,47 @@ def part_of(part: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def chunks(cache: "ActivationCache", wanted: np.ndarray, splits: tuple[str, ...], size: int) -> Iterator[tuple[Tensor, np.ndarray]]:
-    """The cache's wanted rows in its own order: activations [b, d] and their tokens [b], at most `size` at a time."""
+def chunks(
+    caches: Sequence["ActivationCache"], wanted: np.ndarray, splits: tuple[str, ...], size: int
+) -> Iterator[tuple[list[Tensor], np.ndarray]]:
+    """The wanted rows of caches of the same tokens, in their order: activations [b, d] of each, and their tokens [b]; at most `size`."""
     for split in splits:
-        for shard in cache.shards(split):
-            x_bd, rows = cache.read(shard)
+        for shards in zip(*(cache.shards(split) for cache in caches), strict=True):
+            x_nd, (rows, *_) = zip(*(cache.read(shard) for cache, shard in zip(caches, shards)))
             positions = np.asarray(rows)
             kept = np.flatnonzero(wanted[positions])
             for low in range(0, len(kept), size):
                 part = kept[low : low + size]
                 whole = len(part) == part[-1] - part[0] + 1  # a slice of the map, not a gather
-                yield x_bd[part[0] : part[-1] + 1] if whole else x_bd[torch.from_numpy(part)], positions[part]
+                rows_of = slice(part[0], part[-1] + 1) if whole else torch.from_numpy(part)
+                yield [x[rows_of] for x in x_nd], positions[part]
 
 
 def spool_activations(
-    folder: Path, dictionary: SparseAutoencoder, cache: "ActivationCache", wanted: np.ndarray, splits: tuple[str, ...]
+    folder: Path, dictionary: Dictionary, cache: "ActivationCache", wanted: np.ndarray, splits: tuple[str, ...]
 ) -> tuple[Spool, np.ndarray, dict[str, np.ndarray]]:
     """Encodes the wanted rows and spools their non-zeros; also gives which tokens there were, bool [n], and the error's sums."""
     spool, sums, local = Spool(folder, dictionary.d_sae), ErrorSums(dictionary), threading.local()
     scanned = np.zeros(len(wanted), bool)
     size = min(MAX_ROWS, max(1, CHUNK_BYTES // (dictionary.d_sae * 4)))
     rows = sum(cache.rows(split) for split in splits)
+    caches = [cache] if not dictionary.is_transcoder else [cache, cache.target_of(dictionary)]
     total, checked = min(rows, int(wanted.sum())), False
 
     @torch.no_grad()
-    def entries_of(chunk: tuple[Tensor, np.ndarray]) -> tuple[np.ndarray, ...]:
-        local.workspace = workspace = getattr(local, "workspace", None) or Workspace()
-        x_bd = chunk[0].to(dictionary.W_enc_fd.device, dictionary.W_enc_fd.dtype)
-        row_n, feature_n, value_n = active_entries(encode(dictionary, x_bd, workspace), 0, workspace)
-        values = value_n.float().cpu().numpy()  # host sync
+    def entries_of(chunk: tuple[list[Tensor], np.ndarray]) -> tuple[np.ndarray, ...]:
+        local.buffers = buffers = getattr(local, "buffers", None) or Buffers()
+        x_bd, *y_bo = (rows.to(dictionary.W_enc_fd.device, dictionary.W_enc_fd.dtype) for rows in chunk[0])
+        entries = dictionary.entries(x_bd, buffers)
+        values = entries.value_n.float().cpu().numpy()  # host sync
         if not np.isfinite(values).all():
             raise InputError(f"activations of tokens near {chunk[1][0]} in {cache.folder} are NaN or infinite; harvest the cache again")
-        sums.add(x_bd, row_n, feature_n, value_n.float())
-        return chunk[1], row_n.cpu().numpy(), feature_n.cpu().numpy(), values  # host sync
+        sums.add(x_bd, entries, *y_bo)
+        return chunk[1], entries.row_n.cpu().numpy(), entries.feature_n.cpu().numpy(), values  # host sync
 
     workers = 1 if dictionary.W_enc_fd.is_cuda else WORKERS
     with progress("index", total, "tokens") as bar:
-        for positions, *entries in in_order(entries_of, chunks(cache, wanted, splits, size), workers):
+        for positions, *entries in in_order(entries_of, chunks(caches, wanted, splits, size), workers):
             spool.add(positions, *entries)
             scanned[positions] = True
             bar.advance(len(positions), active=f"{spool.entries / (bar.done + len(positions)):.1f} per token")
@@ -290,9 +294,3 @@ def spool_activations(
             f"expected activations in the splits {', '.join(splits)} of {cache.folder}, but there are none; name other --splits"
         )
     return spool, scanned, sums.sums
-
-
-def encode(dictionary: SparseAutoencoder, x_bd: Tensor, workspace: Workspace) -> Tensor:
-    """`dictionary.encode` into memory that is used again: fresh pages for every chunk would cost a fifth of the time."""
-    acts_bf = workspace.take("acts", (len(x_bd), dictionary.d_sae), x_bd.dtype, x_bd.device)
-    return torch.addmm(dictionary.b_enc_f, x_bd - dictionary.b_dec_d, dictionary.W_enc_fd.T, out=acts_bf).relu_()

@@ -49,7 +49,7 @@ def merge_indexes(config: MergeConfig) -> Path:
     require_free_space(config.out, 10 * sum(len(part.positions) for part in parts), "the joined index")
     with replacing_index(config.out) as folder:
         runs = [part.folder / "records.safetensors" for part in parts]
-        columns, details = derive(folder, runs, parts[0].d_sae, text, shifts)
+        columns, details = derive(folder, runs, parts[0].d_sae, text, shifts, parts[0].negative is not None)
         for name in OF_DECODER:
             details[name][:] = parts[0].details[name]
         for name in parts[0].columns:

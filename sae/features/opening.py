@@ -32,6 +32,9 @@ class Info(TypedDict):
     cache: str
     model: ModelEntry
     site: Annotated[str, Field(pattern=SITE)]
+    site_out: NotRequired[Annotated[str, Field(pattern=SITE)]]
+    """of a transcoder, with d_out"""
+    d_out: NotRequired[Count]
     d_in: Count
     d_sae: Annotated[Count, Field(gt=0)]
     splits: list[str]
@@ -84,6 +87,10 @@ LENS: Arrays = {f"{side}_token_{what}": (dtype, "f k") for side in ("top", "bott
 """columns that an index has together, or none of them"""
 
 
+SIGNED: Arrays = {"values": ("F16", "e"), "negative": ("BOOL", "e")}
+"""records of a dictionary whose activations may be negative"""
+
+
 def details_layout(f: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Arrays of details.safetensors; see docs/features.md."""
     return {name: (dtype, (f, *map(int, shape.split()[1:]))) for name, (dtype, shape) in DETAILS.items()}
@@ -111,13 +118,15 @@ def open_index(folder: Path, verify: bool) -> tuple[dict[str, Any], dict[str, di
     arrays = {name: open_arrays(folder / f"{name}.safetensors", schema=SCHEMAS[name], in_order=False, f=f) for name in FILES}
     if LENS.keys() & arrays["columns"].keys():
         open_arrays(folder / "columns.safetensors", schema=LENS, f=f)
+    if "negative" in arrays["records"]:
+        open_arrays(folder / "records.safetensors", schema=SIGNED)
     _require_content(folder, info, arrays)
     return info, arrays
 
 
 def open_sums(folder: Path, info: dict[str, Any]) -> dict[str, np.ndarray]:
     """Arrays of sums.safetensors."""
-    return open_arrays(folder / "sums.safetensors", schema=SCHEMAS["sums"], f=info["d_sae"], d=info["d_in"])
+    return open_arrays(folder / "sums.safetensors", schema=SCHEMAS["sums"], f=info["d_sae"], d=info.get("d_out", info["d_in"]))
 
 
 def _require_content(folder: Path, info: dict[str, Any], arrays: dict[str, dict[str, np.ndarray]]) -> None:

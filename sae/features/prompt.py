@@ -7,7 +7,7 @@ Three orders, for feature j at position p with activation a:
 - by activation: a itself.
 - by percentile: the share of the feature's activations in the indexed text that are at most a.
 - by effect on the loss: the sum over all later tokens t of −log p(x_t) with the feature taken away at p alone, less the same sum of the
-  model as it is, in nats. "Taken away" replaces the value h at the site by h − a·W_dec[j], so that what the dictionary cannot express
+  model as it is, in nats. "Taken away" replaces the value h where it writes by h − a·W_dec[j], so that what the dictionary cannot express
   stays. Above 0 the feature helped to foretell what follows. At the last token, after which nothing comes, there is none.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.features.records import FeatureIndex
 from sae.features.text import vocabulary
@@ -60,7 +60,7 @@ class Reading(NamedTuple):
 @torch.no_grad()
 def read_prompt(
     lm: LanguageModel,
-    dictionary: SparseAutoencoder,
+    dictionary: Dictionary,
     index: FeatureIndex,
     text: str,
     *,
@@ -82,7 +82,9 @@ def read_prompt(
         raise InputError(f"expected at most {lm.context} tokens, the context of {lm.name!r}, got {ids_1p.shape[1]}; shorten the text")
     first = 0 if lm.bos_id is None else 1
     chosen = range(first, ids_1p.shape[1]) if positions is None else sorted({p for p in positions if first <= p < ids_1p.shape[1]})
-    acts_pf = dictionary.encode(lm.record(ids_1p, [index.info["site"]])[index.info["site"]][0].to(dictionary.W_enc_fd.device)).float()
+    site = index.info["site"]
+    h_pd = lm.record(ids_1p, [site])[site][0].to(dictionary.W_enc_fd.device)
+    acts_pf = dictionary.encode(h_pd).float()
     if not torch.isfinite(acts_pf).all():  # host sync
         raise InputError("the dictionary's activations on this text are not finite; its weights or the model's are damaged")
     pairs = [(p, j, acts_pf[p, j].item()) for p in chosen for j in acts_pf[p].nonzero()[:, 0].tolist()]  # host sync
@@ -91,10 +93,12 @@ def read_prompt(
     losses_p = _losses(lm, ids_1p)[0]
     effects: dict[tuple[int, int], float] = {}
     if order == "effect":
-        effects = _effects(lm, dictionary, index.info["site"], ids_1p, losses_p, pairs, most_pairs)
+        unit = dictionary.unit(h_pd.to(dictionary.W_enc_fd.dtype))
+        units_p = [unit] * len(h_pd) if isinstance(unit, float) else unit[:, 0].float().tolist()  # host sync
+        effects = _effects(lm, dictionary, dictionary.site_out or site, ids_1p, losses_p, pairs, most_pairs, units_p)
     firings: list[list[Firing]] = [[] for _ in range(ids_1p.shape[1])]
     for p, j, a in pairs:
-        stored = float(np.float16(a))  # as the index holds its own
+        stored = float(np.float16(abs(a)))  # as the index holds its own
         firings[p].append(Firing(p, j, a, index.percentile(j, stored), effects.get((p, j))))
     size = lm.model.get_input_embeddings().num_embeddings
     return Reading(
@@ -109,8 +113,8 @@ def read_prompt(
 def _key(firing: Firing, order: Order) -> tuple:
     """The greatest first; of equal ones the stronger, then the lower number."""
     value = -np.inf if firing.effect is None else firing.effect
-    first = {"activation": firing.activation, "percentile": np.nan_to_num(firing.percentile, nan=2.0), "effect": value}[order]
-    return -first, -firing.activation, firing.feature
+    first = {"activation": abs(firing.activation), "percentile": np.nan_to_num(firing.percentile, nan=2.0), "effect": value}[order]
+    return -first, -abs(firing.activation), firing.feature
 
 
 def _losses(lm: LanguageModel, ids_sp: Tensor) -> Tensor:
@@ -123,18 +127,19 @@ def _losses(lm: LanguageModel, ids_sp: Tensor) -> Tensor:
 
 def _effects(
     lm: LanguageModel,
-    dictionary: SparseAutoencoder,
+    dictionary: Dictionary,
     site: str,
     ids_1p: Tensor,
     losses_p: Tensor,
     pairs: list[tuple[int, int, float]],
     most: int,
+    units_p: list[float],
 ) -> dict[tuple[int, int], float]:
-    """(position, feature) -> nats by which the later tokens' loss rises without the feature there."""
+    """(position, feature) -> nats by which the later tokens' loss rises without the feature there; `site`: where it writes."""
     length = ids_1p.shape[1]
-    norm_f = dictionary.W_dec_fd.float().norm(dim=-1).tolist()
-    before_last = [pair for pair in pairs if pair[0] < length - 1]
-    longest = sorted(before_last, key=lambda pair: -pair[2] * norm_f[pair[1]])[:most]
+    norm_f = dictionary.norms().float().tolist()
+    added = [(p, j, a * units_p[p]) for p, j, a in pairs if p < length - 1]
+    longest = sorted(added, key=lambda pair: -abs(pair[2]) * norm_f[pair[1]])[:most]
     vocabulary_size = lm.model.get_output_embeddings().weight.shape[0]
     size = max(1, LOGITS // (length * vocabulary_size))
     effects = {}
@@ -142,7 +147,7 @@ def _effects(
         part = longest[low : low + size]
         row_s, position_s = torch.arange(len(part)), torch.tensor([p for p, _, _ in part])
         act_s = torch.tensor([a for _, _, a in part])
-        taken_sd = act_s[:, None] * dictionary.W_dec_fd[[j for _, j, _ in part]].float().cpu()
+        taken_sd = act_s[:, None] * dictionary.rows([j for _, j, _ in part]).float().cpu()
 
         def without(value_spd: Tensor) -> Tensor:
             changed_spd = value_spd.clone()

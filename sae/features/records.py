@@ -21,10 +21,10 @@ from sae.features.lens import BINS
 from sae.features.opening import FILES, open_index
 from sae.features.storage import fetch
 from sae.features.text import Vocabulary
-from sae.saelens import WEIGHTS
+from sae.formats.saelens import WEIGHTS
 
 if TYPE_CHECKING:
-    from sae.dictionary import SparseAutoencoder
+    from sae.dictionaries.dictionary import Dictionary
     from sae.features.page import FeatureView
     from sae.features.search import FiresOn, Promotes
 
@@ -96,6 +96,8 @@ class FeatureIndex:
         self.folder, self.info, self.columns, self.tokens = folder, info, columns, tokens
         self.details, self._token_features = details, token_features
         self.offsets, self.positions, self.values = records["offsets"], records["positions"], records["values"]
+        self.negative = records.get("negative")
+        """of a dictionary whose activations may be negative, which of `values` were; None for others"""
         ends = np.cumsum(tokens["piece_lengths"], dtype=np.int64)
         blob = tokens["piece_bytes"].tobytes()
         pieces = [blob[end - length : end] for end, length in zip(ends.tolist(), tokens["piece_lengths"].tolist())]
@@ -107,12 +109,12 @@ class FeatureIndex:
         info, arrays = open_index(Path(folder), verify)
         return cls(Path(folder), info, *(arrays[name] for name in FILES))
 
-    def dictionary(self, folder: Path | None = None, device: str = "cpu") -> "SparseAutoencoder":
+    def dictionary(self, folder: Path | None = None, device: str = "cpu") -> "Dictionary":
         """The dictionary that was indexed, from where it was, or the same in another folder; raises `InputError` for any other."""
-        from sae.dictionary import SparseAutoencoder
+        from sae.dictionaries.dictionary import Dictionary
 
         folder = folder or Path(self.info["dictionary"])
-        dictionary = SparseAutoencoder.load(folder, device)
+        dictionary = Dictionary.load(folder, device)
         if crc32(folder / WEIGHTS) != self.info["dictionary_crc32"]:
             raise InputError(
                 f"expected the dictionary that {self.folder} was built from, but the weights in {folder} differ; index it again"
@@ -267,7 +269,7 @@ class FeatureIndex:
         """Contexts of some of the feature's entries, by number; what is on disk is asked for together."""
         low, _ = self._bounds(j)
         entries = low + entries[entries != NONE].astype(np.int64)
-        for array in (self.positions, self.values):
+        for array in (self.positions, self.values) if self.negative is None else (self.positions, self.values, self.negative):
             fetch(array, (entries - before).tolist(), before + after + 1)
         with self._in_range():
             positions = self.positions[entries].tolist()
@@ -292,6 +294,8 @@ class FeatureIndex:
         places = self.positions[near].astype(np.int64) - start
         inside = (places >= 0) & (places < end - start)
         values[places[inside]] = self.values[near][inside]
+        if self.negative is not None:
+            values[places[inside][self.negative[near][inside]]] *= -1
         margin = min(UTF8_MARGIN, start - int(self.tokens["sequence_starts"][sequence]))
         ids = self.tokens["ids"][start - margin : end]
         document = int(self.tokens["sequence_document"][sequence])

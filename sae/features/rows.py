@@ -23,7 +23,7 @@ def row_html(context: Context, top: float) -> str:
     if not all(scanned):
         parts = [part if seen or not part else f"<u>{part}</u>" for part, seen in zip(parts, scanned)]
     for i, value in enumerate(values):
-        if value > 0 or i == centre:
+        if value or i == centre:
             parts[i] = token_html(texts[i], value, i == centre, top)
     label = escape(context.label or "")
     return (
@@ -40,7 +40,7 @@ def whole_characters(
     starts = [0, *(end + 1 for end in ends[:-1])]
     return (
         [texts[end] for end in ends],
-        [max(values[start : end + 1]) for start, end in zip(starts, ends)],
+        [max(values[start : end + 1], key=abs) for start, end in zip(starts, ends)],
         [any(scanned[start : end + 1]) for start, end in zip(starts, ends)],
         next(i for i, end in enumerate(ends) if end >= centre),
     )
@@ -48,8 +48,11 @@ def whole_characters(
 
 def token_html(text: str, value: float, own: bool, top: float) -> str:
     """A token that fires, or (`own`) that the row is about."""
-    level = max(1, min(LEVELS, math.ceil(LEVELS * value / top))) if top > 0 else 1
-    kind = f'"a{level} c"' if own else f"a{level}"  # most of a dense feature's page is these tags, so no byte more than HTML asks for
+    level = max(1, min(LEVELS, math.ceil(LEVELS * abs(value) / top))) if top > 0 else 1
+    names = [f"a{level}", *("m",) * (value < 0), *("c",) * own]
+    kind = (
+        names[0] if len(names) == 1 else f'"{" ".join(names)}"'
+    )  # most of a dense feature's page is these tags, so no byte more than HTML asks for
     return f"<b class={kind} title={number(value)}>{visible(text)}</b>"
 
 

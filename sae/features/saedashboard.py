@@ -16,9 +16,9 @@ from typing_extensions import TypedDict
 
 from sae.errors import InputError
 from sae.files import atomic, write_json
+from sae.formats.transformer_lens import hook_of_site
 from sae.progress import progress
 from sae.reading import Count, Entries, read_json
-from sae.saelens import hook_of_site
 
 if TYPE_CHECKING:
     from sae.features.records import Context, FeatureIndex

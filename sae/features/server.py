@@ -24,7 +24,7 @@ from sae.features.turns import Busy, Turns
 if TYPE_CHECKING:
     from fastapi import Request
 
-    from sae.dictionary import SparseAutoencoder
+    from sae.dictionaries.dictionary import Dictionary
     from sae.features.prompt import Reading
     from sae.language_model import LanguageModel
 
@@ -64,7 +64,7 @@ class Browser:
         index: FeatureIndex,
         notes: Notes,
         lm: "LanguageModel | None",
-        dictionary: "SparseAutoencoder | None",
+        dictionary: "Dictionary | None",
         steering: Steering | None,
     ):
         from sae.features.explain import read_explanations
@@ -124,7 +124,7 @@ def create_app(
     notes: Notes,
     *,
     model: "LanguageModel | None" = None,
-    dictionary: "SparseAutoencoder | None" = None,
+    dictionary: "Dictionary | None" = None,
     steering: Steering | None = None,
 ) -> Any:
     """The ASGI application. Without `model` and `dictionary` there are no prompts, without `steering` there is no steering panel."""

@@ -13,16 +13,12 @@ through the rest at once, so that no gradient is passed over twice; a dense chun
 What else was tried, with numbers: benchmarks/cpu_experiments.md.
 """
 
-import warnings
-
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
+from sae.entries import active_entries, add_weighted_sums, starts_of
 from sae.objective.step import Step, Weights
 from sae.objective.workspace import Workspace
-
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 CHUNK_BYTES = 128 << 20
 """of one [chunk, f] buffer, of which the dense path holds two; eight times that on CUDA; half costs the product time"""
@@ -30,8 +26,6 @@ SPARSE_BELOW = 1 / 8
 """share of active entries under which the sparse path is the faster one (measured on two CPU cores, d_in 256 to 512)"""
 HELD_ENTRIES = 2 << 20
 """active entries after which the sparse path does not wait for more rows; they take about 70 bytes each"""
-BLOCK_BYTES = 2 << 20
-"""of the sums made at a time: memory this small is used again at once, where a whole gradient's would be fresh pages at every step"""
 
 
 def fast_step(x_bd: Tensor, weights: Weights, l1: Tensor, path: str, workspace: Workspace, gradients: Weights) -> Step:
@@ -122,24 +116,6 @@ def positive_counts(acts: Tensor, workspace: Workspace) -> Tensor:
     return bytes_of.sum(0, dtype=torch.int64)[:f]
 
 
-def active_entries(acts, first_row, workspace) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows (counted from `first_row`), columns and values of a chunk's active entries, row after row.
-
-    Few of eight neighbours in a row are active: as one 64-bit word each, most are dismissed eight at a time.
-    """
-    size, f = acts.numel(), acts.shape[1]
-    mask = workspace.take("mask", (-(-size // 8) * 8,), torch.bool, acts.device)
-    mask[size:] = False
-    mask[:size].copy_(acts.view(-1))
-    words = mask.view(torch.int64)
-    word_n = words.nonzero().squeeze(1)
-    byte_n = words.index_select(0, word_n).view(torch.bool).nonzero().squeeze(1)
-    flat_n = word_n.index_select(0, byte_n >> 3).mul_(8).add_(byte_n & 7)
-    row_n = flat_n.div(f, rounding_mode="floor")
-    column_n = flat_n.sub(row_n, alpha=f)
-    return row_n.add_(first_row).int(), column_n.int(), acts.view(-1).index_select(0, flat_n)
-
-
 def sparse_rows_backward(centred, entries, fresh, weights, norm_f, l1, rows, gradients, fired_f, activity_f, workspace) -> Tensor:
     """As `dense_chunk`, for any number of rows, from their active entries alone."""
     row_n, column_n, value_n = map(torch.cat, zip(*entries))
@@ -164,21 +140,3 @@ def sparse_rows_backward(centred, entries, fresh, weights, norm_f, l1, rows, gra
     activity_f.index_add_(0, column_n, value_n)
     fired_f.add_(starts.diff())
     return error.square_().sum()
-
-
-def starts_of(sorted_n: Tensor, size: int) -> Tensor:
-    """Where each of 0 .. size begins among sorted indices, [size + 1] int32."""
-    counts = torch.bincount(sorted_n, minlength=size)
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-
-
-def add_weighted_sums(out_kd: Tensor, table_md: Tensor, index_n: Tensor, starts: Tensor, weight_n: Tensor, fresh: bool) -> None:
-    """out_k += Σ weight_n · table[index_n] over the n from starts[k] to starts[k + 1]; `fresh`: out_k = that sum."""
-    block = max(1, BLOCK_BYTES // (out_kd.shape[1] * out_kd.element_size()))
-    firsts = range(0, len(out_kd), block)
-    bounds = [*starts[:-1:block].tolist(), len(index_n)]  # host sync
-    for first, low, high in zip(firsts, bounds, bounds[1:]):
-        part = (index_n[low:high], table_md, starts[first : first + block + 1] - low)
-        sums = embedding_bag(*part, mode="sum", per_sample_weights=weight_n[low:high], include_last_offset=True)
-        part_kd = out_kd[first : first + block]
-        part_kd.copy_(sums) if fresh else part_kd.add_(sums)

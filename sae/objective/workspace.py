@@ -1,10 +1,11 @@
 """What one training run keeps between steps: buffers, and on CUDA which path the next steps take."""
 
-from math import prod
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from sae.entries import Buffers
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 
@@ -12,7 +13,7 @@ DECIDE_EVERY = 32
 """calls between decisions on CUDA; each costs a host sync"""
 
 
-class Workspace:
+class Workspace(Buffers):
     """`precision`: of the matrix products' operands on CUDA; sums are always in float32, and a CPU has float32 only.
 
     `deterministic`: on CUDA, sum in one fixed order, so that two runs are equal bit for bit (a CPU does that anyway).
@@ -20,6 +21,7 @@ class Workspace:
     """
 
     def __init__(self, precision: Precision = "float32", deterministic: bool = True, capacity: int = 256) -> None:
+        super().__init__()
         self.precision, self.deterministic = precision, deterministic
         self.plan = torch.tensor([0, 0, capacity])
         self.l0: Tensor | None = None
@@ -28,14 +30,6 @@ class Workspace:
         """on CUDA, how many steps had a row that was not finite and left the weights alone, []"""
         self.bad_rows_b: Tensor | None = None
         """on CUDA, which rows that were, over all those steps, [b]"""
-        self._buffers: dict[str, Tensor] = {}
-
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor, the same memory as at the last call while it is large enough."""
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < prod(shape) or buffer.dtype != dtype or buffer.device != device:
-            buffer = self._buffers[name] = torch.empty(prod(shape), dtype=dtype, device=device)
-        return buffer[: prod(shape)].view(shape)
 
     def note_bad_rows(self, bad_b: Tensor) -> None:
         """Remembers on the device what `first_bad_rows` tells later."""

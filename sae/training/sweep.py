@@ -7,7 +7,7 @@ Everything in training units (mean squared norm of the activations = d).
 import torch
 from torch import Tensor
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.objective import Step, Weights, Workspace, objective
 from sae.objective.update import adam_state
 from sae.training.config import TrainingConfig, l1_now, learning_rate
@@ -18,11 +18,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 class Sweep:
     """All start as copies of one dictionary. `state` and `restore` carry all that the next step and the next metrics depend on."""
 
-    def __init__(self, dictionary: SparseAutoencoder, config: TrainingConfig):
-        self.config, k, device = config, len(config.l1), dictionary.W_dec_fd.device
-        self.weights = Weights(
-            *(getattr(dictionary, name).detach().repeat(k, *[1] * getattr(dictionary, name).ndim) for name in Weights._fields)
-        )
+    def __init__(self, dictionary: Dictionary, config: TrainingConfig):
+        self.config, k, device = config, len(config.l1), dictionary.W_dec_fo.device
+        start = (dictionary.W_enc_fd, dictionary.b_enc_f, dictionary.W_dec_fo, dictionary.b_dec_o)
+        self.weights = Weights(*(weight.detach().repeat(k, *[1] * weight.ndim) for weight in start))
         self.l1_k = torch.tensor(config.l1, device=device)
         self.adam = torch.optim.Adam(self.weights, lr=config.lr, betas=config.betas, fused=True)
         adam_state(self.adam, self.weights)  # from the start, so that a checkpoint always has it
@@ -33,9 +32,9 @@ class Sweep:
         self.sparse_rows_k = torch.zeros(k, dtype=torch.float64, device=device)
         self.resampled_k = torch.zeros(k, dtype=torch.int64)
 
-    def dictionary(self, k: int) -> SparseAutoencoder:
+    def dictionary(self, k: int) -> Dictionary:
         """The k-th one, sharing memory with the sweep."""
-        return SparseAutoencoder(*self.weights.of(k)).requires_grad_(False)
+        return Dictionary.autoencoder(*self.weights.of(k)).requires_grad_(False)
 
     @torch.no_grad()
     def step(self, x_bd: Tensor, step: int) -> Step:

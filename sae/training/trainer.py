@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.files import only_writer, remove_leftovers, write_json
 from sae.objective import Step, bad_rows_text
@@ -140,12 +140,12 @@ def say_switch(before: dict, now: dict) -> None:
         print(f"step {now['step']:,}: the objective went from the {before['path']} path to {now['path']} (L0 {now['l0']:.0f})")
 
 
-def initial_dictionary(config: TrainingConfig, source: "Source", scale: float) -> SparseAutoencoder:
+def initial_dictionary(config: TrainingConfig, source: "Source", scale: float) -> Dictionary:
     """Random decoder rows, the encoder their transpose, and biases of zero; the decoder's may start at the mean activation."""
-    dictionary = SparseAutoencoder.initial(source.d_in, config.d_sae, seed=config.seed, decoder_norm=config.decoder_norm)
+    dictionary = Dictionary.initial(source.d_in, config.d_sae, seed=config.seed, decoder_norm=config.decoder_norm)
     if config.b_dec == "mean":
         with torch.no_grad():
-            dictionary.b_dec_d.copy_(source.first_rows().double().mean(0) * scale)
+            dictionary.b_dec_o.copy_(source.first_rows().double().mean(0) * scale)
     return dictionary
 
 
@@ -192,9 +192,7 @@ def stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def finish(
-    folder: Path, dictionary: SparseAutoencoder, config: TrainingConfig, source: "Source", scale: float, line: dict, l1: float
-) -> None:
+def finish(folder: Path, dictionary: Dictionary, config: TrainingConfig, source: "Source", scale: float, line: dict, l1: float) -> None:
     """Saves the dictionary for raw activations, and how it came to be; training.json, written last, marks it complete."""
     manifest = source.manifest
     dictionary.metadata = {

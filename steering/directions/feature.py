@@ -6,38 +6,42 @@ s sequences · p positions · d model width · f features · v vocabulary
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.features.lens import folded_unembedding, into_residual, logit_lens
 from sae.features.records import FeatureIndex
-from sae.hooks import Edit
 from sae.language_model import LanguageModel
+from steering.intervention import DictionaryFeature, steered
 from steering.vector import SteeringVector
 
 NEUTRAL_PROMPT = "From my experience,"
 
 
-def feature_direction(dictionary: SparseAutoencoder, feature: int, max_activation: float, site: str | None = None) -> SteeringVector:
+def feature_direction(dictionary: Dictionary, feature: int, max_activation: float, site: str | None = None) -> SteeringVector:
     """v = a_max · W_dec[feature], so that coefficient 1 adds what the feature adds to a reconstruction at its highest activation.
 
     `max_activation` is in the dictionary's own units (activations times decoder rows), whatever the norm of its rows. `site` is needed
     only if the dictionary does not say where it was trained. (Templeton et al. 2024 steer in the same unit, but clamp: they set the
     activation instead of adding to it.) Raises `InputError` for a feature that does not exist or never fires.
     """
-    if not 0 <= feature < dictionary.d_sae:
-        raise InputError(f"feature {feature} does not exist: the dictionary has features 0 to {dictionary.d_sae - 1}")
+    dictionary.require_feature(feature)
     if not max_activation > 0:
         raise InputError(f"feature {feature} never fires (maximum activation {max_activation}), so it has no strength to steer with")
+    if dictionary.frame is not None and dictionary.frame.kind != "centred":
+        raise InputError(
+            f"feature {feature} adds a vector whose length depends on the token, since its dictionary normalises every token "
+            f"({dictionary.frame.kind}); clamp it instead"
+        )
     site = dictionary.require_site(site)
+    site = str(dictionary.site_out or site)
     provenance = {
         "method": "feature",
         "feature": feature,
         "max_activation": max_activation,
         "model": dictionary.metadata.get("model_name"),
     }
-    return SteeringVector.at(site, max_activation * dictionary.W_dec_fd[feature].float(), provenance)
+    return SteeringVector.at(site, max_activation * dictionary.rows([feature])[0].float(), provenance)
 
 
 def first_found(index: FeatureIndex, word: str) -> int:
@@ -48,7 +52,7 @@ def first_found(index: FeatureIndex, word: str) -> int:
     return found[0].feature
 
 
-def by_search_word(index: FeatureIndex, dictionary: SparseAutoencoder, word: str) -> SteeringVector:
+def by_search_word(index: FeatureIndex, dictionary: Dictionary, word: str) -> SteeringVector:
     """`feature_direction` of `first_found` at its maximum activation in the index."""
     feature = first_found(index, word)
     vector = feature_direction(dictionary, feature, float(index.feature(feature).columns["max"]), index.info["site"])
@@ -58,7 +62,7 @@ def by_search_word(index: FeatureIndex, dictionary: SparseAutoencoder, word: str
 @torch.no_grad()
 def output_scores(
     lm: LanguageModel,
-    dictionary: SparseAutoencoder,
+    dictionary: Dictionary,
     features: Sequence[int],
     max_activations: Sequence[float],
     site: str | None = None,
@@ -76,13 +80,13 @@ def output_scores(
     if len(features) != len(max_activations) or not features:
         raise InputError(f"expected one maximum activation for each feature, got {len(max_activations)} for {len(features)} features")
     vectors = [feature_direction(dictionary, j, highest, site) for j, highest in zip(features, max_activations)]
-    written_fd = into_residual(lm, vectors[0].site, dictionary.W_dec_fd[list(features)])
+    written_fd = into_residual(lm, vectors[0].site, dictionary.rows(list(features)))
     unembedding_vd, _ = folded_unembedding(lm)
     lens_fk = torch.from_numpy(logit_lens(written_fd, unembedding_vd, tokens)["top_token_ids"]).long()
     ids_sp, _ = lm.encode([prompt])
     scores = []
     for j, highest, lens_k in zip(features, max_activations, lens_fk):
-        with lm.edited({vectors[0].site: _clamping(dictionary, j, factor * highest)}):
+        with steered(lm, [(DictionaryFeature(dictionary, j, site), factor * highest)], operation="clamp"):
             p_v = lm.logits(ids_sp)[0, -1].float().cpu().softmax(-1)  # host sync
         rank = int((p_v > p_v[lens_k].max()).sum())
         scores.append((1 - rank / len(p_v)) * p_v[lens_k].max().item())
@@ -91,7 +95,7 @@ def output_scores(
 
 def by_output_score(
     lm: LanguageModel,
-    dictionary: SparseAutoencoder,
+    dictionary: Dictionary,
     features: Sequence[int],
     max_activations: Sequence[float],
     site: str | None = None,
@@ -106,15 +110,3 @@ def by_output_score(
     vector = feature_direction(dictionary, features[best], max_activations[best], site)
     chosen = {"output_scores": {str(j): score for j, score in zip(features, scores)}, "prompt": prompt, "factor": factor, "tokens": tokens}
     return SteeringVector.at(vector.site, vector.direction_d, vector.provenance | {"model": lm.name} | chosen)
-
-
-def _clamping(dictionary: SparseAutoencoder, feature: int, target: float) -> Edit:
-    """Sets one feature's activation; what the dictionary does not explain stays."""
-    encoder_d, decoder_d = dictionary.W_enc_fd[feature].float(), dictionary.W_dec_fd[feature].float()
-
-    def clamp(value_spd: Tensor) -> Tensor:
-        e_d, d_d, mean_d = (x.to(value_spd.device) for x in (encoder_d, decoder_d, dictionary.b_dec_d.float()))
-        act_sp = ((value_spd.float() - mean_d) @ e_d + dictionary.b_enc_f[feature].to(value_spd.device)).relu()
-        return value_spd + ((target - act_sp)[..., None] * d_d).to(value_spd)
-
-    return clamp

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from sae.activations.cache import ActivationCache, verify
 from sae.checksum import crc32
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 
 
@@ -174,7 +174,7 @@ def test_another_site_width_or_model_is_refused(tmp_path):
         (7, "resid_post.1", r"width 7.*6"),
         (6, "resid_post.0", r"resid_post\.0.*resid_post\.1"),
     ):
-        dictionary = SparseAutoencoder.initial(d, 3, seed=0)
+        dictionary = Dictionary.initial(d, 3, seed=0)
         dictionary.metadata = {"site": site}
         with pytest.raises(InputError, match=message) if message else nullcontext():
             cache.require_dictionary(dictionary, named=False)

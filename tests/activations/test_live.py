@@ -12,7 +12,7 @@ from sae.activations.cache import ActivationCache
 from sae.activations.harvest import HarvestConfig, harvest
 from sae.activations.live import LiveActivations
 from sae.activations.recording import RecordingConfig
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.evaluation import EvaluationConfig, evaluate
 from sae.training import TrainingConfig, train
@@ -133,7 +133,7 @@ def test_a_live_run_is_as_good_as_one_on_a_cache_and_is_evaluated_on_what_it_hel
     a, b = (evaluate(EvaluationConfig(folder, cache, sequences=0))["reconstruction"] for folder in (from_cache, from_live))
     assert b["fvu"] == pytest.approx(a["fvu"], rel=0.1)
     assert b["l0"] == pytest.approx(a["l0"], rel=0.1)
-    said, theirs = (SparseAutoencoder.load(folder).metadata for folder in (from_live, from_cache))
+    said, theirs = (Dictionary.load(folder).metadata for folder in (from_live, from_cache))
     assert said == theirs
     other = harvest(HarvestConfig(**{**world, "seed": 1}, out=tmp_path / "other"))
     with pytest.raises(InputError, match="holds out other documents"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sae.activations.cache import ActivationCache
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,7 +140,7 @@ def test_a_real_stream_keeps_the_dictionarys_own_firing(script, tmp_path, monkey
     from handmade_cache import write_cache
 
     cache = ActivationCache.open(write_cache(tmp_path / "cache", [40, 24], d_in=8))
-    dictionary = SparseAutoencoder.initial(8, 32, seed=3, decoder_norm=0.7)
+    dictionary = Dictionary.initial(8, 32, seed=3, decoder_norm=0.7)
     torch.nn.init.normal_(dictionary.b_enc_f, generator=torch.Generator().manual_seed(0))
     dictionary.requires_grad_(False)
     config = script["BenchmarkConfig"](stream=str(tmp_path / "cache"))
@@ -149,7 +149,7 @@ def test_a_real_stream_keeps_the_dictionarys_own_firing(script, tmp_path, monkey
     raw_bd = tensors["x_bd"] / scale
     _, l0 = reference(tensors, 1.0)
     assert l0 == pytest.approx(float((dictionary.encode(raw_bd) > 0).sum(1).float().mean()))
-    in_units = SparseAutoencoder(*(tensors[n] for n in ("W_enc_fd", "b_enc_f", "W_dec_fd", "b_dec_d")))
+    in_units = Dictionary.autoencoder(*(tensors[n] for n in ("W_enc_fd", "b_enc_f", "W_dec_fd", "b_dec_d")))
     torch.testing.assert_close(in_units(tensors["x_bd"]), dictionary(raw_bd) * scale, rtol=1e-4, atol=1e-5)
 
 

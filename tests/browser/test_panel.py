@@ -4,7 +4,7 @@ import pytest
 import torch
 from browser_world import FEATURE
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.features.server import Sampling
 
@@ -28,9 +28,9 @@ def generated(demo) -> torch.Tensor:
 def test_both_sides_are_what_the_model_generates(demo):
     texts, pieces = streamed(demo, [(FEATURE, 1.5), (12, -0.5)])
     assert texts["unsteered"] == demo.lm.tokenizer.decode(generated(demo)[0], skip_special_tokens=True)
-    dictionary = SparseAutoencoder.load(demo.index.info["dictionary"])
+    dictionary = Dictionary.load(demo.index.info["dictionary"])
     highest = demo.index.columns["max"]
-    added_d = 1.5 * highest[FEATURE] * dictionary.W_dec_fd[FEATURE] - 0.5 * highest[12] * dictionary.W_dec_fd[12]
+    added_d = 1.5 * highest[FEATURE] * dictionary.W_dec_fo[FEATURE] - 0.5 * highest[12] * dictionary.W_dec_fo[12]
     with demo.lm.edited({demo.index.info["site"]: lambda value: value + added_d}):
         steered = generated(demo)[0]
     assert texts["steered"] == demo.lm.tokenizer.decode(steered, skip_special_tokens=True)

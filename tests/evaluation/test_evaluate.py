@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest import HarvestConfig, harvest
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.evaluation import EvaluationConfig, evaluate
 from sae.language_model import LanguageModel
@@ -41,12 +41,12 @@ def make_cache(home, name, **changes):
     harvest(HarvestConfig(out=home / name, **(settings | dict(dtype="float32", held_out=0.3) | changes)))
 
 
-def identity(home, **metadata) -> SparseAutoencoder:
+def identity(home, **metadata) -> Dictionary:
     """relu(x) − relu(−x) = x, exactly; 32 features."""
     both = torch.cat([torch.eye(D), -torch.eye(D)])
     made = json.loads((home / "cache" / "manifest.json").read_text())["model"]
     known = {"site": SITE, "model_name": made["name"], "model_fingerprint": made["fingerprint"]}
-    return SparseAutoencoder(both, torch.zeros(2 * D), both.clone(), torch.zeros(D), known | metadata)
+    return Dictionary.autoencoder(both, torch.zeros(2 * D), both.clone(), torch.zeros(D), known | metadata)
 
 
 def test_identity_dictionary_is_perfect_on_every_count(home, tmp_path, capsys):
@@ -124,7 +124,7 @@ def test_fvu_is_measured_with_and_without_massive_rows(home, tmp_path, rows, mon
     monkeypatch.setattr(sys.modules["sae.evaluation.evaluate"], "READ_ROWS", 7)
     sae = identity(home, model_fingerprint=None, model_name=None)
     with torch.no_grad():
-        sae.W_dec_fd[0] = 0  # so that something is left to explain
+        sae.W_dec_fo[0] = 0  # so that something is left to explain
     sae.save(tmp_path / "sae")
     cache = ActivationCache.open(tmp_path / "cache")
     x_nd = torch.cat([cache.read(shard)[0] for shard in cache.shards("held_out")]).double()[:rows]
@@ -161,7 +161,7 @@ def test_fewer_rows_and_no_model_when_asked(home, tmp_path):
 
 def test_constant_dictionary_gives_null_where_a_ratio_is_undefined(home, tmp_path):
     zeros = torch.zeros(3, D)
-    SparseAutoencoder(zeros, torch.zeros(3), zeros.clone(), torch.zeros(D), {"site": SITE}).save(tmp_path)
+    Dictionary.autoencoder(zeros, torch.zeros(3), zeros.clone(), torch.zeros(D), {"site": SITE}).save(tmp_path)
     result = evaluate(EvaluationConfig(tmp_path, home / "cache", device="cpu"))
     assert "NaN" not in (tmp_path / "evaluation.json").read_text()
     assert result["reconstruction"]["relative_bias"] is None
@@ -174,7 +174,7 @@ def test_unsuitable_caches_are_refused(home, tmp_path):
     identity(home, model_fingerprint=None, model_name="gpt2").save(tmp_path / "other_name")
     identity(home, site="resid_post.1").save(tmp_path / "other_site")
     wide = torch.zeros(3, D + 1)
-    SparseAutoencoder(wide, torch.zeros(3), wide.clone(), torch.zeros(D + 1)).save(tmp_path / "wider")
+    Dictionary.autoencoder(wide, torch.zeros(3), wide.clone(), torch.zeros(D + 1)).save(tmp_path / "wider")
     expected = {"other_model": "0123456789ab", "other_name": "gpt2", "other_site": SITE, "wider": "width 17"}
     for name, said in expected.items():
         with pytest.raises(InputError, match=said):
@@ -218,3 +218,22 @@ def test_another_model_than_the_caches_is_refused(home, tmp_path):
 def test_impossible_settings_are_refused(home, tmp_path, name, value):
     with pytest.raises(InputError, match=f"--{name}"):
         evaluate(EvaluationConfig(tmp_path, home / "cache", **{name: value}))
+
+
+def test_a_transcoder_is_measured_where_it_writes(home, tmp_path):
+    make_cache(home, "two sites", sites=("resid_pre.1", "mlp_out.1"))
+    made = json.loads((home / "two sites" / "manifest.json").read_text())["model"]
+    g = torch.Generator().manual_seed(0)
+    W_enc_fd, W_dec_fd = torch.randn(2, 24, D, generator=g)
+    metadata = {"site": "resid_pre.1", "site_out": "mlp_out.1", "model_name": made["name"], "model_fingerprint": made["fingerprint"]}
+    dictionary = Dictionary(W_enc_fd, torch.zeros(24), W_dec_fd / 9, torch.zeros(D), metadata=metadata).requires_grad_(False)
+    dictionary.save(tmp_path)
+    result = evaluate(EvaluationConfig(tmp_path, home / "two sites", device="cpu", sequences=8))
+    caches = [ActivationCache.open(home / "two sites", site) for site in ("resid_pre.1", "mlp_out.1")]
+    x, y = (torch.cat([cache.read(shard)[0] for shard in cache.shards("held_out")]).double() for cache in caches)
+    error = (y - (x @ W_enc_fd.double().T).relu() @ W_dec_fd.double() / 9).square().sum()
+    assert result["reconstruction"]["fvu"] == pytest.approx(float(error / (y - y.mean(0)).square().sum()), rel=1e-5)
+    assert (result["site"], result["site_out"]) == ("resid_pre.1", "mlp_out.1")
+    make_cache(home, "one site", sites=("resid_pre.1",))
+    with pytest.raises(InputError, match="too, where this transcoder writes"):
+        evaluate(EvaluationConfig(tmp_path, home / "one site", device="cpu"))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.evaluation import language_model_loss as module
 from sae.evaluation.language_model_loss import language_model_loss, summarise
@@ -29,18 +29,18 @@ def sequences() -> list[np.ndarray]:
     return [np.concatenate([[BOS], rng.integers(1, 50, n)]).astype(np.int32) for n in (23, 5, 11, 1, 17, 8)]
 
 
-def dictionary_of(W_enc_fd, W_dec_fd, b_dec_d=None) -> SparseAutoencoder:
+def dictionary_of(W_enc_fd, W_dec_fd, b_dec_d=None) -> Dictionary:
     b_dec_d = torch.zeros(D) if b_dec_d is None else b_dec_d
-    return SparseAutoencoder(W_enc_fd, torch.zeros(len(W_enc_fd)), W_dec_fd, b_dec_d).requires_grad_(False)
+    return Dictionary.autoencoder(W_enc_fd, torch.zeros(len(W_enc_fd)), W_dec_fd, b_dec_d).requires_grad_(False)
 
 
-def identity() -> SparseAutoencoder:
+def identity() -> Dictionary:
     """relu(x) − relu(−x) = x, exactly."""
     both = torch.cat([torch.eye(D), -torch.eye(D)])
     return dictionary_of(both, both.clone())
 
 
-def zero() -> SparseAutoencoder:
+def zero() -> Dictionary:
     return dictionary_of(torch.zeros(4, D), torch.zeros(4, D))
 
 
@@ -156,9 +156,44 @@ def test_bootstrap_interval_has_the_spread_of_a_ratio_over_sequences():
 def test_unusable_input_is_refused(lm, sequences):
     with pytest.raises(InputError, match="at least two tokens"):
         run(lm, zero(), [np.array([BOS])])
-    wide = SparseAutoencoder(torch.zeros(4, D + 1), torch.zeros(4), torch.zeros(4, D + 1), torch.zeros(D + 1))
+    wide = Dictionary.autoencoder(torch.zeros(4, D + 1), torch.zeros(4), torch.zeros(4, D + 1), torch.zeros(D + 1))
     with pytest.raises(InputError, match="16 wide"):
         run(lm, wide, sequences)
     broken = dictionary_of(torch.zeros(4, D), torch.zeros(4, D), torch.full((D,), float("nan")))
     with pytest.raises(InputError, match="finite"):
         run(lm, broken, sequences)
+
+
+def test_a_transcoder_reads_one_site_and_writes_another(lm, sequences):
+    """Against hooks of torch's own on the model: what the first MLP adds is replaced by a function of what entered the block."""
+    g = torch.Generator().manual_seed(3)
+    W_enc_fd, W_dec_fd, W_skip_od = torch.randn(32, D, generator=g), torch.randn(32, D, generator=g) / 9, torch.randn(D, D, generator=g) / 9
+    metadata = {"site": "resid_pre.0", "site_out": "mlp_out.0"}
+    dictionary = Dictionary(W_enc_fd, torch.zeros(32), W_dec_fd, torch.ones(D), W_skip_od=W_skip_od, metadata=metadata).requires_grad_(
+        False
+    )
+    replaced = [ids != BOS for ids in sequences]
+    mean_d = torch.full((D,), 0.2, dtype=torch.float64)
+    result = language_model_loss(lm, dictionary, "resid_pre.0", sequences, mean_d, replaced=replaced)
+
+    block, seen, total, tokens = lm.model.transformer.h[0], {}, {"spliced": 0.0, "mean": 0.0}, 0
+    for arm in total:
+
+        def write(_module, _args, y, arm=arm):
+            x = seen["x"]
+            out = (x @ W_enc_fd.T).relu() @ W_dec_fd + 1 + x @ W_skip_od.T if arm == "spliced" else mean_d.float().expand_as(y)
+            return torch.cat([y[:, :1], out[:, 1:]], dim=1)  # beginning of text stays
+
+        handles = [block.register_forward_pre_hook(lambda _m, args, kwargs: seen.update(x=args[0]), with_kwargs=True)]
+        handles.append(block.mlp.register_forward_hook(write))
+        for ids in sequences:
+            if len(ids) > 1:
+                ids_p = torch.from_numpy(ids.astype(np.int64))
+                with torch.no_grad():
+                    logits = lm.model(ids_p[None]).logits[0, :-1]
+                total[arm] += torch.nn.functional.cross_entropy(logits.double(), ids_p[1:], reduction="sum").item()
+                tokens += len(ids) - 1
+        for handle in handles:
+            handle.remove()
+    for arm, summed in total.items():
+        assert result.cross_entropy[arm] == pytest.approx(summed / (tokens / 2), rel=1e-5)

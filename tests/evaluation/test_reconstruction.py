@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.evaluation import reconstruction
 from sae.evaluation.reconstruction import ReconstructionMetrics, measure
 
 
-def random_dictionary(d: int, f: int, seed: int = 0) -> SparseAutoencoder:
+def random_dictionary(d: int, f: int, seed: int = 0) -> Dictionary:
     g = torch.Generator().manual_seed(seed)
     draw = [torch.randn(*shape, generator=g) for shape in [(f, d), (f,), (f, d), (d,)]]
-    return SparseAutoencoder(draw[0] / d**0.5, draw[1] - 1, draw[2] / d, draw[3]).requires_grad_(False)
+    return Dictionary.autoencoder(draw[0] / d**0.5, draw[1] - 1, draw[2] / d, draw[3]).requires_grad_(False)
 
 
 def by_numpy(x, dictionary):
     """Every number once more, all rows at once, in float64."""
     x = x.double().numpy()
-    W_enc, b_enc, W_dec, b_dec = (p.detach().double().numpy() for p in dictionary.parameters())
+    W_enc, b_enc, W_dec, b_dec = (getattr(dictionary, name).double().numpy() for name in ("W_enc_fd", "b_enc_f", "W_dec_fo", "b_dec_o"))
     acts = np.maximum((x - b_dec) @ W_enc.T + b_enc, 0)
     y = acts @ W_dec + b_dec
     error, total = ((x - y) ** 2).sum(), ((x - x.mean(0)) ** 2).sum()

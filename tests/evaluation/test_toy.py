@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.evaluation.toy import Recovery, recovery, toy, toy_l1
 from sae.objective import Step, Weights, objective
 from sae.training import TrainingConfig
@@ -18,11 +18,11 @@ def train_on_toy(a: float, d_sae: int, **settings) -> tuple[Recovery, Step]:
     scale = (d / data.mean_squared_norm) ** 0.5
     l1 = toy_l1(a, d, d_sae, data.mean_squared_norm)
     config = TrainingConfig(Path(), Path(), d_sae=d_sae, l1=(l1,), batch_size=512, **settings)
-    sweep = Sweep(SparseAutoencoder.initial(d, d_sae, seed=0), config)
+    sweep = Sweep(Dictionary.initial(d, d_sae, seed=0), config)
     generator = torch.Generator().manual_seed(1)
     for step in range(config.steps):
         result = sweep.step(data.sample(512, generator) * scale, step)
-    return recovery(data.truth_gd, sweep.dictionary(0).W_dec_fd), result
+    return recovery(data.truth_gd, sweep.dictionary(0).W_dec_fo), result
 
 
 def test_true_features_are_recovered_at_the_stated_setting():

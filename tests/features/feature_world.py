@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.features.records import FeatureIndex
 
 VOCABULARY = 420
@@ -24,7 +24,7 @@ TEXTS = {
 class World(NamedTuple):
     model: Path
     cache: Path
-    dictionary: SparseAutoencoder
+    dictionary: Dictionary
     dictionary_folder: Path
     index: FeatureIndex
     tokenizer: object
@@ -61,10 +61,10 @@ def one_hot_model(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def save_dictionary(folder: Path, W_enc_fd: torch.Tensor, b_enc_f: torch.Tensor, cache_folder: Path, **metadata) -> SparseAutoencoder:
+def save_dictionary(folder: Path, W_enc_fd: torch.Tensor, b_enc_f: torch.Tensor, cache_folder: Path, **metadata) -> Dictionary:
     model = json.loads((cache_folder / "manifest.json").read_text())["model"]
     known = {"model_name": model["name"], "model_fingerprint": model["fingerprint"], "site": "resid_pre.0"}
     W_dec_fd = torch.nn.functional.normalize(W_enc_fd + 0.5, dim=-1)
-    dictionary = SparseAutoencoder(W_enc_fd, b_enc_f, W_dec_fd, torch.zeros(W_enc_fd.shape[1]), known | metadata).requires_grad_(False)
+    dictionary = Dictionary.autoencoder(W_enc_fd, b_enc_f, W_dec_fd, torch.zeros(W_enc_fd.shape[1]), known | metadata).requires_grad_(False)
     dictionary.save(folder)
     return dictionary

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
+from sae.entries import Entries
 from sae.features.contribution import ErrorSums, carried, contributions, exact_sums, number
 
 
@@ -12,21 +13,21 @@ from sae.features.contribution import ErrorSums, carried, contributions, exact_s
 def problem():
     generator = torch.Generator().manual_seed(0)
     W_enc_fd, W_dec_fd = torch.randn(2, 24, 10, generator=generator)
-    dictionary = SparseAutoencoder(W_enc_fd, -torch.rand(24, generator=generator), W_dec_fd / 9, torch.randn(10, generator=generator))
+    dictionary = Dictionary.autoencoder(W_enc_fd, -torch.rand(24, generator=generator), W_dec_fd / 9, torch.randn(10, generator=generator))
     x_bd = torch.randn(300, 10, generator=generator) + 5  # a large mean must not count as variance
     return dictionary.requires_grad_(False), x_bd
 
 
 def entries(acts_bf):
     row, feature = acts_bf.nonzero(as_tuple=True)
-    return row.int(), feature.int(), acts_bf[row, feature]
+    return Entries(row.int(), feature.int(), acts_bf[row, feature])
 
 
 def test_contributions_equal_leaving_each_feature_out(problem):
     dictionary, x_bd = problem
     sums = ErrorSums(dictionary)
     for part in x_bd.split(70):
-        sums.add(part, *entries(dictionary.encode(part)))
+        sums.add(part, entries(dictionary.encode(part)))
     found, fvu = contributions(sums.sums, len(x_bd))
 
     wide, x = dictionary.double(), x_bd.double()
@@ -58,7 +59,7 @@ def test_activations_that_do_not_vary_have_no_fvu(problem):
     dictionary, _ = problem
     sums = ErrorSums(dictionary)
     x_bd = torch.ones(8, 10)
-    sums.add(x_bd, *entries(dictionary.encode(x_bd)))
+    sums.add(x_bd, entries(dictionary.encode(x_bd)))
     found, fvu = contributions(sums.sums, 8)
     assert np.isnan(found).all()
     assert np.isnan(fvu)

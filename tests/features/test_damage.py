@@ -23,7 +23,7 @@ from sae.activations.export import export_cache
 from sae.activations.harvest import HarvestConfig, harvest
 from sae.activations.imports import ImportConfig, import_activations
 from sae.activations.text import TextConfig, documents
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.evaluation.evaluate import EvaluationConfig, evaluate
 from sae.features.explain import ExplainConfig, Explanation, explain
@@ -196,7 +196,7 @@ def kinds(world, home: Path) -> dict[str, Kind]:
             },
         ),
         "dictionary": Kind(
-            home / "run", "*", {"load": lambda f, out: SparseAutoencoder.load(f).encode(torch.zeros(1, 420)), "evaluate": evaluated}
+            home / "run", "*", {"load": lambda f, out: Dictionary.load(f).encode(torch.zeros(1, 420)), "evaluate": evaluated}
         ),
         "finished run": Kind(home / "run", "training.json", {"train": trained}),
         "checkpoint": Kind(home / "stopped", "*", {"train": trained}),

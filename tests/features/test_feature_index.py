@@ -97,7 +97,7 @@ def test_logit_lens_is_the_change_of_the_logits(world):
     model = lm.model.double()
     head = torch.nn.Sequential(model.transformer.ln_f, model.lm_head)
     x_d = torch.randn(VOCABULARY, dtype=torch.float64) * 10
-    row_d = world.dictionary.W_dec_fd[7].double()
+    row_d = world.dictionary.W_dec_fo[7].double()
     step = 1e-5
     change_v = (head(x_d + step * row_d) - head(x_d))[: len(world.tokenizer)] / step
     # moving along x itself changes nothing after the norm, so that part of the row is taken off on both sides
@@ -127,7 +127,7 @@ def test_logit_lens_of_the_heads_goes_through_the_output_projection(world, tmp_p
     index = FeatureIndex.open(build_index(config))
     lm = LanguageModel.load(str(world.model), device="cpu")
     W_U_vd, _ = folded_unembedding(lm)
-    lens_fv = dictionary.W_dec_fd @ lm.model.transformer.h[0].attn.c_proj.weight @ W_U_vd[: len(world.tokenizer)].T
+    lens_fv = dictionary.W_dec_fo @ lm.model.transformer.h[0].attn.c_proj.weight @ W_U_vd[: len(world.tokenizer)].T
     lens_fv -= lens_fv.mean(1, keepdim=True)
     np.testing.assert_allclose(index.columns["top_token_values"], lens_fv.topk(20).values, rtol=1e-3, atol=1e-5)
     assert "output projection" in index.info["logit_lens"]
@@ -195,12 +195,12 @@ def test_contributions_to_the_fvu_equal_leaving_a_feature_out(world, dense):
     x = torch.eye(VOCABULARY, dtype=torch.float64)[torch.from_numpy(np.asarray(index.tokens["ids"])[kept].astype(np.int64))]
     acts, dictionary = torch.from_numpy(dense[kept]).double(), world.dictionary
     centred = (x - x.mean(0)).square().sum()
-    error = (x - acts @ dictionary.W_dec_fd.double() - dictionary.b_dec_d.double()).square()
+    error = (x - acts @ dictionary.W_dec_fo.double() - dictionary.b_dec_o.double()).square()
     assert index.info["fvu"] == pytest.approx((error.sum() / centred).item(), rel=1e-5)
     for j in (3, 4, 17):
         without = acts.clone()
         without[:, j] = 0
-        rise = (x - without @ dictionary.W_dec_fd.double() - dictionary.b_dec_d.double()).square().sum() - error.sum()
+        rise = (x - without @ dictionary.W_dec_fo.double() - dictionary.b_dec_o.double()).square().sum() - error.sum()
         assert index.columns["fvu_contribution"][j] == pytest.approx((rise / centred).item(), rel=1e-4, abs=1e-9)
 
 
@@ -210,7 +210,7 @@ def test_lens_histogram_counts_the_whole_vocabulary(world):
 
     W_U_vd, _ = folded_unembedding(LanguageModel.load(str(world.model), device="cpu"))
     W_U_vd = W_U_vd[: len(world.tokenizer)].detach()
-    values = ((W_U_vd - W_U_vd.mean(0)) @ world.dictionary.W_dec_fd[7]).numpy()
+    values = ((W_U_vd - W_U_vd.mean(0)) @ world.dictionary.W_dec_fo[7]).numpy()
     edges, counts = world.index.lens_histogram(7)
     assert counts.sum() == len(values)
     assert (edges[0], edges[-1]) == pytest.approx((values.min(), values.max()), rel=1e-4)

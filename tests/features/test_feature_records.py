@@ -126,7 +126,7 @@ def test_coactive_features_fire_on_the_same_tokens(world, dense):
 
 
 def test_cosine_neighbours_are_those_of_the_decoder(world):
-    unit = world.dictionary.W_dec_fd / world.dictionary.W_dec_fd.norm(dim=-1, keepdim=True)
+    unit = world.dictionary.W_dec_fo / world.dictionary.W_dec_fo.norm(dim=-1, keepdim=True)
     cosines = (unit @ unit[17]).numpy()
     cosines[17] = -2
     found = world.index.cosine_neighbours(17, 15)

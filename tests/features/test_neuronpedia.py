@@ -45,7 +45,7 @@ def folder(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("neuronpedia") / "out"
     out.mkdir()
     why = {17: [explanation(17), explanation(17, "model:judge-7b", "zebras")]}
-    write_neuronpedia(world.index, out, range(40), names_of(world.index), why, "me", world.dictionary.W_dec_fd.numpy())
+    write_neuronpedia(world.index, out, range(40), names_of(world.index), why, "me", world.dictionary.W_dec_fo.numpy())
     return out
 
 
@@ -65,8 +65,8 @@ def test_the_folder_has_the_files_and_fields_of_an_export(world, dense, folder):
         "blocks.0.hook_resid_pre",
     )
     assert row["maxActApprox"] == dense[:, 17].max()
-    assert row["vector"] == world.dictionary.W_dec_fd[17].tolist()
-    W_dec_fd = world.dictionary.W_dec_fd.numpy().astype(np.float64)
+    assert row["vector"] == world.dictionary.W_dec_fo[17].tolist()
+    W_dec_fd = world.dictionary.W_dec_fo.numpy().astype(np.float64)
     cosines = W_dec_fd @ W_dec_fd[17] / (np.linalg.norm(W_dec_fd, axis=1) * np.linalg.norm(W_dec_fd[17]))
     assert row["topkCosSimValues"] == pytest.approx(np.sort(np.delete(cosines, 17))[::-1][:10], abs=1e-5)
     activations = rows(folder / "activations/batch-0.jsonl.gz")

@@ -62,7 +62,7 @@ def test_the_effect_is_the_rise_of_all_later_losses_without_the_feature(world, l
         log_p = exact(inputs_embeds=embedded[None]).logits[0, :-1].log_softmax(-1)
         return -log_p[torch.arange(len(ids) - 1), torch.from_numpy(ids[1:])]
 
-    W_dec_fd = world.dictionary.W_dec_fd.double()
+    W_dec_fd = world.dictionary.W_dec_fo.double()
     before = losses(plain)
     assert reading.losses[0] is None
     assert reading.losses[1:] == pytest.approx(before.tolist(), abs=1e-4)
@@ -85,7 +85,7 @@ def test_of_too_many_pairs_those_with_the_longest_vectors_are_measured(world, lm
     reading = read_prompt(lm, world.dictionary, world.index, TEXT, n=40, order="effect", most_pairs=9)
     acts = activations(world, lm)[:-1]
     acts[0] = 0
-    lengths = acts * world.dictionary.W_dec_fd.norm(dim=-1).numpy()
+    lengths = acts * world.dictionary.W_dec_fo.norm(dim=-1).numpy()
     measured = [lengths[f.position, f.feature] for found in reading.firings for f in found if f.effect is not None]
     assert sorted(measured) == pytest.approx(np.sort(lengths.ravel())[-9:].tolist())
     assert reading.measured == 9

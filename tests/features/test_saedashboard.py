@@ -35,7 +35,7 @@ def test_a_batch_has_the_fields_and_the_numbers_of_the_index(world, dense, folde
     }
     rows = {row["feature_index"]: row for row in batch["features"]}
     assert set(rows) == set(np.flatnonzero(dense.any(0)).tolist())
-    row, acts, W_dec_fd = rows[17], dense[:, 17], world.dictionary.W_dec_fd.numpy()
+    row, acts, W_dec_fd = rows[17], dense[:, 17], world.dictionary.W_dec_fo.numpy()
     assert set(row) == FIELDS
     scanned = np.asarray(world.index.tokens["scanned"])
     assert row["frac_nonzero"] == (acts[scanned] > 0).sum() / scanned.sum()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from steering.arms import MAKERS, NONE, PROMPTING, RANDOM, SHUFFLED, Material, build_arms
 from steering.concepts import Concept, Corpus, Texts
 from steering.directions.targeted import Effects, targeted_direction
@@ -23,7 +23,7 @@ CONCEPT = Concept("a", prompt="aaaa", prompt_pairs=(("aa", "zz"),), positive=tup
 
 
 @pytest.fixture(scope="module")
-def dictionary(byte_lm) -> SparseAutoencoder:
+def dictionary(byte_lm) -> Dictionary:
     """Feature 0 reads along the difference of means, above the negative texts; the others are random."""
     means = [torch.stack([x.mean(0) for x in activations_of_texts(byte_lm, texts, SITE)]).mean(0) for texts in (POSITIVE, NEGATIVE)]
     generator = torch.Generator().manual_seed(0)
@@ -31,7 +31,7 @@ def dictionary(byte_lm) -> SparseAutoencoder:
     W_enc_fd[0] = means[0] - means[1]
     b_enc_f = torch.zeros(16)
     b_enc_f[0] = -W_enc_fd[0] @ means[1]
-    return SparseAutoencoder(W_enc_fd, b_enc_f, W_dec_fd, torch.zeros(32), {"site": SITE})
+    return Dictionary.autoencoder(W_enc_fd, b_enc_f, W_dec_fd, torch.zeros(32), {"site": SITE})
 
 
 def material(lm, **changes) -> Material:
@@ -80,7 +80,7 @@ def test_the_feature_of_highest_auroc_on_the_texts_to_fit(byte_lm, dictionary, a
         assert auroc_f[f] == pytest.approx(roc_auc_score([1] * 20 + [0] * 20, scores[:, f]))
     best = int(np.argmax(auroc_f))
     assert arms["SAE feature by AUROC"].note.startswith(f"feature {best}:")
-    row_d = dictionary.W_dec_fd[best]
+    row_d = dictionary.W_dec_fo[best]
     torch.testing.assert_close(arms["SAE feature by AUROC"].vector.direction_d, row_d / row_d.norm())
     assert arms["SAE feature by AUROC"].strongest == pytest.approx((highest_f[best] * row_d.norm()).item(), rel=1e-5)
     assert "output score" in arms["SAE feature by output score"].note
@@ -89,7 +89,7 @@ def test_the_feature_of_highest_auroc_on_the_texts_to_fit(byte_lm, dictionary, a
 @pytest.mark.parametrize("feature", [3, 15])
 def test_a_named_feature_is_its_decoder_row(byte_lm, dictionary, feature):
     named = {arm.method: arm for arm in build_arms(material(byte_lm, dictionary=dictionary, feature=feature))}["SAE feature named"]
-    row_d = dictionary.W_dec_fd[feature]
+    row_d = dictionary.W_dec_fo[feature]
     torch.testing.assert_close(named.vector.direction_d, row_d / row_d.norm())
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.language_model import LanguageModel
 from steering.arms import MAKERS, NONE, PROMPTING
@@ -29,7 +29,7 @@ def parts(byte_lm, tmp_path_factory) -> Path:
     for name, d, made in (("sae", 32, fingerprint), ("narrow", 16, None), ("foreign", 32, "0123456789ab")):
         W_fd = torch.randn(12, d, generator=torch.Generator().manual_seed(d))
         metadata = {"site": SITE, "model_name": "model", "model_fingerprint": made}
-        SparseAutoencoder(W_fd, torch.zeros(12), W_fd, torch.zeros(d), metadata).save(folder / name)
+        Dictionary.autoencoder(W_fd, torch.zeros(12), W_fd, torch.zeros(d), metadata).save(folder / name)
     concept = {
         "name": "a <b>",
         "positive": [f"aaaa number {i} of the apples" for i in range(40)],

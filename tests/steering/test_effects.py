@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from steering.directions.random import random_direction
 from steering.directions.targeted import Effects
@@ -22,8 +22,8 @@ SETTINGS = {"samples": 3, "new_tokens": 6, "seed": 4}
 
 
 @pytest.fixture(scope="module")
-def dictionary() -> SparseAutoencoder:
-    made = SparseAutoencoder.initial(32, 48, seed=1).requires_grad_(False)
+def dictionary() -> Dictionary:
+    made = Dictionary.initial(32, 48, seed=1).requires_grad_(False)
     made.metadata = {"site": SITE}
     return made
 
@@ -146,7 +146,7 @@ def test_tokens_of_features_at_the_heads_are_read_through_the_output_projection(
     dictionary.save(parts / "heads")
     entry = effect_map(config(parts, sae=parts / "heads", feature=(3,)))["maps"][0]["raised"][0]
     transformer = byte_lm.model.transformer
-    row_d = dictionary.W_dec_fd[entry["feature"]] @ transformer.h[1].attn.c_proj.weight
+    row_d = dictionary.W_dec_fo[entry["feature"]] @ transformer.h[1].attn.c_proj.weight
     lens_v = byte_lm.model.lm_head.weight @ ((row_d - row_d.mean()) * transformer.ln_f.weight)
     assert entry["tokens"] == [byte_lm.tokenizer.decode([i]) for i in lens_v.topk(5).indices.tolist()]
 

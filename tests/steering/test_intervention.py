@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from test_language_model import CONFIGS, FAMILIES, tiny
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.language_model import LanguageModel, NonFiniteLogits
 from steering.intervention import DictionaryFeature, steered
@@ -24,10 +24,10 @@ def ids_of(rows: int = 2, length: int = 7, seed: int = 0):
     return torch.randint(2, 40, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def dictionary(zero_rows: bool = False) -> SparseAutoencoder:
+def dictionary(zero_rows: bool = False) -> Dictionary:
     generator = torch.Generator().manual_seed(5)
     W_enc_fd, W_dec_fd = torch.randn(6, 32, generator=generator), torch.randn(6, 32, generator=generator)
-    return SparseAutoencoder(
+    return Dictionary.autoencoder(
         W_enc_fd, torch.randn(6, generator=generator), 0 * W_dec_fd if zero_rows else W_dec_fd, torch.randn(32, generator=generator)
     )
 

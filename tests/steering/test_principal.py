@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
 from sae.activations.text import TextConfig
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.language_model import LanguageModel
 from steering.calibration import kl_per_token
@@ -164,7 +164,7 @@ def parts(byte_lm, tmp_path):
     texts = [("loud", "".join(rng.choice(list("ABCDEF!"), 30))) for _ in range(60)]
     texts += [("count", "".join(rng.choice(list("0123456789 "), 30))) for _ in range(60)] + [("count", "12")]
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t, "domain": label}) + "\n" for label, t in texts))
-    dictionary = SparseAutoencoder.initial(32, 48, seed=1)
+    dictionary = Dictionary.initial(32, 48, seed=1)
     dictionary.metadata = {"site": "resid_post.1"}
     dictionary.save(tmp_path / "sae")
     return tmp_path

@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 
 from sae.activations.harvest import HarvestConfig, harvest
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.features.index import IndexConfig, build_index
 from sae.features.records import FeatureIndex
@@ -71,7 +71,7 @@ def parts(tmp_path_factory) -> Path:
     b_enc_f = torch.zeros(8)
     b_enc_f[SILENT] = -1e3
     metadata = {"site": site, "model_name": str(folder / "model"), "model_fingerprint": lm.fingerprint()}
-    SparseAutoencoder(W_fd, b_enc_f, 2 * W_fd, torch.zeros(16), metadata).save(folder / "sae")
+    Dictionary.autoencoder(W_fd, b_enc_f, 2 * W_fd, torch.zeros(16), metadata).save(folder / "sae")
     build_index(IndexConfig(cache=folder / "cache", dictionary=folder / "sae", out=folder / "index"))
     return folder
 
@@ -84,7 +84,7 @@ def test_report_is_what_the_parts_give_when_used_by_hand(parts):
     report = steer(config_of(parts, feature=3, strength=-2.5, samples=2, seed=7, positions="generated", temperature=0.8, top_p=0.9))
     lm = LanguageModel.load(str(parts / "model"), device="cpu")
     highest = float(FeatureIndex.open(parts / "index").feature(3).values.max())
-    row_d = SparseAutoencoder.load(parts / "sae").W_dec_fd[3]
+    row_d = Dictionary.load(parts / "sae").W_dec_fo[3]
     assert report["max_activation"] == pytest.approx(highest, rel=1e-3)
     assert report["activation"] == pytest.approx(-2.5 * highest, rel=1e-3)
     ids_sp = torch.tensor([[0, 1, 2]] * 2)  # <s> the cat
@@ -194,8 +194,8 @@ def test_unusable_settings(parts, settings, sentence):
 
 
 def test_parts_that_do_not_belong_together(parts, tmp_path):
-    sae = SparseAutoencoder.load(parts / "sae")
-    SparseAutoencoder(sae.W_enc_fd, sae.b_enc_f + 1, sae.W_dec_fd, sae.b_dec_d, sae.metadata).save(tmp_path / "other")
+    sae = Dictionary.load(parts / "sae")
+    Dictionary.autoencoder(sae.W_enc_fd, sae.b_enc_f + 1, sae.W_dec_fo, sae.b_dec_o, sae.metadata).save(tmp_path / "other")
     with pytest.raises(InputError, match=r"weights in .* differ"):
         steer(config_of(parts, feature=1, dictionary=tmp_path / "other"))
     with pytest.raises(InputError, match="has other weights"):

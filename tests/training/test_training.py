@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae.activations.harvest import HarvestConfig, harvest
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.files import only_writer
 from sae.training import TrainingConfig, train
@@ -99,9 +99,9 @@ def test_training_lowers_the_loss_and_saves_a_dictionary_for_raw_activations(cac
     assert lines[-1]["fvu"] < 0.5 * lines[0]["fvu"]
     opened = ActivationCache.open(cache)
     x_bd = opened.read(opened.shards("held_out")[0])[0].float()
-    fvu = (SparseAutoencoder.load(folder)(x_bd) - x_bd).square().sum() / (x_bd - x_bd.mean(0)).square().sum()
+    fvu = (Dictionary.load(folder)(x_bd) - x_bd).square().sum() / (x_bd - x_bd.mean(0)).square().sum()
     assert fvu == pytest.approx(lines[-1]["fvu"], rel=0.5)  # raw activations, other tokens, no scaling by the caller
-    assert SparseAutoencoder.load(folder).site == "resid_post.0"
+    assert Dictionary.load(folder).site == "resid_post.0"
 
 
 def test_the_log_says_which_path_ran_and_the_terminal_when_it_changed(cache, tmp_path, capsys):
@@ -246,7 +246,7 @@ def test_dead_features_are_resampled_and_live_again(cache, tmp_path):
     """A feature killed by hand is found dead and points at a badly reconstructed row; living ones are not touched."""
     config = config_for(cache, tmp_path)
     torch.manual_seed(0)
-    dictionary = SparseAutoencoder.initial(16, 40, seed=0)
+    dictionary = Dictionary.initial(16, 40, seed=0)
     sweep, x_bd = Sweep(dictionary, config), torch.randn(64, 16)
     sweep.silent_steps_kf[0, [3, 11]] = 5
     before = {name: t.clone() for name, t in sweep.state().items()}
@@ -291,7 +291,7 @@ class Refuse:
         if name.split('.')[0] in heavy:
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
-import sae.dictionary, sae.objective, sae.training
+import sae.dictionaries.dictionary, sae.objective, sae.training
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from sae.activations.harvest import HarvestConfig, harvest
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.features.index import IndexConfig, build_index
 from sae.features.records import FeatureIndex
 from steering.directions.feature import by_output_score, by_search_word, feature_direction, output_scores
 
 
-def dictionary(metadata=None) -> SparseAutoencoder:
+def dictionary(metadata=None) -> Dictionary:
     torch.manual_seed(3)
-    return SparseAutoencoder(torch.randn(6, 32), torch.zeros(6), 3 * torch.randn(6, 32), torch.randn(32), metadata)
+    return Dictionary.autoencoder(torch.randn(6, 32), torch.zeros(6), 3 * torch.randn(6, 32), torch.randn(32), metadata)
 
 
 def test_strength_one_is_what_the_feature_adds_at_its_maximum():
@@ -43,7 +43,7 @@ def test_features_that_cannot_steer():
             feature_direction(sae, feature, highest, site)
 
 
-def index_of(lm, folder: Path) -> tuple[FeatureIndex, SparseAutoencoder]:
+def index_of(lm, folder: Path) -> tuple[FeatureIndex, Dictionary]:
     """Feature 2 reads the letter Z off the token embeddings; the others read nothing in particular."""
     lm.model.save_pretrained(folder / "model")
     lm.tokenizer.save_pretrained(folder / "model")
@@ -56,9 +56,9 @@ def index_of(lm, folder: Path) -> tuple[FeatureIndex, SparseAutoencoder]:
     b_enc_f = torch.full((6,), -1.0)
     b_enc_f[2] = -0.7 * float(W_fd[2] @ z_d)
     model = {"model_name": str(folder / "model"), "model_fingerprint": lm.fingerprint(), "site": "resid_pre.0"}
-    SparseAutoencoder(W_fd, b_enc_f, W_fd, torch.zeros(32), model).save(folder / "sae")
+    Dictionary.autoencoder(W_fd, b_enc_f, W_fd, torch.zeros(32), model).save(folder / "sae")
     build_index(IndexConfig(cache=folder / "cache", dictionary=folder / "sae", out=folder / "index"))
-    return FeatureIndex.open(folder / "index"), SparseAutoencoder.load(folder / "sae")
+    return FeatureIndex.open(folder / "index"), Dictionary.load(folder / "sae")
 
 
 def test_a_word_finds_the_feature_that_fires_on_it(byte_lm, tmp_path):
@@ -67,7 +67,7 @@ def test_a_word_finds_the_feature_that_fires_on_it(byte_lm, tmp_path):
     assert made.provenance["search"] == "Z"
     assert made.provenance["feature"] == index.search("Z", 1)[0].feature == 2
     highest = float(index.feature(2).values.max())
-    torch.testing.assert_close(made.direction_d, highest * sae.W_dec_fd[2], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(made.direction_d, highest * sae.W_dec_fo[2], rtol=1e-3, atol=1e-3)
     with pytest.raises(InputError, match="does not occur as a whole word"):
         by_search_word(index, sae, "quince")
 
@@ -87,7 +87,7 @@ def test_output_score_against_the_formula_by_hand(byte_lm, site):
             acts_spf[..., j] = 4 * most
             return sae.decode(acts_spf) + error_spd
 
-        block, row_d = transformer.h[1], sae.W_dec_fd[j]
+        block, row_d = transformer.h[1], sae.W_dec_fo[j]
         with torch.no_grad():
             if site == "resid_post.1":
                 handle = block.register_forward_hook(
@@ -112,7 +112,7 @@ def test_the_feature_that_drives_the_output_is_chosen_over_one_that_does_not(byt
     W_fd = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     token = byte_lm.tokenizer("Q")["input_ids"][0]
     W_fd[0], W_fd[1] = torch.ones(32), byte_lm.model.lm_head.weight[token].detach()
-    sae = SparseAutoencoder(W_fd, torch.zeros(3), W_fd, torch.zeros(32), {"site": "resid_post.2"})
+    sae = Dictionary.autoencoder(W_fd, torch.zeros(3), W_fd, torch.zeros(32), {"site": "resid_post.2"})
     made = by_output_score(byte_lm, sae, [0, 1], [5.0, 5.0])
     assert made.provenance["feature"] == 1
     assert made.provenance["output_scores"]["1"] > 0.3 > 0.05 > made.provenance["output_scores"]["0"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
-from sae.saelens import HOOK_NAMES, hook_of_site, site_of_hook
+from sae.formats.transformer_lens import HOOK_NAMES, hook_of_site, site_of_hook
 
 D, F = 6, 10
 HOOK = "blocks.1.hook_resid_post"
@@ -101,7 +101,7 @@ def in_metadata(**changes):
 @pytest.mark.parametrize("cfg", [VERSION_6, VERSION_3, VERSION_2], ids=["6", "3 to 5", "2"])
 @pytest.mark.parametrize("more", [{}, {"scaling_factor": torch.ones(F)}], ids=["four tensors", "and a factor of ones"])
 def test_plain_dictionaries_of_all_versions_open_at_their_site(tmp_path, capsys, cfg, more):
-    sae, x_bd = SparseAutoencoder.load(write(tmp_path, cfg, tensors(**more))), torch.randn(7, D)
+    sae, x_bd = Dictionary.load(write(tmp_path, cfg, tensors(**more))), torch.randn(7, D)
     w = tensors()
     acts_bf = torch.relu((x_bd - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
     torch.testing.assert_close(sae.encode(x_bd), acts_bf)
@@ -130,7 +130,7 @@ def test_plain_dictionaries_of_all_versions_open_at_their_site(tmp_path, capsys,
     ],
 )
 def test_facts_that_change_nothing_are_kept(tmp_path, cfg, change):
-    sae = SparseAutoencoder.load(write(tmp_path, cfg | change))
+    sae = Dictionary.load(write(tmp_path, cfg | change))
     assert sae.site == "resid_post.1"
     if "metadata" in change:
         assert sae.metadata["my_own_fact"] == "kept"
@@ -139,15 +139,17 @@ def test_facts_that_change_nothing_are_kept(tmp_path, cfg, change):
 @pytest.mark.parametrize(
     ("cfg", "change", "message"),
     [
-        (VERSION_3, {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 8}}, "activation_fn 'topk'"),
         (VERSION_3, {"activation_fn_str": "tanh-relu"}, "activation_fn 'tanh-relu'"),
-        (VERSION_2, {"activation_fn": "topk"}, "activation_fn 'topk'"),
-        (VERSION_3, {"activation_fn_kwargs": {"k": 8}}, "activation_fn_kwargs"),
-        (VERSION_6, {"architecture": "topk", "k": 8, "rescale_acts_by_decoder_norm": True}, "architecture 'topk'"),
-        (VERSION_6, {"architecture": "jumprelu"}, "architecture 'jumprelu'.*expected 'standard'"),
+        (VERSION_2, {"activation_fn": "topk"}, "k None"),
+        (VERSION_3, {"activation_fn_kwargs": {"k": 8}}, "k 8 and architecture 'standard'"),
+        (VERSION_3, {"activation_fn_kwargs": {"k": 8, "slope": 2}}, "activation_fn_kwargs"),
+        (VERSION_6, {"architecture": "topk"}, "k None"),
+        (VERSION_6, {"architecture": "topk", "k": 11}, "k 11"),
+        (VERSION_6, {"architecture": "topk", "k": True}, "k True"),
+        (VERSION_6, {"architecture": "temporal"}, "architecture 'temporal'.*expected 'standard' or 'jumprelu'"),
+        (VERSION_6, {"architecture": "jumprelu"}, "lacks threshold"),
         (VERSION_6, {"k": 8}, "k 8"),
-        (VERSION_6, {"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm True"),
-        (VERSION_6, {"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm'"),
+        (VERSION_6, {"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm"),
         (VERSION_6, {"normalize_activations": "expected_average_only_in"}, "normalize_activations"),
         (VERSION_6, {"normalize_activations": "covariance_whitening"}, "normalize_activations"),
         (VERSION_3, {"normalize_activations": True}, "normalize_activations True"),
@@ -161,7 +163,17 @@ def test_facts_that_change_nothing_are_kept(tmp_path, cfg, change):
         (VERSION_2, {"hook_point_head_index": 3}, "hook_head_index 3"),
         (VERSION_6, in_metadata(hook_head_index=3), "hook_head_index 3"),
         (VERSION_6, in_metadata(hook_name_out="blocks.1.hook_mlp_out"), "hook_name_out"),
-        (VERSION_6, in_metadata(model_from_pretrained_kwargs={"center_writing_weights": True}), "center_writing_weights"),
+        (
+            VERSION_6,
+            in_metadata(model_from_pretrained_kwargs={"center_writing_weights": True}) | {"normalize_activations": "constant_norm_rescale"},
+            "center_writing_weights",
+        ),
+        (VERSION_6, {"architecture": "transcoder", "d_out": D, "apply_b_dec_to_input": False}, "hook_name_out None"),
+        (
+            VERSION_6,
+            {"architecture": "transcoder", "d_out": D} | in_metadata(hook_name_out="blocks.1.hook_mlp_out"),
+            "apply_b_dec_to_input true",
+        ),
         (VERSION_3, {"model_from_pretrained_kwargs": {"checkpoint_index": 4}}, "checkpoint_index"),
         (VERSION_3, {"model_from_pretrained_kwargs": [1]}, "where an object is expected"),
         (
@@ -177,7 +189,7 @@ def test_facts_that_change_nothing_are_kept(tmp_path, cfg, change):
         (VERSION_6, in_metadata(site="somewhere"), "expected a site of the model"),
         (VERSION_6, {"hook_name": "blocks.0.hook_resid_post"}, "two things of hook_name"),
         (VERSION_6, {"post_bias": True}, "post_bias, which may change"),
-        (VERSION_6, {"d_out": D}, "d_out"),
+        (VERSION_6, {"d_out": D + 1}, "d_out 7"),
         (VERSION_6, {"d_sae": 11}, r"W_enc .* has shape \(6, 10\) where cfg.json asks for \(6, 11\)"),
         (VERSION_6, {"d_in": None}, "d_in None"),
         (VERSION_3, {"d_in": 6.0}, "d_in 6.0"),
@@ -186,7 +198,7 @@ def test_facts_that_change_nothing_are_kept(tmp_path, cfg, change):
 )
 def test_what_changes_the_function_or_what_it_reads_is_refused_by_name(tmp_path, cfg, change, message):
     with pytest.raises(InputError, match=message):
-        SparseAutoencoder.load(write(tmp_path, cfg | change))
+        Dictionary.load(write(tmp_path, cfg | change))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +217,7 @@ def test_what_changes_the_function_or_what_it_reads_is_refused_by_name(tmp_path,
 @pytest.mark.parametrize("cfg", [VERSION_6, VERSION_3], ids=["6", "3 to 5"])
 def test_other_tensors_than_a_plain_dictionarys_are_refused(tmp_path, cfg, more, message):
     with pytest.raises(InputError, match=message):
-        SparseAutoencoder.load(write(tmp_path, cfg, tensors(**more)))
+        Dictionary.load(write(tmp_path, cfg, tensors(**more)))
 
 
 def test_a_half_finite_tensor_is_found_wherever_the_number_stands(tmp_path):
@@ -213,7 +225,7 @@ def test_a_half_finite_tensor_is_found_wherever_the_number_stands(tmp_path):
         weights = tensors()
         weights["W_enc"].view(-1)[place] = torch.nan
         with pytest.raises(InputError, match="W_enc"):
-            SparseAutoencoder.load(write(tmp_path, VERSION_6, weights))
+            Dictionary.load(write(tmp_path, VERSION_6, weights))
 
 
 @pytest.mark.parametrize("kind", HOOK_NAMES)
@@ -222,10 +234,10 @@ def test_hooks_and_sites_name_one_another(tmp_path, kind):
     assert site_of_hook(hook) == f"{kind}.11"
     for other in (hook + "x", "x" + hook, hook.replace("11", "-1"), hook.replace("11", "011"), hook.replace("11", "")):
         assert site_of_hook(other) is None
-    opened = SparseAutoencoder.load(write(tmp_path / "a", VERSION_3 | {"hook_name": hook, "hook_layer": 11}))
+    opened = Dictionary.load(write(tmp_path / "a", VERSION_3 | {"hook_name": hook, "hook_layer": 11}))
     assert opened.site == f"{kind}.11"
     opened.save(tmp_path / "b")  # and comes back from our own folder the same
-    again = SparseAutoencoder.load(tmp_path / "b")
+    again = Dictionary.load(tmp_path / "b")
     assert again.site == opened.site
     assert again.metadata["hook_name"] == hook
     assert load_file(tmp_path / "b" / "sae_weights.safetensors").keys() == tensors().keys()

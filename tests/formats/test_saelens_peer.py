@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sae.dictionary import SparseAutoencoder
+from sae.dictionaries.dictionary import Dictionary
 
-PEERS = Path(__file__).resolve().parents[1] / ".peers" / "bin" / "python"
+PEERS = Path(__file__).resolve().parents[2] / ".peers" / "bin" / "python"
 
 READ = """
 import sys
@@ -54,7 +54,7 @@ def test_saelens_opens_and_computes_what_we_saved(tmp_path):
     W_enc_fd, W_dec_fd = torch.randn(2, 64, 24, generator=g)
     b_enc_f, b_dec_d = torch.randn(64, generator=g), torch.randn(24, generator=g)
     metadata = {"model_name": "some/model", "site": "resid_post.2", "context_size": 128, "prepend_bos": True}
-    ours = SparseAutoencoder(W_enc_fd, b_enc_f, W_dec_fd, b_dec_d, metadata).requires_grad_(False)
+    ours = Dictionary.autoencoder(W_enc_fd, b_enc_f, W_dec_fd, b_dec_d, metadata).requires_grad_(False)
     ours.save(tmp_path / "sae")
     x = torch.randn(200, 24, generator=g) * 3
     save_file({"x": x}, tmp_path / "x.safetensors")
@@ -69,7 +69,7 @@ def test_saelens_opens_and_computes_what_we_saved(tmp_path):
 @pytest.mark.parametrize("apply_b_dec_to_input", [True, False])
 def test_we_open_and_compute_what_saelens_saved(tmp_path, apply_b_dec_to_input):
     peers_run(WRITE, tmp_path / "sae", tmp_path / "values.safetensors", apply_b_dec_to_input)
-    ours = SparseAutoencoder.load(tmp_path / "sae")
+    ours = Dictionary.load(tmp_path / "sae")
     values = load_file(tmp_path / "values.safetensors")
     torch.testing.assert_close(ours.encode(values["x"]), values["acts"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.decode(values["acts"]), values["x_hat"], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,252 @@
+"""A dictionary: what reads activations at one site and writes a sparse combination of its rows at the same site or another.
+
+b rows (tokens) · d model width · f features · o width of what is written · k chosen features
+
+    z = (x − b_in) W_encᵀ + b_enc      acts = gate(z)      y = acts W_dec + b_dec (+ x W_skipᵀ)
+
+Every kind is this formula with its own gate (gates.py). A sparse autoencoder writes where it reads and has b_in = b_dec or none; a
+transcoder writes elsewhere and may skip. Both weight matrices are feature-major in memory, so that one feature is one row of each.
+A saved dictionary takes the model's raw activations; the formats are in sae/formats.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sae.dictionaries.frames import Frame
+from sae.dictionaries.gates import Gate, Threshold
+from sae.entries import Buffers, Entries, active_entries
+from sae.errors import InputError
+
+
+class Port(NamedTuple):
+    """Where a dictionary reads or writes."""
+
+    site: str | None
+    """for example "resid_post.2"; None when unknown"""
+    width: int
+
+
+class Dictionary(nn.Module):
+    """Use its methods, not its tensors: they hold for every kind."""
+
+    def __init__(
+        self,
+        W_enc_fd: Tensor,
+        b_enc_f: Tensor,
+        W_dec_fo: Tensor,
+        b_dec_o: Tensor,
+        *,
+        gate: Gate | None = None,
+        b_in_d: Tensor | None = None,
+        W_skip_od: Tensor | None = None,
+        frame: Frame | None = None,
+        metadata: dict[str, Any] | None = None,
+    ):
+        """`gate`: ReLU by default. `metadata`: facts about where it comes from, as they stand in its file; "site" is where it reads and,
+        of a transcoder, "site_out" where it writes.
+        """
+        super().__init__()
+        self.W_enc_fd, self.b_enc_f = nn.Parameter(W_enc_fd), nn.Parameter(b_enc_f)
+        self.W_dec_fo, self.b_dec_o = nn.Parameter(W_dec_fo), nn.Parameter(b_dec_o)
+        self.b_in_d = None if b_in_d is None else nn.Parameter(b_in_d)
+        self.W_skip_od = None if W_skip_od is None else nn.Parameter(W_skip_od)
+        self.gate, self.frame = gate or Threshold(), frame
+        self.metadata = dict(metadata or {})
+
+    @classmethod
+    def autoencoder(
+        cls, W_enc_fd: Tensor, b_enc_f: Tensor, W_dec_fd: Tensor, b_dec_d: Tensor, metadata: dict[str, Any] | None = None
+    ) -> "Dictionary":
+        """acts = relu((x − b_dec) W_encᵀ + b_enc), x̂ = acts W_dec + b_dec: one bias in memory serves for both ends."""
+        return cls(W_enc_fd, b_enc_f, W_dec_fd, b_dec_d, b_in_d=b_dec_d, metadata=metadata)
+
+    @classmethod
+    def initial(cls, d_in: int, d_sae: int, *, seed: int, decoder_norm: float = 0.1) -> "Dictionary":
+        """Before training: random decoder rows of one norm, W_enc = W_dec (Anthropic, April 2024 update), zero biases."""
+        generator = torch.Generator().manual_seed(seed)
+        W_dec_fd = nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=-1) * decoder_norm
+        return cls.autoencoder(W_dec_fd.clone(), torch.zeros(d_sae), W_dec_fd, torch.zeros(d_in))
+
+    @property
+    def d_in(self) -> int:
+        return self.W_enc_fd.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        return self.W_dec_fo.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        return self.W_dec_fo.shape[0]
+
+    @property
+    def site(self) -> str | None:
+        """Where in the model it reads, for example "resid_post.2"; None when unknown."""
+        return self.metadata.get("site")
+
+    @property
+    def site_out(self) -> str | None:
+        """Where it writes: for all but transcoders where it reads."""
+        return self.metadata.get("site_out", self.site)
+
+    @property
+    def reads(self) -> tuple[Port, ...]:
+        return (Port(self.site, self.d_in),)
+
+    @property
+    def writes(self) -> tuple[Port, ...]:
+        return (Port(self.site_out, self.d_out),)
+
+    @property
+    def is_transcoder(self) -> bool:
+        """It writes elsewhere than it reads."""
+        return self.site_out != self.site or self.d_in != self.d_out
+
+    def require_site(self, site: str | None = None) -> str:
+        """The site to use it at: its own, or `site` where it knows none. Raises `InputError` where they differ, or neither is known."""
+        if site is None and self.site is None:
+            raise InputError("expected the dictionary's metadata to name its site, such as resid_post.2, found none; give the site")
+        if None not in (site, self.site) and site != self.site:
+            raise InputError(f"the dictionary was made for {self.site}, so it says nothing about {site}; use it at its own site")
+        return str(self.site or site)
+
+    def require_model(self, name: str | None, fingerprint: str | None, *, named: bool) -> None:
+        """Raises `InputError` unless it was made with the model of this name and fingerprint.
+
+        Without both fingerprints, differing names prove nothing: when a person `named` the model, a line on stderr says that it is taken
+        on trust, otherwise that person is asked.
+        """
+        made, by = (self.metadata.get(f"model_{key}") for key in ("name", "fingerprint"))
+        if by is not None and fingerprint is not None:
+            if by != fingerprint:
+                raise InputError(
+                    f"the dictionary was made with {made} (fingerprint {by}), but {name} has other weights (fingerprint {fingerprint}); "
+                    "use the dictionary's own model"
+                )
+        elif made != name and made is not None and not named:
+            raise InputError(
+                f"the dictionary was made with {made}, and without the fingerprints of both it cannot be told whether {name} is the same "
+                "model; if it is, say so with --model"
+            )
+        elif made != name:
+            print(f"no fingerprint tells that the dictionary was made with {name}: it names {made or 'no model'}", file=sys.stderr)
+
+    def encoder_input(self, x_bd: Tensor) -> Tensor:
+        """What the encoder's rows are multiplied with, [..., d]; x is cast to the dictionary's dtype."""
+        x_bd = x_bd.to(self.W_enc_fd.dtype)
+        x_bd = x_bd if self.frame is None else self.frame.enter(x_bd).x_bd
+        return x_bd if self.b_in_d is None else x_bd - self.b_in_d
+
+    def pre_activations(self, x_bd: Tensor) -> Tensor:
+        """Before the gate, [..., f]."""
+        return nn.functional.linear(self.encoder_input(x_bd), self.W_enc_fd, self.b_enc_f)
+
+    def encode(self, x_bd: Tensor, buffers: Buffers | None = None) -> Tensor:
+        """Feature activations, [..., f]. With `buffers`, of rows [b, d], in memory that the next call overwrites."""
+        if buffers is None:
+            return self.gate(self.pre_activations(x_bd))
+        z_bf = buffers.take("acts", (len(x_bd), self.d_sae), self.W_enc_fd.dtype, x_bd.device)
+        return self.gate(torch.addmm(self.b_enc_f, self.encoder_input(x_bd), self.W_enc_fd.T, out=z_bf))
+
+    def entries(self, x_bd: Tensor, buffers: Buffers) -> Entries:
+        """The activations of rows [b, d] that are not 0, row after row.
+
+        The one [b, f] that there is lies in the buffers, so give it a chunk of rows at a time.
+        """
+        return active_entries(self.encode(x_bd, buffers), 0, buffers)
+
+    def activations(self, x_bd: Tensor, features: Sequence[int] | Tensor) -> Tensor:
+        """Of the chosen features alone, [..., k]: one row of the encoder each, unless the gate must see all features (TopK)."""
+        features = torch.as_tensor(features, device=self.W_enc_fd.device)
+        if not self.gate.elementwise:
+            return self.encode(x_bd)[..., features]
+        z_bk = nn.functional.linear(self.encoder_input(x_bd), self.W_enc_fd[features], self.b_enc_f[features])
+        return self.gate.of(features)(z_bk)
+
+    def decode(self, acts_bf: Tensor, x_bd: Tensor | None = None) -> Tensor:
+        """What is written for these activations, [..., o]; `x_bd`, what was encoded, is needed where `decodes_with_input`."""
+        y_bo = acts_bf @ self.W_dec_fo + self.b_dec_o
+        return y_bo if not self.decodes_with_input else self.completed(y_bo, x_bd)
+
+    @property
+    def decodes_with_input(self) -> bool:
+        return self.W_skip_od is not None or (self.frame is not None and self.frame.restores)
+
+    def completed(self, y_bo: Tensor, x_bd: Tensor | None) -> Tensor:
+        """acts W_dec + b_dec brought out of the frame, and the skip added."""
+        if x_bd is None:
+            raise InputError(
+                "expected the tokens that were encoded too, because this dictionary's output depends on them; give decode both"
+            )
+        x_bd = x_bd.to(y_bo.dtype)
+        y_bo = y_bo if self.frame is None else self.frame.leave(y_bo, x_bd)
+        return y_bo if self.W_skip_od is None else y_bo + x_bd @ self.W_skip_od.T
+
+    def baseline(self, x_bd: Tensor) -> Tensor:
+        """What is written for these tokens when no feature is active, [..., o]; [o] where that is the same for all."""
+        return self.completed(self.b_dec_o, x_bd) if self.decodes_with_input else self.b_dec_o
+
+    def forward(self, x_bd: Tensor) -> Tensor:
+        return self.decode(self.encode(x_bd), x_bd)
+
+    def rows(self, features: Sequence[int] | Tensor) -> Tensor:
+        """What one unit of each chosen feature adds where the dictionary writes, [k, o]; in a frame, times `unit`."""
+        return self.W_dec_fo[torch.as_tensor(features, device=self.W_dec_fo.device)]
+
+    def unit(self, x_bd: Tensor) -> Tensor | float:
+        """What one unit of the decoder's output is worth for each token, [..., 1]; 1 without a frame."""
+        return 1.0 if self.frame is None or not self.frame.restores else self.frame.enter(x_bd).unit_b1
+
+    def norms(self) -> Tensor:
+        """Lengths of the decoder's rows, [f]."""
+        return self.W_dec_fo.norm(dim=-1)
+
+    def require_feature(self, feature: int) -> None:
+        """Raises `InputError` for a number that is no feature."""
+        if not 0 <= feature < self.d_sae:
+            raise InputError(f"feature {feature} does not exist: the dictionary has features 0 to {self.d_sae - 1}")
+
+    @torch.no_grad()
+    def folded(self, scale_in: float, scale_out: float | None = None) -> "Dictionary":
+        """The same function for inputs that are not yet multiplied by `scale_in` and outputs divided by `scale_out` (the same by
+        default), with decoder rows of length 1 where the gate allows it.
+
+        An activation is then the length that its feature adds, in the model's own units. Exact: a gate that allows it commutes with
+        positive factors. Of a plain TopK the rows keep their lengths, because others would choose other features. Rows of zero length
+        are left as they are.
+        """
+        scale_out = scale_in if scale_out is None else scale_out
+        norm_f = self.norms() / scale_out
+        norm_f = torch.where(norm_f > 0, norm_f, torch.ones_like(norm_f))
+        gate = self.gate.scaled(norm_f)
+        if gate is None:
+            gate, norm_f = self.gate, torch.ones_like(norm_f)
+        return Dictionary(
+            self.W_enc_fd * (scale_in * norm_f)[:, None],
+            self.b_enc_f * norm_f,
+            self.W_dec_fo / (scale_out * norm_f)[:, None],
+            self.b_dec_o / scale_out,
+            gate=gate,
+            b_in_d=None if self.b_in_d is None else self.b_in_d / scale_in,
+            W_skip_od=None if self.W_skip_od is None else self.W_skip_od * (scale_in / scale_out),
+            frame=self.frame,
+            metadata=self.metadata,
+        ).requires_grad_(False)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the folder that SAELens' `SAE.load_from_disk` opens; each file is written whole or not at all."""
+        from sae.formats.saelens import save
+
+        save(self, Path(folder))
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Dictionary":
+        """Reads a folder written by `save` or in any of the formats of `sae.formats`. Raises `InputError` for anything else."""
+        from sae.formats import load
+
+        return load(Path(folder), device)

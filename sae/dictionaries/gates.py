@@ -1,0 +1,92 @@
+"""Gates: which pre-activations become activations. All kinds of dictionaries differ, at inference, only here.
+
+b rows (tokens) · f features
+
+| kind | gate |
+|---|---|
+| ReLU with L1, p-annealing | `Threshold()` |
+| JumpReLU; BatchTopK and Matryoshka once trained | `Threshold(theta_f)` |
+| gated | `Threshold(theta_f)`, see sae/formats/saelens.py |
+| TopK | `TopK(k)` |
+| AbsTopK | `AbsTopK(k)` |
+
+A gate is called with pre-activations z [..., f] and may overwrite them.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sae.errors import InputError
+
+
+class Gate(nn.Module):
+    """What all gates have. A new kind is a subclass with `forward`, and `scaled` where that is possible."""
+
+    elementwise: ClassVar[bool]
+    """each activation depends on its own pre-activation alone, so that one feature can be computed without the others"""
+    signed: ClassVar[bool] = False
+    """activations may be negative"""
+
+    def forward(self, z_bf: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def of(self, features: Sequence[int] | Tensor) -> "Gate":
+        """The gate of these features alone; for elementwise gates."""
+        raise NotImplementedError
+
+    def scaled(self, factor_f: Tensor) -> "Gate | None":
+        """The gate g' with g'(factor · z) = factor · g(z) for factors above 0, or None where there is no such gate."""
+        return None
+
+
+class Threshold(Gate):
+    """z where z > theta, else 0. `theta_f` [f] is at least 0; without one it is 0 everywhere, which is ReLU."""
+
+    elementwise = True
+
+    def __init__(self, theta_f: Tensor | None = None):
+        super().__init__()
+        # a threshold below 0 would let negative values through; the published JumpReLU takes the ReLU first
+        self.theta_f = None if theta_f is None else nn.Parameter(theta_f.clamp(min=0), requires_grad=False)
+
+    def forward(self, z_bf: Tensor) -> Tensor:
+        return z_bf.relu_() if self.theta_f is None else z_bf.masked_fill_(z_bf <= self.theta_f, 0)
+
+    def of(self, features: Sequence[int] | Tensor) -> "Threshold":
+        return Threshold(None if self.theta_f is None else self.theta_f[features])
+
+    def scaled(self, factor_f: Tensor) -> "Threshold":
+        return Threshold(None if self.theta_f is None else self.theta_f * factor_f)
+
+
+class TopK(Gate):
+    """The k largest of a row, those of them that are above 0."""
+
+    elementwise = False
+
+    def __init__(self, k: int):
+        super().__init__()
+        if k < 1:
+            raise InputError(f"expected k of at least 1, got {k}")
+        self.k = k
+
+    def forward(self, z_bf: Tensor) -> Tensor:
+        value_bk, index_bk = z_bf.topk(min(self.k, z_bf.shape[-1]), sorted=False)
+        return z_bf.zero_().scatter_(-1, index_bk, value_bk.relu())
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}"
+
+
+class AbsTopK(TopK):
+    """The k of a row that are largest without their signs, with their signs (arXiv 2510.00404)."""
+
+    signed = True
+
+    def forward(self, z_bf: Tensor) -> Tensor:
+        index_bk = z_bf.abs().topk(min(self.k, z_bf.shape[-1]), sorted=False).indices
+        value_bk = z_bf.gather(-1, index_bk)
+        return torch.zeros_like(z_bf).scatter_(-1, index_bk, value_bk)

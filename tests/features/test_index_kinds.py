@@ -1,0 +1,93 @@
+"""An index of every kind of dictionary against encoding all cached activations at once."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from feature_world import VOCABULARY
+
+from sae.activations.cache import ActivationCache
+from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.frames import Frame
+from sae.dictionaries.gates import AbsTopK, Threshold, TopK
+from sae.errors import InputError
+from sae.features.index import IndexConfig, build_index
+from sae.features.merge import MergeConfig, merge_indexes
+from sae.features.records import FeatureIndex
+
+F = 24
+KINDS = {
+    "jumprelu": dict(gate=Threshold(torch.linspace(0, 0.6, F))),
+    "topk": dict(gate=TopK(3)),
+    "abstopk": dict(gate=AbsTopK(3)),
+    "layer norm": dict(frame=Frame("layer_norm")),
+    "skip": dict(W_skip_od=torch.eye(VOCABULARY) / 3),
+}
+
+
+def made(world, **rest):
+    g = torch.Generator().manual_seed(0)
+    W_enc_fd, W_dec_fd = torch.randn(2, F, VOCABULARY, generator=g)
+    model = json.loads((world.cache / "manifest.json").read_text())["model"]
+    metadata = {"model_name": model["name"], "model_fingerprint": model["fingerprint"], "site": "resid_pre.0"}
+    return Dictionary(W_enc_fd, torch.full((F,), -0.3), W_dec_fd / 9, torch.zeros(VOCABULARY), metadata=metadata, **rest).requires_grad_(
+        False
+    )
+
+
+def cached(world):
+    cache = ActivationCache.open(world.cache, "resid_pre.0")
+    parts = [cache.read(shard) for split in ("train", "held_out") for shard in cache.shards(split)]
+    return torch.cat([x for x, _ in parts]), np.concatenate([rows for _, rows in parts])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind(world, tmp_path, kind, monkeypatch):
+    dictionary = made(world, **KINDS[kind])
+    if kind == "skip":  # SAELens has no autoencoder that skips, so there is no folder for one
+        monkeypatch.setattr(Dictionary, "load", lambda *_: dictionary)
+        Dictionary.save(made(world), tmp_path / "sae")
+    else:
+        dictionary.save(tmp_path / "sae")
+    config = dict(cache=world.cache, dictionary=tmp_path / "sae", device="cpu")
+    index = FeatureIndex.open(build_index(IndexConfig(out=tmp_path / "index", **config)))
+    x, tokens = cached(world)
+    acts = dictionary.encode(x).numpy()
+    for j in range(F):
+        fires = np.flatnonzero(acts[:, j])
+        order = np.argsort(tokens[fires])
+        np.testing.assert_array_equal(index.feature(j).positions, tokens[fires][order])
+        np.testing.assert_array_equal(index.feature(j).values, np.abs(acts[fires, j][order]).astype(np.float16))
+    wide, x64 = dictionary.double(), x.double()
+    with torch.no_grad():
+        error = (x64 - wide(x64)).square().sum()
+        centred = (x64 - x64.mean(0)).square().sum()
+        assert index.info["fvu"] == pytest.approx(float(error / centred), rel=1e-4)
+        codes = wide.encode(x64)
+        for j in (0, 7):
+            without = codes.clone()
+            without[:, j] = 0
+            rise = ((x64 - wide.decode(without, x64)).square().sum() - error) / centred
+            assert index.columns["fvu_contribution"][j] == pytest.approx(float(rise), rel=1e-3, abs=1e-6)
+    dictionary.float()
+
+    j = int(np.argmax(index.columns["count"]))
+    if kind == "abstopk":
+        np.testing.assert_allclose(index.columns["negative_share"], [(a[a != 0] < 0).mean() for a in acts.T], atol=1e-6)
+        shown = {context.position: context.value for context in index.top_contexts(j)}
+        assert {p: np.float16(acts[tokens == p, j][0]) for p in shown} == pytest.approx(shown)
+        page = index.view(j)._repr_html_()
+        assert (' m c"' in page) == any(value < 0 for value in shown.values())
+    parts = [build_index(IndexConfig(out=tmp_path / f"part{i}", part=f"{i}/2", **config)) for i in (1, 2)]
+    merge_indexes(MergeConfig(parts=tuple(parts), out=tmp_path / "merged"))
+    for name in ("records", "columns", "details"):
+        assert (tmp_path / "merged" / f"{name}.safetensors").read_bytes() == (tmp_path / "index" / f"{name}.safetensors").read_bytes()
+
+
+def test_a_transcoder_needs_the_site_it_writes(world, tmp_path):
+    dictionary = made(world)
+    dictionary.metadata["site_out"] = "mlp_out.0"
+    dictionary.save(tmp_path / "sae")
+    with pytest.raises(InputError, match=r"--sites resid_pre\.0 mlp_out\.0"):
+        build_index(IndexConfig(cache=world.cache, dictionary=tmp_path / "sae", out=tmp_path / "index", device="cpu"))
