@@ -41,12 +41,12 @@ from sae.features import examples
 from sae.features.contribution import MAX_ROWS
 from sae.features.export import ExportConfig, export_features
 from sae.features.index import CHUNK_BYTES, IndexConfig, build_index, choose_tokens, chunks
-from sae.features.opening import details_layout
-from sae.features.records import FORMAT_VERSION, FeatureIndex
+from sae.features.opening import FORMAT_VERSION, SCHEMAS, details_layout
+from sae.features.records import FeatureIndex
 from sae.features.storage import create, write_arrays
 from sae.files import write_json
 from sae.language_model import LanguageModel
-from sae.reading import read_json
+from sae.reading import NUMPY_DTYPES, read_json
 
 Part = Literal["build", "read", "page", "export"]
 
@@ -272,8 +272,7 @@ def write_index(folder: Path, config: BenchmarkConfig, rng: np.random.Generator)
                 rows[:] = np.where(limit_b > 0, rng.random(rows.shape) * limit_b, int(examples.NONE))
             else:
                 rows[:] = rng.integers(0, limit, rows.shape)
-    names = ("count", "sum", "max", "top_position", "mean", "std", "skewness", "kurtosis", "density", "decoder_norm", "fvu_contribution")
-    columns: dict[str, np.ndarray] = {name: rng.random(f).astype(np.float32) for name in (*names, "top_token", "sequences", "documents")}
+    columns = {name: rng.random(f).astype(NUMPY_DTYPES[dtype]) for name, (dtype, _) in SCHEMAS["columns"].items()}
     for side in ("top", "bottom"):
         columns[f"{side}_token_values"] = np.sort(rng.random((f, 20), np.float32))
         columns[f"{side}_token_ids"] = rng.integers(0, vocabulary, (f, 20), np.int32)
@@ -292,7 +291,24 @@ def write_index(folder: Path, config: BenchmarkConfig, rng: np.random.Generator)
         "piece_special": np.zeros(vocabulary, bool),
     }
     write_arrays(folder / "tokens.safetensors", tokens)
-    write_json(folder / "index.json", {"format_version": FORMAT_VERSION, "label_names": ["text"]})
+    info = {
+        "format_version": FORMAT_VERSION,
+        "dictionary": "none",
+        "dictionary_crc32": "00000000",
+        "cache": "none",
+        "model": {"name": None, "revision": None, "fingerprint": None},
+        "site": "resid_post.0",
+        "d_in": 1,
+        "d_sae": f,
+        "splits": ["train"],
+        "activations": total,
+        "activations_cut_to_65504": 0,
+        "label_names": ["text"],
+        "logit_lens": "random numbers",
+        "tokens_scanned": n,
+        "fvu": None,
+    }
+    write_json(folder / "index.json", info)
     return dense
 
 

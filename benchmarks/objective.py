@@ -28,6 +28,7 @@ from sae.command_line import run
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.files import write_json
+from sae.objective import Weights
 
 Rival = Literal["eager", "eager_tuned", "compile", "saelens", "dictionary_learning", "sparsify", "sparsify_plain"]
 
@@ -189,7 +190,8 @@ def problem(config: BenchmarkConfig, case: Case, cache: ActivationCache | None, 
         sae = Dictionary.initial(case.d_in, case.d_sae, seed=config.seed, decoder_norm=1.0)
         sae.b_dec_o.copy_(x_bd.mean(0))
         sae.b_enc_f.fill_(-threshold(sae, x_bd, case.l0))
-    return {"x_bd": x_bd, **{name: value.detach() for name, value in sae.named_parameters()}}
+    weights = Weights(sae.W_enc_fd, sae.b_enc_f, sae.W_dec_fo, sae.b_dec_o)
+    return {"x_bd": x_bd, **{name: value.detach() for name, value in weights._asdict().items()}}
 
 
 def threshold(sae: Dictionary, x_bd: Tensor, l0: float) -> float:
