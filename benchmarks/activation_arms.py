@@ -31,9 +31,9 @@ def forward_passes(settings: dict[str, Any], whole: bool) -> Round:
 
     from sae.activations.harvest import HarvestConfig
     from sae.activations.plan import plan_pools
-    from sae.activations.recording import cut_text, load_model, make_recorder
+    from sae.activations.settings import cut_text, load_model, make_recorder
     from sae.activations.tokens import Tokens
-    from sae.language_model import LanguageModel
+    from sae.model.language_model import LanguageModel
 
     config = HarvestConfig(out=Path(settings["folder"]), **settings["harvest"])
     lm = LanguageModel.load(config.model, device=config.device) if whole else load_model(config)

@@ -29,16 +29,16 @@ from rounds import OFFLINE, PEERS_PYTHON, ArmFailed, started
 from sae.activations.batches import BUFFER_BYTES
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest import HarvestConfig
+from sae.activations.number_formats import row_bytes
 from sae.activations.shuffle import shuffle_quality
-from sae.activations.storage import row_bytes
 from sae.activations.text import TextConfig, documents
 from sae.activations.tokens import tokenise
 from sae.command_line import run
+from sae.disk.reading import read_json
+from sae.disk.writing import write_json, write_tensors
 from sae.errors import InputError
-from sae.files import write_json, write_tensors
-from sae.language_model import LanguageModel
-from sae.reading import read_json
-from sae.sites import parse_site
+from sae.model.language_model import LanguageModel
+from sae.model.sites import parse_site
 
 Part = Literal["harvest", "disk", "shuffle"]
 

@@ -31,14 +31,14 @@ from sae.activations.text import TextConfig, documents
 from sae.activations.tokens import tokenise
 from sae.command_line import run
 from sae.dictionaries.dictionary import Dictionary
+from sae.disk.reading import read_json
+from sae.disk.writing import write_json, write_tensors
 from sae.errors import InputError
-from sae.features.export import ExportConfig, export_features
-from sae.features.index import IndexConfig, build_index
-from sae.features.records import FeatureIndex
-from sae.features.saedashboard import read_saedashboard, rewrite_saedashboard
-from sae.files import write_json, write_tensors
-from sae.language_model import LanguageModel
-from sae.reading import read_json
+from sae.features.exports.command import ExportConfig, export_features
+from sae.features.exports.saedashboard import read_saedashboard, rewrite_saedashboard
+from sae.features.index.build import IndexConfig, build_index
+from sae.features.index.reader import FeatureIndex
+from sae.model.language_model import LanguageModel
 
 
 @dataclass(kw_only=True)

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 
 from sae.activations.ledger import FORMAT_VERSION, describe_file
+from sae.activations.number_formats import row_bytes
 from sae.activations.plan import Masks, Pool, plan_pools
-from sae.activations.record import Recorded, Recorder
-from sae.activations.storage import row_bytes
+from sae.activations.pools import Recorded, Recorder
 from sae.activations.tokens import Cutter, Part, Tokens
+from sae.disk.writing import require_free_space, write_json, write_tensors
 from sae.errors import InputError
-from sae.files import require_free_space, write_json, write_tensors
 
 SITE = "resid_post.0"
 

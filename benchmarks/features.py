@@ -35,18 +35,18 @@ from rounds import OFFLINE, ROOT
 from sae.activations.cache import ActivationCache
 from sae.command_line import run
 from sae.dictionaries.dictionary import Dictionary
+from sae.disk.arrays import create, write_arrays
+from sae.disk.reading import NUMPY_DTYPES, read_json
+from sae.disk.writing import write_json
 from sae.entries import Buffers
 from sae.errors import InputError
-from sae.features import examples
-from sae.features.contribution import MAX_ROWS
-from sae.features.export import ExportConfig, export_features
-from sae.features.index import CHUNK_BYTES, IndexConfig, build_index, choose_tokens, chunks
-from sae.features.opening import FORMAT_VERSION, SCHEMAS, details_layout
-from sae.features.records import FeatureIndex
-from sae.features.storage import create, write_arrays
-from sae.files import write_json
-from sae.language_model import LanguageModel
-from sae.reading import NUMPY_DTYPES, read_json
+from sae.features.exports.command import ExportConfig, export_features
+from sae.features.index import examples
+from sae.features.index.build import CHUNK_BYTES, IndexConfig, build_index, choose_tokens, chunks
+from sae.features.index.contribution import MAX_ROWS
+from sae.features.index.opening import FORMAT_VERSION, SCHEMAS, details_layout
+from sae.features.index.reader import FeatureIndex
+from sae.model.language_model import LanguageModel
 
 Part = Literal["build", "read", "page", "export"]
 

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from rounds import PEERS_PYTHON  # noqa: E402
 
-from sae.files import write_json  # noqa: E402
+from sae.disk.writing import write_json  # noqa: E402
 
 REAL = {"sizes": [(768, 32_768), (2304, 65_536), (4096, 131_072)], "rows": 8192, "l0": 50.0, "cached_rows": 1 << 20, "tokens": 1 << 20}
 REAL["precisions"] = ["bfloat16", "tf32", "float32"]

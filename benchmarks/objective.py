@@ -26,8 +26,8 @@ from sae.activations.batches import ActivationBatches
 from sae.activations.cache import ActivationCache
 from sae.command_line import run
 from sae.dictionaries.dictionary import Dictionary
+from sae.disk.writing import write_json
 from sae.errors import InputError
-from sae.files import write_json
 from sae.objective import Weights
 
 Rival = Literal["eager", "eager_tuned", "compile", "saelens", "dictionary_learning", "sparsify", "sparsify_plain"]

@@ -19,10 +19,10 @@ import numpy as np
 from sae.activations.cache import ActivationCache
 from sae.command_line import run
 from sae.dictionaries.dictionary import Dictionary
+from sae.disk.reading import read_json
+from sae.disk.writing import write_json
 from sae.errors import InputError
 from sae.evaluation.evaluate import reconstruct
-from sae.files import write_json
-from sae.reading import read_json
 from sae.training import TrainingConfig, train
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,8 +14,8 @@ import torch
 from arms import LABELS, PEERS, SYSTEM_ALLOCATOR
 from torch import Tensor
 
+from sae.disk.writing import write_tensors
 from sae.errors import InputError
-from sae.files import write_tensors
 from sae.progress import progress
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -19,9 +19,9 @@ from steering_speed import load
 from torch import Tensor
 
 from sae.command_line import run
+from sae.disk.writing import write_json
 from sae.errors import InputError
-from sae.files import write_json
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 
 HEADER = ["arm", "ms a pass", "speed over that of greedy"]
 

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from sae.command_line import run
 from sae.dictionaries.dictionary import Dictionary
+from sae.disk.reading import read_json
+from sae.disk.writing import write_json
 from sae.errors import InputError
-from sae.files import write_json
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 from sae.progress import progress
-from sae.reading import read_json
 from steering.intervention import OPERATIONS, DictionaryFeature, steered
 from steering.vector import SteeringVector
 

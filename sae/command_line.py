@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sae.disk.places import sentence
 from sae.errors import InputError
-from sae.places import sentence
 from sae.streams import lasting_streams
 from sae.text_input import replace_surrogates
 
@@ -115,7 +115,7 @@ def evaluate_sae() -> None:
 
 
 def build_feature_index() -> None:
-    from sae.features.index import IndexConfig, build_index
+    from sae.features.index.build import IndexConfig, build_index
 
     run(
         build_index,
@@ -125,25 +125,25 @@ def build_feature_index() -> None:
 
 
 def merge_feature_indexes() -> None:
-    from sae.features.merge import MergeConfig, merge_indexes
+    from sae.features.index.merge import MergeConfig, merge_indexes
 
     run(merge_indexes, MergeConfig, "Join feature indexes of one dictionary that were built on different text.")
 
 
 def list_features() -> None:
-    from sae.features.list import ListConfig, list_features
+    from sae.features.terminal import ListConfig, list_features
 
     run(list_features, ListConfig, "List and search features in the terminal and write pages that open without a network.")
 
 
 def explain_features() -> None:
-    from sae.features.explain import ExplainConfig, explain
+    from sae.features.explanations.explain import ExplainConfig, explain
 
     run(explain, ExplainConfig, "Explain features by tokens, bigrams and patterns, or by a model, and score that on held-out documents.")
 
 
 def export_features() -> None:
-    from sae.features.export import ExportConfig, export_features
+    from sae.features.exports.command import ExportConfig, export_features
 
     run(
         export_features,

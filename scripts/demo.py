@@ -12,10 +12,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from sae.checksum import crc32
 from sae.command_line import run
+from sae.disk.checksum import crc32
+from sae.disk.places import require_folder
 from sae.formats.saelens import WEIGHTS
-from sae.places import require_folder
 
 MODEL = Path("checkpoints/demo-lm")
 SHIPPED = Path("checkpoints/demo-sae")

@@ -15,9 +15,9 @@ from typing import Any, Literal, NamedTuple
 from zipfile import ZipFile
 
 from sae.command_line import run
+from sae.disk.writing import only_writer, require_free_space
 from sae.errors import InputError
-from sae.files import only_writer, require_free_space
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 
 
 class RealModel(NamedTuple):

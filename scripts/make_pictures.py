@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from sae.command_line import run
+from sae.disk.places import require_folder
+from sae.disk.writing import atomic
 from sae.errors import InputError
-from sae.files import atomic
-from sae.places import require_folder
 
 
 @dataclass

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from sae.command_line import run
+from sae.disk.places import require_file
+from sae.disk.writing import write_tensors
 from sae.errors import InputError
-from sae.files import write_tensors
-from sae.language_model import LanguageModel
-from sae.places import require_file
+from sae.model.language_model import LanguageModel
 from sae.progress import progress
 
 

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 
 from sae.activations.text import TextConfig, documents
 from sae.command_line import run
+from sae.disk.places import require_folder
+from sae.disk.reading import read_json
+from sae.disk.writing import atomic, write_json
 from sae.errors import InputError
-from sae.files import atomic, write_json
-from sae.places import require_folder
-from sae.reading import read_json
 from sae.training.metrics import keep_until
 
 STATE = "training_state.pt"

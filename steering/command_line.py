@@ -10,31 +10,31 @@ def steer() -> None:
 
 
 def measure_steering() -> None:
-    from steering.strengths import StrengthsConfig, strengths
+    from steering.studies.strengths import StrengthsConfig, strengths
 
     run(strengths, StrengthsConfig, "Measure what adding a feature does at several strengths, against a random direction.")
 
 
 def principal_directions() -> None:
-    from steering.principal import PrincipalConfig, principal_study
+    from steering.studies.principal import PrincipalConfig, principal_study
 
     run(principal_study, PrincipalConfig, "Whether principal directions mean anything: against random and learned ones at equal KL.")
 
 
 def effect_map() -> None:
-    from steering.effect_map import EffectConfig, effect_map
+    from steering.studies.effect_map import EffectConfig, effect_map
 
     run(effect_map, EffectConfig, "What else steering with a feature moves, and a direction that moves it alone.")
 
 
 def compare_directions() -> None:
-    from steering.comparison import CompareConfig, compare_directions
+    from steering.compare.command import CompareConfig, compare_directions
 
     run(compare_directions, CompareConfig, "Compare ways to steer towards a concept at equal KL, with controls and intervals.")
 
 
 def browse_features() -> None:
-    from sae.features.browse import BrowseConfig
+    from sae.features.browser.serve import BrowseConfig
     from steering.panel import browse
 
     run(browse, BrowseConfig, "Look at features in the web browser: search, prompts, steering, labels; served on this machine alone.")

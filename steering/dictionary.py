@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 
 
 def load_dictionary(folder: Path, lm: LanguageModel, site: str | None = None) -> tuple[Dictionary, str]:

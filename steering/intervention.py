@@ -15,9 +15,9 @@ from torch import Tensor
 from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.gates import Threshold
 from sae.errors import InputError
-from sae.hooks import Edit
-from sae.language_model import LanguageModel, NonFiniteLogits
-from steering.places import Place, Positions, listed_positions
+from sae.model.hooks import Edit
+from sae.model.language_model import LanguageModel, NonFiniteLogits
+from steering.positions import Place, Positions, listed_positions
 from steering.vector import SteeringVector
 
 OPERATIONS = ("add", "rotate", "clamp", "ablate")

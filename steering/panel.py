@@ -13,14 +13,14 @@ from torch import Tensor
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
-from sae.features.browse import BrowseConfig, serve
-from sae.features.records import FeatureIndex
-from sae.features.server import Sampling
-from sae.features.text import Vocabulary, vocabulary
-from sae.language_model import LanguageModel, NonFiniteLogits
+from sae.features.browser.app import Sampling
+from sae.features.browser.serve import BrowseConfig, serve
+from sae.features.index.reader import FeatureIndex
+from sae.features.index.words import Vocabulary, vocabulary
+from sae.model.language_model import LanguageModel, NonFiniteLogits
 from steering.directions.feature import feature_direction
 from steering.intervention import steered
-from steering.measure import continuation_loss
+from steering.strength.measure import continuation_loss
 
 SIDES = ("unsteered", "steered")
 

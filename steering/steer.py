@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from sae.errors import InputError
-from sae.features.browse import parts_of
-from sae.features.records import FeatureIndex
-from sae.language_model import LanguageModel, NonFiniteLogits
+from sae.features.browser.serve import parts_of
+from sae.features.index.reader import FeatureIndex
+from sae.model.language_model import LanguageModel, NonFiniteLogits
 from steering.directions.feature import feature_direction, first_found
 from steering.intervention import steered
-from steering.measure import continuation_loss, until_end, word_rate
+from steering.strength.measure import continuation_loss, until_end, word_rate
 from steering.vector import SteeringVector
 
 SIDE_BY_SIDE = 80  # columns of a terminal below which two columns of text become unreadable
@@ -135,7 +135,7 @@ def typical_norm(lm: LanguageModel, site: str, whole_sp: Tensor, prompt_length: 
 
 def described(lm: LanguageModel, prompt_sp: Tensor, whole_sp: Tensor, word: str | None) -> dict[str, Any]:
     """Continuations as text, their loss under the unsteered model, and, if a word was searched for, how often it comes."""
-    from sae.features.text import words_of
+    from sae.features.index.words import words_of
 
     start = len(lm.tokenizer.decode(prompt_sp[0], skip_special_tokens=True))
     texts = [text[start:] for text in lm.tokenizer.batch_decode(whole_sp, skip_special_tokens=True)]

@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae.disk.reading import one_sentence, parse_json, read_tensors
+from sae.disk.writing import atomic, write_tensors
 from sae.errors import InputError
-from sae.files import atomic, write_tensors
-from sae.fingerprint import COMPILED
-from sae.reading import one_sentence, parse_json, read_tensors
-from sae.sites import KINDS, parse_site
+from sae.model.fingerprint import COMPILED
+from sae.model.sites import KINDS, parse_site
 
 if TYPE_CHECKING:
-    from sae.language_model import LanguageModel
+    from sae.model.language_model import LanguageModel
 
 FORMAT = "steering-vector-2"
 FORMAT_1 = "steering-vector-1"  # one tensor "direction", its site in the metadata

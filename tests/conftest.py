@@ -8,7 +8,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from sae.language_model import LanguageModel
+    from sae.model.language_model import LanguageModel
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -30,7 +30,7 @@ def byte_lm() -> "LanguageModel":
     import tokenizers
     import transformers as hf
 
-    from sae.language_model import LanguageModel
+    from sae.model.language_model import LanguageModel
 
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<s>", *letters])}

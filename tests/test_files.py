@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sae.checksum import crc32
+from sae.disk.checksum import crc32
+from sae.disk.reading import read_json
+from sae.disk.writing import atomic, remove_leftovers, require_free_space, write_json, write_tensors
 from sae.errors import InputError
-from sae.files import atomic, remove_leftovers, require_free_space, write_json, write_tensors
-from sae.reading import read_json
 
 
 def test_a_failure_while_writing_leaves_what_was_there(tmp_path):
@@ -40,7 +40,7 @@ def test_a_write_the_disk_refuses_leaves_nothing(tmp_path):
     code = f"""
 import resource, signal, torch
 from pathlib import Path
-from sae.files import write_tensors
+from sae.disk.writing import write_tensors
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, {resource.RLIM_INFINITY}))
 write_tensors(Path({str(tmp_path)!r}) / "t.safetensors", {{"a": torch.zeros(100_000)}})

@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from sae.activations.harvest import HarvestConfig, harvest
 from sae.errors import InputError
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")

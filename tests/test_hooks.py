@@ -12,7 +12,7 @@ import transformers as hf
 from test_language_model import ids_of, tiny
 
 from sae.errors import InputError
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 
 SITE = "resid_post.1"
 

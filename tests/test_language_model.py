@@ -12,17 +12,17 @@ import torch
 import transformers as hf
 
 from sae.errors import InputError
-from sae.language_model import LanguageModel, NonFiniteLogits
-from sae.sites import KINDS, Site, parse_site
-from steering.calibration import calibrate, encode_cut
+from sae.model.language_model import LanguageModel, NonFiniteLogits
+from sae.model.sites import KINDS, Site, parse_site
 from steering.directions.actadd import actadd
 from steering.directions.diffmean import diffmean_of_texts
 from steering.directions.iti import fit_iti, head_outputs
 from steering.directions.pca import principal_directions_of_texts
 from steering.directions.texts import activations_of_texts
-from steering.effects import rollout_activations
-from steering.measure import listed_words, word_rate
-from steering.truthfulqa import answer_log_probs
+from steering.strength.calibration import calibrate, encode_cut
+from steering.strength.measure import listed_words, word_rate
+from steering.studies.effects import rollout_activations
+from steering.studies.truthfulqa import answer_log_probs
 from steering.vector import SteeringVector
 
 N_LAYERS, VOCAB = 3, 50

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from test_language_model import FAMILIES, blocks_of, ids_of, tiny
 
 from sae.errors import InputError
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 
 
 @pytest.fixture(scope="module")

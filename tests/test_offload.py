@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_language_model import ids_of, tiny
 
-from sae.features.lens import folded_unembedding
-from sae.language_model import LanguageModel
+from sae.features.index.lens import folded_unembedding
+from sae.model.language_model import LanguageModel
 
 pytest.importorskip("accelerate")
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sae.disk.places import SENTENCES, require_file, require_folder, sentence, writing
+from sae.disk.writing import atomic, only_writer, write_json, write_tensors
 from sae.errors import InputError
-from sae.files import atomic, only_writer, write_json, write_tensors
-from sae.places import SENTENCES, require_file, require_folder, sentence, writing
 
 ROOT = Path(__file__).parents[1]
 NOBODY = 65534
@@ -33,18 +33,18 @@ def commands() -> dict:
     from sae.activations.export import export_cache
     from sae.activations.harvest import HarvestConfig, harvest
     from sae.activations.imports import ImportConfig, import_activations
-    from sae.activations.recording import RecordingConfig
+    from sae.activations.settings import RecordingConfig
     from sae.evaluation import EvaluationConfig, evaluate
-    from sae.features.export import ExportConfig, export_features
-    from sae.features.index import IndexConfig, build_index
-    from sae.features.list import ListConfig, list_features
-    from sae.features.merge import MergeConfig, merge_indexes
+    from sae.features.exports.command import ExportConfig, export_features
+    from sae.features.index.build import IndexConfig, build_index
+    from sae.features.index.merge import MergeConfig, merge_indexes
+    from sae.features.terminal import ListConfig, list_features
     from sae.training import TrainingConfig, train
     from sae.training.live import LiveTrainingConfig, train_live
-    from steering.comparison import CompareConfig, compare_directions
-    from steering.effect_map import EffectConfig, effect_map
-    from steering.principal import PrincipalConfig, principal_study
-    from steering.strengths import StrengthsConfig, strengths
+    from steering.compare.command import CompareConfig, compare_directions
+    from steering.studies.effect_map import EffectConfig, effect_map
+    from steering.studies.principal import PrincipalConfig, principal_study
+    from steering.studies.strengths import StrengthsConfig, strengths
 
     none, text = Path("none"), (str(ROOT / "README.md"),)
     live = RecordingConfig(text=text, sites=("resid_post.0",))

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from typing_extensions import NotRequired, TypedDict
 
-from sae.checksum import crc32, is_intact
+from sae.disk.checksum import crc32, is_intact
+from sae.disk.reading import Count, Entries, Number, layout, map_arrays, parse_json, read_json, read_tensors
+from sae.disk.writing import write_tensors
 from sae.errors import InputError
-from sae.files import write_tensors
-from sae.reading import Count, Entries, Number, layout, map_arrays, parse_json, read_json, read_tensors
 
 
 class Part(TypedDict):

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from sae import sampling
-from sae.sampling import sample
+from sae.model import sampling
+from sae.model.sampling import sample
 
 
 def nucleus(logits_v: torch.Tensor, temperature: float, top_p: float) -> np.ndarray:

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from sae.activations.manifest import THEN, check_file, damaged, read_manifest, verify
 from sae.activations.massive import sampled, sentence
-from sae.activations.storage import FORMATS, decode, shard_layout
+from sae.activations.number_formats import FORMATS, decode, shard_layout
 from sae.activations.tokens import SPLITS, Tokens
+from sae.disk.reading import SMALL, Place, layout, map_arrays, read_tensors, require_within
 from sae.errors import InputError
-from sae.reading import SMALL, Place, layout, map_arrays, read_tensors, require_within
 
 if TYPE_CHECKING:
     from sae.activations.batches import ActivationBatches
     from sae.dictionaries.dictionary import Dictionary
-    from sae.language_model import LanguageModel
+    from sae.model.language_model import LanguageModel
 
 __all__ = ["ActivationCache", "Shard", "Tokens", "verify"]
 

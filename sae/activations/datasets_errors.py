@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sae.disk.places import sentence
 from sae.errors import InputError
-from sae.places import sentence
 
 LONGEST = 300
 """characters of the library's own words"""

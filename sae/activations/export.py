@@ -16,10 +16,10 @@ import torch
 
 from sae.activations.cache import ActivationCache
 from sae.activations.tokens import SPLITS
+from sae.disk.folders import fresh_folder
+from sae.disk.places import require_folder
+from sae.disk.writing import require_free_space
 from sae.errors import InputError
-from sae.files import require_free_space
-from sae.folders import fresh_folder
-from sae.places import require_folder
 from sae.progress import progress
 
 if TYPE_CHECKING:

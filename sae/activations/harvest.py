@@ -15,9 +15,10 @@ import torch
 from sae.activations.ledger import FORMAT_VERSION, Ledger, claim, describe_file, has_size, require_same
 from sae.activations.manifest import read_manifest, verify
 from sae.activations.massive import PoolRows, sentence, summary
+from sae.activations.number_formats import row_bytes
 from sae.activations.plan import REASONS, Pool, count_reasons, count_rows, padding, plan_pools
-from sae.activations.record import Recorded, Recorder
-from sae.activations.recording import (
+from sae.activations.pools import Recorded, Recorder
+from sae.activations.settings import (
     RecordingConfig,
     check_recording,
     cut_text,
@@ -28,17 +29,16 @@ from sae.activations.recording import (
     model_record,
     require_tokens,
 )
-from sae.activations.storage import row_bytes
 from sae.activations.text import text_files
 from sae.activations.tokens import SPLITS, Tokens
 from sae.activations.writers import Writers
+from sae.disk.places import require_folder
+from sae.disk.writing import only_writer, require_free_space, write_json, write_tensors
 from sae.errors import InputError
-from sae.files import only_writer, require_free_space, write_json, write_tensors
-from sae.places import require_folder
 from sae.progress import progress
 
 if TYPE_CHECKING:
-    from sae.language_model import LanguageModel
+    from sae.model.language_model import LanguageModel
 
 
 @dataclass(kw_only=True)

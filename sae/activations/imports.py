@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from sae.activations.ledger import FORMAT_VERSION, claim, describe_file
+from sae.activations.number_formats import FORMATS, decode, encode, row_bytes, write_shard
 from sae.activations.plan import REASONS, Masks, Pool, count_reasons, plan_pools
-from sae.activations.record import sum_of_squares
+from sae.activations.pools import sum_of_squares
 from sae.activations.sources import Source, open_source
-from sae.activations.storage import FORMATS, decode, encode, row_bytes, write_shard
 from sae.activations.tokens import PART_TOKENS, Part, Tokens, is_held_out
+from sae.disk.places import require_folder
+from sae.disk.writing import only_writer, require_free_space, write_json, write_tensors
 from sae.errors import InputError
-from sae.files import only_writer, require_free_space, write_json, write_tensors
-from sae.places import require_folder
 from sae.progress import progress
 
 
@@ -101,7 +101,7 @@ def _check(config: ImportConfig) -> None:
 
 def _site(config: ImportConfig, source: Source) -> str:
     from sae.formats.transformer_lens import site_of_hook
-    from sae.sites import parse_site
+    from sae.model.sites import parse_site
 
     if config.site is not None:
         return str(parse_site(config.site))
@@ -115,7 +115,7 @@ def _model(config: ImportConfig, source: Source, site: str) -> tuple[dict[str, A
     """For the manifest, and the beginning-of-text token; all unknown without --model."""
     if config.model is None:
         return {"name": None, "revision": None, "fingerprint": None, "dtype": None}, None
-    from sae.language_model import LanguageModel
+    from sae.model.language_model import LanguageModel
 
     lm = LanguageModel.load(config.model, revision=config.revision, device="cpu")
     if lm.width(site) != source.d_in:

@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from sae.checksum import crc32
+from sae.disk.checksum import crc32
+from sae.disk.places import writing
+from sae.disk.reading import Count, Number, parse_json, read_json
+from sae.disk.writing import remove_leftovers, sync, write_json
 from sae.errors import InputError
-from sae.files import remove_leftovers, sync, write_json
-from sae.places import writing
-from sae.reading import Count, Number, parse_json, read_json
 
 FORMAT_VERSION = 1
 

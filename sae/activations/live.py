@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sae.activations.massive import PoolRows, sentence, summary
 from sae.activations.plan import Pool, plan_pools
-from sae.activations.record import Recorder, sum_of_squares
-from sae.activations.recording import (
+from sae.activations.pools import Recorder, sum_of_squares
+from sae.activations.settings import (
     RecordingConfig,
     check_recording,
     cut_text,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sae.activations.datasets_errors import told_plainly
+from sae.disk.reading import layout, one_sentence, require_within
 from sae.errors import InputError
-from sae.reading import layout, one_sentence, require_within
 
 RUN = 1024
 """Rows of a plain array that stay in one split: neighbours may come from one text."""

@@ -12,8 +12,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from sae.activations.datasets_errors import told_plainly
+from sae.disk.reading import map_arrays, parse_json, require_starts, require_within
 from sae.errors import InputError
-from sae.reading import map_arrays, parse_json, require_starts, require_within
 from sae.text_input import replace_surrogates
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")

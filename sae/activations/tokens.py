@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sae.activations.text import Document
+from sae.disk.reading import map_arrays, require_starts, require_within
 from sae.errors import InputError
-from sae.reading import map_arrays, require_starts, require_within
 
 SPLITS = ("train", "held_out")
 PART_TOKENS = 1 << 24

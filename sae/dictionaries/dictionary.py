@@ -19,8 +19,11 @@ from torch import Tensor, nn
 
 from sae.dictionaries.frames import Frame
 from sae.dictionaries.gates import Gate, Threshold
+from sae.dictionaries.parts import Parts
 from sae.entries import Buffers, Entries, active_entries
 from sae.errors import InputError
+from sae.formats import load
+from sae.formats.saelens import save
 
 
 class Port(NamedTuple):
@@ -72,6 +75,10 @@ class Dictionary(nn.Module):
         W_dec_fd = nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=-1) * decoder_norm
         return cls.autoencoder(W_dec_fd.clone(), torch.zeros(d_sae), W_dec_fd, torch.zeros(d_in))
 
+    def parts(self) -> Parts:
+        gate, frame, metadata = self.gate, self.frame, self.metadata
+        return Parts(self.W_enc_fd, self.b_enc_f, self.W_dec_fo, self.b_dec_o, gate, self.b_in_d, self.W_skip_od, frame, metadata)
+
     @property
     def d_in(self) -> int:
         return self.W_enc_fd.shape[1]
@@ -87,12 +94,12 @@ class Dictionary(nn.Module):
     @property
     def site(self) -> str | None:
         """Where in the model it reads, for example "resid_post.2"; None when unknown."""
-        return self.metadata.get("site")
+        return self.parts().site
 
     @property
     def site_out(self) -> str | None:
         """Where it writes: for all but transcoders where it reads."""
-        return self.metadata.get("site_out", self.site)
+        return self.parts().site_out
 
     @property
     def reads(self) -> tuple[Port, ...]:
@@ -105,7 +112,7 @@ class Dictionary(nn.Module):
     @property
     def is_transcoder(self) -> bool:
         """It writes elsewhere than it reads."""
-        return self.site_out != self.site or self.d_in != self.d_out
+        return self.parts().is_transcoder
 
     def require_site(self, site: str | None = None) -> str:
         """The site to use it at: its own, or `site` where it knows none. Raises `InputError` where they differ, or neither is known."""
@@ -240,13 +247,9 @@ class Dictionary(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Writes the folder that SAELens' `SAE.load_from_disk` opens; each file is written whole or not at all."""
-        from sae.formats.saelens import save
-
-        save(self, Path(folder))
+        save(self.parts(), Path(folder))
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Dictionary":
         """Reads a folder written by `save` or in any of the formats of `sae.formats`. Raises `InputError` for anything else."""
-        from sae.formats import load
-
-        return load(Path(folder), device)
+        return cls(**load(Path(folder), device)._asdict()).requires_grad_(False)

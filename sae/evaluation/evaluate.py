@@ -15,16 +15,16 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from sae.activations.massive import RATIO, is_massive, share
-from sae.checksum import crc32
 from sae.dictionaries.dictionary import Dictionary
+from sae.disk.checksum import crc32
+from sae.disk.places import require_file
+from sae.disk.reading import Number, read_json, require
+from sae.disk.writing import write_json
 from sae.errors import InputError
 from sae.evaluation.language_model_loss import ARMS, LanguageModelLoss, language_model_loss
 from sae.evaluation.reconstruction import Reconstruction, ReconstructionMetrics, measure
-from sae.files import write_json
 from sae.formats.saelens import WEIGHTS
-from sae.places import require_file
 from sae.progress import progress
-from sae.reading import Number, read_json, require
 
 if TYPE_CHECKING:
     from sae.activations.cache import ActivationCache
@@ -191,7 +191,7 @@ def splice(
     config: EvaluationConfig, dictionary: Dictionary, cache: "ActivationCache", mean_d: Tensor, device: torch.device
 ) -> LanguageModelLoss:
     """On a seeded choice of the held-out sequences, in the cache's own context length."""
-    from sae.language_model import LanguageModel
+    from sae.model.language_model import LanguageModel
 
     lm = LanguageModel.load(
         config.model or cache.model_name(),

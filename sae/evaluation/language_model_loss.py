@@ -20,7 +20,7 @@ from sae.errors import InputError
 from sae.progress import progress
 
 if TYPE_CHECKING:
-    from sae.language_model import Edit, LanguageModel
+    from sae.model.language_model import Edit, LanguageModel
 
 ARMS = ("clean", "spliced", "zero", "mean")
 LOGITS_BYTES = 64 << 20

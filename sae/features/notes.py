@@ -15,11 +15,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sae.disk.arrays import EXPLANATIONS
+from sae.disk.writing import atomic
 from sae.errors import InputError
-from sae.features.records import FeatureIndex
-from sae.features.storage import EXPLANATIONS
-from sae.features.text import folded
-from sae.files import atomic
+from sae.features.index.reader import FeatureIndex
+from sae.features.index.words import folded
 from sae.progress import progress
 from sae.text_input import replace_surrogates, replace_surrogates_in
 

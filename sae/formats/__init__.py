@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.parts import Parts
 from sae.errors import InputError
 from sae.formats import saelens
 
@@ -15,14 +15,14 @@ class Format(NamedTuple):
     name: str
     has: tuple[str, ...]
     """files by which a folder of this format is known"""
-    load: Callable[[Path, str | torch.device], Dictionary]
+    load: Callable[[Path, str | torch.device], Parts]
 
 
 FORMATS = (Format("SAELens", (saelens.CFG, saelens.WEIGHTS), saelens.load),)
 
 
-def load(folder: Path, device: str | torch.device = "cpu") -> Dictionary:
-    """The dictionary in `folder`, for raw activations. Raises `InputError` for a folder of none of the formats."""
+def load(folder: Path, device: str | torch.device = "cpu") -> Parts:
+    """What the dictionary in `folder` is made of. Raises `InputError` for a folder of none of the formats."""
     for row in FORMATS:
         if any((folder / name).exists() for name in row.has):
             return row.load(folder, device)

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.frames import Frame
 from sae.dictionaries.gates import AbsTopK, Gate, Threshold, TopK
+from sae.dictionaries.parts import Parts
+from sae.disk.reading import read_json, read_tensors
+from sae.disk.writing import write_json, write_tensors
 from sae.errors import InputError
-from sae.files import write_json, write_tensors
 from sae.formats.transformer_lens import HOOK_NAMES, hook_of_site, site_of_hook
-from sae.reading import read_json, read_tensors
-from sae.sites import parse_site
+from sae.model.sites import parse_site
 
 WEIGHTS = "sae_weights.safetensors"
 CFG = "cfg.json"
@@ -118,7 +118,7 @@ class Settings(NamedTuple):
         return shapes | {name: (o, d) if name == "W_skip" else (f,) for name in ARCHITECTURES[self.architecture].tensors}
 
 
-def load(folder: Path, device: str | torch.device = "cpu") -> Dictionary:
+def load(folder: Path, device: str | torch.device = "cpu") -> Parts:
     """Raises `InputError` naming the key or tensor for anything but a whole dictionary of a kind known here, on one of our sites."""
     settings = read_settings(folder)
     w, _ = read_tensors(folder / WEIGHTS, "a dictionary's weights", device=device, then="copy or train the dictionary again")
@@ -132,17 +132,9 @@ def load(folder: Path, device: str | torch.device = "cpu") -> Dictionary:
     gate = gate_of(settings, w)
     if scale_f is not None and settings.finetuned:
         w["W_dec"] = w["W_dec"] * scale_f[:, None]
-    return Dictionary(
-        w["W_enc"].T.contiguous(),
-        w["b_enc"],
-        w["W_dec"],
-        w["b_dec"],
-        gate=gate,
-        b_in_d=w["b_dec"] if settings.subtracts_b_dec else None,
-        W_skip_od=w.get("W_skip"),
-        frame=settings.frame,
-        metadata=settings.metadata,
-    ).requires_grad_(False)
+    b_in_d = w["b_dec"] if settings.subtracts_b_dec else None
+    W_enc_fd = w["W_enc"].T.contiguous()
+    return Parts(W_enc_fd, w["b_enc"], w["W_dec"], w["b_dec"], gate, b_in_d, w.get("W_skip"), settings.frame, settings.metadata)
 
 
 def gate_of(settings: Settings, w: dict[str, Tensor]) -> Gate:
@@ -323,13 +315,12 @@ def find_site(folder: Path, values: dict[str, Any], out: str) -> str | None:
     return found
 
 
-def save(dictionary: Dictionary, folder: Path) -> None:
+def save(d: Parts, folder: Path) -> None:
     """Writes the folder that SAELens' `SAE.load_from_disk` opens; each file is written whole or not at all.
 
     A bias of the input that is not the decoder's own is folded into the encoder's.
     """
-    d, gate, frame = dictionary, dictionary.gate, dictionary.frame
-    transcoder = d.is_transcoder
+    gate, frame, transcoder = d.gate, d.frame, d.is_transcoder
     subtracts = d.b_in_d is not None and not transcoder and torch.equal(d.b_in_d, d.b_dec_o)
     b_enc_f = d.b_enc_f if d.b_in_d is None or subtracts else d.b_enc_f - d.W_enc_fd @ d.b_in_d
     weights = {"W_enc": d.W_enc_fd.T, "b_enc": b_enc_f, "W_dec": d.W_dec_fo, "b_dec": d.b_dec_o}
@@ -341,7 +332,9 @@ def save(dictionary: Dictionary, folder: Path) -> None:
         weights |= {} if gate.theta_f is None else {"threshold": gate.theta_f}
     else:
         raise InputError(f"expected a gate that SAELens has too, got {type(gate).__name__}, which it cannot compute")
-    if transcoder or d.W_skip_od is not None:
+    if d.W_skip_od is not None and not transcoder:
+        raise InputError("expected a dictionary that SAELens has too, got an autoencoder with a skip matrix, which it has not")
+    if transcoder:
         name = {"standard": "", "jumprelu": "jumprelu_"}.get(name, f"{name}_") + ("" if d.W_skip_od is None else "skip_") + "transcoder"
         if name not in ARCHITECTURES:
             raise InputError(f"expected a dictionary that SAELens has too, got a {name}, which it has not")

@@ -5,9 +5,9 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
+from sae.disk.reading import Number, parse_json, read_tensors
+from sae.disk.writing import write_tensors
 from sae.errors import InputError
-from sae.files import write_tensors
-from sae.reading import Number, parse_json, read_tensors
 from sae.training.config import TrainingConfig
 from sae.training.sweep import Sweep
 

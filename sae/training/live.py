@@ -5,9 +5,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from sae.activations.live import LiveActivations
-from sae.activations.recording import RecordingConfig
+from sae.activations.settings import RecordingConfig
 from sae.activations.text import text_files
-from sae.places import require_folder
+from sae.disk.places import require_folder
 from sae.training.config import TrainingConfig
 from sae.training.trainer import train_on
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
+from sae.disk.places import writing
+from sae.disk.reading import parse_json, read_bytes
+from sae.disk.writing import atomic
 from sae.errors import InputError
-from sae.files import atomic
 from sae.objective import Step
-from sae.places import writing
-from sae.reading import parse_json, read_bytes
 from sae.training.config import TrainingConfig, l1_now, learning_rate
 from sae.training.sweep import Sweep
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from sae.dictionaries.dictionary import Dictionary
+from sae.disk.places import require_folder
+from sae.disk.reading import read_json
+from sae.disk.writing import only_writer, remove_leftovers, write_json
 from sae.errors import InputError
-from sae.files import only_writer, remove_leftovers, write_json
 from sae.objective import Step, bad_rows_text
-from sae.places import require_folder
 from sae.progress import progress
-from sae.reading import read_json
 from sae.training.checkpoint import FILE, Record, refuse_other_settings, restore_checkpoint, save_checkpoint
 from sae.training.config import TrainingConfig
 from sae.training.metrics import MetricsLog, start_wandb, write_lines

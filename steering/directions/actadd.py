@@ -6,8 +6,8 @@ p positions · d model width
 import torch
 
 from sae.errors import InputError
-from sae.language_model import LanguageModel
-from sae.sites import parse_site
+from sae.model.language_model import LanguageModel
+from sae.model.sites import parse_site
 from sae.text_input import text_list
 from steering.vector import SteeringVector
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sae.errors import InputError
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 from sae.text_input import text_list
 from steering.directions.contrast import contrast_sets, digest, warn_if_uncertain
 from steering.directions.texts import activations_of_texts

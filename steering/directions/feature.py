@@ -9,9 +9,9 @@ import torch
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
-from sae.features.lens import folded_unembedding, into_residual, logit_lens
-from sae.features.records import FeatureIndex
-from sae.language_model import LanguageModel
+from sae.features.index.lens import folded_unembedding, into_residual, logit_lens
+from sae.features.index.reader import FeatureIndex
+from sae.model.language_model import LanguageModel
 from steering.intervention import DictionaryFeature, steered
 from steering.vector import SteeringVector
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sae.errors import InputError
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 from sae.progress import progress
 from sae.text_input import text_list
 from steering.directions.contrast import activations, digest, warn_if_uncertain
@@ -39,7 +39,7 @@ def fit_iti(
     1 − `validation` of the groups (texts of one question share a group and stay together; without `groups` each text is its own), and
     heads are ranked by accuracy on the others, equal ones by layer and head. θ is mean(label 1) − mean(label 0) of all texts
     ("mass_mean") or the probe's weights ("probe"); σ is the standard deviation of z · θ/‖θ‖ over `tuning_texts`, by default the texts.
-    Use it with `steered(lm, [(v, α)], positions="generated", ...)` in generation as in multiple choice (`steering.truthfulqa`).
+    Use it with `steered(lm, [(v, α)], positions="generated", ...)` in generation as in multiple choice (`steering.studies.truthfulqa`).
     Warns when a class is tiny or they are unequal; raises `InputError` when a class is missing, or for more heads than there are.
     """
     texts = text_list(texts)

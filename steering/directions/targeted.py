@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae.disk.reading import parse_json, read_tensors
+from sae.disk.writing import write_tensors
 from sae.errors import InputError
-from sae.files import write_tensors
-from sae.reading import parse_json, read_tensors
-from sae.sites import parse_site
+from sae.model.sites import parse_site
 from steering.vector import SteeringVector
 
 FORMAT = "steering-effects-1"

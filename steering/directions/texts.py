@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from sae.errors import InputError
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 from sae.text_input import text_list
 
 BATCH = 16

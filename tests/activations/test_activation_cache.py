@@ -9,8 +9,8 @@ from handmade_cache import SITE, write_cache
 from safetensors.torch import load_file, save_file
 
 from sae.activations.cache import ActivationCache, verify
-from sae.checksum import crc32
 from sae.dictionaries.dictionary import Dictionary
+from sae.disk.checksum import crc32
 from sae.errors import InputError
 
 

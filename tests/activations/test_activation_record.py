@@ -14,7 +14,7 @@ from sae.activations.cache import ActivationCache
 from sae.activations.harvest import HarvestConfig, harvest
 from sae.activations.plan import Masks, count_reasons, parse_positions
 from sae.errors import InputError
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 
 BOS, EOS, LOUD = 0, 1, 2
 SITES = ("resid_pre.0", "resid_post.1")

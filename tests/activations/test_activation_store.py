@@ -24,7 +24,7 @@ from sae.activations.batches import ActivationBatches
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest import HarvestConfig, harvest
 from sae.errors import InputError
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 
 BATCH = 37
 

@@ -11,7 +11,7 @@ from sae.activations.cache import ActivationCache
 from sae.activations.export import ExportConfig, export_cache
 from sae.activations.harvest import HarvestConfig, harvest
 from sae.activations.imports import ImportConfig, import_activations
-from sae.checksum import crc32
+from sae.disk.checksum import crc32
 from sae.errors import InputError
 
 

@@ -24,9 +24,9 @@ from sae.activations.cache import ActivationCache
 from sae.activations.harvest import HarvestConfig, harvest
 from sae.activations.live import LiveActivations
 from sae.activations.tokens import Tokens
+from sae.disk.reading import read_json
 from sae.errors import InputError
-from sae.language_model import LanguageModel
-from sae.reading import read_json
+from sae.model.language_model import LanguageModel
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # children are forked below
 

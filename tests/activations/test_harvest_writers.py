@@ -20,8 +20,8 @@ from sae.activations import writers
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest import HarvestConfig, device_of, harvest
 from sae.activations.ledger import Ledger
+from sae.disk.writing import only_writer
 from sae.errors import InputError
-from sae.files import only_writer
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "cache_activations.py"
 

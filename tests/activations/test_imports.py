@@ -13,8 +13,8 @@ from sae.activations.cache import ActivationCache
 from sae.activations.imports import ImportConfig, import_activations
 from sae.activations.sources import open_source
 from sae.errors import InputError
-from sae.features.index import IndexConfig, build_index
-from sae.language_model import LanguageModel
+from sae.features.index.build import IndexConfig, build_index
+from sae.model.language_model import LanguageModel
 from sae.training import TrainingConfig, train
 
 WIDTH, CONTEXT = 6, 10

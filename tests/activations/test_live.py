@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest import HarvestConfig, harvest
 from sae.activations.live import LiveActivations
-from sae.activations.recording import RecordingConfig
+from sae.activations.settings import RecordingConfig
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.evaluation import EvaluationConfig, evaluate

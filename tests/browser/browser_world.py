@@ -21,7 +21,7 @@ class served:
     """The app on a free port of this machine, in a thread."""
 
     def __init__(self, app: Any):
-        from sae.features.browse import listening, server_of
+        from sae.features.browser.serve import listening, server_of
 
         self.listener, self.server = listening(0), server_of(app)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]}, daemon=True)

@@ -51,11 +51,11 @@ def tab(chromium) -> Iterator[Any]:
 def demo(tmp_path_factory) -> Iterator[Site]:
     """Model, dictionary and text as bundled; 12,000 tokens of it indexed."""
     from sae.activations.harvest import HarvestConfig, harvest
-    from sae.features.browse import parts_of
-    from sae.features.index import IndexConfig, build_index
+    from sae.features.browser.app import create_app
+    from sae.features.browser.serve import parts_of
+    from sae.features.index.build import IndexConfig, build_index
+    from sae.features.index.reader import FeatureIndex
     from sae.features.notes import Notes
-    from sae.features.records import FeatureIndex
-    from sae.features.server import create_app
     from steering.panel import make_steering
 
     folder = tmp_path_factory.mktemp("browser")
@@ -86,11 +86,11 @@ def hostile(tmp_path_factory) -> Iterator[Site]:
     from feature_world import VOCABULARY, one_hot_model, save_dictionary, train_tokenizer
 
     from sae.activations.harvest import HarvestConfig, harvest
-    from sae.features.explain import Explanation
-    from sae.features.index import IndexConfig, build_index
+    from sae.features.browser.app import create_app
+    from sae.features.explanations.explain import Explanation
+    from sae.features.index.build import IndexConfig, build_index
+    from sae.features.index.reader import FeatureIndex
     from sae.features.notes import Notes
-    from sae.features.records import FeatureIndex
-    from sae.features.server import create_app
 
     folder = tmp_path_factory.mktemp("hostile")
     train_tokenizer(folder / "model")

@@ -12,7 +12,7 @@ from urllib.parse import urlencode
 import numpy as np
 from browser_world import FEATURE, HOSTILE, served
 
-from sae.features.server import create_app
+from sae.features.browser.app import create_app
 
 
 def number_in(tab) -> int:

@@ -9,10 +9,10 @@ import time
 import pytest
 from browser_world import served
 
-import sae.features.browse as browse_module
-import sae.features.connection as connection_module
-import sae.features.guard as guard_module
-from sae.features.server import create_app
+import sae.features.browser.connection as connection_module
+import sae.features.browser.guard as guard_module
+import sae.features.browser.serve as browse_module
+from sae.features.browser.app import create_app
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 from browser_world import served
 
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 
 pytestmark = pytest.mark.real
 
@@ -34,7 +34,7 @@ def way(tmp_path_factory) -> Way:
     """English sentences of the bundled concepts harvested, 200 steps of training, evaluation and index."""
     from sae.activations.harvest import HarvestConfig, harvest
     from sae.evaluation import EvaluationConfig, evaluate
-    from sae.features.index import IndexConfig, build_index
+    from sae.features.index.build import IndexConfig, build_index
     from sae.training import TrainingConfig, train
 
     if not MODEL.is_dir():
@@ -66,10 +66,10 @@ def way(tmp_path_factory) -> Way:
 
 @pytest.fixture(scope="module")
 def site(way) -> Iterator[Any]:
-    from sae.features.browse import parts_of
+    from sae.features.browser.app import create_app
+    from sae.features.browser.serve import parts_of
+    from sae.features.index.reader import FeatureIndex
     from sae.features.notes import Notes
-    from sae.features.records import FeatureIndex
-    from sae.features.server import create_app
     from steering.panel import make_steering
 
     index = FeatureIndex.open(way.folder / "index")
@@ -142,7 +142,7 @@ def test_every_page_opens_in_a_browser(way, site, tab):
 
 
 def test_steering_moves_text_in_proportion_to_its_strength(way, capsys):
-    from sae.features.records import FeatureIndex
+    from sae.features.index.reader import FeatureIndex
     from steering.steer import SteerConfig, steer
 
     feature = int(FeatureIndex.open(way.folder / "index").search("wine", 1)[0].feature)
@@ -158,8 +158,8 @@ def test_steering_moves_text_in_proportion_to_its_strength(way, capsys):
 
 
 def test_directions_are_compared_at_equal_kl(way, tab, capsys, monkeypatch):
-    from steering import continuations
-    from steering.comparison import CompareConfig, compare_directions
+    from steering.compare import continuations
+    from steering.compare.command import CompareConfig, compare_directions
 
     monkeypatch.setattr(continuations, "CALIBRATION_SENTENCES", continuations.CALIBRATION_SENTENCES[:4])  # most of the time goes there
     out = way.folder / "comparison"

@@ -24,8 +24,8 @@ from urllib.parse import quote, urlencode
 import numpy as np
 import pytest
 
-from sae.features.records import FeatureIndex
-from sae.features.storage import open_arrays, write_arrays
+from sae.disk.arrays import open_arrays, write_arrays
+from sae.features.index.reader import FeatureIndex
 
 ROOT = Path(__file__).parents[2]
 TIMES = 150  # copies of the demo's 12,000 tokens laid end to end: 1.8 million, with some 80 million activations

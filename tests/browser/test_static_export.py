@@ -5,9 +5,9 @@ from urllib.parse import urlencode
 
 from browser_world import FEATURE, HOSTILE
 
-from sae.features.explain import read_explanations
+from sae.features.explanations.explain import read_explanations
+from sae.features.exports.static import export_static
 from sae.features.notes import Note
-from sae.features.static import export_static
 
 
 def test_the_folder_opens_without_any_request_but_for_its_own_files(demo, tab, tmp_path):

@@ -14,7 +14,7 @@ from sae.activations.harvest import HarvestConfig, harvest
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.evaluation import EvaluationConfig, evaluate
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 
 D, SITE = 16, "resid_post.0"
 

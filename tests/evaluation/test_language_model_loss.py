@@ -9,7 +9,7 @@ from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.evaluation import language_model_loss as module
 from sae.evaluation.language_model_loss import language_model_loss, summarise
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 
 SITE, BOS, D = "resid_post.0", 0, 16
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from feature_world import TEXTS, VOCABULARY, World, one_hot_model, save_dictionary, train_tokenizer
 
-from sae.features.index import IndexConfig, build_index
-from sae.features.records import FeatureIndex
+from sae.features.index.build import IndexConfig, build_index
+from sae.features.index.reader import FeatureIndex
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from sae.dictionaries.dictionary import Dictionary
-from sae.features.records import FeatureIndex
+from sae.features.index.reader import FeatureIndex
 
 VOCABULARY = 420
 TEXTS = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sae.features.records import FeatureIndex
+from sae.features.index.reader import FeatureIndex
 
 PIECES = [b"<s>", *(bytes([c]) for c in b"abcdef")]
 A, C = 1, 3

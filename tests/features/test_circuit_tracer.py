@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from sae.errors import InputError
-from sae.features.circuit_tracer import cantor_pair, write_circuit_tracer
-from sae.features.export import ExportConfig, export_features
-from sae.features.saedashboard import names_of
+from sae.features.exports.circuit_tracer import cantor_pair, write_circuit_tracer
+from sae.features.exports.command import ExportConfig, export_features
+from sae.features.exports.saedashboard import names_of
 
 KEYS = {
     *("transcoder_id", "index", "examples_quantiles", "top_logits", "bottom_logits", "act_min", "act_max", "quantile_values"),

@@ -6,7 +6,7 @@ import torch
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.entries import Entries
-from sae.features.contribution import ErrorSums, carried, contributions, exact_sums, number
+from sae.features.index.contribution import ErrorSums, carried, contributions, exact_sums, number
 
 
 @pytest.fixture

@@ -24,21 +24,21 @@ from sae.activations.harvest import HarvestConfig, harvest
 from sae.activations.imports import ImportConfig, import_activations
 from sae.activations.text import TextConfig, documents
 from sae.dictionaries.dictionary import Dictionary
+from sae.disk.writing import write_json, write_tensors
 from sae.errors import InputError
 from sae.evaluation.evaluate import EvaluationConfig, evaluate
-from sae.features.explain import ExplainConfig, Explanation, explain
-from sae.features.export import ExportConfig, export_features
-from sae.features.index import IndexConfig, build_index
-from sae.features.judge import Log
-from sae.features.list import ListConfig, list_features
-from sae.features.merge import MergeConfig, merge_indexes
-from sae.features.neuronpedia import read_neuronpedia, rewrite_neuronpedia
-from sae.features.records import FeatureIndex
-from sae.features.saedashboard import read_saedashboard, rewrite_saedashboard
-from sae.files import write_json, write_tensors
-from sae.language_model import LanguageModel
+from sae.features.explanations.explain import ExplainConfig, Explanation, explain
+from sae.features.explanations.judge import Log
+from sae.features.exports.command import ExportConfig, export_features
+from sae.features.exports.neuronpedia import read_neuronpedia, rewrite_neuronpedia
+from sae.features.exports.saedashboard import read_saedashboard, rewrite_saedashboard
+from sae.features.index.build import IndexConfig, build_index
+from sae.features.index.merge import MergeConfig, merge_indexes
+from sae.features.index.reader import FeatureIndex
+from sae.features.terminal import ListConfig, list_features
+from sae.model.language_model import LanguageModel
 from sae.training import TrainingConfig, train
-from steering.concepts import load_concept
+from steering.compare.concepts import load_concept
 from steering.directions.targeted import Effects
 from steering.vector import SteeringVector
 

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae.features import examples
-from sae.features.examples import AFTER, BEFORE, BUCKET_SAMPLES, BUCKETS, NONE, PER_DOCUMENT, TOKENS, TOP, Text
+from sae.features.index import examples
+from sae.features.index.examples import AFTER, BEFORE, BUCKET_SAMPLES, BUCKETS, NONE, PER_DOCUMENT, TOKENS, TOP, Text
 
 
 @st.composite

@@ -9,7 +9,7 @@ import pytest
 from letters import RULES, by_rules, texts
 
 from sae.errors import InputError
-from sae.features.explain import (
+from sae.features.explanations.explain import (
     ExplainConfig,
     Explanation,
     Scorer,
@@ -18,7 +18,7 @@ from sae.features.explain import (
     read_explanations,
     write_explanations,
 )
-from sae.features.patterns import Firing, Prediction, read_corpus
+from sae.features.explanations.lookups import Firing, Prediction, read_corpus
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csc_matrix
 
-from sae.features.csc import MAX_FEATURES, Spool, merge, statistics
-from sae.features.storage import open_arrays
+from sae.disk.arrays import open_arrays
+from sae.features.index.csc import MAX_FEATURES, Spool, merge, statistics
 
 
 @st.composite

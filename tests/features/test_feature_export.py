@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from sae.errors import InputError
-from sae.features.export import ExportConfig, export_features
+from sae.features.exports.command import ExportConfig, export_features
+from sae.features.exports.static import export_static
 from sae.features.notes import Notes
-from sae.features.page import feature_html
-from sae.features.static import export_static
+from sae.features.pages.feature import feature_html
 
 
 def calls(path):
@@ -90,7 +90,7 @@ def test_a_tokens_features_are_the_indexs(world, folder):
 
 
 def test_the_tokens_of_a_few_features_are_found_behind_all_others(world, tmp_path, monkeypatch):
-    from sae.features import static
+    from sae.features.exports import static
 
     monkeypatch.setattr(static, "LIKERS", 1)
     export_static(world.index, tmp_path / "out", [3, 20])
@@ -102,7 +102,7 @@ def test_the_tokens_of_a_few_features_are_found_behind_all_others(world, tmp_pat
 
 
 def test_a_renderer_that_is_killed_ends_the_export_with_a_sentence(world, tmp_path, monkeypatch):
-    from sae.features import static
+    from sae.features.exports import static
 
     monkeypatch.setattr(static, "SHARD", 5)
     monkeypatch.setattr(static, "_render_here", _killed)
@@ -116,7 +116,7 @@ def _killed(_shard):
 
 
 def test_two_processes_write_what_one_does(world, folder, tmp_path, monkeypatch):
-    from sae.features import static
+    from sae.features.exports import static
 
     monkeypatch.setattr(static, "SHARD", 15)
     for processes in (1, 2):

@@ -15,11 +15,11 @@ import pytest
 import torch
 from feature_world import VOCABULARY, save_dictionary
 
-import sae.features.index as index_module
+import sae.features.index.build as index_module
+from sae.disk.writing import only_writer
 from sae.errors import InputError
-from sae.features.index import IndexConfig, build_index
-from sae.features.records import FeatureIndex
-from sae.files import only_writer
+from sae.features.index.build import IndexConfig, build_index
+from sae.features.index.reader import FeatureIndex
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,7 +91,7 @@ def test_splits_are_kept_apart(world, tmp_path):
 
 def test_logit_lens_is_the_change_of_the_logits(world):
     """Adding a feature to a stream changes the logits by the lens values over the stream's standard deviation, to first order."""
-    from sae.language_model import LanguageModel
+    from sae.model.language_model import LanguageModel
 
     lm = LanguageModel.load(str(world.model), device="cpu")
     model = lm.model.double()
@@ -115,8 +115,8 @@ def test_logit_lens_is_the_change_of_the_logits(world):
 
 def test_logit_lens_of_the_heads_goes_through_the_output_projection(world, tmp_path):
     from sae.activations.harvest import HarvestConfig, harvest
-    from sae.features.lens import folded_unembedding
-    from sae.language_model import LanguageModel
+    from sae.features.index.lens import folded_unembedding
+    from sae.model.language_model import LanguageModel
 
     text = str(world.cache.parent / "text.jsonl")
     site = ("head_out.0",)
@@ -205,8 +205,8 @@ def test_contributions_to_the_fvu_equal_leaving_a_feature_out(world, dense):
 
 
 def test_lens_histogram_counts_the_whole_vocabulary(world):
-    from sae.features.lens import folded_unembedding
-    from sae.language_model import LanguageModel
+    from sae.features.index.lens import folded_unembedding
+    from sae.model.language_model import LanguageModel
 
     W_U_vd, _ = folded_unembedding(LanguageModel.load(str(world.model), device="cpu"))
     W_U_vd = W_U_vd[: len(world.tokenizer)].detach()
@@ -221,7 +221,7 @@ def test_lens_histogram_counts_the_whole_vocabulary(world):
 
 KILLED = """
 import os, signal, sys
-import sae.features.index as module
+import sae.features.index.build as module
 from pathlib import Path
 finish = module.finish
 def killed(*arguments):

@@ -9,13 +9,13 @@ from kills import changes, contents, killed, limited
 from sae.activations.export import ExportConfig as CacheExportConfig
 from sae.activations.export import export_cache
 from sae.activations.imports import ImportConfig, import_activations
+from sae.disk.arrays import EXPLANATIONS
 from sae.evaluation import EvaluationConfig, evaluate
-from sae.features.explain import ExplainConfig, explain
-from sae.features.export import ExportConfig, export_features
-from sae.features.index import IndexConfig, build_index
-from sae.features.list import ListConfig, list_features
-from sae.features.merge import MergeConfig, merge_indexes
-from sae.features.storage import EXPLANATIONS
+from sae.features.explanations.explain import ExplainConfig, explain
+from sae.features.exports.command import ExportConfig, export_features
+from sae.features.index.build import IndexConfig, build_index
+from sae.features.index.merge import MergeConfig, merge_indexes
+from sae.features.terminal import ListConfig, list_features
 
 FORMATS = ("static", "neuronpedia", "neuronpedia-upload", "saedashboard", "circuit-tracer")
 

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from sae.errors import InputError
-from sae.features.index import IndexConfig, build_index
+from sae.features.index.build import IndexConfig, build_index
+from sae.features.index.reader import Context, FeatureIndex
+from sae.features.index.words import Vocabulary
 from sae.features.notes import Note
-from sae.features.page import document, feature_html, wilson, write_pages
-from sae.features.records import Context, FeatureIndex
-from sae.features.rows import row_html, visible
-from sae.features.text import Vocabulary
+from sae.features.pages.contexts import row_html, visible
+from sae.features.pages.feature import document, feature_html, wilson, write_pages
 
 TAGS = {
     *"html head meta title style body nav a h1 h2 h3 p div section dl dt dd svg rect path line text ol li code span b i u br".split()  # noqa: SIM905

@@ -6,12 +6,12 @@ import shutil
 import numpy as np
 import pytest
 
-from sae.checksum import crc32
+from sae.disk.checksum import crc32
+from sae.disk.reading import read_tensors
+from sae.disk.writing import write_tensors
 from sae.errors import InputError
-from sae.features.index import IndexConfig, build_index
-from sae.features.records import FeatureIndex
-from sae.files import write_tensors
-from sae.reading import read_tensors
+from sae.features.index.build import IndexConfig, build_index
+from sae.features.index.reader import FeatureIndex
 
 
 def sequences(index):
@@ -169,7 +169,7 @@ def test_a_flipped_bit_is_found(world, tmp_path, monkeypatch, name):
     folder = damaged_copy(world, tmp_path / "i", name, -1)
     with pytest.raises(InputError, match=rf"{name}.safetensors as it was written, but its checksum is another"):
         FeatureIndex.open(folder)
-    monkeypatch.setattr("sae.features.opening.SMALL", 0)  # as for a large file
+    monkeypatch.setattr("sae.features.index.opening.SMALL", 0)  # as for a large file
     FeatureIndex.open(folder)
     with pytest.raises(InputError, match="checksum is another"):
         FeatureIndex.open(folder, verify=True)
@@ -188,7 +188,7 @@ def test_an_index_of_an_earlier_version_opens_and_says_that_there_is_nothing_to_
 
 def test_a_number_out_of_range_in_a_large_file_is_one_sentence(world, tmp_path, monkeypatch):
     shutil.copytree(world.index.folder, tmp_path / "i")
-    monkeypatch.setattr("sae.features.opening.SMALL", 0)
+    monkeypatch.setattr("sae.features.index.opening.SMALL", 0)
     index = FeatureIndex.open(tmp_path / "i")
     j = int(np.argmax(index.columns["count"]))
     index.positions = index.positions.copy()

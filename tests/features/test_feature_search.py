@@ -5,11 +5,11 @@ import pytest
 import torch
 from feature_world import VOCABULARY, save_dictionary
 
-import sae.features.search as search_module
+import sae.features.index.search as search_module
 from sae.errors import InputError
-from sae.features.index import IndexConfig, build_index
-from sae.features.records import FeatureIndex
-from sae.features.text import occurrences
+from sae.features.index.build import IndexConfig, build_index
+from sae.features.index.reader import FeatureIndex
+from sae.features.index.words import occurrences
 
 
 def piece_mask(index, words):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.errors import InputError
-from sae.features.text import Vocabulary, folded, occurrences, token_texts, vocabulary, words_of
+from sae.features.index.words import Vocabulary, folded, occurrences, token_texts, vocabulary, words_of
 
 TEXT = 'Она сказала: "привет" 🦓🪰 naïve 漢字\n\tзебра <b> it\'s'
 
@@ -65,7 +65,7 @@ def brute_occurrences(words, ids, starts, vocab):
 @pytest.mark.parametrize("words", [["zebrafly"], ["ПРИВЕТ"], ["мир", "café"], ["漢字"], ["it's"], ["a", "the"]])
 @pytest.mark.parametrize("block", [1, 500, 1 << 22])
 def test_occurrences_equal_a_scan_of_every_sequence(world, monkeypatch, words, block):
-    import sae.features.text as text_module
+    import sae.features.index.words as text_module
 
     monkeypatch.setattr(text_module, "BLOCK_TOKENS", block)
     tokens = world.index.tokens

@@ -12,9 +12,9 @@ from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.frames import Frame
 from sae.dictionaries.gates import AbsTopK, Threshold, TopK
 from sae.errors import InputError
-from sae.features.index import IndexConfig, build_index
-from sae.features.merge import MergeConfig, merge_indexes
-from sae.features.records import FeatureIndex
+from sae.features.index.build import IndexConfig, build_index
+from sae.features.index.merge import MergeConfig, merge_indexes
+from sae.features.index.reader import FeatureIndex
 
 F = 24
 KINDS = {

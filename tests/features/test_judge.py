@@ -11,10 +11,10 @@ import pytest
 from letters import PIECES, by_rules, token_c
 
 from sae.errors import InputError
-from sae.features.explain import ExplainConfig, explain, read_explanations
-from sae.features.index import IndexConfig, build_index
-from sae.features.judge import Endpoint, Log, NoAnswer, detection, explain_by_model, explain_one, parse_answers
-from sae.features.patterns import read_corpus
+from sae.features.explanations.explain import ExplainConfig, explain, read_explanations
+from sae.features.explanations.judge import Endpoint, Log, NoAnswer, detection, explain_by_model, explain_one, parse_answers
+from sae.features.explanations.lookups import read_corpus
+from sae.features.index.build import IndexConfig, build_index
 
 
 class Server:

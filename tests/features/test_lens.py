@@ -5,8 +5,8 @@ import torch
 import transformers as hf
 
 from sae.errors import InputError
-from sae.features.lens import into_residual
-from sae.language_model import LanguageModel
+from sae.features.index.lens import into_residual
+from sae.model.language_model import LanguageModel
 
 SMALL = dict(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, max_position_embeddings=16)
 LLAMA = hf.LlamaConfig(num_key_value_heads=2, head_dim=6, **SMALL)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sae.errors import InputError
-from sae.features.list import ListConfig, list_features
+from sae.features.terminal import ListConfig, list_features
 
 
 def output(world, capsys, **flags) -> str:

@@ -9,9 +9,9 @@ import torch
 from feature_world import VOCABULARY, save_dictionary
 
 from sae.errors import InputError
-from sae.features.index import IndexConfig, build_index
-from sae.features.merge import MergeConfig, merge_indexes
-from sae.features.records import FeatureIndex
+from sae.features.index.build import IndexConfig, build_index
+from sae.features.index.merge import MergeConfig, merge_indexes
+from sae.features.index.reader import FeatureIndex
 
 
 def config_of(world, out, **changes):

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sae.features.neighbours as module
-from sae.features.neighbours import by_token, coactive, cosine_neighbours
+import sae.features.index.neighbours as module
+from sae.features.index.neighbours import by_token, coactive, cosine_neighbours
 
 
 @settings(max_examples=60, deadline=None)

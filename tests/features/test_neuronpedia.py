@@ -7,10 +7,17 @@ import numpy as np
 import pytest
 
 from sae.errors import InputError
-from sae.features.explain import Explanation
-from sae.features.export import ExportConfig, export_features
-from sae.features.neuronpedia import feature_json, read_neuronpedia, rewrite_neuronpedia, source_of, write_neuronpedia, write_uploads
-from sae.features.saedashboard import names_of
+from sae.features.explanations.explain import Explanation
+from sae.features.exports.command import ExportConfig, export_features
+from sae.features.exports.neuronpedia import (
+    feature_json,
+    read_neuronpedia,
+    rewrite_neuronpedia,
+    source_of,
+    write_neuronpedia,
+    write_uploads,
+)
+from sae.features.exports.saedashboard import names_of
 
 FEATURE = {
     *("modelId", "layer", "index", "creatorId", "createdAt", "maxActApprox", "hasVector", "vector", "vectorLabel"),
@@ -101,7 +108,7 @@ def test_the_answer_for_one_feature_has_the_same_fields(world):
 
 
 def test_uploads_keep_the_limits(world, dense, tmp_path, monkeypatch):
-    from sae.features import neuronpedia
+    from sae.features.exports import neuronpedia
 
     monkeypatch.setitem(neuronpedia.UPLOAD, "features", 16)  # of 128, so that this small index needs several
     why = {17: [explanation(17, text="x" * 600)]}

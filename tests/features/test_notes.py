@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sae.errors import InputError
-from sae.features.index import IndexConfig, build_index
+from sae.features.index.build import IndexConfig, build_index
+from sae.features.index.reader import FeatureIndex
 from sae.features.notes import Note, Notes
-from sae.features.records import FeatureIndex
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae.features.parallel import in_order
+from sae.features.index.parallel import in_order
 
 
 @given(st.lists(st.integers()), st.integers(1, 6))

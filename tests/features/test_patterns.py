@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from letters import RULES, by_rules, index_of, texts
 
 from sae.errors import InputError
-from sae.features.patterns import (
+from sae.features.explanations.lookups import (
     KEEP,
     LEVELS,
     MIN_FIRINGS,
@@ -22,7 +22,7 @@ from sae.features.patterns import (
     read_corpus,
     token_lookup,
 )
-from sae.features.text import Vocabulary
+from sae.features.index.words import Vocabulary
 
 
 @pytest.fixture(scope="module")

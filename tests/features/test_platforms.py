@@ -7,9 +7,9 @@ from pathlib import Path
 
 from kills import contents
 
-from sae import files
-from sae.features.circuit_tracer import write_circuit_tracer
-from sae.features.saedashboard import names_of
+from sae.disk import writing as files
+from sae.features.exports.circuit_tracer import write_circuit_tracer
+from sae.features.exports.saedashboard import names_of
 
 ROOT = Path(__file__).parents[2]
 BARE = """
@@ -27,10 +27,10 @@ for module, names in (
         if hasattr(module, name):
             delattr(module, name)
 from pathlib import Path
-from sae.features.explain import ExplainConfig, explain
-from sae.features.index import IndexConfig, build_index
-from sae.features.export import ExportConfig, export_features
-from sae.features.records import FeatureIndex
+from sae.features.explanations.explain import ExplainConfig, explain
+from sae.features.index.build import IndexConfig, build_index
+from sae.features.exports.command import ExportConfig, export_features
+from sae.features.index.reader import FeatureIndex
 from sae.training import TrainingConfig, train
 cache, dictionary, out = map(Path, sys.argv[1:])
 index = build_index(IndexConfig(cache=cache, dictionary=dictionary, out=out / "index", device="cpu"))

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from sae.errors import InputError
-from sae.features.prompt import read_prompt
-from sae.language_model import LanguageModel
+from sae.features.browser.prompt import read_prompt
+from sae.model.language_model import LanguageModel
 
 TEXT = "The low zebra 🦓 sat."
 

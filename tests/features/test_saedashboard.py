@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from sae.errors import InputError
-from sae.features.export import ExportConfig, export_features
-from sae.features.saedashboard import read_saedashboard, rewrite_saedashboard
+from sae.features.exports.command import ExportConfig, export_features
+from sae.features.exports.saedashboard import read_saedashboard, rewrite_saedashboard
 
 FIELDS = {
     *("feature_index", "neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1", "correlated_neurons_indices"),

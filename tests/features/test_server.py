@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import pytest
 
 from sae.errors import InputError
+from sae.features.browser.app import create_app
 from sae.features.notes import Note, Notes
-from sae.features.server import create_app
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 
 HOST = "http://127.0.0.1:8765"
 OWN = {"origin": HOST}
@@ -84,7 +84,7 @@ def test_pages_are_whole_escaped_and_name_no_other_machine(site, path):
 
 def test_a_list_is_walked_page_by_page_and_feature_by_feature(site, world, monkeypatch):
     client, _, _ = site
-    monkeypatch.setattr("sae.features.screens.PAGE", 15)
+    monkeypatch.setattr("sae.features.browser.screens.PAGE", 15)
     shown: list[int] = []
     address = "/?sort=mean&dead=1"
     while address:
@@ -452,7 +452,7 @@ def test_a_failure_inside_is_said_and_logged_not_shown(site, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr("sae.features.screens.lists", fail)
+    monkeypatch.setattr("sae.features.browser.screens.lists", fail)
     client = TestClient(site[0].app, base_url=HOST, raise_server_exceptions=False)
     reply = client.get("/lists")
     assert reply.status_code == 500

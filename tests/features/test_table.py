@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sae.errors import InputError
+from sae.features.browser.query import Query, Tables
 from sae.features.notes import Notes
-from sae.features.table import Query, Tables
 
 NUMBERS = ("feature", "density", "max", "mean", "fvu_contribution", "skewness", "kurtosis")
 

@@ -6,8 +6,8 @@ import random
 import pytest
 from starlette.requests import ClientDisconnect
 
-import sae.features.turns as turns_module
-from sae.features.turns import Busy, Turns
+import sae.features.browser.turns as turns_module
+from sae.features.browser.turns import Busy, Turns
 
 
 class Client:

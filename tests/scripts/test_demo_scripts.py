@@ -37,7 +37,7 @@ def model(tmp_path_factory):
 
 
 def test_the_trained_model_knows_its_domains_by_their_tags(model):
-    from sae.language_model import LanguageModel
+    from sae.model.language_model import LanguageModel
 
     record = json.loads((model / "training.json").read_text())
     assert set(record["held_out"]) == {"first", "second"}
@@ -67,7 +67,7 @@ def test_a_state_saved_under_other_settings_is_refused(tmp_path):
 
 
 def test_its_held_out_loss_is_that_of_the_model_on_the_validation_text(model):
-    from sae.language_model import LanguageModel
+    from sae.model.language_model import LanguageModel
 
     lm = LanguageModel.load(str(model))
     ids = [lm.bos_id, *lm.tokenizer("aa bb " * 30, add_special_tokens=False)["input_ids"]] * 4  # the four validation documents

@@ -9,8 +9,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from sae.dictionaries.dictionary import Dictionary
-from steering.arms import MAKERS, NONE, PROMPTING, RANDOM, SHUFFLED, Material, build_arms
-from steering.concepts import Concept, Corpus, Texts
+from steering.compare.arms import MAKERS, NONE, PROMPTING, RANDOM, SHUFFLED, Material, build_arms
+from steering.compare.concepts import Concept, Corpus, Texts
 from steering.directions.targeted import Effects, targeted_direction
 from steering.directions.texts import activations_of_texts
 

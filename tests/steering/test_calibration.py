@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae.errors import InputError
-from sae.language_model import LanguageModel
-from steering.calibration import calibrate, coefficient_for_kl, divergence, encode_cut, kl_per_token, log_probs
+from sae.model.language_model import LanguageModel
 from steering.directions.actadd import actadd
 from steering.intervention import steered
+from steering.strength.calibration import calibrate, coefficient_for_kl, divergence, encode_cut, kl_per_token, log_probs
 from steering.vector import SteeringVector
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo-lm"

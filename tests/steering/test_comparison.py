@@ -10,10 +10,10 @@ import torch
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
-from sae.language_model import LanguageModel
-from steering.arms import MAKERS, NONE, PROMPTING
+from sae.model.language_model import LanguageModel
 from steering.command_line import compare_directions as compare_command
-from steering.comparison import CompareConfig, compare_directions, cosines, fitting, plain
+from steering.compare.arms import MAKERS, NONE, PROMPTING
+from steering.compare.command import CompareConfig, compare_directions, cosines, fitting, plain
 
 SITE = "resid_post.1"
 pytestmark = pytest.mark.filterwarnings("ignore:few texts of")

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from sae.activations.text import TextConfig
 from sae.errors import InputError
-from sae.language_model import LanguageModel
-from steering.concepts import (
+from sae.model.language_model import LanguageModel
+from steering.compare.concepts import (
     LABEL_TEXTS,
     LENGTH,
     Concept,
@@ -26,7 +26,7 @@ from steering.concepts import (
     shipped_concepts,
     target_scorer,
 )
-from steering.measure import word_rate
+from steering.strength.measure import word_rate
 
 NAMES = ["anger_calm", "bible", "code", "curse_words", "formality", "love_hate", "question_statement", "sentiment", "weddings", "wine"]
 DEMO = Path(__file__).parents[2] / "checkpoints/demo-lm"

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from sae.language_model import LanguageModel
-from steering.arms import NONE, PROMPTING, Arm
-from steering.calibration import Calibration, Divergence, encode_cut, log_probs
-from steering.concepts import Scorer
-from steering.continuations import CALIBRATION_SENTENCES, OFF_TOPIC_SENTENCES, Bench, continuations, detection, level, measure_arms
-from steering.continuations import _off_topic as off_topic
+from sae.model.language_model import LanguageModel
+from steering.compare.arms import NONE, PROMPTING, Arm
+from steering.compare.concepts import Scorer
+from steering.compare.continuations import CALIBRATION_SENTENCES, OFF_TOPIC_SENTENCES, Bench, continuations, detection, level, measure_arms
+from steering.compare.continuations import _off_topic as off_topic
 from steering.directions.actadd import actadd
 from steering.directions.random import random_direction
 from steering.intervention import steered
+from steering.strength.calibration import Calibration, Divergence, encode_cut, log_probs
 from steering.vector import SteeringVector
 
 SITE = "resid_post.1"

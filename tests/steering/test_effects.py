@@ -10,10 +10,10 @@ from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from steering.directions.random import random_direction
 from steering.directions.targeted import Effects
-from steering.effect_map import EffectConfig, effect_map
-from steering.effects import Effect, aim_difference, effect, feature_rows, rollout_activations
 from steering.intervention import steered
-from steering.principal_report import drawn
+from steering.studies.effect_map import EffectConfig, effect_map
+from steering.studies.effects import Effect, aim_difference, effect, feature_rows, rollout_activations
+from steering.studies.principal_report import drawn
 from steering.vector import SteeringVector
 
 SITE = "resid_post.1"

@@ -11,7 +11,7 @@ from test_language_model import CONFIGS, FAMILIES, tiny
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
-from sae.language_model import LanguageModel, NonFiniteLogits
+from sae.model.language_model import LanguageModel, NonFiniteLogits
 from steering.intervention import DictionaryFeature, steered
 from steering.vector import SteeringVector
 

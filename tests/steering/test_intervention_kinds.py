@@ -8,7 +8,7 @@ from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.frames import Frame
 from sae.dictionaries.gates import AbsTopK, Threshold, TopK
 from sae.errors import InputError
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 from steering.directions.feature import feature_direction
 from steering.intervention import DictionaryFeature, steered
 from steering.vector import SteeringVector

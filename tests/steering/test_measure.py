@@ -8,9 +8,9 @@ import torch
 import transformers as hf
 
 from sae.errors import InputError
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 from steering.intervention import steered
-from steering.measure import continuation_loss, word_rate
+from steering.strength.measure import continuation_loss, word_rate
 from steering.vector import SteeringVector
 
 

@@ -14,10 +14,11 @@ from sklearn.metrics import roc_auc_score
 from sae.activations.text import TextConfig
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
-from sae.language_model import LanguageModel
-from steering.calibration import kl_per_token
+from sae.model.language_model import LanguageModel
 from steering.directions.random import random_direction
-from steering.principal import (
+from steering.strength.calibration import kl_per_token
+from steering.strength.ruler import Ruler, Sequences, read_sequences, site_activations
+from steering.studies.principal import (
     PrincipalConfig,
     consistency,
     effective_tokens,
@@ -29,8 +30,7 @@ from steering.principal import (
     principal_study,
     recovered_labels,
 )
-from steering.principal_report import beats, chance, drawn, holm, interval
-from steering.sequences import Ruler, Sequences, read_sequences, site_activations
+from steering.studies.principal_report import beats, chance, drawn, holm, interval
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steering.report import number, report_html
-from steering.report_plot import ticks
+from steering.compare.report import number, report_html
+from steering.compare.report_plot import ticks
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'></style></title>"
 METHODS = (

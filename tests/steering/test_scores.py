@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from steering.arms import NONE, PROMPTING, RANDOM, SHUFFLED, auroc
-from steering.scores import auroc_interval, choose_best, distinct_2, interval, longest_repeat, per_prompt, verdict
+from steering.compare.arms import NONE, PROMPTING, RANDOM, SHUFFLED, auroc
+from steering.compare.scores import auroc_interval, choose_best, distinct_2, interval, longest_repeat, per_prompt, verdict
 
 numbers = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=12)
 rows = st.lists(st.integers(0, 3), max_size=20)

@@ -16,9 +16,9 @@ import transformers as hf
 from sae.activations.harvest import HarvestConfig, harvest
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
-from sae.features.index import IndexConfig, build_index
-from sae.features.records import FeatureIndex
-from sae.language_model import LanguageModel
+from sae.features.index.build import IndexConfig, build_index
+from sae.features.index.reader import FeatureIndex
+from sae.model.language_model import LanguageModel
 from steering.command_line import steer as steer_command
 from steering.intervention import steered
 from steering.steer import SteerConfig, steer

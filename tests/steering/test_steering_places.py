@@ -5,7 +5,7 @@ import torch
 from test_language_model import FAMILIES, ids_of, tiny
 
 from sae.errors import InputError
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 from steering.intervention import steered
 from steering.vector import SteeringVector
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from sae.errors import InputError
-from steering.strengths import WORDS, bootstrap, read_words
+from steering.studies.strengths import WORDS, bootstrap, read_words
 
 
 def test_bootstrap_interval_is_that_of_a_proportion():

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from sae.errors import InputError
-from sae.language_model import NonFiniteLogits
+from sae.model.language_model import NonFiniteLogits
 from steering.directions.iti import fit_iti
-from steering.truthfulqa import Question, answer_log_probs, labelled_texts, mc1, mc2, read_truthfulqa, truthfulqa
+from steering.studies.truthfulqa import Question, answer_log_probs, labelled_texts, mc1, mc2, read_truthfulqa, truthfulqa
 from steering.vector import SteeringVector
 
 PROMPT = "Q: Is it so?\nA:"

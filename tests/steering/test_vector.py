@@ -12,7 +12,7 @@ import transformers as hf
 from safetensors.torch import save_file
 
 from sae.errors import InputError
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 from steering.vector import SteeringVector
 
 

@@ -16,8 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae.activations.harvest import HarvestConfig, harvest
 from sae.dictionaries.dictionary import Dictionary
+from sae.disk.writing import only_writer
 from sae.errors import InputError
-from sae.files import only_writer
 from sae.training import TrainingConfig, train
 from sae.training.config import l1_now, learning_rate
 from sae.training.sweep import Sweep

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae.errors import InputError
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 from steering.directions.actadd import actadd
 from steering.intervention import steered
 

@@ -9,8 +9,8 @@ import torch
 from sae.activations.harvest import HarvestConfig, harvest
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
-from sae.features.index import IndexConfig, build_index
-from sae.features.records import FeatureIndex
+from sae.features.index.build import IndexConfig, build_index
+from sae.features.index.reader import FeatureIndex
 from steering.directions.feature import by_output_score, by_search_word, feature_direction, output_scores
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sae.errors import InputError
-from sae.language_model import LanguageModel
+from sae.model.language_model import LanguageModel
 from steering.directions.iti import _by_site, _held_out, _probes, fit_iti, head_outputs
 from steering.intervention import steered
 

@@ -1,0 +1,150 @@
+"""What is recorded from which text and how, up to the first forward pass: what a harvest and training without a disk share."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+from sae.activations import massive
+from sae.activations.number_formats import FORMATS
+from sae.activations.plan import Masks, parse_positions
+from sae.activations.pools import Recorder
+from sae.activations.text import TextConfig, check_source, documents
+from sae.activations.tokens import Cutter, Part, Tokens, tokenise
+from sae.errors import InputError
+
+if TYPE_CHECKING:
+    from sae.model.language_model import LanguageModel
+
+
+@dataclass(kw_only=True)
+class RecordingConfig(TextConfig):
+    """What to record, and from which text."""
+
+    model: str = "checkpoints/demo-lm"
+    """A Hugging Face causal language model: a folder, a GGUF file or a hub name."""
+    revision: str | None = None
+    """Revision of the model on the hub."""
+    sites: tuple[str, ...] = ()
+    """Where to record, for example resid_post.2; several cost one forward pass."""
+    tokens: int = 1_000_000
+    """Token budget; the last document is cut to fit."""
+    context: int | None = None
+    """Tokens per sequence at most; the model's own context by default, at most 1024."""
+    dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
+    """Number format in which activations are kept; int8 is 8 bits a number with one scale per row."""
+    held_out: float = 0.05
+    """Share of documents kept from training, for measuring."""
+    keep_bos: bool = False
+    """Keep activations at beginning-of-text tokens too; their norm is often hundreds of times that of others."""
+    skip_special: bool = False
+    """Do not store activations at the tokenizer's other special tokens: end of text, padding, unknown."""
+    positions: str | None = None
+    """Store only these positions of each sequence, FIRST:LAST counted from 0 as in a Python slice, for example 1:64 or 16:"""
+    max_norm_ratio: float | None = massive.RATIO
+    """Do not store tokens whose norm is above so many times the median of their pool, as attention sinks' are; None keeps all."""
+    seed: int = 0
+    """Decides order, shuffling and which documents are held out."""
+    pool_tokens: int = 1 << 18
+    """Tokens shuffled together in memory, and repeated after an interruption."""
+    batch_tokens: int = 1 << 13
+    """Tokens per forward pass, padding included."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    model_dtype: str = "auto"
+    """Number format of the model: auto, float32, bfloat16 or float16."""
+    device_map: str | None = None
+    """"auto" spreads a large model over several devices."""
+    quantize: Literal["8bit"] | None = None
+    """"8bit" loads the model's weights in 8 bits; needs the package bitsandbytes."""
+
+
+def check_recording(config: RecordingConfig) -> None:
+    """Raises `InputError` for options that cannot be meant."""
+    check_source(config)
+    if not config.sites:
+        raise InputError("expected at least one site to record, but none came; give for example --sites resid_post.2")
+    if len(set(config.sites)) < len(config.sites):
+        raise InputError(f"expected every site once, but --sites is {' '.join(config.sites)}; leave out the repetition")
+    for name, least in (("tokens", 2), ("pool_tokens", 1), ("shard_tokens", 1), ("batch_tokens", 1), ("seed", 0)):
+        if getattr(config, name, least) < least:
+            raise InputError(
+                f"expected --{name.replace('_', '-')} of at least {least}, but {getattr(config, name)} came; give a larger number"
+            )
+    if not 0 <= config.held_out < 1:
+        raise InputError(f"expected --held-out from 0 up to but not including 1, but {config.held_out} came; 0.05 is usual")
+    if config.max_norm_ratio is not None and not config.max_norm_ratio >= 1:
+        raise InputError(
+            f"expected --max-norm-ratio of at least 1, but {config.max_norm_ratio} came; 10 leaves out attention sinks alone, None nothing"
+        )
+    parse_positions(config.positions)
+    if config.dtype not in FORMATS:
+        raise InputError(f"expected --dtype {', '.join(FORMATS)}, but {config.dtype!r} came; choose one of them")
+
+
+def load_model(config: RecordingConfig) -> "LanguageModel":
+    """The model up to its deepest site, checked to have the sites."""
+    from sae.model.language_model import LanguageModel
+
+    lm = LanguageModel.load(
+        config.model,
+        device=config.device,
+        dtype=config.model_dtype,
+        device_map=config.device_map,
+        revision=config.revision,
+        sites=config.sites,
+        quantize=config.quantize,
+    )
+    for site in config.sites:
+        lm.width(site)
+    return lm
+
+
+def make_masks(config: RecordingConfig, lm: "LanguageModel") -> Masks:
+    special = set(lm.tokenizer.all_special_ids if lm.tokenizer is not None else lm.eos_ids) if config.skip_special else set()
+    return Masks(None if config.keep_bos else lm.bos_id, tuple(sorted(special - {lm.bos_id})), *parse_positions(config.positions))
+
+
+def make_recorder(config: RecordingConfig, lm: "LanguageModel", tokens: Tokens) -> Recorder:
+    widths = {site: lm.width(site) for site in config.sites}
+    masks = make_masks(config, lm)
+    kept_bos = lm.bos_id if config.keep_bos else None
+    return Recorder(lm, tokens, widths, config.dtype, masks, config.max_norm_ratio, kept_bos, config.batch_tokens, config.seed)
+
+
+def model_record(lm: "LanguageModel") -> dict[str, Any]:
+    return {"name": lm.name, "revision": lm.revision, "fingerprint": lm.fingerprint(), "dtype": str(lm.dtype).removeprefix("torch.")}
+
+
+def context_of(config: RecordingConfig, lm: "LanguageModel") -> int:
+    context = config.context or min(lm.context, 1024)
+    if not 2 <= context <= lm.context:
+        raise InputError(f"expected --context from 2 to {lm.context}, the model's own, but {context} came; choose one in between")
+    return context
+
+
+def cut_text(config: RecordingConfig, lm: "LanguageModel") -> tuple[Cutter, Iterator[Part]]:
+    """The text as sequences, and the cutter, which knows the counts once they are drawn."""
+    cutter = Cutter(context_of(config, lm), config.tokens, lm.bos_id, config.seed, config.held_out)
+    vocabulary = lm.model.get_input_embeddings().weight.shape[0]
+    return cutter, cutter.parts(tokenise(documents(config), lm.tokenizer, vocabulary, lm.bos_id))
+
+
+def require_tokens(config: RecordingConfig, cutter: Cutter) -> None:
+    """Raises `InputError` if the text held nothing, and says if it held less than was asked for."""
+    source = config.dataset or ", ".join(config.text)
+    if cutter.tokens == 0:
+        raise InputError(f"expected text in {source}, but it holds no usable text ({cutter.empty_documents} empty documents); give another")
+    if cutter.tokens < config.tokens - 1:  # a lone beginning-of-text token is never written
+        print(f"the text ended at {cutter.tokens:,} of the {config.tokens:,} tokens asked for", file=sys.stderr)
+
+
+def facts(config: RecordingConfig, lm: "LanguageModel") -> dict[str, Any]:
+    """What a manifest says about model and text."""
+    return {
+        "model": model_record(lm),
+        "tokenizer": lm.tokenizer.name_or_path if lm.tokenizer is not None else None,
+        "dataset": {f.name: getattr(config, f.name) for f in fields(TextConfig)},
+        "context": context_of(config, lm),
+        "prepend_bos": lm.bos_id is not None,
+    }

@@ -1,0 +1,60 @@
+"""Folders that are whole or absent, however their making ends."""
+
+import glob
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+
+from sae.disk.places import writing
+from sae.disk.writing import only_writer, running, sync
+from sae.errors import InputError
+
+
+@contextmanager
+def fresh_folder(out: Path, marker: str, what: str, keep: str | None = None) -> Iterator[Path]:
+    """A temporary folder beside `out` that takes its name at a clean exit, in place of an older one, known by its file `marker`.
+
+    What a process that was killed left behind is cleared away first. Files of the older folder that match `keep` are taken along.
+    Raises `InputError` when the place cannot be written, and for a folder that holds something else.
+    """
+    if out.name in ("", ".."):
+        raise InputError(f"expected the name of a folder to write, but got {str(out)!r}; give it by name")
+    temporary, old = (out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("tmp", "old.tmp"))
+    with writing(out):
+        clear_leftovers(out)
+        if os.path.lexists(out) and not (out / marker).exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"expected a new folder or an older {what} to replace, but {out} holds something else; choose another --out")
+        try:
+            temporary.mkdir(parents=True)
+            # both are held: from `clear_leftovers` of others, and from explain_features.py, whose scores are of the older index's text
+            with only_writer(temporary), only_writer(out) if out.exists() else nullcontext():
+                yield temporary
+                for path in out.glob(keep) if keep else ():
+                    shutil.copy2(path, temporary)
+                for path in temporary.rglob("*"):
+                    sync(path)
+                if out.exists():
+                    out.rename(old)
+                temporary.rename(out)  # a kill between the two leaves the older index beside, as .NAME.PID.old.tmp
+                sync(out.parent)
+        finally:
+            if old.exists() and not out.exists():  # interrupted between the two renames
+                old.rename(out)
+            for folder in (temporary, old):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear_leftovers(out: Path) -> None:
+    """Removes temporary folders in which nobody works any more; an older folder that lost its name to a kill gets it back."""
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+        found = re.fullmatch(r"([0-9]+)(\.old)?\.tmp", path.name[len(out.name) + 2 :])
+        if found is None or not path.is_dir() or running(int(found[1])):
+            continue
+        with suppress(InputError), only_writer(path):  # a process of another machine may be at work in it
+            if found[2] and not out.exists():
+                path.rename(out)
+            else:
+                shutil.rmtree(path, ignore_errors=True)

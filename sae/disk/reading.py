@@ -1,0 +1,262 @@
+"""Files that others wrote, or that a disk damaged: JSON and arrays, each held against what is expected of it before anything is used."""
+
+import json
+import math
+import reprlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+from pydantic import FailFast, Field, TypeAdapter, ValidationError
+
+from sae.disk.checksum import is_intact
+from sae.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+# what schemas are made of, beside typing_extensions.TypedDict, whose further keys are let through
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Item = TypeVar("Item")
+Entries = Annotated[list[Item], FailFast()]
+"""a long list, of which only the first bad entry is looked at"""
+
+SMALL = 1 << 25
+"""bytes (32 MB) up to which a file's checksum is compared whenever it is opened"""
+LONGEST_HEADER = 100_000_000
+"""bytes; the limit of the safetensors library too"""
+MAKE_AGAIN = "make it again"
+
+ITEM_BYTES = {
+    **dict.fromkeys(("U8", "I8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+NUMPY_DTYPES = {
+    "U8": "u1",
+    "U16": "<u2",
+    "U32": "<u4",
+    "U64": "<u8",
+    "I8": "i1",
+    "I16": "<i2",
+    "I32": "<i4",
+    "I64": "<i8",
+    "F16": "<f2",
+    "F32": "<f4",
+    "F64": "<f8",
+    "BOOL": "?",
+}
+
+Arrays = Mapping[str, tuple[str, str]]
+"""A schema: name -> the dtypes that are taken, as safetensors names them, and the shape. A size is a number or a name, and sizes of one
+name are equal: {"W_dec": ("F32 BF16", "f d"), "offsets": ("I64", "f+1")}."""
+
+
+class Place(NamedTuple):
+    dtype: str
+    """as safetensors writes it, for example "F16" """
+    shape: tuple[int, ...]
+    offset: int
+    """bytes from the beginning of the file"""
+
+
+def read_json(path: Path, what: str, schema: Any = Any) -> Any:
+    """The file's value, as it is, if it fits `schema`, a type that pydantic knows. `what` names the kind of file in the error sentence.
+
+    Raises `InputError` for a file that is missing, cannot be read, is no JSON or does not fit.
+    """
+    return parse_json(read_bytes(path, what), f"{what} at {path}", schema)
+
+
+def read_bytes(path: Path, what: str) -> bytes:
+    """All of a file. Raises `InputError` if it is missing or cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"expected {what} at {path}, which does not exist; check the folder's name") from None
+    except (OSError, ValueError) as error:  # a folder, a loop of links, no permission; a name that no file can have
+        raise InputError(f"expected {what} at {path}, which cannot be read ({_reason(error)})") from None
+
+
+def parse_json(text: str | bytes, what: str, schema: Any = Any) -> Any:
+    """Like `read_json`, of text; `what` also says where it stands."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise InputError(f"expected {what}, but it is nested too deeply to be meant") from None
+    except ValueError as error:  # the syntax, the encoding, a number of thousands of digits
+        raise InputError(f"expected {what}, but it is not valid JSON ({error})") from None
+    require(value, schema, what)
+    return value
+
+
+def require(value: Any, schema: Any, what: str) -> None:
+    """Raises `InputError`, which names the first place that does not fit, unless a value out of JSON fits the schema."""
+    try:
+        _adapter(schema).validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = repr(".".join(map(str, first["loc"]))) if first["loc"] else "content"
+        if first["type"] == "missing":
+            raise InputError(f"expected {what}, but its {where} is missing") from None
+        fault = first["msg"].replace("Input should be", "should be")
+        raise InputError(f"expected {what}, but its {where} {fault}, and is {reprlib.repr(first['input'])}") from None
+
+
+@lru_cache(64)
+def _adapter(schema: Any) -> TypeAdapter:
+    return TypeAdapter(schema)
+
+
+def layout(path: Path, what: str, then: str = MAKE_AGAIN) -> tuple[dict[str, Place], dict[str, str]]:
+    """Where the tensors of a safetensors file lie, and its metadata; only the header is read.
+
+    `what` names the kind of file in the error sentence, and `then` says what to do. Raises `InputError` if the file is missing, cannot
+    be read, is no safetensors file, or does not end where its header says.
+    """
+    try:
+        return _layout(path)
+    except FileNotFoundError:
+        raise InputError(f"expected {what} at {path}, which does not exist; check the path or {then}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # all that bytes can do to a header
+        reason = _reason(error)
+        raise InputError(f"expected {what} at {path}, but it is damaged or no safetensors file ({reason}); {then}") from None
+
+
+def _layout(path: Path) -> tuple[dict[str, Place], dict[str, str]]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, LONGEST_HEADER):
+            raise ValueError("its header is cut off")
+        header = json.loads(file.read(length))
+    metadata = header.pop("__metadata__", {})
+    if not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("its metadata are no texts")
+    places, end = {}, 8 + length
+    for name, entry in header.items():
+        dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not all(type(number) is int and 0 <= number < 1 << 62 for number in (*shape, start, stop)) or len(shape) > 8:
+            raise ValueError(f"the numbers of {name!r} in its header are none")
+        if dtype not in ITEM_BYTES:
+            raise ValueError(f"{name!r} is of an unknown type {dtype!r}")
+        if stop - start != math.prod(shape) * ITEM_BYTES[dtype] or math.prod(max(1, n) for n in shape) >= 1 << 59:
+            raise ValueError(f"the size of {name!r} in its header is wrong")
+        places[name] = Place(dtype, tuple(shape), 8 + length + start)
+        end = max(end, 8 + length + stop)
+    if end != size:
+        raise ValueError(f"it has {size} bytes where its header says {end}")
+    return places, metadata
+
+
+def require_arrays(places: Mapping[str, Place], schema: Arrays, where: str, then: str = MAKE_AGAIN, **sizes: int) -> dict[str, int]:
+    """The named sizes, those given among them, if all arrays of the schema are there and fit it; else `InputError`. Others may be there."""
+    for name, (dtypes, shape) in schema.items():
+        if name not in places:
+            raise InputError(f"expected the array {name!r} in {where}, which has {', '.join(places) or 'none'}; {then}")
+        place = places[name]
+        if place.dtype not in dtypes.split() or not _fits(place.shape, shape, sizes):
+            known = ", ".join(f"{size} = {sizes[size]}" for size in sorted(sizes) if size in shape.replace("+1", "").split())
+            raise InputError(
+                f"expected {name!r} in {where} to be {' or '.join(dtypes.split())} [{shape.replace(' ', ', ')}]"
+                f"{' with ' if known else ''}{known}, but it is {place.dtype} {list(place.shape)}; {then}"
+            )
+    return sizes
+
+
+def _fits(shape: tuple[int, ...], pattern: str, sizes: dict[str, int]) -> bool:
+    """Whether a shape has the pattern; sizes that are named for the first time are noted."""
+    words = pattern.split()
+    if len(words) != len(shape):
+        return False
+    for size, word in zip(shape, words):
+        name, _, more = word.partition("+")
+        size -= int(more or 0)
+        if size < 0 or size != (int(name) if name.isdecimal() else sizes.setdefault(name, size)):
+            return False
+    return True
+
+
+def map_arrays(
+    path: Path, what: str, schema: Arrays | None = None, *, mode: Literal["r", "r+"] = "r", then: str = MAKE_AGAIN, **sizes: int
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The arrays of a safetensors file as parts of one memory map of it (but for bfloat16, which numpy does not know), and its metadata.
+
+    A checksum in a file of at most 32 MB is compared. Raises `InputError` like `layout`, and for arrays that do not fit `schema`.
+    """
+    places, metadata = layout(path, what, then)
+    require_arrays(places, schema or {}, str(path), then, **sizes)
+    if mode == "r" and path.stat().st_size <= SMALL:
+        require_intact(path, what, then)
+    if not places:
+        return {}, metadata
+    whole = np.asarray(np.memmap(path, np.uint8, mode))  # plain arrays are several times as fast to cut as numpy's maps
+    arrays = {}
+    for name, (dtype, shape, offset) in places.items():
+        if dtype in NUMPY_DTYPES:
+            size = math.prod(shape) * ITEM_BYTES[dtype]
+            arrays[name] = whole[offset : offset + size].view(NUMPY_DTYPES[dtype]).reshape(shape)
+    return arrays, metadata
+
+
+def read_tensors(
+    path: Path, what: str, schema: Arrays | None = None, *, device: "str | torch.device" = "cpu", then: str = MAKE_AGAIN, **sizes: int
+) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
+    """All tensors of a safetensors file on `device`, and its metadata; its checksum, where it has one, is compared.
+
+    Raises `InputError` like `layout`, and for arrays that do not fit `schema`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    places, metadata = layout(path, what, then)
+    require_arrays(places, schema or {}, str(path), then, **sizes)
+    require_intact(path, what, then)
+    try:
+        with safe_open(path, "pt", str(device)) as file:
+            return {name: file.get_tensor(name) for name in places}, metadata
+    except (OSError, SafetensorError) as error:  # what lies over one another or between two arrays
+        raise InputError(f"expected {what} at {path}, but it is damaged or no safetensors file ({error}); {then}") from None
+
+
+def require_intact(path: Path, what: str, then: str = MAKE_AGAIN) -> None:
+    """Raises `InputError` if a safetensors file has a checksum and it is not that of its bytes."""
+    if is_intact(path) is False:
+        raise InputError(f"expected {what} at {path}, but its checksum is wrong, so it is damaged; {then}")
+
+
+def require_starts(starts: np.ndarray, end: int, name: str, where: Path | str) -> None:
+    """Raises `InputError` unless the numbers rise from 0 to `end`."""
+    if len(starts) < 1 or starts[0] != 0 or starts[-1] != end or (starts[1:] < starts[:-1]).any():
+        raise InputError(f"expected {name} in {where} to rise from 0 to {end}, but they do not, so it is damaged; make it again")
+
+
+def require_within(numbers: np.ndarray, low: int, high: int, name: str, where: Path | str) -> None:
+    """Raises `InputError` unless all numbers are at least `low` and below `high`."""
+    if not numbers.size:
+        return
+    least, most = int(numbers.min()), int(numbers.max())
+    if not low <= least <= most < high:
+        raise InputError(
+            f"expected {name} in {where} from {low} to {high - 1}, but they go from {least} to {most}, so it is damaged; make it again"
+        )
+
+
+@contextmanager
+def one_sentence(what: str) -> Iterator[None]:
+    """Around the readers of other packages, which let through whatever their parts say of bytes that make no sense."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(_reason(error).split())
+        raise InputError(f"expected {what}, but it cannot be read ({reason[:300]}); make it again") from None
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__

@@ -1,0 +1,115 @@
+"""The feature browser: a server on this machine alone, for one index and, with its model, for prompts and steering."""
+
+import gc
+import socket
+import threading
+import webbrowser
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sae.dictionaries.dictionary import Dictionary
+from sae.errors import InputError
+from sae.features.browser.app import Steering, create_app
+from sae.features.index.reader import FeatureIndex
+from sae.features.notes import Notes
+from sae.model.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    import uvicorn
+
+HOST = "127.0.0.1"
+UNREAD_MILLISECONDS = 60_000
+
+
+@dataclass(kw_only=True)
+class BrowseConfig:
+    index: Path
+    """Folder that build_feature_index.py wrote."""
+    notes: Path | None = None
+    """SQLite file of labels, stars, notes and lists; notes.sqlite beside the index without it."""
+    model: str | None = None
+    """Model for prompts and steering, by hub name, folder or GGUF file; the one the index names without it; "none" browses without."""
+    dictionary: Path | None = None
+    """Folder of the dictionary; the one the index was built from without it."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    port: int = 8765
+    """Where to listen on 127.0.0.1; 0 takes any that is free."""
+    open: bool = True
+    """Open the web browser."""
+    verify: bool = False
+    """First compare every file's checksum; without it only those of files up to 32 MB."""
+
+
+def serve(config: BrowseConfig, make_steering: Callable[[LanguageModel, Dictionary, FeatureIndex], Steering] | None = None) -> None:
+    """Serves until Ctrl-C. `make_steering` gives the function behind the steering panel, which this package does not have.
+
+    Raises `InputError` for parts that do not belong together, or a port that is taken.
+    """
+    index = FeatureIndex.open(config.index, verify=config.verify)
+    with listening(config.port) as listener:  # before the model is loaded: a taken port and a damaged file are said at once
+        notes = Notes.open(config.notes, index)
+        if notes.read_only:
+            print(f"the notes in {notes.path} can only be read: they are shown, but no change is kept", flush=True)
+        lm, dictionary, steering = None, None, None
+        if config.model != "none":
+            lm, dictionary = parts_of(index, config.dictionary, config.model, config.device)
+            steering = make_steering(lm, dictionary, index) if make_steering else None
+        app = create_app(index, notes, model=lm, dictionary=dictionary, steering=steering)
+        url = f"http://{HOST}:{listener.getsockname()[1]}/"
+        print(f"features of {config.index} at {url} (Ctrl-C ends it)", flush=True)
+        if config.open:
+            threading.Timer(0.5, webbrowser.open, (url,)).start()
+        gc.freeze()  # what was loaded stays; no collection in the middle of a page need walk through it
+        try:
+            server_of(app).run(sockets=[listener])
+        except KeyboardInterrupt:  # how it is meant to end
+            print()
+        finally:
+            gc.unfreeze()  # or libraries complain of what is left at the end
+
+
+def parts_of(index: FeatureIndex, dictionary: Path | None, model: str | None, device: str = "auto") -> tuple[LanguageModel, Dictionary]:
+    """Model and dictionary of an index, or others with the same weights. Raises `InputError` for any that have not."""
+    sae = index.dictionary(dictionary)
+    known = index.info["model"]
+    lm = LanguageModel.load(model or known["name"], device=device)
+    if known.get("fingerprint") not in (None, lm.fingerprint()):
+        raise InputError(f"expected the model of {index.folder}, {known['name']}, but {lm.name} has other weights; give that model")
+    return lm, sae
+
+
+def server_of(app: Any) -> "uvicorn.Server":
+    import uvicorn
+
+    from sae.features.browser.connection import Connection
+
+    settings = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=1,
+        h11_max_incomplete_event_size=1 << 18,  # an address beyond what we take is still answered with a sentence
+    )
+    return uvicorn.Server(settings)
+
+
+def listening(port: int) -> socket.socket:
+    """A socket that only programs of this machine reach."""
+    if not 0 <= port < 1 << 16:
+        raise InputError(f"expected a port from 0 to 65535, got {port}")
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio leaves Nagle on: 40 ms
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: a client that does not read its answer is let go
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_MILLISECONDS)
+    try:
+        listener.bind((HOST, port))
+        listener.listen()  # who comes before the server is ready waits for it
+    except OSError as error:
+        listener.close()
+        raise InputError(f"expected port {port} of {HOST} to be free, but it is not ({error.strerror}); choose another --port") from None
+    return listener

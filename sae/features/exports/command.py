@@ -1,0 +1,105 @@
+"""Features carried elsewhere: a folder of pages that opens from file://, and the formats of Neuronpedia, SAEDashboard, circuit-tracer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from sae.disk.folders import fresh_folder
+from sae.disk.places import require_folder
+from sae.errors import InputError
+from sae.features.index.reader import FeatureIndex
+
+if TYPE_CHECKING:
+    from sae.features.explanations.explain import Explanation
+
+MARKERS = {"neuronpedia": "source.jsonl", "neuronpedia-upload": "upload-0.json", "saedashboard": "run_settings.json"}
+TAKES = {
+    "features": ("static", *MARKERS),
+    "notes": ("static",),
+    "processes": ("static",),
+    "model_id": (*MARKERS, "circuit-tracer"),
+    "source_set": (*MARKERS, "circuit-tracer"),
+    "creator": ("neuronpedia",),
+    "dictionary": ("neuronpedia", "saedashboard"),
+}
+
+
+@dataclass(kw_only=True)
+class ExportConfig:
+    index: Path
+    """Folder that build_feature_index.py wrote."""
+    out: Path
+    """Folder to write; an older export of the same format is replaced. For circuit-tracer, the layer is added to those in the folder."""
+    format: Literal["static", "neuronpedia", "neuronpedia-upload", "saedashboard", "circuit-tracer"] = "static"
+    """static: pages that open from file://. neuronpedia: its export folder. neuronpedia-upload: bodies for its upload of batches."""
+    features: tuple[int, ...] = ()
+    """Only these features; all without it."""
+    notes: Path | None = None
+    """Database of labels, stars and notes to show (static); notes.sqlite beside the index, where there is one, without it."""
+    processes: int | None = None
+    """Processes that render pages (static); as many as there are cores without it."""
+    model_id: str | None = None
+    """What the model is called there; its folder's name without it."""
+    source_set: str | None = None
+    """What the set of dictionaries is called there, for example res-4k; made from site and width without it."""
+    creator: str | None = None
+    """Your user id there (neuronpedia); "local" without it."""
+    dictionary: Path | None = None
+    """Dictionary of the index: its decoder rows go along as steering vectors (neuronpedia, saedashboard)."""
+
+
+def export_features(config: ExportConfig) -> None:
+    """Raises `InputError` for flags that the format has no use for, and where the index cannot be said in it."""
+    from sae.features.explanations.explain import read_explanations
+
+    for name, formats in TAKES.items():
+        if getattr(config, name) not in (None, ()) and config.format not in formats:
+            raise InputError(f"--{name.replace('_', '-')} has no use with --format {config.format}; it is for {', '.join(formats)}")
+    require_folder(config.out)
+    index = FeatureIndex.open(config.index, verify=True)
+    features = list(config.features or range(index.d_sae))
+    for j in features:
+        index.feature(j)
+    if len(set(features)) < len(features):
+        raise InputError("expected every feature once, but --features names one twice")
+    explanations = read_explanations(config.index)
+    if config.format == "static":
+        _static(config, index, features, explanations)
+    else:
+        _interchange(config, index, features, explanations)
+
+
+def _static(config: ExportConfig, index: FeatureIndex, features: Sequence[int], explanations: "dict[int, list[Explanation]]") -> None:
+    from sae.features.exports.static import export_static
+    from sae.features.notes import Notes
+
+    known = {}
+    if config.notes is not None and not config.notes.exists():
+        raise InputError(f"expected a database of notes at {config.notes}, which does not exist; check its name")
+    if config.notes is not None or (index.folder.resolve().parent / "notes.sqlite").exists():
+        notes = Notes.open(config.notes, index)
+        known = notes.all()
+        notes.close()
+    path = export_static(index, config.out, features, notes=known, explanations=explanations, processes=config.processes)
+    print(f"open {path}")
+
+
+def _interchange(config: ExportConfig, index: FeatureIndex, features: Sequence[int], explanations: "dict[int, list[Explanation]]") -> None:
+    from sae.features.exports.circuit_tracer import write_circuit_tracer
+    from sae.features.exports.neuronpedia import write_neuronpedia, write_uploads
+    from sae.features.exports.saedashboard import names_of, write_saedashboard
+
+    names = names_of(index, config.model_id, config.source_set)
+    rows = None if config.dictionary is None else index.dictionary(config.dictionary).W_dec_fo.float().numpy()
+    if config.format == "circuit-tracer":
+        write_circuit_tracer(index, config.out, names)
+    else:
+        with fresh_folder(config.out, MARKERS[config.format], "export") as folder:
+            if config.format == "neuronpedia":
+                write_neuronpedia(index, folder, features, names, explanations, config.creator or "local", rows)
+            elif config.format == "neuronpedia-upload":
+                write_uploads(index, folder, features, names, explanations)
+            else:
+                write_saedashboard(index, folder, features, names, rows)
+    print(f"wrote {names.model} {names.source} into {config.out}")

@@ -1,0 +1,296 @@
+"""Index every feature of a dictionary in one pass over a cache.
+
+b rows of a chunk · d model width · f features · n tokens of the cache · s sequences
+
+The folder holds `index.json` and, as safetensors, `columns` (statistics and logit lens of every feature), `records` (all non-zero
+activations, feature after feature: see csc.py), `details` (what a reader is shown of each feature: see examples.py and neighbours.py),
+`token_features` (features by the token they fire on), `sums` (from which indexes of other text are merged: see contribution.py) and
+`tokens` (the text, so that neither cache nor model is needed to browse).
+"""
+
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae.dictionaries.dictionary import Dictionary
+from sae.disk.arrays import ANSWERS, EXPLANATIONS, create, open_arrays, write_arrays
+from sae.disk.checksum import crc32
+from sae.disk.folders import fresh_folder
+from sae.disk.places import require_folder
+from sae.disk.writing import require_free_space, write_json
+from sae.entries import Buffers
+from sae.errors import InputError
+from sae.features.index import examples, neighbours
+from sae.features.index.contribution import MAX_ROWS, ErrorSums, contributions
+from sae.features.index.csc import BLOCK_ENTRIES, MAX_FEATURES, RUN_ENTRIES, Spool, merge, statistics
+from sae.features.index.lens import folded_unembedding, into_residual, logit_lens
+from sae.features.index.opening import CHECKED, FORMAT_VERSION, details_layout
+from sae.features.index.parallel import WORKERS, in_order
+from sae.formats.saelens import WEIGHTS
+from sae.progress import progress
+
+if TYPE_CHECKING:
+    from sae.activations.cache import ActivationCache
+    from sae.model.language_model import LanguageModel
+
+CHUNK_BYTES = 1 << 26  # of one [b, f] block of activations, the only dense one there ever is
+TEXT = ("ids", "sequence_starts", "sequence_document", "document_label", "sequence_split")
+
+
+@dataclass(kw_only=True)
+class IndexConfig:
+    cache: Path
+    """Folder of activations that cache_activations.py wrote."""
+    dictionary: Path
+    """Folder of the dictionary."""
+    out: Path
+    """Folder for the index; an index that stands there is replaced."""
+    tokens: int | None = None
+    """Index at most this many tokens: whole sequences, drawn at random; all without it."""
+    splits: tuple[str, ...] = ("train", "held_out")
+    """Splits of the cache to look at."""
+    part: str | None = None
+    """Only the i-th of n parts of these tokens, written i/n, as 1/4; merge_feature_indexes.py joins parts that were built apart."""
+    model: str | None = None
+    """Model for tokenizer and logit lens, by hub name, folder or GGUF file; the one the cache names without it."""
+    device: str = "auto"
+    """Device that encodes: auto, cpu or cuda."""
+    verify: bool = False
+    """First read the whole site in the cache to compare every checksum; without it only those of token files up to 32 MB."""
+
+
+def build_index(config: IndexConfig) -> Path:
+    """Builds the folder whole or not at all, and gives its path.
+
+    Memory: on a CPU up to four chunks of activations (64 MB each; one on CUDA), one run or block of 8M entries (about 200 MB) or the
+    largest feature if that is more, and the tokens. Raises `InputError` when cache and dictionary do not belong together.
+    """
+    from sae.activations.cache import ActivationCache
+    from sae.model.language_model import LanguageModel
+
+    require_folder(config.out)
+    device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
+    dictionary = Dictionary.load(config.dictionary, device)
+    cache = ActivationCache.open(config.cache, dictionary.site, verify=config.verify)
+    cache.require_dictionary(dictionary, named=config.model is not None)
+    if dictionary.d_sae > MAX_FEATURES:
+        raise InputError(f"expected at most {MAX_FEATURES:,} features, but the dictionary has {dictionary.d_sae:,}")
+    model = LanguageModel.load(config.model or cache.model_name(), device="cpu")
+    cache.require_model(model)
+    with replacing_index(config.out) as folder:
+        fill(folder, config, dictionary, cache, model)
+    print(f"indexed {dictionary.d_sae:,} features in {config.out}")
+    return config.out
+
+
+@contextmanager
+def replacing_index(out: Path) -> Iterator[Path]:
+    """`fresh_folder`, which says so when explanations go with the older index."""
+    explained = (out / EXPLANATIONS).exists()
+    with fresh_folder(out, "index.json", "index", keep=ANSWERS) as folder:  # somebody paid for a model's answers
+        yield folder
+    if explained:
+        print(
+            "the explanations of the older index went with it, since their scores are of its text: explain_features.py makes them again, "
+            "and asks a model only for answers it has not given on this text"
+        )
+
+
+def fill(folder: Path, config: IndexConfig, dictionary: Dictionary, cache: "ActivationCache", model: "LanguageModel") -> None:
+    """Writes the files of an index into the empty `folder`."""
+    from sae.features.index.words import vocabulary
+
+    tokens = cache.tokens
+    wanted = choose_tokens(tokens, cache, config)
+    spool, scanned, sums = spool_activations(folder, dictionary, cache, wanted, config.splits)
+    text = {name: np.asarray(getattr(tokens, name)) for name in TEXT}
+    columns, details = derive(folder, spool.paths, dictionary.d_sae, text, signed=dictionary.gate.signed)
+    for run in spool.paths:
+        run.unlink()
+    columns["decoder_norm"] = dictionary.W_dec_fo.float().norm(dim=-1).cpu().numpy()  # host sync
+    neighbours.cosine_neighbours(dictionary.W_dec_fo, details["neighbour_ids"], details["neighbour_cosines"])
+    try:
+        written_fd = into_residual(model, dictionary.site_out or cache.site, dictionary.W_dec_fo)
+    except InputError as error:
+        lens = f"none: {error}"
+    else:
+        W_U_vd, lens = folded_unembedding(model)
+        found = logit_lens(written_fd, W_U_vd[: len(model.tokenizer)])  # rows beyond are padding that nobody can read
+        details["lens_counts"][:] = found.pop("lens_counts")
+        columns |= found
+        if written_fd is not dictionary.W_dec_fo:
+            lens += "; W_dec[j] is first taken through the output projection"
+    vocab = vocabulary(model.tokenizer, int(tokens.ids.max()) + 1)
+    info: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "dictionary": str(config.dictionary),
+        "dictionary_crc32": crc32(config.dictionary / WEIGHTS),
+        "cache": str(config.cache),
+        "model": cache.manifest["model"],
+        "site": cache.site,
+        **({"site_out": dictionary.site_out, "d_out": dictionary.d_out} if dictionary.is_transcoder else {}),
+        "d_in": dictionary.d_in,
+        "d_sae": dictionary.d_sae,
+        "splits": list(config.splits),
+        "activations": spool.entries,
+        "activations_cut_to_65504": spool.clipped,
+        "label_names": list(tokens.label_names),
+        "logit_lens": lens,
+    }
+    text |= {
+        "scanned": scanned,
+        "piece_bytes": np.frombuffer(b"".join(vocab.pieces), np.uint8),
+        "piece_lengths": np.array([len(p) for p in vocab.pieces], np.int32),
+        "piece_special": vocab.special,
+    }
+    finish(folder, info, columns, details, sums, text)
+
+
+def derive(
+    folder: Path, runs: list[Path], d_sae: int, text: dict[str, np.ndarray], shifts: list[int] | None = None, signed: bool = False
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Merges the runs into records.safetensors and makes what follows from the activations alone: columns, and the rows of details."""
+    shown = examples.Text.of(text["ids"], text["sequence_starts"], text["sequence_document"])
+    details = create(folder / "details.safetensors", details_layout(d_sae))
+    for name in ("neighbour_ids", "coactive_ids"):
+        details[name][:] = -1
+
+    def derived(block: tuple[int, dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        begin, entries = block
+        rows = examples.examples(begin, entries, shown)
+        for name, values in rows.items():
+            details[name][begin : begin + len(values)] = values
+        return statistics(entries) | examples.reach(entries, shown) | {"top_token": rows["token_ids"][:, 0]}
+
+    parts = list(in_order(derived, merge(runs, d_sae, folder / "records.safetensors", shifts=shifts, signed=signed)))
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    records = open_arrays(folder / "records.safetensors")
+    offsets, positions = records["offsets"], records["positions"]
+    path = folder / "by-token.safetensors"  # for a moment
+    features_n = create(path, {"features": ("U32", positions.shape)})["features"]
+    at_a_time = min(RUN_ENTRIES, max(BLOCK_ENTRIES, len(shown.ids)))  # each time counts over all tokens
+    starts = neighbours.by_token(offsets, positions, len(shown.ids), features_n, at_a_time)
+    neighbours.coactive(offsets, positions, starts, features_n, details["coactive_ids"], details["coactive_counts"])
+    path.unlink()
+    return columns, details
+
+
+def finish(
+    folder: Path,
+    info: dict[str, Any],
+    columns: dict[str, np.ndarray],
+    details: dict[str, np.ndarray],
+    sums: dict[str, np.ndarray],
+    text: dict,
+) -> None:
+    """Writes the files that are the same for a build and a merge, and the columns that depend on how many tokens were scanned."""
+    n_scanned = int(text["scanned"].sum())
+    columns["density"] = (columns["count"] / n_scanned).astype(np.float32)
+    columns["fvu_contribution"], fvu = contributions(sums, n_scanned)
+    write_arrays(folder / "columns.safetensors", {name: columns[name] for name in sorted(columns)})
+    write_arrays(folder / "token_features.safetensors", examples.by_top_token(details["token_ids"], details["token_shares"]))
+    write_arrays(folder / "sums.safetensors", sums)
+    write_arrays(folder / "tokens.safetensors", {name: text[name] for name in sorted(text)})
+    checksums = {name: crc32(folder / f"{name}.safetensors") for name in CHECKED}
+    write_json(folder / "index.json", info | {"tokens_scanned": n_scanned, "fvu": fvu if np.isfinite(fvu) else None, "crc32": checksums})
+
+
+def choose_tokens(tokens: Any, cache: "ActivationCache", config: IndexConfig) -> np.ndarray:
+    """Which tokens to look at, bool [n]: those of all sequences of the splits, or of as many random ones as fit the budget.
+
+    Whole sequences, because a window in which some tokens were not looked at would show a feature as silent where it may not be.
+    """
+    from sae.activations.tokens import SPLITS
+
+    unknown = [split for split in config.splits if split not in SPLITS]
+    if unknown or not config.splits:
+        raise InputError(f"expected splits out of {', '.join(SPLITS)}, but got {', '.join(unknown) or 'none'}")
+    if len(set(config.splits)) < len(config.splits):
+        raise InputError(f"expected every split once, but got --splits {' '.join(config.splits)}")
+    if len(tokens.ids) >= 1 << 32:
+        raise InputError(f"expected fewer than 2^32 tokens in one cache, but {cache.folder} has {len(tokens.ids):,}; index parts of it")
+    if config.tokens is not None and config.tokens < 1:
+        raise InputError(f"expected at least 1 token to index, but got --tokens {config.tokens}")
+    lengths = np.diff(tokens.sequence_starts)
+    wanted_s = np.isin(tokens.sequence_split, [SPLITS.index(split) for split in config.splits])
+    if config.tokens is not None:
+        order = np.random.default_rng(0).permutation(np.flatnonzero(wanted_s))
+        fitting = int(np.searchsorted(np.cumsum(lengths[order]), config.tokens, "right"))
+        wanted_s = np.zeros(len(lengths), bool)
+        wanted_s[order[: max(fitting, 1)]] = True
+    if config.part is not None:
+        i, n = part_of(config.part)
+        wanted_s[np.delete(np.flatnonzero(wanted_s), np.s_[i - 1 :: n])] = False
+    return np.repeat(wanted_s, lengths)
+
+
+def part_of(part: str) -> tuple[int, int]:
+    """(2, 4) of "2/4"; raises `InputError` for anything else."""
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", part)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise InputError(f"expected --part as i/n with i from 1 to n, for example 1/4, but got {part!r}")
+    return int(found[1]), int(found[2])
+
+
+def chunks(
+    caches: Sequence["ActivationCache"], wanted: np.ndarray, splits: tuple[str, ...], size: int
+) -> Iterator[tuple[list[Tensor], np.ndarray]]:
+    """The wanted rows of caches of the same tokens, in their order: activations [b, d] of each, and their tokens [b]; at most `size`."""
+    for split in splits:
+        for shards in zip(*(cache.shards(split) for cache in caches), strict=True):
+            x_nd, (rows, *_) = zip(*(cache.read(shard) for cache, shard in zip(caches, shards)))
+            positions = np.asarray(rows)
+            kept = np.flatnonzero(wanted[positions])
+            for low in range(0, len(kept), size):
+                part = kept[low : low + size]
+                whole = len(part) == part[-1] - part[0] + 1  # a slice of the map, not a gather
+                rows_of = slice(part[0], part[-1] + 1) if whole else torch.from_numpy(part)
+                yield [x[rows_of] for x in x_nd], positions[part]
+
+
+def spool_activations(
+    folder: Path, dictionary: Dictionary, cache: "ActivationCache", wanted: np.ndarray, splits: tuple[str, ...]
+) -> tuple[Spool, np.ndarray, dict[str, np.ndarray]]:
+    """Encodes the wanted rows and spools their non-zeros; also gives which tokens there were, bool [n], and the error's sums."""
+    spool, sums, local = Spool(folder, dictionary.d_sae), ErrorSums(dictionary), threading.local()
+    scanned = np.zeros(len(wanted), bool)
+    size = min(MAX_ROWS, max(1, CHUNK_BYTES // (dictionary.d_sae * 4)))
+    rows = sum(cache.rows(split) for split in splits)
+    caches = [cache] if not dictionary.is_transcoder else [cache, cache.target_of(dictionary)]
+    total, checked = min(rows, int(wanted.sum())), False
+
+    @torch.no_grad()
+    def entries_of(chunk: tuple[list[Tensor], np.ndarray]) -> tuple[np.ndarray, ...]:
+        local.buffers = buffers = getattr(local, "buffers", None) or Buffers()
+        x_bd, *y_bo = (rows.to(dictionary.W_enc_fd.device, dictionary.W_enc_fd.dtype) for rows in chunk[0])
+        entries = dictionary.entries(x_bd, buffers)
+        values = entries.value_n.float().cpu().numpy()  # host sync
+        if not np.isfinite(values).all():
+            raise InputError(f"activations of tokens near {chunk[1][0]} in {cache.folder} are NaN or infinite; harvest the cache again")
+        sums.add(x_bd, entries, *y_bo)
+        return chunk[1], entries.row_n.cpu().numpy(), entries.feature_n.cpu().numpy(), values  # host sync
+
+    workers = 1 if dictionary.W_enc_fd.is_cuda else WORKERS
+    with progress("index", total, "tokens") as bar:
+        for positions, *entries in in_order(entries_of, chunks(caches, wanted, splits, size), workers):
+            spool.add(positions, *entries)
+            scanned[positions] = True
+            bar.advance(len(positions), active=f"{spool.entries / (bar.done + len(positions)):.1f} per token")
+            if not checked and spool.paths:  # once it is known how sparse the code is: runs, merged file and its transpose
+                require_free_space(folder, int(16 * spool.entries * (total / bar.done)), "the index")
+                checked = True
+    spool.flush()
+    if not scanned.any():
+        raise InputError(
+            f"expected activations in the splits {', '.join(splits)} of {cache.folder}, but there are none; name other --splits"
+        )
+    return spool, scanned, sums.sums

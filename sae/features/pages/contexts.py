@@ -1,0 +1,93 @@
+"""Contexts as lines of HTML: the firing token of every line in one column, every character of the corpus kept and escaped.
+
+The text of a line is one run of inline elements, so that selecting and copying it gives the exact text, line breaks included.
+"""
+
+import math
+from functools import lru_cache
+from html import escape
+
+from sae.features.index.reader import Context
+
+LEVELS = 9  # shades of activation
+DIRECTION_MARKS = {*range(0x200E, 0x2010), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x061C}  # would turn a row's order about
+BREAKS = {"\n": '<i class="n">\n</i>', "\t": '<i class="t">\t</i>', "\r": '<i class="q">&#13;</i>'}
+
+
+def row_html(context: Context, top: float) -> str:
+    """One line: activation, the document's label, left context, and the firing token with what follows; `top` gets the full shade."""
+    texts, values, scanned, centre = context.texts, context.values.tolist(), context.scanned.tolist(), context.centre
+    if "" in texts:
+        texts, values, scanned, centre = whole_characters(texts, values, scanned, centre)
+    parts = [visible(text) for text in texts]
+    if not all(scanned):
+        parts = [part if seen or not part else f"<u>{part}</u>" for part, seen in zip(parts, scanned)]
+    for i, value in enumerate(values):
+        if value or i == centre:
+            parts[i] = token_html(texts[i], value, i == centre, top)
+    label = escape(context.label or "")
+    return (
+        f'<div class="row" tabindex="0"><span class="v">{number(context.value)}</span><span class="g" title="{label}">{label}</span>'
+        f'<span class="w"><span class="l"><span dir="ltr">{"".join(parts[:centre])}</span></span>{"".join(parts[centre:])}</span></div>'
+    )
+
+
+def whole_characters(
+    texts: list[str], values: list[float], scanned: list[bool], centre: int
+) -> tuple[list[str], list[float], list[bool], int]:
+    """The tokens of a character that is split over several shown as one, with the highest of their activations."""
+    ends = [i for i, text in enumerate(texts) if text or i + 1 == len(texts)]
+    starts = [0, *(end + 1 for end in ends[:-1])]
+    return (
+        [texts[end] for end in ends],
+        [max(values[start : end + 1], key=abs) for start, end in zip(starts, ends)],
+        [any(scanned[start : end + 1]) for start, end in zip(starts, ends)],
+        next(i for i, end in enumerate(ends) if end >= centre),
+    )
+
+
+def token_html(text: str, value: float, own: bool, top: float) -> str:
+    """A token that fires, or (`own`) that the row is about."""
+    level = max(1, min(LEVELS, math.ceil(LEVELS * abs(value) / top))) if top > 0 else 1
+    names = [f"a{level}", *("m",) * (value < 0), *("c",) * own]
+    kind = (
+        names[0] if len(names) == 1 else f'"{" ".join(names)}"'
+    )  # most of a dense feature's page is these tags, so no byte more than HTML asks for
+    return f"<b class={kind} title={number(value)}>{visible(text)}</b>"
+
+
+@lru_cache(1 << 16)
+def visible(text: str) -> str:
+    """Escaped text in which line breaks, tabs and characters that cannot be seen carry a mark; the element's text stays the same,
+    except for control characters that HTML does not allow, which become their pictures, and marks of direction, which become their
+    code."""
+    if text.isprintable():  # nearly all tokens
+        return escape(text)
+    parts = []
+    for letter in text:
+        code = ord(letter)
+        if letter in BREAKS:
+            parts.append(BREAKS[letter])
+        elif code < 0x20:
+            parts.append(f'<i class="x">{chr(0x2400 + code)}</i>')
+        elif 0x7F <= code < 0xA0 or code in DIRECTION_MARKS:
+            parts.append(f'<i class="x">U+{code:04X}</i>')
+        else:
+            parts.append(letter if letter not in "<>&\"'" else escape(letter))
+    return "".join(parts)
+
+
+@lru_cache(1 << 16)
+def word_html(spelling: str) -> str:
+    """A token by itself, its spaces marked: " the" and "the" are different tokens."""
+    return "".join('<i class="s"> </i>' if letter == " " else visible(letter) for letter in spelling)
+
+
+def number(value: float) -> str:
+    """Three digits, without an exponent where that reads well."""
+    value = float(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
+
+
+def percent(share: float) -> str:
+    return f"{100 * float(share):.3g}%"

@@ -1,0 +1,1 @@
+"""A language model with named places: sites.py names them, hooks.py reaches them, language_model.py is the model, loading.py gets it."""

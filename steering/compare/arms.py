@@ -1,0 +1,269 @@
+"""The arms of a comparison: every way to steer towards one concept, made from the same texts, each as a unit vector.
+
+n tokens of a text · t texts · d width of the site · f features
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae.dictionaries.dictionary import Dictionary
+from sae.errors import InputError
+from sae.model.language_model import LanguageModel
+from sae.model.sites import parse_site
+from steering.compare.concepts import Concept, Corpus, Texts
+from steering.directions.actadd import actadd
+from steering.directions.diffmean import diffmean
+from steering.directions.feature import by_output_score, feature_direction
+from steering.directions.iti import fit_iti
+from steering.directions.pca import FIRST_DROPPED, pca_of_differences, principal_directions_of_texts
+from steering.directions.random import random_direction, shuffled_labels
+from steering.directions.targeted import Effects, targeted_direction
+from steering.directions.texts import activations_of_texts
+from steering.strength.calibration import TOKENS
+from steering.vector import SteeringVector
+
+CANDIDATES = 32  # features, of highest AUROC, among which the output score chooses; and principal components that are looked at
+PLAIN_TEXTS = 256  # documents of the plain batch
+HEADS = 48 / 1024  # share of all heads that inference-time intervention was published with
+NONE, PROMPTING, RANDOM, SHUFFLED = "no steering", "plain prompting", "random direction", "shuffled labels"
+Kind = Literal["method", "control", "baseline"]
+
+
+class Arm(NamedTuple):
+    method: str
+    kind: Kind
+    vector: SteeringVector | None = None
+    """of norm 1; None for the baselines and for what is left out"""
+    strongest: float | None = None
+    """length of the direction's highest natural occurrence, where it is known better than by the largest projection on neutral text"""
+    prefix: str = ""
+    """text before every prompt"""
+    note: str | None = None
+    left_out: str | None = None
+    """why there is no such arm"""
+
+
+@dataclass(frozen=True)
+class Material:
+    """What directions are made of. No direction sees the texts that are held out or that the classifier learns from."""
+
+    lm: LanguageModel
+    site: str
+    concept: Concept
+    texts: Texts
+    prompts: Sequence[str]
+    max_new_tokens: int
+    """that are to follow the prompts"""
+    dictionary: Dictionary | None = None
+    corpus: Corpus | None = None
+    effects: Effects | None = None
+    """of the dictionary's rows, fitted before"""
+    feature: int | None = None
+    """of the dictionary, chosen by the person who compares"""
+    seed: int = 0
+
+    @cached_property
+    def fit(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Activations at the site of each text to fit on, positive and negative, [n, d] each."""
+        if not (self.texts.fit_positive and self.texts.fit_negative):
+            raise InputError(f"the concept {self.concept.name} has no contrast texts")
+        return tuple(activations_of_texts(self.lm, side, self.site) for side in (self.texts.fit_positive, self.texts.fit_negative))  # type: ignore[return-value]
+
+    @cached_property
+    def fit_means(self) -> tuple[Tensor, Tensor]:
+        """Mean activation of each text, [t, d], so that a long text counts as much as a short one."""
+        return tuple(torch.stack([x_nd.mean(0) for x_nd in side]) for side in self.fit)  # type: ignore[return-value]
+
+    @cached_property
+    def features(self) -> tuple[np.ndarray, Tensor]:
+        """AUROC of every feature's mean activation of a text, [f], and its maximum activation on the texts, [f]."""
+        if self.dictionary is None:
+            raise InputError("no dictionary was given")
+        means, highest_f = [], torch.zeros(self.dictionary.d_sae)
+        for x_nd in (*self.fit[0], *self.fit[1]):
+            with torch.no_grad():
+                acts_nf = self.dictionary.encode(x_nd.to(self.dictionary.W_enc_fd.device)).float().cpu()  # host sync
+            means.append(acts_nf.mean(0))
+            highest_f = torch.maximum(highest_f, acts_nf.amax(0))
+        mean_tf = torch.stack(means).numpy()
+        return auroc(mean_tf[: len(self.fit[0])], mean_tf[len(self.fit[0]) :]), highest_f
+
+    @cached_property
+    def output_feature(self) -> SteeringVector:
+        """Of the `CANDIDATES` best by AUROC, the feature with the highest output score."""
+        candidates = _best_features(self)
+        highest = [float(self.features[1][j]) for j in candidates]
+        return by_output_score(self.lm, self.dictionary, candidates, highest, self.site)  # type: ignore[arg-type]
+
+
+def auroc(pos_tk: np.ndarray, neg_tk: np.ndarray) -> np.ndarray:
+    """Probability that a positive scores above a negative, a tie counting half, for each column, [k]."""
+    from scipy.stats import rankdata
+
+    rank_tk = rankdata(np.concatenate([pos_tk, neg_tk]), axis=0)
+    n_pos, n_neg = len(pos_tk), len(neg_tk)
+    return (rank_tk[:n_pos].sum(0) - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg)
+
+
+def build_arms(material: Material) -> list[Arm]:
+    """All arms; those whose inputs are missing say so in `left_out`. What a method warns about is in its note, and is warned again."""
+    arms = [Arm(NONE, "baseline"), _prompting(material)]
+    for method, (kind, make) in MAKERS.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            try:
+                vector, strongest, note = make(material)
+                arm = Arm(method, kind, vector.unit(), strongest)
+            except InputError as error:
+                arm, note = Arm(method, kind, left_out=str(error)), None
+        told = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+        for sentence in told:
+            warnings.warn(f"{method}: {sentence}", stacklevel=2)
+        arms.append(arm._replace(note="; ".join([note, *told] if note else told) or None))
+    return arms
+
+
+def _prompting(m: Material) -> Arm:
+    prefix = (m.concept.prompt or "").strip()
+    if not prefix:
+        return Arm(PROMPTING, "baseline", left_out=f"the concept {m.concept.name} has no prompt to put before")
+    behind = max(m.max_new_tokens + m.lm.encode(m.prompts)[0].shape[1], TOKENS)
+    if (length := m.lm.encode([prefix])[0].shape[1]) + behind > m.lm.context:
+        return Arm(
+            PROMPTING, "baseline", left_out=f"its prompt of {length} tokens leaves no room for {behind} more in {m.lm.context} positions"
+        )
+    return Arm(PROMPTING, "baseline", prefix=f"{prefix} ", note=f"before every prompt: {prefix}")
+
+
+Made = tuple[SteeringVector, float | None, str | None]
+
+
+def _random(m: Material) -> Made:
+    return random_direction(m.lm.width(m.site), m.site, m.seed), None, None
+
+
+def _shuffled(m: Material) -> Made:
+    return shuffled_labels(*m.fit_means, m.site, m.seed), None, None
+
+
+def _best_features(m: Material) -> list[int]:
+    auroc_f, highest_f = m.features
+    best = [int(j) for j in np.argsort(-auroc_f, kind="stable")[:CANDIDATES] if auroc_f[j] > 0.5 and highest_f[j] > 0]
+    if not best:
+        raise InputError("no feature fires more on the positive texts than on the negative ones")
+    return best
+
+
+def _feature_given(m: Material) -> Made:
+    if m.feature is None:
+        raise InputError("no feature was named")
+    auroc_f, highest_f = m.features
+    highest = float(highest_f[m.feature])
+    vector = feature_direction(m.dictionary, m.feature, highest or 1.0, m.site)  # type: ignore[arg-type]
+    made = _feature(m, vector, f"AUROC {auroc_f[m.feature]:.2f}")
+    return made if highest else (vector, None, f"feature {m.feature}: it never fires on the texts to fit")
+
+
+def _feature_auroc(m: Material) -> Made:
+    j = _best_features(m)[0]
+    auroc_f, highest_f = m.features
+    return _feature(m, feature_direction(m.dictionary, j, float(highest_f[j]), m.site), f"AUROC {auroc_f[j]:.2f}")  # type: ignore[arg-type]
+
+
+def _feature_output(m: Material) -> Made:
+    vector = m.output_feature
+    j, scores = vector.provenance["feature"], vector.provenance["output_scores"]
+    return _feature(m, vector, f"AUROC {m.features[0][j]:.2f}, output score {scores[str(j)]:.3f}, the highest of {len(scores)} by AUROC")
+
+
+def _targeted(m: Material) -> Made:
+    if m.effects is None:
+        raise InputError("no fitted effects were given")
+    feature = m.output_feature.provenance["feature"]
+    d_sae = m.dictionary.d_sae  # type: ignore[union-attr]
+    if (m.effects.site, m.effects.M_df.shape[1]) != (m.site, d_sae):
+        came = f"{m.effects.site} and {m.effects.M_df.shape[1]}"
+        raise InputError(f"expected effects at {m.site} on the dictionary's {d_sae} features, got them at {came}")
+    return targeted_direction(m.effects, feature), None, f"aimed at feature {feature}, the one by output score"
+
+
+def _feature(m: Material, vector: SteeringVector, said: str) -> Made:
+    """A feature's own length is that of its maximum activation on the fit texts."""
+    return vector, vector.norm, f"feature {vector.provenance['feature']}: {said} on the texts to fit"
+
+
+def _actadd(m: Material) -> Made:
+    if not m.concept.prompt_pairs:
+        raise InputError(f"the concept {m.concept.name} has no pair of prompts")
+    kind, layer = parse_site(m.site)
+    if kind not in ("resid_pre", "resid_post") or (kind == "resid_post" and layer + 1 == m.lm.n_layers):
+        raise InputError(f"it adds before a block, which {m.site} is not")
+    pair = m.concept.prompt_pairs[0]
+    vector = actadd(m.lm, *pair, m.site if kind == "resid_pre" else f"resid_pre.{layer + 1}")
+    rows, columns = len(next(iter(vector.directions.values()))), m.lm.encode(m.prompts)[0].shape[1]
+    if rows > columns:
+        raise InputError(f"its prompts have {rows} tokens, more than the longest prompt to continue, {columns}")
+    return vector, None, f"{pair[0]!r} minus {pair[1]!r}, added once at the first {rows} tokens"
+
+
+def _diffmean(m: Material) -> Made:
+    return diffmean(*m.fit_means, m.site), None, None
+
+
+def _pca(m: Material) -> Made:
+    vector = pca_of_differences(*m.fit_means, m.site, seed=m.seed)
+    return vector, None, f"{vector.provenance['explained_share']:.0%} of the differences' squared length"
+
+
+def _principal(m: Material) -> Made:
+    """The component of a plain batch, with its sign, that tells the texts to fit apart best."""
+    plain = [*m.texts.fit_positive, *m.texts.fit_negative]
+    if m.corpus is not None:
+        used = {text for part in m.texts[2:] for text in part}
+        order = np.random.default_rng(m.seed).permutation(len(m.corpus.texts))
+        plain = [m.corpus.texts[i] for i in order if m.corpus.texts[i] not in used][:PLAIN_TEXTS]
+    pos_td, neg_td = m.fit_means
+    plain = [text for text in plain if m.lm.encode([text])[1].sum() > FIRST_DROPPED + 1]  # host sync
+    components = principal_directions_of_texts(m.lm, plain, m.site, min(CANDIDATES, m.lm.width(m.site)), seed=m.seed)
+    unit_dk = torch.stack([v.unit().direction_d for v in components], dim=1)
+    auroc_k = auroc((pos_td @ unit_dk).numpy(), (neg_td @ unit_dk).numpy())
+    best = int(np.abs(auroc_k - 0.5).argmax())
+    sign = 1 if auroc_k[best] >= 0.5 else -1
+    told = max(auroc_k[best], 1 - auroc_k[best])
+    return (
+        sign * components[best],
+        None,
+        f"{'+-'[sign < 0]}component {best + 1} of {len(plain)} texts: AUROC {told:.2f} on the texts to fit",
+    )
+
+
+def _iti(m: Material) -> Made:
+    pos, neg = m.texts.fit_positive, m.texts.fit_negative
+    counts = [len(side) for side in m.fit]
+    groups = [i for count in counts for i in range(count)] if counts[0] == counts[1] else None
+    heads = max(4, round(HEADS * m.lm.n_layers * m.lm.model.config.get_text_config().num_attention_heads))
+    vector = fit_iti(m.lm, [*pos, *neg], [1] * len(pos) + [0] * len(neg), groups=groups, heads=heads, seed=m.seed)
+    named = ", ".join(f"{head['layer']}.{head['head']}" for head in vector.provenance["heads"])
+    return vector, None, f"heads (layer.head) {named}; at all positions, where it was published for generated ones"
+
+
+MAKERS: dict[str, tuple[Kind, Callable[[Material], Made]]] = {
+    RANDOM: ("control", _random),
+    SHUFFLED: ("control", _shuffled),
+    "SAE feature named": ("method", _feature_given),
+    "SAE feature by AUROC": ("method", _feature_auroc),
+    "SAE feature by output score": ("method", _feature_output),
+    "SAE-TS": ("method", _targeted),
+    "ActAdd": ("method", _actadd),
+    "DiffMean": ("method", _diffmean),
+    "PCA of differences": ("method", _pca),
+    "principal direction": ("method", _principal),
+    "ITI": ("method", _iti),
+}

@@ -1,0 +1,248 @@
+"""The fair comparison of directions: one site, the same prompts and seeds, strengths set by equal KL on neutral text, chosen on one half of
+the prompts and scored on the other, with intervals, controls and every continuation kept.
+
+s texts (prompts times samples) · d width of the site
+"""
+
+import math
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sae.activations.text import TextConfig, check_source
+from sae.dictionaries.dictionary import Dictionary
+from sae.disk.places import require_folder
+from sae.disk.writing import atomic, write_json
+from sae.errors import InputError
+from sae.model.language_model import LanguageModel
+from steering.compare.arms import NONE, Arm, Material, build_arms
+from steering.compare.concepts import Scorer, Texts, concept_texts, load_concept, read_corpus, second_scorer, target_scorer
+from steering.compare.continuations import Bench, continuations, measure_arms
+from steering.compare.scores import verdict
+from steering.dictionary import load_dictionary
+from steering.directions.targeted import Effects
+from steering.strength.neutral import PROMPTS
+
+FORMAT = "comparison-1"
+TIMED_TOKENS = (2, 10)  # new tokens of the two samples by which the time is guessed
+ABOVE_SAMPLING = 1.6  # whole run over sampling alone: calibrating, scoring and making the directions
+
+
+@dataclass(kw_only=True)
+class CompareConfig(TextConfig):
+    concept: str
+    """A concept that comes with the package (curse_words, bible ...), a concept's .json file, or label:NAME for a label of the text."""
+    model: str
+    """Model by hub name, folder or GGUF file."""
+    sae: Path | None = None
+    """Folder of a dictionary of this model; without it the arms of dictionary features are left out."""
+    feature: int | None = None
+    """A feature of the dictionary to compare as well, such as one found in the browser."""
+    effects: Path | None = None
+    """Effects of this dictionary's features, fitted by scripts/effect_map.py; without it the arm of SAE-TS is left out."""
+    site: str | None = None
+    """Where to steer, such as resid_post.2; the dictionary's own site without it."""
+    out: Path | None = None
+    """Folder for comparison.json and report.html; "comparison-" and the concept's name without it."""
+    budgets: tuple[float, ...] = (0.1, 0.3, 1.0)
+    """KL budgets, nats per token of neutral text."""
+    prompts: tuple[str, ...] = PROMPTS
+    """Texts to continue; every second one chooses the budget, the others score it."""
+    samples: int = 4
+    """Continuations of each prompt at each strength."""
+    max_new_tokens: int = 40
+    """Length of each continuation."""
+    temperature: float = 1.0
+    """Of the sampling; 0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this share of the probability."""
+    seed: int = 0
+    """Of the sampling, the splits, the random direction and the intervals."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dry_run: bool = False
+    """Say what would be done and about how long it would take, and stop."""
+
+
+def compare_directions(config: CompareConfig) -> dict[str, Any]:
+    """Writes comparison.json and report.html, prints the table and gives what is in the JSON (of a dry run, nothing).
+
+    Raises `InputError` for parts that do not belong together, an empty concept, and texts or prompts longer than the context.
+    """
+    from steering.compare.report import report_html
+
+    started = time.monotonic()
+    refuse_unusable(config)
+    concept = load_concept(config.concept)
+    out = config.out or Path(f"comparison-{concept.name.replace(':', '-')}")
+    if not config.dry_run:
+        require_folder(out)
+    lm = LanguageModel.load(config.model, device=config.device)
+    dictionary, site = dictionary_and_site(config, lm)
+    refuse_long_prompts(lm, config)
+    if config.feature is not None and not (dictionary and 0 <= config.feature < dictionary.d_sae):
+        has = f"one with features 0 to {dictionary.d_sae - 1}" if dictionary else "none"
+        raise InputError(f"expected a dictionary that has feature {config.feature}, got {has}; give another --sae or --feature")
+    corpus = read_corpus(config, lm) if config.text or config.dataset else None
+    texts = Texts(*([fitting(lm, text) for text in part] for part in concept_texts(concept, corpus, config.seed)))
+    effects = None if config.effects is None else Effects.load(config.effects)
+    drawn = (config.prompts, config.max_new_tokens)
+    material = Material(lm, site, concept, texts, *drawn, dictionary, corpus, effects, config.feature, config.seed)
+    arms = build_arms(material)
+    target, second = target_scorer(concept, texts, config.seed), second_scorer(concept, texts, config.seed)
+    sampling = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    held = (texts.held_positive, texts.held_negative)
+    bench = Bench(lm, config.prompts, config.samples, sampling, config.budgets, target, second, held, config.seed)
+    announce(bench, arms, out)
+    if config.dry_run:
+        return {}
+    entries, broken = measure_arms(bench, arms)
+    settings = asdict(config) | {"command": shlex.join(sys.argv), "seconds": round(time.monotonic() - started)}
+    result = plain(
+        {
+            "format": FORMAT,
+            "concept": asdict(concept),
+            "model": config.model,
+            "site": site,
+            "sae": config.sae,
+            "seed": config.seed,
+            "settings": settings | {"texts": {name: len(part) for name, part in texts._asdict().items()}},
+            "target": described(target),
+            "second_target": described(second),
+            "arms": entries,
+            "broken": broken,
+            "cosines": cosines(arms, site),
+            "verdict": verdict(entries, concept.name, target.held_out_auroc, config.seed),
+        }
+    )
+    html = report_html(result)
+    write_json(out / "comparison.json", result)
+    with atomic(out / "report.html") as temporary:
+        temporary.write_text(html, encoding="utf-8")
+    show(result, out)
+    return result
+
+
+def refuse_unusable(config: CompareConfig) -> None:
+    """What can be said before anything is loaded."""
+    budgets, prompts = config.budgets, config.prompts
+    if not budgets or not all(math.isfinite(budget) and budget > 0 for budget in budgets) or list(budgets) != sorted(set(budgets)):
+        raise InputError(f"expected KL budgets above 0 in rising order, got {', '.join(map(str, budgets)) or 'none'}")
+    if len(prompts) < 4 or len(set(prompts)) < len(prompts) or config.samples < 1:
+        raise InputError(
+            f"expected at least 4 different prompts, half of them to choose by, and 1 sample, got {len(set(prompts))} different ones of "
+            f"{len(prompts)} and {config.samples}"
+        )
+    if config.text or config.dataset:
+        check_source(config)
+
+
+def refuse_long_prompts(lm: LanguageModel, config: CompareConfig) -> None:
+    for prompt in config.prompts:
+        if (length := lm.encode([prompt])[0].shape[1]) + config.max_new_tokens > lm.context:
+            raise InputError(
+                f"expected prompts that leave room for {config.max_new_tokens} new tokens in the {lm.context} positions of {lm.name!r}, "
+                f"got one of {length} tokens, {prompt[:60]!r}; shorten it or ask for fewer new tokens"
+            )
+
+
+def dictionary_and_site(config: CompareConfig, lm: LanguageModel) -> tuple[Dictionary | None, str]:
+    """The dictionary, if one was named, and the site. Raises `InputError` unless it was trained on this model and site."""
+    if config.sae is not None:
+        return load_dictionary(config.sae, lm, config.site)
+    if config.site is None:
+        raise InputError("expected --site, such as resid_post.2, or --sae with a dictionary that knows its own, got neither")
+    lm.width(config.site)
+    return None, config.site
+
+
+def fitting(lm: LanguageModel, text: str) -> str:
+    """A text that the model can read whole: one longer than the context loses its end."""
+    ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    return text if len(ids) < lm.context else lm.tokenizer.decode(ids[: lm.context * 3 // 4], skip_special_tokens=True)
+
+
+def cosines(arms: Sequence[Arm], site: str) -> dict[str, Any]:
+    """Between the directions that are one at the site; the others have none with them."""
+    there = [(arm.method, d) for arm in arms if arm.vector and (d := arm.vector.directions.get(site)) is not None and d.ndim == 1]
+    if not there:
+        return {"methods": [], "matrix": []}
+    units_kd = torch.nn.functional.normalize(torch.stack([d.cpu().double() for _, d in there]), dim=-1)
+    return {"methods": [method for method, _ in there], "matrix": (units_kd @ units_kd.T).tolist()}
+
+
+def described(scorer: Scorer | None) -> dict[str, Any] | None:
+    return None if scorer is None else {name: getattr(scorer, name) for name in ("kind", "describe", "held_out_auroc")}
+
+
+def plain(value: Any) -> Any:
+    """For JSON: numbers that are not finite become null, tuples lists, paths text."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
+
+
+def announce(bench: Bench, arms: Sequence[Arm], out: Path) -> None:
+    """What will be done; the time is guessed from short continuations without steering."""
+    for arm in arms:
+        print(f"{arm.method}: " + (f"left out, {arm.left_out}" if arm.left_out else arm.note or "ready"))
+    present = [arm for arm in arms if arm.left_out is None]
+    levels = sum(len(bench.budgets) if arm.vector else 1 for arm in present)
+    new = bench.sampling["max_new_tokens"]
+    seconds = []
+    for tokens in (min(tokens, new) for tokens in (TIMED_TOKENS[0], *TIMED_TOKENS)):  # the first warms up
+        started = time.monotonic()
+        continuations(replace(bench, sampling=bench.sampling | {"max_new_tokens": tokens}), arms[0], 0.0, bench.samples)
+        seconds.append(time.monotonic() - started)
+    _, short, long = seconds
+    each = long + max(long - short, 0.0) / (TIMED_TOKENS[1] - TIMED_TOKENS[0]) * max(new - TIMED_TOKENS[1], 0)
+    minutes = each * levels * ABOVE_SAMPLING / 60
+    texts = len(bench.prompts) * bench.samples
+    print(f"{levels} strengths of {len(present)} arms, {texts} continuations of {new} tokens each: about {minutes:.1f} minutes", flush=True)
+    print(f"comparison.json and report.html go into {out}")
+
+
+def show(result: dict[str, Any], out: Path) -> None:
+    """The best strength of each arm, then the verdict."""
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = ("method", "budget", "gain (95 %)", "detection", "nats/token", "distinct-2", "off-topic KL", "coefficient, ρ, max. act.")
+    table = Table(*columns, title=f"{result['concept']['name']} at {result['site']} of {result['model']}: {result['target']['describe']}")
+    for arm in result["arms"]:
+        best = arm["best"]
+        if best is None:
+            table.add_row(arm["method"], "left out" if arm["left_out"] else "no text")
+            continue
+        level = next(level for level in arm["levels"] if level["budget"] == best["budget"])
+        strengths = [level[unit] for unit in ("coefficient", "rho", "max_activations")]
+        table.add_row(
+            arm["method"],
+            "" if best["budget"] is None else f"{best['budget']:g}" + ", not reached" * (not level["reached"]),
+            "" if arm["method"] == NONE else _told(best["gain"]),
+            "" if arm["detection_auroc"] is None else f"{arm['detection_auroc']['value']:.2f}",
+            f"{level['nats_per_token']['value']:.2f}",
+            "" if level["distinct_2"] is None else f"{level['distinct_2']:.2f}",
+            f"{level['off_topic_kl'] or 0:.2f}",
+            ", ".join("-" if units is None else f"{units:.3g}" for units in strengths) if level["coefficient"] else "",
+        )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)  # a log has no width of its own
+    for arm in result["arms"]:
+        if arm["left_out"]:
+            print(f"left out: {arm['method']}, {arm['left_out']}")
+    print("\n".join(result["verdict"]))
+    print(f"everything is in {out / 'comparison.json'}, to look at in {out / 'report.html'}")
+
+
+def _told(estimate: dict[str, float]) -> str:
+    return f"{estimate['value']:.3g} ({estimate['low']:.3g} to {estimate['high']:.3g})"

@@ -1,0 +1,292 @@
+"""What to steer towards: a concept's contrast texts, words, prompt pairs and label, and a score that counts it in text.
+
+A concept is a JSON file, see docs/concepts.md; `steering/concepts/` has those that come with the package.
+"""
+
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain, islice, zip_longest
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from sae.activations.text import TextConfig, documents
+from sae.disk.reading import read_json
+from sae.errors import InputError
+from sae.model.language_model import LanguageModel
+from sae.text_input import replace_surrogates_in, text_list
+from steering.directions.contrast import TINY
+from steering.strength.measure import word_rate
+from steering.studies.strengths import read_words
+
+SHIPPED = Path(__file__).parents[1] / "concepts"
+SHARES = (0.4, 0.3)
+"""of the texts: those that directions are fitted on, those that the classifier learns from; the rest is held out"""
+LABEL_TEXTS = 240
+"""documents of a label, and as many of the others"""
+LENGTH = 240
+"""characters of a document that are read"""
+NAMED = 20
+"""labels that a sentence names"""
+SHORTEST = 20
+"""characters under which a document says too little"""
+
+
+@dataclass(frozen=True)
+class Concept:
+    name: str
+    description: str = ""
+    positive: tuple[str, ...] = ()
+    """texts that show the concept"""
+    negative: tuple[str, ...] = ()
+    """texts that do not; the n-th is about what the n-th positive one is about, where there are as many"""
+    words: tuple[str, ...] = ()
+    """words and phrases that are counted, every inflected form by itself"""
+    prompt_pairs: tuple[tuple[str, str], ...] = ()
+    """what ActAdd subtracts: with and without"""
+    prompt: str | None = None
+    """what plain prompting puts before a prompt"""
+    label: str | None = None
+    """label of a corpus whose documents show the concept"""
+
+    def __post_init__(self) -> None:
+        for name in ("positive", "negative", "words"):
+            text_list(getattr(self, name), name)
+
+
+class Corpus(NamedTuple):
+    """The beginnings of documents, one text each."""
+
+    texts: list[str]
+    labels: list[str | None]
+
+
+class Texts(NamedTuple):
+    """Six sets of texts; no text, no pair of a concept's file and no document is in two of the parts."""
+
+    fit_positive: list[str]
+    fit_negative: list[str]
+    classifier_positive: list[str]
+    classifier_negative: list[str]
+    held_positive: list[str]
+    held_negative: list[str]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """How much of a concept is in a text."""
+
+    kind: Literal["words", "classifier"]
+    describe: str
+    held_out_auroc: float | None
+    """of the held-out texts; None where there are none"""
+    score: Callable[[Sequence[str]], np.ndarray]
+    """one number for each text, float64 [n]"""
+
+
+def shipped_concepts() -> list[str]:
+    return sorted(path.stem for path in SHIPPED.glob("*.json"))
+
+
+def load_concept(name_or_path: str) -> Concept:
+    """A shipped concept by name, one from a .json file, or "label:DOMAIN": the documents of a corpus that have this label.
+
+    Raises `InputError` for a name that is not shipped, and for a file that is damaged, has other keys or nothing to steer towards.
+    """
+    if name_or_path.startswith("label:"):
+        return _checked(Concept(name_or_path, f"documents labelled {name_or_path[6:]}", label=name_or_path[6:]), "the name")
+    path = Path(name_or_path)
+    if path.suffix != ".json":
+        path = SHIPPED / f"{name_or_path}.json"
+        if name_or_path not in shipped_concepts():
+            raise InputError(
+                f"expected a concept, one of {', '.join(shipped_concepts())}, a path to a .json file, or label: and a label "
+                f"of the corpus, got {name_or_path!r}"
+            )
+    value, halves = replace_surrogates_in(read_json(path, "a concept"))
+    if halves:
+        print(f"{path} holds {halves:,} halves of surrogate pairs, which are no characters; they are now U+FFFD", file=sys.stderr)
+    return _parse(value, path)
+
+
+def read_corpus(config: TextConfig, lm: LanguageModel) -> Corpus:
+    """The first `LENGTH` characters, whole words, of each document that has `SHORTEST`; token ids are read by the model's tokenizer."""
+    texts: list[str] = []
+    labels: list[str | None] = []
+    for content, label in documents(config):
+        if not isinstance(content, str):
+            content = lm.tokenizer.decode(content[:LENGTH].tolist(), skip_special_tokens=True)
+        text = _beginning(content)
+        if len(text) >= SHORTEST:
+            texts.append(text)
+            labels.append(label)
+    return Corpus(texts, labels)
+
+
+def concept_texts(concept: Concept, corpus: Corpus | None, seed: int) -> Texts:
+    """The concept's own texts, and `LABEL_TEXTS` documents of its label against as many of the other labels, each in one of the parts.
+
+    Own texts that are as many on both sides are divided in pairs, so that what a pair is about is not in two parts. The other labels
+    have equal shares as far as their documents go. Warns when a set has under `TINY` texts or both sides are unequal; all sets are
+    empty for a concept without texts and label. Raises `InputError` if the label is the only source and the corpus does not have it.
+    """
+    rng = np.random.default_rng(seed)
+    parts: list[list[str]] = [[] for _ in Texts._fields]
+    own = (list(concept.positive), list(concept.negative))
+    orders = [rng.permutation(len(side)) for side in own]
+    if len(own[0]) == len(own[1]):
+        orders[1] = orders[0]
+    sources = [[[side[i] for i in order] for side, order in zip(own, orders)]]
+    if concept.label is not None:
+        sources.append(_label_texts(concept, corpus, rng, set(chain(*own))))
+    for source in sources:
+        for side, texts in enumerate(source):
+            ends = [*np.round(np.cumsum((0, *SHARES)) * len(texts)).astype(int).tolist(), len(texts)]
+            for part in range(3):
+                parts[2 * part + side] += texts[ends[part] : ends[part + 1]]
+    _warn_if_few(concept, parts)
+    return Texts(*parts)
+
+
+def target_scorer(concept: Concept, texts: Texts, seed: int) -> Scorer:
+    """Counts the concept's words if it has a list, else a classifier of its texts. Raises `InputError` if it has neither."""
+    if concept.words:
+        return word_scorer(concept, texts)
+    if not (texts.classifier_positive and texts.classifier_negative):
+        raise InputError(f"expected words or contrast texts to score {concept.name!r} by, found neither; add them to its file")
+    return classifier_scorer(texts, seed)
+
+
+def second_scorer(concept: Concept, texts: Texts, seed: int) -> Scorer | None:
+    """The classifier of a concept whose target is its words, to see more than the list; None where there is no second score."""
+    return classifier_scorer(texts, seed) if concept.words and texts.classifier_positive and texts.classifier_negative else None
+
+
+def word_scorer(concept: Concept, texts: Texts) -> Scorer:
+    """Listed words per 1,000 words of each text, 0 for a text without words."""
+
+    def score(scored: Sequence[str]) -> np.ndarray:
+        return np.array([1000 * word_rate([text], concept.words).rate for text in scored])
+
+    describe = f"words per 1,000 that are among the {len(concept.words)} listed for {concept.name}"
+    return Scorer("words", describe, _auroc(score, texts), score)
+
+
+def classifier_scorer(texts: Texts, seed: int) -> Scorer:
+    """Mean probability by logistic regression on tf-idf of words (1–2) and of characters within words (1–4), both sides weighted equally.
+
+    It learns from the classifier's part alone, which no direction was fitted on.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline, make_union
+
+    union = make_union(
+        TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True),
+        TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), sublinear_tf=True, min_df=2),
+    )
+    model = make_pipeline(union, LogisticRegression(C=10, max_iter=1000, class_weight="balanced", random_state=seed))
+    positive, negative = texts.classifier_positive, texts.classifier_negative
+    model.fit(positive + negative, [1] * len(positive) + [0] * len(negative))
+
+    def score(scored: Sequence[str]) -> np.ndarray:
+        return model.predict_proba(list(scored))[:, 1] if len(scored) else np.zeros(0)
+
+    describe = f"probability by a bag-of-words classifier that learned from {len(positive)} positive and {len(negative)} negative texts"
+    return Scorer("classifier", describe, _auroc(score, texts), score)
+
+
+def _parse(value: Any, path: Path) -> Concept:
+    """The object of a concept's file. "words" may be {"file": PATH}, a list with one word a line, relative to the concept's file."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
+        raise InputError(f'expected an object with a "name" in the concept\'s file {path}; add it')
+    known = {field.name for field in fields(Concept)}
+    if unknown := sorted(set(value) - known):
+        raise InputError(f"expected the keys {', '.join(sorted(known))} in {path}, but {unknown[0]!r} came; remove it")
+    given = {key: entry for key, entry in value.items() if entry is not None}
+    words = given.get("words")
+    if isinstance(words, dict):
+        if list(words) != ["file"] or not isinstance(words["file"], str):
+            raise InputError(f'expected "words" in {path} to be a list or {{"file": PATH}}, got {words}')
+        given["words"] = read_words(path.parent / words["file"])
+    for key in ("positive", "negative", "words"):
+        given[key] = tuple(_strings(given.get(key, []), key, path))
+    pairs = given.get("prompt_pairs", [])
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise InputError(f'expected "prompt_pairs" in {path} to be a list of lists of two prompts')
+    given["prompt_pairs"] = tuple((a, b) for a, b in (_strings(pair, "prompt_pairs", path, empty=True) for pair in pairs))
+    for key in ("description", "prompt", "label"):
+        if not isinstance(given.get(key, ""), str):
+            raise InputError(f'expected "{key}" in {path} to be text or null, got {given[key]!r}')
+    return _checked(Concept(**given), str(path))
+
+
+def _strings(value: Any, key: str, path: Path, empty: bool = False) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(text, str) and (empty or text.strip()) for text in value):
+        raise InputError(f'expected "{key}" in {path} to be a list of texts that are not empty')
+    return value
+
+
+def _checked(concept: Concept, where: str) -> Concept:
+    if not (concept.positive or concept.negative or concept.words or concept.prompt_pairs or concept.label):
+        raise InputError(f"expected positive and negative texts, words, prompt_pairs or a label in {where}, found none: an empty concept")
+    if bool(concept.positive) != bool(concept.negative):
+        raise InputError(f"expected positive and negative texts in {where}, but one side is empty; add texts to it")
+    texts = concept.positive + concept.negative
+    if len(set(texts)) < len(texts):
+        twice, _ = Counter(texts).most_common(1)[0]
+        raise InputError(f"expected every text of {where} once, so that none is both learned from and tested on, but {twice!r} came twice")
+    return concept
+
+
+def _beginning(text: str) -> str:
+    text = text.strip()
+    if len(text) <= LENGTH:
+        return text
+    return text[: LENGTH + 1].rsplit(maxsplit=1)[0] if any(map(str.isspace, text[: LENGTH + 1])) else text[:LENGTH]
+
+
+def _label_texts(concept: Concept, corpus: Corpus | None, rng: np.random.Generator, taken: set[str]) -> list[list[str]]:
+    """As many texts of the label as of the others, none of them twice; the others in turns, so that any stretch has all of them."""
+    by_label: dict[str, list[str]] = {}
+    for i in rng.permutation(len(corpus.texts)) if corpus else ():
+        text, label = corpus.texts[i], corpus.labels[i]  # type: ignore[union-attr]
+        if label is not None and text not in taken:
+            taken.add(text)
+            by_label.setdefault(label, []).append(text)
+    positive = by_label.pop(concept.label or "", [])
+    n = min(LABEL_TEXTS, len(positive), sum(map(len, by_label.values())))
+    turns = zip_longest(*(by_label[label] for label in sorted(by_label)))
+    negative = list(islice((text for turn in turns for text in turn if text is not None), n))
+    if n == 0:
+        named = ", ".join(sorted(by_label)[:NAMED]) + f" and {len(by_label) - NAMED:,} more" * (len(by_label) > NAMED)
+        found = "no corpus was given" if corpus is None else f"the corpus has the labels {named or 'none'}"
+        said = f"expected documents labelled {concept.label!r} and others for the concept {concept.name!r}, but {found}"
+        if not concept.positive:
+            raise InputError(f"{said}; name a corpus with labels that has it")
+        warnings.warn(f"{said}: its own {len(concept.positive)} and {len(concept.negative)} texts are used alone", stacklevel=3)
+    return [positive[:n], negative]
+
+
+def _warn_if_few(concept: Concept, parts: list[list[str]]) -> None:
+    sizes = [len(part) for part in parts]
+    if not any(sizes):
+        return
+    unequal = any(a != b for a, b in zip(sizes[::2], sizes[1::2]))
+    if min(sizes) < TINY or unequal:
+        told = ", ".join(f"{what} {a} and {b}" for what, a, b in zip(("to fit", "for the classifier", "held out"), sizes[::2], sizes[1::2]))
+        said = "unequally many" if unequal else "few"
+        warnings.warn(f"{said} texts of {concept.name}, positive and negative: {told}; intervals will be wide", stacklevel=3)
+
+
+def _auroc(score: Callable[[Sequence[str]], np.ndarray], texts: Texts) -> float | None:
+    from sklearn.metrics import roc_auc_score
+
+    positive, negative = texts.held_positive, texts.held_negative
+    if not positive or not negative:
+        return None
+    return float(roc_auc_score([1] * len(positive) + [0] * len(negative), score(positive + negative)))

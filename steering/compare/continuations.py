@@ -1,0 +1,188 @@
+"""The measuring of a comparison: each arm's continuations at each strength, and what is counted in them.
+
+s texts (prompts times samples) · p prompts, or positions of a batch of ids · n new tokens or real positions · v vocabulary · t texts
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae.model.language_model import LanguageModel, NonFiniteLogits
+from sae.progress import progress
+from steering.compare.arms import NONE, Arm
+from steering.compare.concepts import Scorer
+from steering.compare.scores import auroc_interval, choose_best, distinct_2, interval, longest_repeat
+from steering.directions.texts import activations_of_texts
+from steering.intervention import steered
+from steering.strength.calibration import Calibration, Divergence, calibrate, divergence, encode_cut, log_probs
+from steering.strength.measure import continuation_loss, until_end
+from steering.strength.neutral import SENTENCES
+from steering.vector import SteeringVector
+
+CALIBRATION_SENTENCES, OFF_TOPIC_SENTENCES = SENTENCES[::2], SENTENCES[1::2]
+HALVES = ("choose", "score")
+BROKEN_FACTOR = 5.0  # times the largest budget: the strength of the sample that shows how text breaks
+BROKEN_PROMPTS = 3
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every arm is measured with."""
+
+    lm: LanguageModel
+    prompts: Sequence[str]
+    samples: int
+    sampling: dict[str, Any]
+    """max_new_tokens, temperature, top_p and seed of `lm.generate`"""
+    budgets: Sequence[float]
+    target: Scorer
+    second: Scorer | None
+    held: tuple[Sequence[str], Sequence[str]]
+    """held-out texts, positive and negative"""
+    seed: int
+
+
+class Continuations(NamedTuple):
+    texts: list[str]
+    """prompt by prompt, [prompts · samples]"""
+    tokens: list[list[int]]
+    nats_p: np.ndarray
+    """per token of each prompt's continuations, under the unsteered model after the plain prompt"""
+
+
+def measure_arms(bench: Bench, arms: Sequence[Arm]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The entries of all arms, and the samples of broken text, as plain values. The first arm is the one without steering."""
+    ids_sp, mask_sp = encode_cut(bench.lm, OFF_TOPIC_SENTENCES)
+    unsteered_nv = log_probs(bench.lm, ids_sp, mask_sp)
+    entries: list[dict[str, Any]] = []
+    broken: list[dict[str, Any]] = []
+    none_p = np.zeros(0)
+    present = [arm for arm in arms if arm.left_out is None]
+    total = sum(len(bench.budgets) + 1 if arm.vector else 1 for arm in present)
+    with progress("comparing", total, "strengths") as bar:
+        for arm in arms:
+            entry: dict[str, Any] = {"method": arm.method, "kind": arm.kind, "note": arm.note, "left_out": arm.left_out}
+            entry |= {"detection_auroc": None, "levels": [], "best": None}
+            entries.append(entry)
+            if arm.left_out is not None:
+                continue
+            *calibrations, breaking = _strengths(bench, arm)
+            for calibration in calibrations:
+                continued = continuations(bench, arm, calibration.coefficient, bench.samples)
+                if arm.method == NONE:
+                    none_p = _by_prompt(bench, bench.target.score(continued.texts))  # type: ignore[union-attr]
+                off_topic = _off_topic(bench.lm, arm, calibration.coefficient, (ids_sp, mask_sp), unsteered_nv)
+                entry["levels"].append(level(bench, calibration, continued, off_topic, none_p))
+                bar.advance(1, arm=arm.method)
+            if arm.vector is not None:
+                broken.append(_broken(bench, arm, breaking))
+                bar.advance(1)
+            entry |= {"detection_auroc": detection(bench, arm.vector), "best": choose_best(entry["levels"])}
+    return entries, broken
+
+
+def _strengths(bench: Bench, arm: Arm) -> list[Calibration]:
+    """One for each budget and one that breaks the text; a baseline has but one, and none that breaks."""
+    if arm.vector is None:
+        return [Calibration(0.0, 0.0, 0.0, 0.0, None, True, True)] * 2
+    budgets = [*bench.budgets, BROKEN_FACTOR * max(bench.budgets)]
+    return calibrate(bench.lm, arm.vector, budgets, CALIBRATION_SENTENCES, strongest=arm.strongest)
+
+
+def continuations(bench: Bench, arm: Arm, coefficient: float, samples: int) -> Continuations | str:
+    """All prompts in one left-padded batch, each `samples` times, of one seed for every arm; or the sentence why there is no text."""
+    lm = bench.lm
+    ids_sp, mask_sp = (t.repeat_interleave(samples, 0) for t in lm.encode([arm.prefix + prompt for prompt in bench.prompts]))
+    start = ids_sp.shape[1]
+    positional = arm.vector is not None and any(d.ndim == 2 for d in arm.vector.directions.values())
+    try:
+        with steered(lm, [(arm.vector, coefficient)] if arm.vector else [], prompt_length=start if positional else None):
+            new_sn = lm.generate(ids_sp, mask_sp, **bench.sampling)[:, start:]
+    except (NonFiniteLogits, OverflowError) as error:
+        return f"no text: {error}"
+    plain_sp, plain_mask_sp = (t.repeat_interleave(samples, 0) for t in lm.encode(bench.prompts))
+    nats_p = [
+        continuation_loss(lm, ids, new, mask)
+        for ids, new, mask in zip(plain_sp.split(samples), new_sn.split(samples), plain_mask_sp.split(samples))
+    ]
+    real_s = until_end(lm, new_sn).sum(1).tolist()  # host sync
+    tokens = [row[:real] for row, real in zip(new_sn.tolist(), real_s)]  # host sync
+    return Continuations([lm.tokenizer.decode(row, skip_special_tokens=True) for row in tokens], tokens, np.array(nats_p))
+
+
+def level(
+    bench: Bench, calibration: Calibration, continued: Continuations | str, off_topic: Divergence, none_p: np.ndarray
+) -> dict[str, Any]:
+    """One strength of an arm. Gains are over no steering on the same prompts; all but "choose" is of the scoring half."""
+    entry: dict[str, Any] = calibration._asdict() | {"budget": calibration.budget or None}
+    entry |= {"failure": None, "off_topic_kl": off_topic.kl, "top1_flips": off_topic.top1_flips}
+    if isinstance(continued, str):
+        names = ("choose", "score", "nats_per_token", "distinct_2", "longest_repeat")
+        return entry | dict.fromkeys(names) | {"failure": continued, "texts": []}
+    target_s = bench.target.score(continued.texts)
+    target_p = _by_prompt(bench, target_s)
+    gain_p = target_p - none_p
+    second = None
+    if bench.second is not None:
+        second = interval(_by_prompt(bench, bench.second.score(continued.texts))[1::2], bench.seed)
+    half_s = [HALVES[number // bench.samples % 2] for number in range(len(continued.texts))]
+    scored = [row for row, half in zip(continued.tokens, half_s) if half == "score"]
+    return entry | {
+        "choose": {"target": float(target_p[::2].mean()), "gain": float(gain_p[::2].mean())},
+        "score": {"target": interval(target_p[1::2], bench.seed), "gain": interval(gain_p[1::2], bench.seed), "second_target": second},
+        "nats_per_token": interval(continued.nats_p[1::2], bench.seed),
+        "distinct_2": distinct_2(scored),
+        "longest_repeat": float(np.mean([longest_repeat(row) for row in scored])),
+        "texts": [
+            {"prompt": bench.prompts[number // bench.samples], "half": half, "text": text, "target": float(target)}
+            for number, (text, half, target) in enumerate(zip(continued.texts, half_s, target_s))
+        ],
+    }
+
+
+def _by_prompt(bench: Bench, value_s: np.ndarray) -> np.ndarray:
+    return value_s.reshape(-1, bench.samples).mean(1)
+
+
+def _off_topic(lm: LanguageModel, arm: Arm, coefficient: float, batch: tuple[Tensor, Tensor], unsteered_nv: Tensor) -> Divergence:
+    """On the sentences that nothing was calibrated on. Of a prompt put before, it is that on what it does to the text behind it."""
+    if arm.vector is not None:
+        with steered(lm, [(arm.vector, coefficient)]):
+            return divergence(unsteered_nv, log_probs(lm, *batch))
+    if not arm.prefix:
+        return Divergence(0.0, 0.0)
+    before_11p, _ = lm.encode([arm.prefix.rstrip()])
+    parts = []
+    for row, mask in zip(*batch):
+        own = row[mask.bool()][lm.bos_id is not None :]
+        ids_sp = torch.cat([before_11p[0], own])[None, : lm.context]
+        parts.append(log_probs(lm, ids_sp, torch.ones_like(ids_sp))[before_11p.shape[1] - (lm.bos_id is not None) :])
+    return divergence(unsteered_nv, torch.cat(parts))
+
+
+def _broken(bench: Bench, arm: Arm, breaking: Calibration) -> dict[str, Any]:
+    """The first prompts, continued at a strength that breaks the text."""
+    continued = continuations(bench, arm, breaking.coefficient, 1)
+    entry = {"method": arm.method, **breaking._asdict(), "failure": continued if isinstance(continued, str) else None}
+    texts = [] if isinstance(continued, str) else continued.texts
+    shown = list(zip(bench.prompts, texts))[:BROKEN_PROMPTS]
+    return entry | {"texts": [{"prompt": prompt, "text": text} for prompt, text in shown]}
+
+
+def detection(bench: Bench, vector: SteeringVector | None) -> dict[str, float] | None:
+    """AUROC over held-out texts of the mean projection of their tokens; None for directions per position and where there are no texts."""
+    if vector is None or any(d.ndim == 2 for d in vector.directions.values()) or not all(bench.held):
+        return None
+
+    def projected(texts: Sequence[str]) -> np.ndarray:
+        total_t = np.zeros(len(texts))
+        for site, direction in vector.directions.items():
+            rows = activations_of_texts(bench.lm, texts, site)
+            total_t += [(x_nd.mean(0) @ direction.cpu()).item() for x_nd in rows]  # host sync
+        return total_t
+
+    return auroc_interval(projected(bench.held[0]), projected(bench.held[1]), bench.seed)

@@ -1,0 +1,301 @@
+"""The comparison of directions as one self-contained HTML page: no network, no script, every text escaped.
+
+`report_html` takes the dictionary that comparison.json holds (steering/compare/command.py) and looks nothing up by itself.
+"""
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+from sae.features.pages.feature import visible
+from steering.compare.report_plot import Series, marker, pareto_svg, series_of, whisker_svg
+from steering.compare.report_style import STYLE
+from steering.strength.measure import listed_words
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+SHOWN = 3  # prompts of the sample texts
+
+Result = dict[str, Any]
+
+
+def report_html(result: Result) -> str:
+    """The whole page. The same result gives the same page, byte for byte."""
+    name = result["concept"]["name"]
+    series = series_of(result["arms"])
+    body = "\n".join(
+        [
+            _head(result),
+            _verdict(result["verdict"]),
+            _pareto(result, series),
+            _table(result, series),
+            _left_out(result["arms"]),
+            _samples(result),
+            _cosines(result["cosines"]),
+            _all_levels(result),
+            _settings(result),
+        ]
+    )
+    isolate = "".join(
+        f".pareto:has(.l{i}:hover) .series:not(.s{i}),.pareto:has(.l{i}:focus) .series:not(.s{i}){{opacity:.09}}"
+        for i in range(len(series))
+    )
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(f"Steering towards {name}")}</title>'
+        f"<style>{STYLE}{isolate}</style></head>\n<body>{body}</body></html>\n"
+    )
+
+
+def number(value: float | None, signed: bool = False) -> str:
+    """Three digits, "–" for none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value and (abs(value) < 0.001 or abs(value) >= 1e5):
+        text = f"{value:.1e}"
+    else:
+        text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
+    return ("+" if signed and value > 0 else "") + text.replace("-", "−")
+
+
+def estimate(value: dict[str, float] | None, signed: bool = False) -> str:
+    """A mean over its 95 % interval, for a cell."""
+    if value is None:
+        return "–"
+    return f"{number(value['value'], signed)}<small>{number(value['low'], signed)} to {number(value['high'], signed)}</small>"
+
+
+def best_level(arm: dict[str, Any]) -> dict[str, Any] | None:
+    """The level that was chosen on the one half of the prompts."""
+    if arm["best"] is None:
+        return None
+    return next((level for level in arm["levels"] if level["budget"] == arm["best"]["budget"]), None)
+
+
+def _budget(level: dict[str, Any]) -> str:
+    return "–" if level["budget"] is None else f"{level['budget']:g}"
+
+
+def _head(result: Result) -> str:
+    concept, target = result["concept"], result["target"]
+    facts = {"model": result["model"], "site": result["site"], "dictionary": result["sae"] or "none", "seed": result["seed"]}
+    second = result.get("second_target")
+    scores = [("Target score", target)] + ([("Beside it", second)] if second else [])
+    told = "".join(
+        f"<p><b>{what}:</b> {escape(score['describe'])} "
+        f"<span class='soft'>(AUROC on held-out texts: {number(score['held_out_auroc'])})</span></p>"
+        for what, score in scores
+    )
+    listed = "".join(f"<div><dt>{key}</dt><dd>{escape(str(value))}</dd></div>" for key, value in facts.items())
+    description = concept.get("description") or ""
+    return f"<h1>Steering towards {escape(concept['name'])}</h1><p>{escape(description)}</p>{told}<dl class='facts'>{listed}</dl>"
+
+
+def _verdict(sentences: Sequence[str]) -> str:
+    def kind(sentence: str) -> str:
+        return "no" if "no evidence" in sentence else "yes" if " steers towards " in sentence else "note"
+
+    items = "".join(f'<li class="{kind(sentence)}">{escape(sentence)}</li>' for sentence in sentences)
+    return f"<section class='verdict'><h2>Verdict</h2><ul>{items}</ul></section>"
+
+
+def _pareto(result: Result, series: Sequence[Series]) -> str:
+    legend = "".join(
+        f'<li class="l{s.number}" tabindex="0" style="--c:{s.colour}"><svg viewBox="0 0 24 16" class="series" aria-hidden="true">'
+        f"{marker(s.shape, 12, 8)}</svg><span>{escape(s.method)}</span></li>"
+        for s in series
+    )
+    return (
+        "<section><h2>What is gained, and what it costs</h2><p class='soft'>Gain in the target score over no steering on the same prompts, "
+        "against how far the model's predictions on off-topic text have moved. Up and to the left is better. Bars are 95 % intervals over "
+        "prompts, the band is that of the controls; points that would cover each other are set apart a little. Hollow points did not reach "
+        "their budget. Point at a name to see it alone.</p>"
+        f'<div class="pareto">{pareto_svg(series, result["target"]["kind"])}<ul class="legend">{legend}</ul></div></section>'
+    )
+
+
+def _table(result: Result, series: Sequence[Series]) -> str:
+    second = bool(result.get("second_target"))
+    heads = ["method", "gain, 95 %", "", "target", *["beside it"] * second, "detection AUROC", "budget, nats", "nats per token"]
+    heads += ["distinct-2", "longest repeat", "off-topic KL", "top-1 flips"]
+    shown = [(arm, level) for arm in result["arms"] if (level := best_level(arm)) is not None and level["score"] is not None]
+    shown.sort(key=lambda pair: -pair[1]["score"]["gain"]["value"])
+    gains = [level["score"]["gain"] for _, level in shown]
+    span = (min((g["low"] for g in gains), default=0.0), max((g["high"] for g in gains), default=1.0))
+    control = [level["score"]["gain"] for arm, level in shown if arm["kind"] == "control"]
+    colour = {s.method: s.colour for s in series}
+    rows = []
+    for arm, level in shown:
+        gain, score = level["score"]["gain"], level["score"]
+        note = f'<span class="soft">{escape(arm["note"])}</span>' if arm["note"] else ""
+        budget = _budget(level) + ("" if level["reached"] else "<small>not reached</small>")
+        cells = [estimate(score["target"]), *[estimate(score["second_target"])] * second, estimate(arm["detection_auroc"]), budget]
+        cells += [estimate(level["nats_per_token"]), number(level["distinct_2"]), number(level["longest_repeat"])]
+        cells += [number(level["off_topic_kl"]), number(level["top1_flips"])]
+        rows.append(
+            f'<tr class="{escape(arm["kind"])}"><td class="m">{escape(arm["method"])}{note}</td><td class="n">{estimate(gain, True)}</td>'
+            f'<td class="w" style="--c:{colour.get(arm["method"], "var(--baseline)")}">{whisker_svg(gain, span, control)}</td>'
+            + "".join(f'<td class="n">{cell}</td>' for cell in cells)
+            + "</tr>"
+        )
+    head = "".join(f'<th class="{"n" if i not in (0, 2) else ""}">{text}</th>' for i, text in enumerate(heads))
+    return (
+        "<section><h2>Each method at its best budget</h2><p class='soft'>The budget is the one with the highest gain on one half of the "
+        "prompts; every number here is of the other half. The grey band is the interval of the controls.</p>"
+        f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
+    )
+
+
+def _left_out(arms: Sequence[dict[str, Any]]) -> str:
+    items = "".join(f"<li><b>{escape(arm['method'])}</b>: {escape(arm['left_out'])}</li>" for arm in arms if arm["left_out"])
+    failed = "".join(
+        f"<li><b>{escape(arm['method'])}</b> at {_budget(level)} nats: {escape(level['failure'])}</li>"
+        for arm in arms
+        for level in arm["levels"]
+        if level["failure"]
+    )
+    if not items and not failed:
+        return ""
+    return f"<section><h2>Left out or without text</h2><ul>{items}{failed}</ul></section>"
+
+
+def _samples(result: Result) -> str:
+    """Every arm's first continuations of the same prompts: weakest and strongest budget, and the strength that breaks the text."""
+    pattern = listed_words(result["concept"]["words"]) if result["concept"].get("words") else None
+    broken = {entry["method"]: entry for entry in result["broken"]}
+    blocks = []
+    for i, arm in enumerate(arm for arm in result["arms"] if arm["levels"]):
+        levels = arm["levels"][:1] + arm["levels"][-1:] * (len(arm["levels"]) > 1)
+        columns = [(_strength(level), level, "") for level in levels]
+        if arm["method"] in broken:
+            columns.append((_strength(broken[arm["method"]], "breaking: "), broken[arm["method"]], "broken"))
+        prompts = _shared_prompts([level for _, level, _ in columns])
+        cells = []
+        for column, (title, level, mark) in enumerate(columns, 1):
+            texts = [_sample(level, prompt, pattern) for prompt in prompts if level["texts"]]
+            texts = texts or [f'<span class="none">{escape(level.get("failure") or "no text was kept")}</span>']
+            cells.append(f'<h3 class="{mark}" style="--column:{column};--row:1">{title}</h3>')
+            cells += [f'<p style="--column:{column};--row:{row}">{text}</p>' for row, text in enumerate(texts, 2)]
+        blocks.append(
+            f"<details{' open' if i < 2 or arm is _best(result['arms']) else ''}><summary>{escape(arm['method'])}</summary>"
+            f'<div class="samples" style="--columns:{len(columns)}">{"".join(cells)}</div></details>'
+        )
+    marked = " Listed words are marked." if pattern else ""
+    return (
+        "<section><h2>What it reads like</h2><p class='soft'>The first continuation of the first prompts, the same for every method, "
+        "none picked: at the smallest and the largest budget, and far beyond, where text breaks."
+        f"{marked} All continuations are in comparison.json.</p>{''.join(blocks)}</section>"
+    )
+
+
+def _best(arms: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    able = [arm for arm in arms if arm["kind"] == "method" and arm["best"]]
+    return max(able, key=lambda arm: arm["best"]["gain"]["value"], default=None)
+
+
+def _shared_prompts(levels: Sequence[dict[str, Any]]) -> list[str]:
+    """The first prompts that every level with texts has continued."""
+    sets = [dict.fromkeys(text["prompt"] for text in level["texts"]) for level in levels if level["texts"]]
+    return [prompt for prompt in sets[-1] if all(prompt in other for other in sets)][:SHOWN] if sets else []
+
+
+def _strength(level: dict[str, Any], before: str = "") -> str:
+    if not level["coefficient"]:
+        return "without a direction"
+    rho = f", ρ {number(level['rho'])}" if level.get("rho") is not None else ""
+    reached = "" if level.get("reached", True) else " (not reached)"
+    return f"{before}{_budget(level)} nats{reached}, coefficient {number(level['coefficient'])}{rho}"
+
+
+def _sample(level: dict[str, Any], prompt: str, pattern: Any) -> str:
+    text = next(text for text in level["texts"] if text["prompt"] == prompt)
+    pieces, end = [], 0
+    for found in pattern.finditer(text["text"]) if pattern else ():
+        pieces += [visible(text["text"][end : found.start()]), f"<mark>{visible(found[0])}</mark>"]
+        end = found.end()
+    score = f' <span class="t">target {number(text["target"])}</span>' if text.get("target") is not None else ""
+    return f"<b>{visible(prompt)}</b>{''.join(pieces)}{visible(text['text'][end:])}{score}"
+
+
+def _cosines(cosines: dict[str, Any]) -> str:
+    methods, matrix = cosines["methods"], cosines["matrix"]
+    if len(methods) < 2:
+        return ""
+
+    def cell(value: float | None, same: bool) -> str:
+        if same or value is None:
+            return "<td>·</td>" if same else "<td>–</td>"
+        hue = "--pos" if value >= 0 else "--neg"
+        return f'<td style="background:rgb(var({hue})/{0.75 * min(1, abs(value)):.2f})">{f"{value:+.2f}".replace("-", "−")}</td>'
+
+    heads = "".join(f'<th scope="col" title="{escape(method)}">{i + 1}</th>' for i, method in enumerate(methods))
+    rows = "".join(
+        f'<tr><th scope="row">{i + 1} {escape(method)}</th>' + "".join(cell(value, i == j) for j, value in enumerate(row)) + "</tr>"
+        for i, (method, row) in enumerate(zip(methods, matrix))
+    )
+    return (
+        "<section><h2>How alike the directions are</h2><p class='soft'>Cosines between those that live at the one site; random ones are "
+        "near 0.</p>"
+        f'<div class="scroll"><table class="cos"><thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table></div></section>'
+    )
+
+
+def _all_levels(result: Result) -> str:
+    heads = [
+        "method",
+        "budget",
+        "KL there",
+        "off-topic KL",
+        "coefficient",
+        "ρ",
+        "max. activations",
+        "gain, choosing half",
+        "gain, scoring half",
+    ]
+    heads += ["target", "nats per token", "distinct-2", "longest repeat", "top-1 flips"]
+    rows = []
+    for arm in result["arms"]:
+        for level in arm["levels"]:
+            choose, score = level["choose"] or {}, level["score"] or {}
+            reached = "" if level["reached"] else "<small>not reached</small>"
+            cells = [_budget(level), number(level["kl"]) + reached]
+            cells += [number(level.get(key)) for key in ("off_topic_kl", "coefficient", "rho", "max_activations")]
+            cells += [number(choose.get("gain"), True), estimate(score.get("gain"), True), estimate(score.get("target"))]
+            cells += [
+                estimate(level["nats_per_token"]),
+                number(level["distinct_2"]),
+                number(level["longest_repeat"]),
+                number(level["top1_flips"]),
+            ]
+            chosen = ' class="chosen"' if level is best_level(arm) and len(arm["levels"]) > 1 else ""
+            name = escape(arm["method"]) + (f"<small>{escape(level['failure'])}</small>" if level["failure"] else "")
+            rows.append(f'<tr{chosen}><td class="m">{name}</td>' + "".join(f'<td class="n">{cell}</td>' for cell in cells) + "</tr>")
+    head = "".join(f'<th class="{"n" if i else ""}">{text}</th>' for i, text in enumerate(heads))
+    return (
+        "<section><details><summary>Every budget of every method</summary><p class='soft'>Shaded: the budget that was chosen. ρ is the "
+        "length of what is added over the median length of an activation at the site.</p>"
+        f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details></section>"
+    )
+
+
+def _settings(result: Result) -> str:
+    settings = dict(result["settings"])
+    command = settings.pop("command", None)
+    concept = {key: value for key, value in result["concept"].items() if value and key not in ("name", "description")}
+    shown = f"<pre>{escape(command)}</pre>" if command else ""
+    return (
+        f"<section><h2>How it was made</h2>{shown}<details><summary>Settings</summary>{_pairs(settings)}</details>"
+        f"<details><summary>The concept</summary>{_pairs(concept)}</details></section>"
+    )
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    def told(value: Any) -> str:
+        if isinstance(value, dict):
+            return ", ".join(f"{key} {told(entry)}" for key, entry in value.items())
+        if isinstance(value, list | tuple):
+            return " · ".join(" / ".join(map(str, entry)) if isinstance(entry, list | tuple) else str(entry) for entry in value)
+        return "none" if value is None else str(value)
+
+    items = "".join(f"<dt>{escape(str(key)).replace('_', ' ')}</dt><dd>{visible(told(value))}</dd>" for key, value in values.items())
+    return f'<dl class="pairs">{items}</dl>'

@@ -1,0 +1,132 @@
+"""Numbers of a comparison that need no model: intervals over prompts, repetition, and the verdict by rule.
+
+p prompts · t texts
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from steering.compare.arms import NONE, PROMPTING, RANDOM, SHUFFLED
+
+ROUNDS = 2000
+CLEAR = 0.7  # AUROC under which a target score says little about a single text
+
+Estimate = dict[str, float]
+"""{"value", "low", "high"}: a mean and its 95 % percentile interval"""
+
+
+def interval(value_p: np.ndarray, seed: int = 0) -> Estimate:
+    """Mean over prompts; prompts are drawn again with replacement, the same ones for every arm of equal seed and number of prompts."""
+    drawn = np.random.default_rng(seed).integers(0, len(value_p), (ROUNDS, len(value_p)))
+    low, high = np.quantile(value_p[drawn].mean(1), [0.025, 0.975])
+    return {"value": float(value_p.mean()), "low": float(low), "high": float(high)}
+
+
+def auroc_interval(pos_t: np.ndarray, neg_t: np.ndarray, seed: int = 0) -> Estimate:
+    """Probability that a positive text scores above a negative one, a tie counting half; positive and negative texts are drawn again."""
+    wins_tt = (pos_t[:, None] > neg_t).astype(np.float64) + 0.5 * (pos_t[:, None] == neg_t)
+    rng = np.random.default_rng(seed)
+    count_rp, count_rn = (rng.multinomial(n, np.full(n, 1 / n), ROUNDS) / n for n in wins_tt.shape)
+    low, high = np.quantile(((count_rp @ wins_tt) * count_rn).sum(1), [0.025, 0.975])
+    return {"value": float(wins_tt.mean()), "low": float(low), "high": float(high)}
+
+
+def distinct_2(rows: Sequence[Sequence[int]]) -> float | None:
+    """Share of different pairs among all pairs of neighbouring tokens of all rows; None without a pair."""
+    pairs = [pair for row in rows for pair in pairwise(row)]
+    return len(set(pairs)) / len(pairs) if pairs else None
+
+
+def longest_repeat(row: Sequence[int]) -> int:
+    """Tokens of the longest run that comes twice in the row (the two may overlap): n − 1 for n times one token, 0 if none comes twice."""
+    length = 0
+    while length < len(row) and _comes_twice(row, length + 1):
+        length += 1
+    return length
+
+
+def _comes_twice(row: Sequence[int], length: int) -> bool:
+    runs = Counter(tuple(row[i : i + length]) for i in range(len(row) - length + 1))
+    return max(runs.values()) > 1
+
+
+def per_prompt(level: dict[str, Any], half: str) -> np.ndarray:
+    """Mean target of the texts of each prompt of that half, [p], in the order of the prompts."""
+    of_prompt: dict[str, list[float]] = {}
+    for text in level["texts"]:
+        if text["half"] == half:
+            of_prompt.setdefault(text["prompt"], []).append(text["target"])
+    return np.array([np.mean(targets) for targets in of_prompt.values()])
+
+
+def choose_best(levels: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The level of the highest gain on the choosing half, the weakest of equal ones; its gain is that of the scoring half."""
+    able = [level for level in levels if level["failure"] is None]
+    if not able:
+        return None
+    best = max(able, key=lambda level: level["choose"]["gain"])
+    return {"budget": best["budget"], "gain": best["score"]["gain"]}
+
+
+def verdict(arms: Sequence[dict[str, Any]], concept: str, held_out_auroc: float | None, seed: int = 0) -> list[str]:
+    """One sentence for each method, then what they amount to.
+
+    A method steers towards the concept when, at the budget chosen on the one half of the prompts, the interval of its gain on the other
+    half is above 0, and so are those of its paired differences to the random direction and to shuffled labels at their own best budgets.
+    Intervals are of 95 % each, for each method by itself: of twenty methods that do nothing, about one would pass the first condition.
+    """
+    best = {arm["method"]: level for arm in arms if (level := _best_level(arm)) is not None}
+    controls = {name: per_prompt(best[name], "score") for name in (RANDOM, SHUFFLED) if name in best}
+    sentences, steering = [], []
+    for arm in arms:
+        method = arm["method"]
+        if arm["kind"] != "method" or method not in best:
+            continue
+        gain, own_p = best[method]["score"]["gain"], per_prompt(best[method], "score")
+        lost = [name for name, control_p in controls.items() if interval(own_p - control_p, seed)["low"] <= 0]
+        if gain["low"] > 0 and not lost:
+            steering.append((gain["value"], method, own_p))
+            against = f", more than {' and '.join(controls)}" if controls else ", but there was no control to compare with"
+            sentences.append(f"{method} steers towards {concept}: {_told(gain)} at {best[method]['budget']:g} nat{against}.")
+        else:
+            reason = "the interval includes 0" if gain["low"] <= 0 <= gain["high"] else "the gain is below 0"
+            if gain["low"] > 0:
+                reason = f"it is not more than {' and '.join(lost)}"
+            sentences.append(f"{method}: no evidence that it steers towards {concept}, {_told(gain)}; {reason}.")
+    return sentences + _summary(steering, best, held_out_auroc, seed)
+
+
+def _summary(
+    steering: list[tuple[float, str, np.ndarray]], best: dict[str, dict[str, Any]], held_out_auroc: float | None, seed: int
+) -> list[str]:
+    sentences = []
+    ranked = sorted(steering, key=lambda found: -found[0])
+    if len(ranked) > 1:
+        (_, first, first_p), (_, second, second_p) = ranked[:2]
+        ahead = interval(first_p - second_p, seed)
+        clear = "is ahead of" if ahead["low"] > 0 else "cannot be told from"
+        sentences.append(f"{first} gained most and {clear} {second}, the next: a difference of {_told(ahead)}.")
+    elif not ranked:
+        sentences.append("No direction steers towards the concept at these budgets.")
+    if PROMPTING in best:
+        gain = best[PROMPTING]["score"]["gain"]
+        sentences.append(
+            f"Plain prompting, for comparison: {_told(gain)}, with an off-topic KL of {best[PROMPTING]['off_topic_kl']:.2g} nat."
+        )
+    if held_out_auroc is not None and held_out_auroc < CLEAR:
+        sentences.append(f"The target score itself is weak: AUROC {held_out_auroc:.2f} on held-out texts of the concept.")
+    return sentences
+
+
+def _best_level(arm: dict[str, Any]) -> dict[str, Any] | None:
+    if arm["best"] is None or arm["method"] == NONE:
+        return None
+    return next(level for level in arm["levels"] if level["budget"] == arm["best"]["budget"])
+
+
+def _told(estimate: Estimate) -> str:
+    return f"{estimate['value']:+.3g} ({estimate['low']:+.3g} to {estimate['high']:+.3g})"

@@ -1,0 +1,1 @@
+"""How strongly to steer, and what a strength does to the text."""

@@ -1,0 +1,73 @@
+"""What steering did to text: how often words come, and how readable the text still is.
+
+s sequences · p positions of the prompt · n new tokens · v vocabulary
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae.errors import InputError
+from sae.features.index.words import whole_words
+from sae.model.language_model import LanguageModel
+from sae.model.sampling import token_losses
+from sae.text_input import text_list
+
+WORD = re.compile(r"\w+(?:['’]\w+)*")
+
+
+class WordRate(NamedTuple):
+    found: int
+    """listed words and phrases"""
+    words: int
+    """words altogether"""
+
+    @property
+    def rate(self) -> float:
+        """Share of all words, 0 for no text."""
+        return self.found / self.words if self.words else 0.0
+
+
+def listed_words(words: Sequence[str]) -> re.Pattern[str]:
+    """Matches any of the listed words (or phrases) as `whole_words` does. Raises `InputError` for no word."""
+    listed = [word.strip() for word in text_list(words, "words")]
+    if not listed or not all(listed):
+        raise InputError(f"expected a list of words to count, got {list(words)}")
+    return whole_words(listed)
+
+
+def word_rate(texts: Iterable[str], words: Sequence[str]) -> WordRate:
+    """Counts the matches of `listed_words` in `texts`, and all words.
+
+    Inflected forms count when the list has them: "damn" alone does not count "damned".
+    """
+    texts, any_listed = text_list(texts), listed_words(words)
+    found = sum(len(any_listed.findall(text)) for text in texts)
+    return WordRate(found, sum(len(WORD.findall(text)) for text in texts))
+
+
+@torch.no_grad()
+def continuation_loss(lm: LanguageModel, prompt_ids_sp: Tensor, generated_ids_sn: Tensor, prompt_mask_sp: Tensor | None = None) -> float:
+    """Mean nats per token of continuations under the model: −mean log p(token | all before it), lower is more readable.
+
+    `generated_ids_sn` are the new tokens alone; those after a row's first end-of-text token are not counted. Call it outside `steered`,
+    so that the model judging is the unsteered one.
+    """
+    if generated_ids_sn.ndim != 2 or generated_ids_sn.shape[1] == 0:
+        raise InputError(f"expected new tokens of at least one position, got shape {tuple(generated_ids_sn.shape)}")
+    generated_ids_sn = generated_ids_sn.to(prompt_ids_sp.device)
+    new = generated_ids_sn.shape[1]
+    mask_sp = torch.ones_like(prompt_ids_sp) if prompt_mask_sp is None else prompt_mask_sp
+    mask = torch.cat([mask_sp, mask_sp.new_ones(generated_ids_sn.shape)], dim=1)
+    logits_snv = lm.logits(torch.cat([prompt_ids_sp, generated_ids_sn], dim=1), mask)[:, -new - 1 : -1]
+    target_sn = generated_ids_sn.to(logits_snv.device, torch.long)
+    return token_losses(logits_snv, target_sn)[until_end(lm, target_sn)].mean().item()  # host sync
+
+
+def until_end(lm: LanguageModel, generated_ids_sn: Tensor) -> Tensor:
+    """True up to and including each row's first end-of-text token, bool [s, n]; what follows only fills the row."""
+    ends_sn = torch.isin(generated_ids_sn, generated_ids_sn.new_tensor(lm.eos_ids))
+    return ends_sn.cumsum(1) - ends_sn.long() == 0

@@ -1,0 +1,1 @@
+"""Measurements that answer one question each: principal directions, effects, strengths, TruthfulQA."""

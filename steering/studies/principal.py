@@ -1,0 +1,286 @@
+"""Do principal directions mean anything? Components of the residual stream against random and learned directions, at equal KL.
+
+s sequences (prompts) · p positions · d width of the site · v vocabulary · k directions · n documents · r rounds of the bootstrap
+
+A direction is measured on both sides, +c and −c, each at the coefficient at which the model's predictions change by the same KL. What a
+side changes in the centred logits at each prompt and position is what its numbers are made of; the direction's number is the mean of
+its sides.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae.activations.text import TextConfig
+from sae.dictionaries.dictionary import Dictionary
+from sae.disk.places import require_folder
+from sae.disk.writing import write_json
+from sae.errors import InputError
+from sae.model.language_model import LanguageModel
+from sae.progress import progress
+from steering.dictionary import load_dictionary
+from steering.directions.pca import principal_directions
+from steering.directions.random import random_direction, random_in_span
+from steering.intervention import steered
+from steering.strength.calibration import divergence, log_probs
+from steering.strength.ruler import Ruler, Sequences, read_sequences, site_activations
+from steering.vector import SteeringVector
+
+COMPONENT, IN_SPAN, IN_SPAN_WEIGHTED, RANDOM = "component", "random in span", "random in span, by variance", "random"
+FEATURE, FEATURE_OF_LABEL, DIFFMEAN = "feature", "feature of a label", "difference of means"
+TOP = 50  # tokens
+ROUNDS = 2000
+
+
+@dataclass(kw_only=True)
+class PrincipalConfig(TextConfig):
+    model: str
+    """Model by hub name, folder or GGUF file."""
+    site: str
+    """Where, for example resid_post.2."""
+    out: Path
+    """Folder for principal.json."""
+    sae: Path | None = None
+    """Folder of a dictionary at that site; without it the arms of its features are left out."""
+    components: int = 32
+    """Principal components."""
+    random: int = 64
+    """Random directions in the span of the components (uniform); half as many of each other random group and of features."""
+    kl: float = 0.3
+    """Nats per token by which every direction changes the predictions."""
+    fit_documents: int = 2000
+    """Documents that components and differences of means are made from, and labels chosen on."""
+    held_documents: int = 1000
+    """Further documents on which labels are recovered."""
+    calibration_documents: int = 16
+    """Further documents on which the coefficients are set."""
+    prompts: int = 32
+    """Further documents on which the change of the logits is measured."""
+    length: int = 32
+    """Tokens read of each document; shorter ones are left out."""
+    seed: int = 0
+    """Of the split of the documents, the random directions and the bootstrap."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+
+class Direction(NamedTuple):
+    group: str
+    name: str
+    unit: SteeringVector
+
+
+class Side(NamedTuple):
+    """One sign of a direction, at the coefficient of the budget."""
+
+    coefficient: float
+    rho: float
+    """coefficient over the median norm at the site"""
+    reached: bool
+    """whether the calibration's KL is the budget"""
+    kl: float
+    """nats per token, on the prompts"""
+    cosine_ss: np.ndarray
+    """mean cosine of the logit changes of two different prompts, over all pairs of their positions; the diagonal means nothing"""
+    effective_tokens: float
+    top_tokens: list[int]
+    """ids, the most raised first"""
+
+
+class Measured(NamedTuple):
+    plus: Side
+    minus: Side
+    linearity_s: np.ndarray
+
+    @property
+    def cosine_ss(self) -> np.ndarray:
+        return (self.plus.cosine_ss + self.minus.cosine_ss) / 2
+
+    @property
+    def effective_tokens(self) -> float:
+        return (self.plus.effective_tokens + self.minus.effective_tokens) / 2
+
+    @property
+    def sensitivity(self) -> float:
+        """Nats per token over rho²: what a small step costs; KL grows with the square of the step."""
+        return (self.plus.kl / self.plus.rho**2 + self.minus.kl / self.minus.rho**2) / 2
+
+
+def pair_cosines(change_spv: Tensor) -> np.ndarray:
+    """Mean cosine between the changes of prompts s and t over all pairs of their positions, float64 [s, s].
+
+    The sum of unit vectors holds it: mean over p, q of u_sp · u_tq = (mean_p u_sp) · (mean_q u_tq). A change of zero has cosine 0.
+    """
+    mean_sv = torch.nn.functional.normalize(change_spv.float(), dim=-1).mean(1).double()
+    return (mean_sv @ mean_sv.T).cpu().numpy()  # host sync
+
+
+def consistency(cosine_ss: np.ndarray, weight_rs: np.ndarray) -> np.ndarray:
+    """Mean of `cosine_ss` over pairs of different prompts, a prompt counting `weight_rs` times; [r].
+
+    Two copies of one prompt are no pair: their cosine would be high for any direction. NaN where only one prompt counts.
+    """
+    between_ss = cosine_ss - np.diag(np.diag(cosine_ss))
+    pairs_r = weight_rs.sum(1) ** 2 - (weight_rs**2).sum(1)
+    with np.errstate(invalid="ignore"):
+        return ((weight_rs @ between_ss) * weight_rs).sum(1) / pairs_r
+
+
+def effective_tokens(mean_change_v: Tensor, top: int = TOP) -> float:
+    """exp(entropy) of the softmax over the `top` most raised tokens: `top` if all are raised alike, 1 if one stands out."""
+    log_p = mean_change_v.double().topk(min(top, len(mean_change_v))).values.log_softmax(0)
+    return float((-(log_p.exp() * log_p).sum()).exp())  # host sync
+
+
+def linearity(plus_spv: Tensor, minus_spv: Tensor) -> np.ndarray:
+    """−cos(change at +c, change at −c), mean over a prompt's positions, [s]: 1 where the two sides are opposite."""
+    return -torch.nn.functional.cosine_similarity(plus_spv.double(), minus_spv.double(), dim=-1).mean(1).cpu().numpy()  # host sync
+
+
+def label_aurocs(score_nk: np.ndarray, label_n: np.ndarray, labels: int) -> np.ndarray:
+    """AUROC of each column for each label against all others, [k, labels]; NaN for a label that all or none have."""
+    from scipy.stats import rankdata
+
+    rank_nk = rankdata(score_nk, axis=0)
+    is_ln = label_n == np.arange(labels)[:, None]
+    count_l = is_ln.sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (((is_ln @ rank_nk).T - count_l * (count_l + 1) / 2) / (count_l * (len(label_n) - count_l))).astype(float)
+
+
+def recovered_labels(fit_nk: np.ndarray, fit_label_n: np.ndarray, held_nk: np.ndarray, held_label_n: np.ndarray, labels: int) -> list:
+    """For each column the label and sign of highest AUROC on the fit documents, and the AUROC of those on the held ones."""
+    fit_kl, held_kl = label_aurocs(fit_nk, fit_label_n, labels), label_aurocs(held_nk, held_label_n, labels)
+    best_k = np.nanargmax(np.abs(fit_kl - 0.5), axis=1)
+    return [(int(j), float(held[j] if fit[j] >= 0.5 else 1 - held[j])) for j, fit, held in zip(best_k, fit_kl, held_kl)]
+
+
+@torch.no_grad()
+def measure(lm: LanguageModel, unit: SteeringVector, prompts: Sequences, unsteered_spv: Tensor, ruler: Ruler, kl: float) -> Measured:
+    """Both sides of a unit direction at `kl` nats per token. Raises `InputError` if no coefficient gives finite predictions."""
+    sides, changes = [], []
+    for sign in (1, -1):
+        found = ruler.coefficient(unit, kl, sign)
+        with steered(lm, [(unit, sign * found.coefficient)]):
+            steered_spv = predictions(lm, prompts)
+        change_spv = steered_spv - unsteered_spv
+        change_spv -= change_spv.mean(-1, keepdim=True)  # a constant over the vocabulary does nothing
+        if not torch.isfinite(change_spv).all():  # host sync
+            raise InputError(f"expected finite predictions along {unit.provenance}, got none; the model's arithmetic cannot carry it")
+        mean_v = change_spv.mean((0, 1))
+        v = change_spv.shape[-1]
+        kl_here = divergence(unsteered_spv.reshape(-1, v), steered_spv.reshape(-1, v)).kl
+        top = mean_v.topk(min(TOP, v)).indices.tolist()  # host sync
+        rho = found.coefficient / ruler.typical_norm
+        sides.append(Side(found.coefficient, rho, found.reached, kl_here, pair_cosines(change_spv), effective_tokens(mean_v), top))
+        changes.append(change_spv)
+    return Measured(sides[0], sides[1], linearity(*changes))
+
+
+def predictions(lm: LanguageModel, sequences: Sequences) -> Tensor:
+    """Log-probabilities at the columns that count, [s, p, v]."""
+    every_nv = log_probs(lm, sequences.ids_sp, torch.ones_like(sequences.ids_sp))
+    return every_nv.unflatten(0, sequences.ids_sp.shape)[:, sequences.first :]
+
+
+def principal_study(config: PrincipalConfig) -> dict[str, Any]:
+    """Measures all groups of directions, prints the tables and writes `principal.json`; gives what is in that file.
+
+    Raises `InputError` for text, model and dictionary that do not belong together.
+    """
+    from steering.studies.principal_report import report, show
+
+    if min(config.components, config.prompts, config.fit_documents, config.held_documents) < 2 or config.random < 4:
+        raise InputError("expected at least 2 components, 4 random directions, and 2 prompts, fitting and held-out documents")
+    require_folder(config.out)
+    lm = LanguageModel.load(config.model, device=config.device)
+    dictionary = None if config.sae is None else load_dictionary(config.sae, lm, config.site)[0]
+    counts = (config.fit_documents, config.held_documents, config.calibration_documents, config.prompts)
+    every = read_sequences(lm, config, sum(counts), config.length, config.seed)
+    fit, held, calibration, prompts = (every.part(sum(counts[:i]), n) for i, n in enumerate(counts))
+    fit_npd, held_npd = site_activations(lm, fit, config.site), site_activations(lm, held, config.site)
+    directions, left_out = all_directions(config, fit, fit_npd, dictionary)
+    ruler, unsteered_spv = Ruler(lm, calibration, config.site), predictions(lm, prompts)
+    measured = []
+    with progress("measuring", len(directions), "directions") as bar:
+        for direction in directions:
+            measured.append(measure(lm, direction.unit, prompts, unsteered_spv, ruler, config.kl))
+            bar.advance(1, group=direction.group)
+    recovered = None
+    if every.labels:
+        units_dk = torch.stack([direction.unit.direction_d for direction in directions], dim=1)
+        fit_nk, held_nk = ((x_npd.mean(1) @ units_dk).numpy() for x_npd in (fit_npd, held_npd))
+        found = recovered_labels(fit_nk, fit.label_s, held_nk, held.label_s, len(every.labels))
+        recovered = [(every.labels[label], auroc) for label, auroc in found]
+    known = {"name": lm.name, "fingerprint": lm.fingerprint()}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    result = {"format": "principal-1", "model": known, "settings": settings, "left_out": left_out}
+    result |= report(lm.tokenizer, directions, measured, recovered, config.seed)
+    write_json(config.out / "principal.json", result)
+    show(result)
+    return result
+
+
+def all_directions(
+    config: PrincipalConfig, fit: Sequences, fit_npd: Tensor, dictionary: Dictionary | None
+) -> tuple[list[Direction], list[str]]:
+    """Every group's unit directions, and a sentence for each group that cannot be."""
+    site, half, few = config.site, config.random // 2, []
+    acts_nd = fit_npd.flatten(0, 1)
+    components = principal_directions(acts_nd, site, config.components, seed=config.seed)
+    found = [
+        Direction(COMPONENT, f"component {i} ({vector.provenance['explained_share']:.1%} of the variance)", vector.unit())
+        for i, vector in enumerate(components, 1)
+    ]
+    units_kd, scaled_kd = (torch.stack([v.direction_d for v in vs]) for vs in ([v.unit() for v in components], components))
+    seeds = np.random.SeedSequence(config.seed).generate_state(config.random + 2 * half).tolist()
+    found += [Direction(IN_SPAN, f"seed {i}", random_in_span(units_kd, site, i)) for i in seeds[: config.random]]
+    found += [Direction(IN_SPAN_WEIGHTED, f"seed {i}", random_in_span(scaled_kd, site, i)) for i in seeds[config.random : -half]]
+    found += [Direction(RANDOM, f"seed {i}", random_direction(acts_nd.shape[1], site, i)) for i in seeds[-half:]]
+    if not fit.labels:
+        few.append("the text has no labels: differences of means, features by label and the recovery of labels are left out")
+    if dictionary is None:
+        few.append("no dictionary was given: its features are left out")
+    else:
+        found += feature_directions(dictionary, site, fit, fit_npd, half, config.seed)
+    for j, label in enumerate(fit.labels):
+        is_n = torch.from_numpy(fit.label_s == j)
+        if 0 < is_n.sum() < len(is_n):
+            difference_d = fit_npd[is_n].mean((0, 1)) - fit_npd[~is_n].mean((0, 1))
+            vector = SteeringVector.at(site, difference_d, {"method": "diffmean", "label": label})
+            found.append(Direction(DIFFMEAN, f"{label} against the others", vector.unit()))
+    return found, few
+
+
+def alive_features(dictionary: Dictionary, acts_nd: Tensor, least: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the features that fire on at least `least` rows, and every feature's highest activation, [f]."""
+    firing_f = torch.zeros(dictionary.d_sae, dtype=torch.long)
+    highest_f = torch.zeros(dictionary.d_sae)
+    for rows_bd in acts_nd.split(4096):
+        acts_bf = dictionary.encode(rows_bd.to(dictionary.W_enc_fd.device)).cpu()  # host sync
+        firing_f += (acts_bf > 0).sum(0)
+        highest_f = torch.maximum(highest_f, acts_bf.max(0).values.float())
+    return np.flatnonzero(firing_f >= least), highest_f.numpy()
+
+
+def feature_directions(dictionary: Dictionary, site: str, fit: Sequences, fit_npd: Tensor, count: int, seed: int) -> list[Direction]:
+    """Decoder rows: of `count` random features that fire, and for each label the one along which documents show it best."""
+    alive, _ = alive_features(dictionary, fit_npd.flatten(0, 1)[:50_000])
+    if len(alive) < count:
+        raise InputError(f"expected at least {count} features that fire on the text, found {len(alive)}; lower --random")
+    rows_fd = dictionary.W_dec_fo.detach().float().cpu()  # host sync
+
+    def direction(group: str, name: str, j: int) -> Direction:
+        return Direction(group, name, SteeringVector.at(site, rows_fd[j], {"method": "feature", "feature": int(j)}).unit())
+
+    chosen = np.random.default_rng(seed).choice(alive, count, replace=False)
+    found = [direction(FEATURE, f"feature {j}", j) for j in chosen]
+    if fit.labels:
+        best = np.nan_to_num(label_aurocs((fit_npd.mean(1) @ rows_fd[alive].T).numpy(), fit.label_s, len(fit.labels)))
+        winners = {int(alive[column]): fit.labels[label] for label, column in enumerate(best.argmax(0))}  # one may win several labels
+        found += [direction(FEATURE_OF_LABEL, f"feature {j} ({label})", j) for j, label in winners.items()]
+    return found

@@ -1,0 +1,166 @@
+"""What a feature does at several strengths: how often listed words come, and how readable the text still is, against a random direction.
+
+s sequences · p positions of the prompt · n new tokens · d model width
+"""
+
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from sae.disk.places import require_file
+from sae.disk.writing import write_json
+from sae.errors import InputError
+from sae.evaluation.evaluate import finite
+from sae.model.language_model import LanguageModel, NonFiniteLogits
+from sae.progress import progress
+from sae.text_input import text_list
+from steering.intervention import steered
+from steering.steer import PartsConfig, load_parts
+from steering.strength.measure import continuation_loss, until_end, word_rate
+from steering.strength.neutral import FEW_PROMPTS
+from steering.vector import SteeringVector
+
+WORDS = Path(__file__).parents[1] / "words"
+
+
+@dataclass(kw_only=True)
+class StrengthsConfig(PartsConfig):
+    words: Path = WORDS / "curse_words.txt"
+    """file of the words to count, one a line"""
+    strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    """multiples of the feature's maximum activation"""
+    prompts: tuple[str, ...] = FEW_PROMPTS
+    """texts to continue"""
+    samples: int = 24
+    """continuations of each prompt at each strength"""
+    max_new_tokens: int = 40
+    """length of each continuation"""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    out: Path | None = None
+    """JSON file for the table with every continuation"""
+
+
+class Row(NamedTuple):
+    direction: str
+    """"none", "feature", or "random" for a random direction of the feature's norm"""
+    strength: float
+    found: int
+    words: int
+    interval: tuple[float, float]
+    """95 % of the rate, bootstrap over continuations"""
+    nats_per_token: float
+    """of the continuations under the unsteered model; NaN where there is no text"""
+    distinct_2: float
+    """share of different pairs among all pairs of neighbouring tokens"""
+    failed_prompts: int
+    """prompts without text, because at this strength the model's logits are not finite"""
+    texts: list[str]
+
+
+def strengths(config: StrengthsConfig) -> list[Row]:
+    """Prints the table and gives its rows. Raises `InputError` when the parts do not belong together."""
+    if config.samples < 1 or not config.strengths or not text_list(config.prompts, "prompts"):
+        raise InputError("expected at least one sample, one strength and one prompt")
+    if config.out:
+        require_file(config.out)
+    words = read_words(config.words)
+    lm, feature, _, vector = load_parts(config)
+    random_d = torch.randn(lm.width(vector.site), generator=torch.Generator().manual_seed(config.seed))
+    random = SteeringVector.at(vector.site, random_d * vector.norm / random_d.norm(), {"method": "random", "seed": config.seed})
+    arms = [("none", vector, 0.0)]
+    arms += [(name, direction, s) for s in config.strengths for name, direction in (("feature", vector), ("random", random))]
+    rows = []
+    with progress("sampling", len(arms) * len(config.prompts) * config.samples, "continuations") as bar:
+        for name, direction, strength in arms:
+            rows.append(measure(lm, name, direction, strength, words, config))
+            bar.advance(len(config.prompts) * config.samples)
+    if config.out:
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+        write_json(config.out, {"settings": settings, "feature": feature, "rows": [finite(row._asdict()) for row in rows]})
+    show(rows, feature, vector.site, config)
+    return rows
+
+
+def read_words(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"expected a text file of words at {path}, but it cannot be read ({error})") from None
+    words = [line for line in lines if line and not line.startswith("#")]
+    if not words:
+        raise InputError(f"expected one word a line in {path}, found none")
+    return words
+
+
+def measure(lm: LanguageModel, name: str, vector: SteeringVector, strength: float, words: list[str], config: StrengthsConfig) -> Row:
+    """One line of the table: continuations of every prompt with strength · vector added everywhere, the same seeds in every line."""
+    texts: list[str] = []
+    losses: list[float] = []
+    pairs: list[tuple[int, int]] = []
+    failed = 0
+    for number, prompt in enumerate(config.prompts):
+        ids_sp, mask_sp = (t.expand(config.samples, -1) for t in lm.encode([prompt]))
+        start = ids_sp.shape[1]
+        try:
+            with steered(lm, [(vector, strength)]):
+                whole_sp = lm.generate(
+                    ids_sp,
+                    mask_sp,
+                    max_new_tokens=config.max_new_tokens,
+                    temperature=config.temperature,
+                    top_p=config.top_p,
+                    seed=config.seed + number,
+                )
+        except (NonFiniteLogits, OverflowError):
+            failed += 1
+            continue
+        new_sn = whole_sp[:, start:]
+        losses.append(continuation_loss(lm, ids_sp, new_sn))
+        for row, real in zip(new_sn.tolist(), until_end(lm, new_sn).sum(1).tolist()):  # host sync
+            texts.append(lm.tokenizer.decode(row[:real], skip_special_tokens=True))
+            pairs += pairwise(row[:real])
+    rate = word_rate(texts, words)
+    interval = bootstrap([word_rate([t], words)[:2] for t in texts], config.seed)
+    distinct = len(set(pairs)) / len(pairs) if pairs else float("nan")
+    nats = float(np.mean(losses)) if losses else float("nan")
+    return Row(name, strength, rate.found, rate.words, interval, nats, distinct, failed, texts)
+
+
+def bootstrap(counts: list[tuple[int, int]], seed: int, rounds: int = 1000) -> tuple[float, float]:
+    """95 % percentile interval of Σ found / Σ words, texts drawn with replacement."""
+    if not counts:
+        return (0.0, 0.0)
+    drawn = np.random.default_rng(seed).integers(0, len(counts), (rounds, len(counts)))
+    found, words = (np.array(counts, dtype=np.float64)[drawn, i].sum(1) for i in (0, 1))
+    low, high = np.quantile(found / np.maximum(words, 1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def show(rows: list[Row], feature: int, site: str, config: StrengthsConfig) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"feature {feature} at {site}: {len(config.prompts)} prompts, {config.samples} continuations each, words of {config.words.name}"
+    table = Table("added", "strength", "found", "per 1,000 words (95 %)", "nats/token", "distinct-2", title=title)
+    for row in rows:
+        low, high = (f"{1000 * x:.1f}" for x in row.interval)
+        per_thousand = f"{1000 * row.found / max(1, row.words):.1f} ({low} to {high})"
+        count = f"{row.found} of {row.words:,}"
+        table.add_row(
+            row.direction,
+            f"{row.strength:g}" * bool(row.strength),
+            count,
+            per_thousand,
+            f"{row.nats_per_token:.2f}",
+            f"{row.distinct_2:.2f}",
+        )
+    failed = [f"{row.direction} x {row.strength:g} on {row.failed_prompts}" for row in rows if row.failed_prompts]
+    if failed:
+        table.caption = f"no text, because the logits were not finite: {', '.join(failed)} of {len(config.prompts)} prompts"
+    Console().print(table)
