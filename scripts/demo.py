@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sae.command_line import run
+from sae.dictionaries.formats.saelens import WEIGHTS
 from sae.disk.checksum import crc32
 from sae.disk.places import require_folder
-from sae.formats.saelens import WEIGHTS
 
 MODEL = Path("checkpoints/demo-lm")
 SHIPPED = Path("checkpoints/demo-sae")

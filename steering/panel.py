@@ -13,11 +13,11 @@ from torch import Tensor
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
-from sae.features.browser.app import Sampling
 from sae.features.browser.serve import BrowseConfig, serve
+from sae.features.browser.state import Sampling
 from sae.features.index.reader import FeatureIndex
-from sae.features.index.words import Vocabulary, vocabulary
 from sae.model.language_model import LanguageModel, NonFiniteLogits
+from sae.model.vocabulary import Vocabulary, vocabulary
 from steering.directions.feature import feature_direction
 from steering.intervention import steered
 from steering.strength.measure import continuation_loss

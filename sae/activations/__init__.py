@@ -1,7 +1,7 @@
 """Activations on disk: harvest them from text, read them back in shuffled batches, lead each one back to its token.
 
-In: text.py reads texts · tokens.py cuts them into sequences · recording.py says what is recorded · plan.py what is visited when ·
-harvest.py runs the stages · record.py runs the model · storage.py has the number formats · ledger.py remembers what is on disk ·
+In: text.py reads texts · tokens.py cuts them into sequences · settings.py says what is recorded · plan.py what is visited when ·
+harvest.py runs the stages · pools.py runs the model · number_formats.py has them on disk · ledger.py remembers what is on disk ·
 writers.py lets several processes make one cache · imports.py takes in other tools' files, which sources.py reads.
 Out: cache.py opens a cache · batches.py deals it out for training · live.py does so without a disk · manifest.py checks what is
 there · describe.py and export.py tell others what is in it · shuffle.py measures how well it is shuffled.

@@ -13,14 +13,16 @@ b rows of a batch · d width of the site
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sae.activations.cache import ActivationCache
 from sae.errors import InputError
+
+if TYPE_CHECKING:
+    from sae.activations.cache import ActivationCache
 
 BUFFER_BYTES = 1 << 27
 BLOCKS_PER_BUFFER = 64
@@ -53,7 +55,7 @@ class ActivationBatches:
 
     def __init__(
         self,
-        cache: ActivationCache,
+        cache: "ActivationCache",
         batch_size: int,
         *,
         seed: int = 0,

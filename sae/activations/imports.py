@@ -100,7 +100,7 @@ def _check(config: ImportConfig) -> None:
 
 
 def _site(config: ImportConfig, source: Source) -> str:
-    from sae.formats.transformer_lens import site_of_hook
+    from sae.dictionaries.formats.transformer_lens import site_of_hook
     from sae.model.sites import parse_site
 
     if config.site is not None:

@@ -9,10 +9,10 @@ from typing_extensions import TypedDict
 
 from sae.activations.ledger import FORMAT_VERSION, ShardEntry, TokenEntry, require_little_endian
 from sae.activations.tokens import SPLITS
+from sae.dictionaries.formats.transformer_lens import HOOK_NAMES
 from sae.disk.checksum import crc32
 from sae.disk.reading import Count, Entries, Number, read_json, require
 from sae.errors import InputError
-from sae.formats.transformer_lens import HOOK_NAMES
 
 THEN = "read the others with skip_damaged, or harvest again"
 SITE = rf"^({'|'.join(HOOK_NAMES)})\.[0-9]{{1,5}}$"

@@ -6,7 +6,7 @@ b rows (tokens) · d model width · f features · o width of what is written · 
 
 Every kind is this formula with its own gate (gates.py). A sparse autoencoder writes where it reads and has b_in = b_dec or none; a
 transcoder writes elsewhere and may skip. Both weight matrices are feature-major in memory, so that one feature is one row of each.
-A saved dictionary takes the model's raw activations; the formats are in sae/formats.
+A saved dictionary takes the model's raw activations; the formats are in sae/dictionaries/formats.
 """
 
 import sys
@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sae.dictionaries.formats import load
+from sae.dictionaries.formats.saelens import save
 from sae.dictionaries.frames import Frame
 from sae.dictionaries.gates import Gate, Threshold
 from sae.dictionaries.parts import Parts
 from sae.entries import Buffers, Entries, active_entries
 from sae.errors import InputError
-from sae.formats import load
-from sae.formats.saelens import save
 
 
 class Port(NamedTuple):
@@ -251,5 +251,5 @@ class Dictionary(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Dictionary":
-        """Reads a folder written by `save` or in any of the formats of `sae.formats`. Raises `InputError` for anything else."""
+        """Reads a folder written by `save` or in any other of the formats. Raises `InputError` for anything else."""
         return cls(**load(Path(folder), device)._asdict()).requires_grad_(False)

@@ -6,7 +6,7 @@ b rows (tokens) · f features
 |---|---|
 | ReLU with L1, p-annealing | `Threshold()` |
 | JumpReLU; BatchTopK and Matryoshka once trained | `Threshold(theta_f)` |
-| gated | `Threshold(theta_f)`, see sae/formats/saelens.py |
+| gated | `Threshold(theta_f)`, see sae/dictionaries/formats/saelens.py |
 | TopK | `TopK(k)` |
 | AbsTopK | `AbsTopK(k)` |
 

@@ -16,6 +16,7 @@ from typing_extensions import TypedDict
 
 from sae.activations.massive import RATIO, is_massive, share
 from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.formats.saelens import WEIGHTS
 from sae.disk.checksum import crc32
 from sae.disk.places import require_file
 from sae.disk.reading import Number, read_json, require
@@ -23,7 +24,6 @@ from sae.disk.writing import write_json
 from sae.errors import InputError
 from sae.evaluation.language_model_loss import ARMS, LanguageModelLoss, language_model_loss
 from sae.evaluation.reconstruction import Reconstruction, ReconstructionMetrics, measure
-from sae.formats.saelens import WEIGHTS
 from sae.progress import progress
 
 if TYPE_CHECKING:

@@ -30,8 +30,8 @@ from steering.studies.effects import (
     measure_effects,
     rollout_activations,
 )
+from steering.studies.measured import Interval
 from steering.studies.principal import alive_features
-from steering.studies.principal_report import Interval
 from steering.vector import SteeringVector
 
 ALIVE_DOCUMENTS = 1000  # on which features are looked for that fire

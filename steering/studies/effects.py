@@ -23,8 +23,7 @@ from steering.intervention import Item, Strength, steered
 from steering.strength.measure import until_end
 from steering.strength.neutral import FEW_PROMPTS
 from steering.strength.ruler import Ruler
-from steering.studies.principal import consistency
-from steering.studies.principal_report import Interval, drawn, interval
+from steering.studies.measured import Interval, consistency, drawn, interval
 from steering.vector import SteeringVector
 
 SAMPLES = 32

@@ -9,7 +9,7 @@ its sides.
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,12 +28,10 @@ from steering.directions.random import random_direction, random_in_span
 from steering.intervention import steered
 from steering.strength.calibration import divergence, log_probs
 from steering.strength.ruler import Ruler, Sequences, read_sequences, site_activations
+from steering.studies.measured import COMPONENT, IN_SPAN, IN_SPAN_WEIGHTED, RANDOM, TOP, Direction, Measured, Side
 from steering.vector import SteeringVector
 
-COMPONENT, IN_SPAN, IN_SPAN_WEIGHTED, RANDOM = "component", "random in span", "random in span, by variance", "random"
 FEATURE, FEATURE_OF_LABEL, DIFFMEAN = "feature", "feature of a label", "difference of means"
-TOP = 50  # tokens
-ROUNDS = 2000
 
 
 @dataclass(kw_only=True)
@@ -68,48 +66,6 @@ class PrincipalConfig(TextConfig):
     """auto, cpu or cuda."""
 
 
-class Direction(NamedTuple):
-    group: str
-    name: str
-    unit: SteeringVector
-
-
-class Side(NamedTuple):
-    """One sign of a direction, at the coefficient of the budget."""
-
-    coefficient: float
-    rho: float
-    """coefficient over the median norm at the site"""
-    reached: bool
-    """whether the calibration's KL is the budget"""
-    kl: float
-    """nats per token, on the prompts"""
-    cosine_ss: np.ndarray
-    """mean cosine of the logit changes of two different prompts, over all pairs of their positions; the diagonal means nothing"""
-    effective_tokens: float
-    top_tokens: list[int]
-    """ids, the most raised first"""
-
-
-class Measured(NamedTuple):
-    plus: Side
-    minus: Side
-    linearity_s: np.ndarray
-
-    @property
-    def cosine_ss(self) -> np.ndarray:
-        return (self.plus.cosine_ss + self.minus.cosine_ss) / 2
-
-    @property
-    def effective_tokens(self) -> float:
-        return (self.plus.effective_tokens + self.minus.effective_tokens) / 2
-
-    @property
-    def sensitivity(self) -> float:
-        """Nats per token over rho²: what a small step costs; KL grows with the square of the step."""
-        return (self.plus.kl / self.plus.rho**2 + self.minus.kl / self.minus.rho**2) / 2
-
-
 def pair_cosines(change_spv: Tensor) -> np.ndarray:
     """Mean cosine between the changes of prompts s and t over all pairs of their positions, float64 [s, s].
 
@@ -117,17 +73,6 @@ def pair_cosines(change_spv: Tensor) -> np.ndarray:
     """
     mean_sv = torch.nn.functional.normalize(change_spv.float(), dim=-1).mean(1).double()
     return (mean_sv @ mean_sv.T).cpu().numpy()  # host sync
-
-
-def consistency(cosine_ss: np.ndarray, weight_rs: np.ndarray) -> np.ndarray:
-    """Mean of `cosine_ss` over pairs of different prompts, a prompt counting `weight_rs` times; [r].
-
-    Two copies of one prompt are no pair: their cosine would be high for any direction. NaN where only one prompt counts.
-    """
-    between_ss = cosine_ss - np.diag(np.diag(cosine_ss))
-    pairs_r = weight_rs.sum(1) ** 2 - (weight_rs**2).sum(1)
-    with np.errstate(invalid="ignore"):
-        return ((weight_rs @ between_ss) * weight_rs).sum(1) / pairs_r
 
 
 def effective_tokens(mean_change_v: Tensor, top: int = TOP) -> float:

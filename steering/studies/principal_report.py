@@ -7,10 +7,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from steering.studies.principal import COMPONENT, IN_SPAN, IN_SPAN_WEIGHTED, ROUNDS, Direction, Measured, Side, consistency
-
-Interval = dict[str, Any]
-"""value, low and high; None for a number that is not finite, which JSON does not have"""
+from steering.studies.measured import (
+    COMPONENT,
+    IN_SPAN,
+    IN_SPAN_WEIGHTED,
+    Direction,
+    Interval,
+    Measured,
+    Side,
+    consistency,
+    drawn,
+    interval,
+)
 
 
 class Beats(NamedTuple):
@@ -25,18 +33,6 @@ class Beats(NamedTuple):
     @property
     def passes(self) -> bool:
         return bool(np.nanquantile(self.difference_r[1:], 0.025) > 0)
-
-
-def interval(value_r: np.ndarray) -> Interval:
-    """The data's own value and the 95 % percentile interval of the rounds, those without a finite number left out."""
-    rounds = value_r[1:][np.isfinite(value_r[1:])]
-    low, high = np.quantile(rounds, [0.025, 0.975]) if len(rounds) else (np.nan, np.nan)
-    return {key: float(x) if np.isfinite(x) else None for key, x in (("value", value_r[0]), ("low", low), ("high", high))}
-
-
-def drawn(count: int, rng: np.random.Generator, rounds: int = ROUNDS) -> np.ndarray:
-    """How often each of `count` things counts, [1 + rounds, count]: once each, then drawn with replacement."""
-    return np.concatenate([np.ones((1, count)), rng.multinomial(count, np.full(count, 1 / count), rounds)])
 
 
 def beats(consistency_kr: np.ndarray, others_kr: np.ndarray, weight_rk: np.ndarray) -> list[Beats]:

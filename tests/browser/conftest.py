@@ -87,7 +87,7 @@ def hostile(tmp_path_factory) -> Iterator[Site]:
 
     from sae.activations.harvest import HarvestConfig, harvest
     from sae.features.browser.app import create_app
-    from sae.features.explanations.explain import Explanation
+    from sae.features.explanations.explanation import Explanation
     from sae.features.index.build import IndexConfig, build_index
     from sae.features.index.reader import FeatureIndex
     from sae.features.notes import Notes

@@ -5,7 +5,7 @@ from urllib.parse import urlencode
 
 from browser_world import FEATURE, HOSTILE
 
-from sae.features.explanations.explain import read_explanations
+from sae.features.explanations.explanation import read_explanations
 from sae.features.exports.static import export_static
 from sae.features.notes import Note
 

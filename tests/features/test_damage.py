@@ -27,7 +27,8 @@ from sae.dictionaries.dictionary import Dictionary
 from sae.disk.writing import write_json, write_tensors
 from sae.errors import InputError
 from sae.evaluation.evaluate import EvaluationConfig, evaluate
-from sae.features.explanations.explain import ExplainConfig, Explanation, explain
+from sae.features.explanations.explain import ExplainConfig, explain
+from sae.features.explanations.explanation import Explanation
 from sae.features.explanations.judge import Log
 from sae.features.exports.command import ExportConfig, export_features
 from sae.features.exports.neuronpedia import read_neuronpedia, rewrite_neuronpedia
@@ -35,6 +36,7 @@ from sae.features.exports.saedashboard import read_saedashboard, rewrite_saedash
 from sae.features.index.build import IndexConfig, build_index
 from sae.features.index.merge import MergeConfig, merge_indexes
 from sae.features.index.reader import FeatureIndex
+from sae.features.pages.feature import FeatureView
 from sae.features.terminal import ListConfig, list_features
 from sae.model.language_model import LanguageModel
 from sae.training import TrainingConfig, train
@@ -143,7 +145,7 @@ def read_cache(folder: Path, out: Path) -> None:
 def look(folder: Path, out: Path) -> None:
     index = FeatureIndex.open(folder)
     for j in range(0, index.d_sae, 7):
-        index.view(j)._repr_html_()
+        FeatureView(index, j)._repr_html_()
         index.random_contexts(j, 3)
     index.search("the|it", 3)
     index.promotes("the", 3)

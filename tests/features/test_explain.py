@@ -9,15 +9,8 @@ import pytest
 from letters import RULES, by_rules, texts
 
 from sae.errors import InputError
-from sae.features.explanations.explain import (
-    ExplainConfig,
-    Explanation,
-    Scorer,
-    explain,
-    explain_by_lookup,
-    read_explanations,
-    write_explanations,
-)
+from sae.features.explanations.explain import ExplainConfig, Scorer, explain, explain_by_lookup
+from sae.features.explanations.explanation import Explanation, read_explanations, write_explanations
 from sae.features.explanations.lookups import Firing, Prediction, read_corpus
 
 

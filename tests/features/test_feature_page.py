@@ -19,10 +19,10 @@ from scipy.stats import binomtest
 from sae.errors import InputError
 from sae.features.index.build import IndexConfig, build_index
 from sae.features.index.reader import Context, FeatureIndex
-from sae.features.index.words import Vocabulary
 from sae.features.notes import Note
 from sae.features.pages.contexts import row_html, visible
-from sae.features.pages.feature import document, feature_html, wilson, write_pages
+from sae.features.pages.feature import FeatureView, document, feature_html, wilson, write_pages
+from sae.model.vocabulary import Vocabulary
 
 TAGS = {
     *"html head meta title style body nav a h1 h2 h3 p div section dl dt dd svg rect path line text ol li code span b i u br".split()  # noqa: SIM905
@@ -197,7 +197,7 @@ def test_notes_and_explanations_are_shown_as_text(world):
 
 
 def test_a_notebook_shows_the_page_in_a_frame_of_its_own(world):
-    html = world.index.view(17)._repr_html_()
+    html = FeatureView(world.index, 17)._repr_html_()
     frame = re.fullmatch(r"<iframe sandbox='' style='[^']*' srcdoc='([^']*)'></iframe>", html)
     inside = unescape(frame[1])
     assert inside.startswith("<!doctype html>")
@@ -205,7 +205,7 @@ def test_a_notebook_shows_the_page_in_a_frame_of_its_own(world):
     assert "<a " not in inside
     assert len(html) < 1.05 * len(inside)
     with pytest.raises(InputError, match="feature 40 does not exist"):
-        world.index.view(40)
+        FeatureView(world.index, 40)
 
 
 def test_a_page_stays_small_when_every_token_is_long_and_fires(world, monkeypatch):

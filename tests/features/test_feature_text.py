@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.errors import InputError
-from sae.features.index.words import Vocabulary, folded, occurrences, token_texts, vocabulary, words_of
+from sae.features.index.words import folded, occurrences, words_of
+from sae.model.vocabulary import Vocabulary, token_texts, vocabulary
 
 TEXT = 'Она сказала: "привет" 🦓🪰 naïve 漢字\n\tзебра <b> it\'s'
 

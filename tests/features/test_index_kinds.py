@@ -15,6 +15,7 @@ from sae.errors import InputError
 from sae.features.index.build import IndexConfig, build_index
 from sae.features.index.merge import MergeConfig, merge_indexes
 from sae.features.index.reader import FeatureIndex
+from sae.features.pages.feature import FeatureView
 
 F = 24
 KINDS = {
@@ -77,7 +78,7 @@ def test_every_kind(world, tmp_path, kind, monkeypatch):
         np.testing.assert_allclose(index.columns["negative_share"], [(a[a != 0] < 0).mean() for a in acts.T], atol=1e-6)
         shown = {context.position: context.value for context in index.top_contexts(j)}
         assert {p: np.float16(acts[tokens == p, j][0]) for p in shown} == pytest.approx(shown)
-        page = index.view(j)._repr_html_()
+        page = FeatureView(index, j)._repr_html_()
         assert (' m c"' in page) == any(value < 0 for value in shown.values())
     parts = [build_index(IndexConfig(out=tmp_path / f"part{i}", part=f"{i}/2", **config)) for i in (1, 2)]
     merge_indexes(MergeConfig(parts=tuple(parts), out=tmp_path / "merged"))

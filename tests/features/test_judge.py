@@ -11,7 +11,8 @@ import pytest
 from letters import PIECES, by_rules, token_c
 
 from sae.errors import InputError
-from sae.features.explanations.explain import ExplainConfig, explain, read_explanations
+from sae.features.explanations.explain import ExplainConfig, explain
+from sae.features.explanations.explanation import read_explanations
 from sae.features.explanations.judge import Endpoint, Log, NoAnswer, detection, explain_by_model, explain_one, parse_answers
 from sae.features.explanations.lookups import read_corpus
 from sae.features.index.build import IndexConfig, build_index

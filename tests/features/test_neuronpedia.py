@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sae.errors import InputError
-from sae.features.explanations.explain import Explanation
+from sae.features.explanations.explanation import Explanation
 from sae.features.exports.command import ExportConfig, export_features
 from sae.features.exports.neuronpedia import (
     feature_json,

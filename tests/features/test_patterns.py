@@ -22,7 +22,7 @@ from sae.features.explanations.lookups import (
     read_corpus,
     token_lookup,
 )
-from sae.features.index.words import Vocabulary
+from sae.model.vocabulary import Vocabulary
 
 
 @pytest.fixture(scope="module")

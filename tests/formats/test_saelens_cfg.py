@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.formats.transformer_lens import HOOK_NAMES, hook_of_site, site_of_hook
 from sae.errors import InputError
-from sae.formats.transformer_lens import HOOK_NAMES, hook_of_site, site_of_hook
 
 D, F = 6, 10
 HOOK = "blocks.1.hook_resid_post"

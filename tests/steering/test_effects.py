@@ -13,7 +13,7 @@ from steering.directions.targeted import Effects
 from steering.intervention import steered
 from steering.studies.effect_map import EffectConfig, effect_map
 from steering.studies.effects import Effect, aim_difference, effect, feature_rows, rollout_activations
-from steering.studies.principal_report import drawn
+from steering.studies.measured import drawn
 from steering.vector import SteeringVector
 
 SITE = "resid_post.1"

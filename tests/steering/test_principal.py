@@ -18,9 +18,9 @@ from sae.model.language_model import LanguageModel
 from steering.directions.random import random_direction
 from steering.strength.calibration import kl_per_token
 from steering.strength.ruler import Ruler, Sequences, read_sequences, site_activations
+from steering.studies.measured import consistency, drawn, interval
 from steering.studies.principal import (
     PrincipalConfig,
-    consistency,
     effective_tokens,
     label_aurocs,
     linearity,
@@ -30,7 +30,7 @@ from steering.studies.principal import (
     principal_study,
     recovered_labels,
 )
-from steering.studies.principal_report import beats, chance, drawn, holm, interval
+from steering.studies.principal_report import beats, chance, holm
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

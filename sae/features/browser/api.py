@@ -8,11 +8,11 @@ import numpy as np
 
 from sae.errors import InputError
 from sae.features.browser import screens
-from sae.features.browser.app import LONGEST_PROMPT, MOST_STEERED, NotThere, sampling, whole
 from sae.features.browser.query import PAGE, Query, finite
+from sae.features.browser.state import LONGEST_PROMPT, MOST_STEERED, NotThere, sampling, whole
 
 if TYPE_CHECKING:
-    from sae.features.browser.app import Browser
+    from sae.features.browser.state import Browser
 
 
 def add_api(app: Any, browser: "Browser") -> None:

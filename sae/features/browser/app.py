@@ -3,11 +3,11 @@
 Everything is rendered here (screens.py); the one script adds keys and streaming. No request ever leaves the machine.
 """
 
-from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlencode
 
 import numpy as np
@@ -15,108 +15,24 @@ import numpy as np
 from sae.errors import InputError
 from sae.features.browser import panels, screens
 from sae.features.browser.guard import Guard, Unfit
-from sae.features.browser.query import Query, Tables, finite
-from sae.features.browser.turns import Busy, Turns
+from sae.features.browser.query import Query, finite
+from sae.features.browser.state import LONGEST_PROMPT, Browser, NotThere, Sampling, Steering, digits, sampling, whole
+from sae.features.browser.turns import Busy
 from sae.features.index.reader import FeatureIndex
 from sae.features.notes import Notes, NotesUnusable
 from sae.features.pages.assets import STYLE
 
 if TYPE_CHECKING:
-    from fastapi import Request
-
     from sae.dictionaries.dictionary import Dictionary
-    from sae.features.browser.prompt import Reading
     from sae.model.language_model import LanguageModel
 
 WEB = Path(__file__).with_name("web")
-LONGEST_PROMPT = 2_000  # characters
-MOST_STEERED = 8  # features together
 MOST_FIELDS = 20  # of a form
 THREADS = 8  # that make pages: each may hold several arrays of the length of the dictionary
-T = TypeVar("T")
-
-
-class Sampling(NamedTuple):
-    """How a text is drawn."""
-
-    max_new_tokens: int = 40
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
-
-
-Steering: TypeAlias = Callable[[str, Sequence[tuple[int, float]], Sampling], Generator[dict[str, Any], None, None]]
-
-
-class NotThere(InputError):
-    """What the address names does not exist: status 404."""
 
 
 def status_of(error: InputError) -> int:
     return 404 if isinstance(error, NotThere) else 503 if isinstance(error, (Busy, NotesUnusable)) else 400
-
-
-class Browser:
-    """What the routes share."""
-
-    def __init__(
-        self,
-        index: FeatureIndex,
-        notes: Notes,
-        lm: "LanguageModel | None",
-        dictionary: "Dictionary | None",
-        steering: Steering | None,
-    ):
-        from sae.features.explanations.explain import read_explanations
-
-        self.index, self.notes, self.lm, self.dictionary, self.steering = index, notes, lm, dictionary, steering
-        self.explanations = read_explanations(index.folder)
-        self.tables = Tables(index, notes)
-        self.model, self.searches = Turns("the model", "prompt", "steer"), Turns("the search through the index", "search")
-        notes.update_search(index, self.explanations)
-
-    def require(self, j: int) -> None:
-        if not 0 <= j < self.index.d_sae:
-            raise NotThere(f"feature {j} does not exist: the dictionary has features 0 to {self.index.d_sae - 1}")
-
-    async def with_list(self, request: "Request", query: Query, make: Callable[[], T]) -> T:
-        """`make()` in a thread; a list that needs a search through the whole index first waits for its turn."""
-        from starlette.concurrency import run_in_threadpool
-
-        if self.tables.remembers(query):
-            return await run_in_threadpool(make)
-        async with self.searches.turn("search", request):
-            return await run_in_threadpool(make)
-
-    async def read(self, request: "Request", params: dict[str, str], n: int) -> "Reading | None":
-        """The prompt of an address, when the model is free; None without one."""
-        from starlette.concurrency import run_in_threadpool
-
-        from sae.features.browser.prompt import read_prompt
-
-        text = params.get("text", "")
-        if not text:
-            return None
-        if self.lm is None or self.dictionary is None:
-            raise InputError("expected a model to read the text with, but the server was started with --model none")
-        if len(text) > LONGEST_PROMPT:
-            raise InputError(f"expected a text of at most {LONGEST_PROMPT:,} characters, got {len(text):,}")
-        density = params.get("density_max", "")
-        order: Any = params.get("order") or "activation"
-        positions = [whole("t", part) for part in params.get("t", "").split(",") if part] or None
-        density_max = finite("density_max", density) if density else None
-        async with self.model.turn("prompt", request):
-            return await run_in_threadpool(
-                read_prompt,
-                self.lm,
-                self.dictionary,
-                self.index,
-                text,
-                order=order,
-                positions=positions,
-                n=n,
-                density_max=density_max,
-            )
 
 
 def create_app(
@@ -314,29 +230,3 @@ def _add_changes(app: Any, browser: Browser) -> None:
     @app.post("/notes/import")
     def take_over(entries: list[str] = Depends(lines)) -> Any:  # noqa: B008
         return {"entries": browser.notes.import_jsonl(entries)}
-
-
-def sampling(params: Any) -> Sampling:
-    """From an address or a body. Raises `InputError` for values that cannot be sampled with."""
-    default = Sampling()
-    given = {name: params.get(name) for name in Sampling._fields if params.get(name) not in (None, "")}
-    tokens, seed = (whole(name, str(given.get(name, getattr(default, name)))) for name in ("max_new_tokens", "seed"))
-    temperature, top_p = (finite(name, str(given.get(name, getattr(default, name)))) for name in ("temperature", "top_p"))
-    if not (1 <= tokens <= 1000 and 0 <= temperature <= 10 and 0 < top_p <= 1 and 0 <= seed < 1 << 32):
-        raise InputError(
-            "expected 1 to 1000 new tokens, a temperature from 0 to 10, top_p above 0 and up to 1, and a seed from 0 to 2^32 - 1, "
-            f"got {tokens}, {temperature:g}, {top_p:g} and {seed}"
-        )
-    return Sampling(tokens, temperature, top_p, seed)
-
-
-def digits(text: str) -> int | None:
-    """The number that digits alone write; None for anything else."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) <= 12 else None
-
-
-def whole(name: str, text: str) -> int:
-    """A whole number from an address. Raises `InputError` naming what it was for."""
-    if digits(text.strip().removeprefix("-")) is None:
-        raise InputError(f"expected a whole number as {name}, got {text[:40]!r}")
-    return int(text)

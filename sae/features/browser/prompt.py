@@ -20,9 +20,9 @@ from torch import Tensor
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.features.index.reader import FeatureIndex
-from sae.features.index.words import vocabulary
 from sae.model.language_model import LanguageModel
 from sae.model.sampling import token_losses
+from sae.model.vocabulary import vocabulary
 
 Order = Literal["activation", "percentile", "effect"]
 ORDERS: tuple[Order, ...] = ("activation", "percentile", "effect")

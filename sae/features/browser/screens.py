@@ -11,7 +11,7 @@ from sae.features.pages.contexts import number, percent, word_html
 from sae.features.pages.feature import feature_html
 
 if TYPE_CHECKING:
-    from sae.features.browser.app import Browser
+    from sae.features.browser.state import Browser
 
 KEYS = (
     ("j k", "next and previous in the list (on a list: move, Enter opens)"),

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
-from sae.features.browser.app import Steering, create_app
+from sae.features.browser.app import create_app
+from sae.features.browser.state import Steering
 from sae.features.index.reader import FeatureIndex
 from sae.features.notes import Notes
 from sae.model.language_model import LanguageModel

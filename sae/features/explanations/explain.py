@@ -2,24 +2,22 @@
 
 n scanned tokens · d held-out documents · r bootstrap draws
 
-Token look-up, bigram look-up and patterns (patterns.py) need neither model nor network. A model behind an OpenAI-compatible endpoint can
+Token look-up, bigram look-up and patterns (lookups.py) need neither model nor network. A model behind an OpenAI-compatible endpoint can
 write explanations too (judge.py); nothing is sent without `--endpoint`. All stand in `explanations.jsonl` in the index's folder.
 """
 
-import json
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from sae.disk.arrays import EXPLANATIONS
 from sae.disk.places import require_file
-from sae.disk.reading import parse_json, read_bytes, require
-from sae.disk.writing import atomic, only_writer
+from sae.disk.writing import only_writer
 from sae.errors import InputError
+from sae.features.explanations.explanation import METHODS, Explanation, write_explanations
 from sae.features.explanations.lookups import (
     Corpus,
     Explained,
@@ -33,9 +31,8 @@ from sae.features.explanations.lookups import (
 )
 from sae.features.index.reader import FeatureIndex
 from sae.progress import progress
-from sae.text_input import replace_surrogates
 
-LOOKUPS: dict[str, Callable[[Corpus, Firing], Explained]] = {"token": token_lookup, "bigram": bigram_lookup, "pattern": pattern_lookup}
+LOOKUPS: dict[str, Callable[[Corpus, Firing], Explained]] = dict(zip(METHODS, (token_lookup, bigram_lookup, pattern_lookup), strict=True))
 DRAWS = 200
 """Bootstrap draws of the held-out documents behind an interval."""
 
@@ -58,20 +55,6 @@ class ExplainConfig:
     """Model to ask there."""
     key_variable: str | None = None
     """Environment variable that holds the endpoint's key; no key is sent without it."""
-
-
-class Explanation(NamedTuple):
-    """One line of explanations.jsonl."""
-
-    feature: int
-    method: str
-    """token, bigram, pattern, or model:NAME"""
-    text: str
-    """plain text, not HTML"""
-    scores: dict[str, Any]
-    """see docs/explanations.md; None where a score is not defined"""
-    baselines: dict[str, Any]
-    """the same scores of trivial predictions on the same tokens"""
 
 
 def explain(config: ExplainConfig) -> Path:
@@ -235,39 +218,6 @@ def point(scores: dict[str, Any]) -> dict[str, Any]:
 
 def rounded(value: Any) -> float | None:
     return round(float(value), 4) if np.isfinite(value) else None
-
-
-def parse_explanation(line: bytes, what: str) -> Explanation:
-    """Raises `InputError`, which begins with `what`, for a line that is none."""
-    value = parse_json(line, what, dict[str, Any])
-    require(value, Explanation, what)
-    explanation = Explanation(**value)
-    if replace_surrogates(f"{explanation.method} {explanation.text}")[1]:
-        raise InputError(f"expected {what}, but it holds half of a surrogate pair, which is no character; repair it")
-    return explanation
-
-
-def read_explanations(index_folder: str | Path) -> dict[int, list[Explanation]]:
-    """The explanations of every feature that has some; empty without the file. Raises `InputError` for a line that is none."""
-    path = Path(index_folder) / EXPLANATIONS
-    found: dict[int, list[Explanation]] = defaultdict(list)
-    if path.exists():
-        for number, line in enumerate(read_bytes(path, "explanations").splitlines(), 1):
-            what = f"an explanation in line {number} of {path} (remove the line to go on)"
-            explanation = parse_explanation(line, what)
-            found[explanation.feature].append(explanation)
-    return dict(found)
-
-
-def write_explanations(index_folder: Path, new: Iterable[Explanation]) -> Path:
-    """Puts `new` into the file, in place of lines of the same feature and method; it is there whole or as it was."""
-    lines = {(e.feature, e.method): e for some in read_explanations(index_folder).values() for e in some}
-    lines |= {(e.feature, e.method): e for e in new}
-    order = {method: i for i, method in enumerate(LOOKUPS)}
-    with atomic(index_folder / EXPLANATIONS) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for _, explanation in sorted(lines.items(), key=lambda item: (item[0][0], order.get(item[0][1], len(order)), item[0][1])):
-            file.write(json.dumps(explanation._asdict(), ensure_ascii=False, allow_nan=False) + "\n")
-    return index_folder / EXPLANATIONS
 
 
 def summary(explanations: Sequence[Explanation]) -> str:

@@ -33,7 +33,8 @@ from sae.progress import progress
 from sae.text_input import replace_surrogates
 
 if TYPE_CHECKING:
-    from sae.features.explanations.explain import ExplainConfig, Explanation
+    from sae.features.explanations.explain import ExplainConfig
+    from sae.features.explanations.explanation import Explanation
 
 TOP, SAMPLED = 10, 10
 """Contexts to learn from: with the highest activations, and drawn from all on which it fires; of different documents."""
@@ -182,7 +183,7 @@ def explain_by_model(index: FeatureIndex, corpus: Corpus, features: Sequence[int
 
 def explain_one(index: FeatureIndex, corpus: Corpus, j: int, endpoint: Endpoint, seed: int) -> "Explanation":
     """Raises `NoAnswer` when no explanation comes; a failed detection request is counted in the scores."""
-    from sae.features.explanations.explain import Explanation
+    from sae.features.explanations.explanation import Explanation
 
     learn, held = corpus.firing(index, j)
     rng = np.random.default_rng((seed, j))
@@ -316,7 +317,7 @@ class Log:
     """
 
     def __init__(self, index: FeatureIndex, config: "ExplainConfig"):
-        from sae.features.explanations.explain import Explanation, parse_explanation
+        from sae.features.explanations.explanation import Explanation, parse_explanation
 
         self.done: dict[int, Explanation] = {}
         name = re.sub(r"[^\w.-]", "_", config.judge_model or "")

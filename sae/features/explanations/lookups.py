@@ -13,7 +13,7 @@ import numpy as np
 
 from sae.errors import InputError
 from sae.features.index.reader import FeatureIndex
-from sae.features.index.words import Vocabulary
+from sae.model.vocabulary import Vocabulary
 
 TOKEN, BIGRAM = (0,), (0, 1)
 LEVELS: tuple[tuple[tuple[int, ...], ...], ...] = (

@@ -11,7 +11,7 @@ from sae.errors import InputError
 from sae.features.index.reader import FeatureIndex
 
 if TYPE_CHECKING:
-    from sae.features.explanations.explain import Explanation
+    from sae.features.explanations.explanation import Explanation
 
 MARKERS = {"neuronpedia": "source.jsonl", "neuronpedia-upload": "upload-0.json", "saedashboard": "run_settings.json"}
 TAKES = {
@@ -51,7 +51,7 @@ class ExportConfig:
 
 def export_features(config: ExportConfig) -> None:
     """Raises `InputError` for flags that the format has no use for, and where the index cannot be said in it."""
-    from sae.features.explanations.explain import read_explanations
+    from sae.features.explanations.explanation import read_explanations
 
     for name, formats in TAKES.items():
         if getattr(config, name) not in (None, ()) and config.format not in formats:

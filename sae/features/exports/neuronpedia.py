@@ -23,7 +23,7 @@ from sae.features.exports.saedashboard import Names, encoded, examples, names_of
 from sae.progress import progress
 
 if TYPE_CHECKING:
-    from sae.features.explanations.explain import Explanation
+    from sae.features.explanations.explanation import Explanation
     from sae.features.index.reader import FeatureIndex
 
 BATCH = 1024  # features per file of the folder, as in Neuronpedia's own

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from typing_extensions import TypedDict
 
+from sae.dictionaries.formats.transformer_lens import hook_of_site
 from sae.disk.reading import Count, Entries, read_json
 from sae.disk.writing import atomic, write_json
 from sae.errors import InputError
-from sae.formats.transformer_lens import hook_of_site
 from sae.progress import progress
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from sae.features.pages.feature import document, feature_html
 from sae.progress import progress
 
 if TYPE_CHECKING:
-    from sae.features.explanations.explain import Explanation
+    from sae.features.explanations.explanation import Explanation
     from sae.features.notes import Note
 
 POLICY = "default-src 'none'; script-src 'self' file:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"

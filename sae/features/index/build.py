@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.formats.saelens import WEIGHTS
 from sae.disk.arrays import ANSWERS, EXPLANATIONS, create, open_arrays, write_arrays
 from sae.disk.checksum import crc32
 from sae.disk.folders import fresh_folder
@@ -34,7 +35,6 @@ from sae.features.index.csc import BLOCK_ENTRIES, MAX_FEATURES, RUN_ENTRIES, Spo
 from sae.features.index.lens import folded_unembedding, into_residual, logit_lens
 from sae.features.index.opening import CHECKED, FORMAT_VERSION, details_layout
 from sae.features.index.parallel import WORKERS, in_order
-from sae.formats.saelens import WEIGHTS
 from sae.progress import progress
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def replacing_index(out: Path) -> Iterator[Path]:
 
 def fill(folder: Path, config: IndexConfig, dictionary: Dictionary, cache: "ActivationCache", model: "LanguageModel") -> None:
     """Writes the files of an index into the empty `folder`."""
-    from sae.features.index.words import vocabulary
+    from sae.model.vocabulary import vocabulary
 
     tokens = cache.tokens
     wanted = choose_tokens(tokens, cache, config)

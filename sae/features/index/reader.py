@@ -14,19 +14,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from sae.dictionaries.formats.saelens import WEIGHTS
 from sae.disk.arrays import fetch
 from sae.disk.checksum import crc32
 from sae.errors import InputError
 from sae.features.index.examples import AFTER, BEFORE, BUCKET_SAMPLES, BUCKETS, LOWEST, NONE, OCTAVE, TOP
 from sae.features.index.lens import BINS
 from sae.features.index.opening import FILES, open_index
-from sae.features.index.words import Vocabulary
-from sae.formats.saelens import WEIGHTS
+from sae.model.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from sae.dictionaries.dictionary import Dictionary
     from sae.features.index.search import FiresOn, Promotes
-    from sae.features.pages.feature import FeatureView
 
 UTF8_MARGIN = 3  # tokens to the left of a window that may hold the first bytes of a character which ends inside it
 
@@ -227,13 +226,6 @@ class FeatureIndex:
             return np.zeros(0), np.zeros(0, np.int64)
         low, high = self.columns["bottom_token_values"][j, 0], self.columns["top_token_values"][j, 0]
         return np.linspace(low, high, BINS + 1), counts.astype(np.int64)
-
-    def view(self, j: int) -> "FeatureView":
-        """The feature as a notebook shows it. Raises `InputError` if `j` is not a feature."""
-        self._bounds(j)
-        from sae.features.pages.feature import FeatureView
-
-        return FeatureView(self, j)
 
     def lens_tokens(self, j: int, n: int = 10, *, bottom: bool = False) -> list[tuple[int, float]]:
         """The tokens whose logits the decoder row raises most (or, with `bottom`, lowers most): (id, value); [] without a lens."""

@@ -4,14 +4,16 @@ f features · n tokens of the corpus · v vocabulary
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from sae.disk.arrays import front_to_back
 from sae.errors import InputError
-from sae.features.index.reader import FeatureIndex
 from sae.features.index.words import Occurrences, folded, occurrences, words_of
+
+if TYPE_CHECKING:
+    from sae.features.index.reader import FeatureIndex
 
 BLOCK = 1 << 21  # activations looked at together: some 15 MB
 
@@ -44,7 +46,7 @@ class Promotes(NamedTuple):
     token: int
 
 
-def search(index: FeatureIndex, query: str | Sequence[str], n: int = 20) -> list[FiresOn]:
+def search(index: "FeatureIndex", query: str | Sequence[str], n: int = 20) -> list[FiresOn]:
     """The `n` features that fire best on a word, by F1; several words ("one|two" or a list) are taken as one set.
 
     Raises `InputError` when the word does not occur in the scanned tokens.
@@ -93,7 +95,7 @@ def search(index: FeatureIndex, query: str | Sequence[str], n: int = 20) -> list
     ]
 
 
-def promotes(index: FeatureIndex, query: str | Sequence[str], n: int = 20) -> list[Promotes]:
+def promotes(index: "FeatureIndex", query: str | Sequence[str], n: int = 20) -> list[Promotes]:
     """The `n` features whose logit lens has a token of the word highest, by place and then by value.
 
     Tokens of a word are those of the vocabulary that spell it, in any case, with or without a space before; for a word of several
@@ -123,7 +125,7 @@ def promotes(index: FeatureIndex, query: str | Sequence[str], n: int = 20) -> li
     return [Promotes(int(feature[i]), float(value[i]), int(place[i]) + 1, int(ids[i])) for i in best]
 
 
-def _scanned_occurrences(index: FeatureIndex, words: list[str]) -> Occurrences:
+def _scanned_occurrences(index: "FeatureIndex", words: list[str]) -> Occurrences:
     """Occurrences of which at least one token was scanned; a feature cannot be seen to fire on the others."""
     tokens = index.tokens
     found = occurrences(words, tokens["ids"], tokens["sequence_starts"][:-1], index.vocabulary)
@@ -144,7 +146,7 @@ def _pieces(found: Occurrences) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(lengths.sum()) + np.repeat(found.first - starts, lengths), starts
 
 
-def _lens_ranks(index: FeatureIndex, features: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+def _lens_ranks(index: "FeatureIndex", features: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Place of the first of the tokens in each feature's lens, from 1; 0 beyond the stored ones."""
     if "top_token_ids" not in index.columns:
         return np.zeros(len(features), np.int64)

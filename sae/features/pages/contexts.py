@@ -6,15 +6,18 @@ The text of a line is one run of inline elements, so that selecting and copying 
 import math
 from functools import lru_cache
 from html import escape
+from typing import TYPE_CHECKING
 
-from sae.features.index.reader import Context
+if TYPE_CHECKING:
+    from sae.features.index.reader import Context
+
 
 LEVELS = 9  # shades of activation
 DIRECTION_MARKS = {*range(0x200E, 0x2010), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x061C}  # would turn a row's order about
 BREAKS = {"\n": '<i class="n">\n</i>', "\t": '<i class="t">\t</i>', "\r": '<i class="q">&#13;</i>'}
 
 
-def row_html(context: Context, top: float) -> str:
+def row_html(context: "Context", top: float) -> str:
     """One line: activation, the document's label, left context, and the firing token with what follows; `top` gets the full shade."""
     texts, values, scanned, centre = context.texts, context.values.tolist(), context.scanned.tolist(), context.centre
     if "" in texts:

@@ -17,7 +17,7 @@ from sae.features.pages.contexts import number, percent, row_html, token_html, v
 from sae.progress import progress
 
 if TYPE_CHECKING:
-    from sae.features.explanations.explain import Explanation
+    from sae.features.explanations.explanation import Explanation
     from sae.features.index.reader import Context, FeatureIndex
     from sae.features.notes import Note, Notes
 
@@ -42,9 +42,13 @@ class FeatureView:
     index: "FeatureIndex"
     feature: int
 
+    def __post_init__(self) -> None:
+        """Raises `InputError` if `feature` is none."""
+        self.index.feature(self.feature)
+
     def _repr_html_(self) -> str:
         """In a frame of its own, so that the page's style stays in it; without scripts and without a network."""
-        from sae.features.explanations.explain import read_explanations
+        from sae.features.explanations.explanation import read_explanations
 
         explanations = read_explanations(self.index.folder).get(self.feature, ())
         page = document(f"Feature {self.feature}", feature_html(self.index, self.feature, explanations=explanations, link=None))

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from sae.dictionaries.formats import saelens
 from sae.dictionaries.parts import Parts
 from sae.errors import InputError
-from sae.formats import saelens
 
 
 class Format(NamedTuple):

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
+from sae.dictionaries.formats.transformer_lens import HOOK_NAMES, hook_of_site, site_of_hook
 from sae.dictionaries.frames import Frame
 from sae.dictionaries.gates import AbsTopK, Gate, Threshold, TopK
 from sae.dictionaries.parts import Parts
 from sae.disk.reading import read_json, read_tensors
 from sae.disk.writing import write_json, write_tensors
 from sae.errors import InputError
-from sae.formats.transformer_lens import HOOK_NAMES, hook_of_site, site_of_hook
 from sae.model.sites import parse_site
 
 WEIGHTS = "sae_weights.safetensors"

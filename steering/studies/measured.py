@@ -1,0 +1,83 @@
+"""What studies measure of directions, and its intervals.
+
+s prompts · r rounds of the bootstrap, the first of them the data as they are · k directions
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from steering.vector import SteeringVector
+
+COMPONENT, IN_SPAN, IN_SPAN_WEIGHTED, RANDOM = "component", "random in span", "random in span, by variance", "random"
+TOP = 50  # tokens
+ROUNDS = 2000
+
+
+class Direction(NamedTuple):
+    group: str
+    name: str
+    unit: SteeringVector
+
+
+class Side(NamedTuple):
+    """One sign of a direction, at the coefficient of the budget."""
+
+    coefficient: float
+    rho: float
+    """coefficient over the median norm at the site"""
+    reached: bool
+    """whether the calibration's KL is the budget"""
+    kl: float
+    """nats per token, on the prompts"""
+    cosine_ss: np.ndarray
+    """mean cosine of the logit changes of two different prompts, over all pairs of their positions; the diagonal means nothing"""
+    effective_tokens: float
+    top_tokens: list[int]
+    """ids, the most raised first"""
+
+
+class Measured(NamedTuple):
+    plus: Side
+    minus: Side
+    linearity_s: np.ndarray
+
+    @property
+    def cosine_ss(self) -> np.ndarray:
+        return (self.plus.cosine_ss + self.minus.cosine_ss) / 2
+
+    @property
+    def effective_tokens(self) -> float:
+        return (self.plus.effective_tokens + self.minus.effective_tokens) / 2
+
+    @property
+    def sensitivity(self) -> float:
+        """Nats per token over rho²: what a small step costs; KL grows with the square of the step."""
+        return (self.plus.kl / self.plus.rho**2 + self.minus.kl / self.minus.rho**2) / 2
+
+
+def consistency(cosine_ss: np.ndarray, weight_rs: np.ndarray) -> np.ndarray:
+    """Mean of `cosine_ss` over pairs of different prompts, a prompt counting `weight_rs` times; [r].
+
+    Two copies of one prompt are no pair: their cosine would be high for any direction. NaN where only one prompt counts.
+    """
+    between_ss = cosine_ss - np.diag(np.diag(cosine_ss))
+    pairs_r = weight_rs.sum(1) ** 2 - (weight_rs**2).sum(1)
+    with np.errstate(invalid="ignore"):
+        return ((weight_rs @ between_ss) * weight_rs).sum(1) / pairs_r
+
+
+Interval = dict[str, Any]
+"""value, low and high; None for a number that is not finite, which JSON does not have"""
+
+
+def interval(value_r: np.ndarray) -> Interval:
+    """The data's own value and the 95 % percentile interval of the rounds, those without a finite number left out."""
+    rounds = value_r[1:][np.isfinite(value_r[1:])]
+    low, high = np.quantile(rounds, [0.025, 0.975]) if len(rounds) else (np.nan, np.nan)
+    return {key: float(x) if np.isfinite(x) else None for key, x in (("value", value_r[0]), ("low", low), ("high", high))}
+
+
+def drawn(count: int, rng: np.random.Generator, rounds: int = ROUNDS) -> np.ndarray:
+    """How often each of `count` things counts, [1 + rounds, count]: once each, then drawn with replacement."""
+    return np.concatenate([np.ones((1, count)), rng.multinomial(count, np.full(count, 1 / count), rounds)])
