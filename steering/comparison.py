@@ -21,6 +21,7 @@ from sae.errors import InputError
 from sae.files import atomic, write_json
 from sae.language_model import LanguageModel
 from sae.places import require_folder
+from sae.text_input import text_list
 from steering.arms import NONE, Arm, Material, build_arms
 from steering.concepts import Scorer, Texts, concept_texts, load_concept, read_corpus, second_scorer, target_scorer
 from steering.continuations import Bench, continuations, measure_arms
@@ -131,7 +132,7 @@ def compare_directions(config: CompareConfig) -> dict[str, Any]:
 
 def refuse_unusable(config: CompareConfig) -> None:
     """What can be said before anything is loaded."""
-    budgets, prompts = config.budgets, config.prompts
+    budgets, prompts = config.budgets, text_list(config.prompts, "prompts")
     if not budgets or not all(math.isfinite(budget) and budget > 0 for budget in budgets) or list(budgets) != sorted(set(budgets)):
         raise InputError(f"expected KL budgets above 0 in rising order, got {', '.join(map(str, budgets)) or 'none'}")
     if len(prompts) < 4 or len(set(prompts)) < len(prompts) or config.samples < 1:

@@ -36,6 +36,7 @@ from sae.folders import fresh_folder
 from sae.formats.saelens import WEIGHTS
 from sae.places import require_folder
 from sae.progress import progress
+from sae.text_input import text_list
 
 if TYPE_CHECKING:
     from sae.activations.cache import ActivationCache
@@ -211,7 +212,7 @@ def choose_tokens(tokens: Any, cache: "ActivationCache", config: IndexConfig) ->
     """
     from sae.activations.tokens import SPLITS
 
-    unknown = [split for split in config.splits if split not in SPLITS]
+    unknown = [split for split in text_list(config.splits, "splits") if split not in SPLITS]
     if unknown or not config.splits:
         raise InputError(f"expected splits out of {', '.join(SPLITS)}, but got {', '.join(unknown) or 'none'}")
     if len(set(config.splits)) < len(config.splits):

@@ -15,6 +15,7 @@ from sae.errors import InputError
 from sae.files import atomic
 from sae.objective import Step
 from sae.places import writing
+from sae.progress import counted
 from sae.reading import parse_json, read_bytes
 from sae.training.config import TrainingConfig, l1_now, learning_rate
 from sae.training.sweep import Sweep
@@ -116,7 +117,7 @@ def keep_until(path: Path, step: int) -> None:
         except InputError:
             damaged += [number] if number < len(lines) else []
     if damaged:
-        print(f"{path}: {len(damaged)} damaged lines are left out, the first being line {damaged[0]}", file=sys.stderr)
+        print(f"{path}: {counted(len(damaged), 'damaged line')} left out, the first being line {damaged[0]}", file=sys.stderr)
     with atomic(path) as temporary:
         temporary.write_bytes(b"".join(kept))
 
