@@ -42,15 +42,15 @@ class CompareConfig(TextConfig):
     model: str
     """Model by hub name, folder or GGUF file."""
     sae: Path | None = None
-    """Folder of a dictionary of this model; without it the arms of dictionary features are left out."""
+    """Folder of a dictionary of this model; by default the arms of dictionary features are left out."""
     feature: int | None = None
     """A feature of the dictionary to compare as well, such as one found in the browser."""
     effects: Path | None = None
-    """Effects of this dictionary's features, fitted by scripts/effect_map.py; without it the arm of SAE-TS is left out."""
+    """Effects of this dictionary's features, fitted by scripts/effect_map.py; by default the arm of SAE-TS is left out."""
     site: str | None = None
-    """Where to steer, such as resid_post.2; the dictionary's own site without it."""
+    """Where to steer, such as resid_post.2; by default the dictionary's own site."""
     out: Path | None = None
-    """Folder for comparison.json and report.html; "comparison-" and the concept's name without it."""
+    """Folder for comparison.json and report.html; by default "comparison-" and the concept's name."""
     budgets: tuple[float, ...] = (0.1, 0.3, 1.0)
     """KL budgets, nats per token of neutral text."""
     prompts: tuple[str, ...] = PROMPTS

@@ -16,12 +16,12 @@ from typing_extensions import NotRequired, TypedDict
 from sae.checksum import crc32, is_intact
 from sae.errors import InputError
 from sae.files import write_tensors
-from sae.reading import Count, Entries, Number, layout, map_arrays, parse_json, read_json, read_tensors
+from sae.reading import Count, LongList, Number, layout, map_arrays, parse_json, read_json, read_tensors
 
 
 class Part(TypedDict):
     rows: Count
-    names: Entries[str]
+    names: LongList[str]
 
 
 class Whole(TypedDict):

@@ -12,7 +12,7 @@ from sae.activations.tokens import SPLITS
 from sae.checksum import crc32
 from sae.errors import InputError
 from sae.formats.transformer_lens import HOOK_NAMES
-from sae.reading import Count, Entries, Number, read_json, require
+from sae.reading import Count, LongList, Number, read_json, require
 
 THEN = "read the others with skip_damaged, or harvest again"
 SITE = rf"^({'|'.join(HOOK_NAMES)})\.[0-9]{{1,5}}$"
@@ -52,8 +52,8 @@ class Manifest(TypedDict):
     sites: dict[Annotated[str, Field(pattern=SITE)], SiteEntry]
     counts: Counts
     labels: list[str]
-    shards: Entries[ShardEntry]
-    tokens: Entries[TokenEntry]
+    shards: LongList[ShardEntry]
+    tokens: LongList[TokenEntry]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

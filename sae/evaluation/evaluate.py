@@ -68,7 +68,7 @@ class EvaluationConfig:
     out: Path | None = None
     """where the numbers go; by default evaluation.json in the dictionary's folder"""
     verify: bool = False
-    """first read the whole site in the cache to compare every checksum; without it only those of token files up to 32 MB"""
+    """first read the whole site in the cache to compare every checksum; by default only those of token files up to 32 MB"""
 
     def check(self) -> None:
         """Raises `InputError` for values that cannot be meant."""

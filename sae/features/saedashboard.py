@@ -18,7 +18,7 @@ from sae.errors import InputError
 from sae.files import atomic, write_json
 from sae.formats.transformer_lens import hook_of_site
 from sae.progress import progress
-from sae.reading import Count, Entries, read_json
+from sae.reading import Count, LongList, read_json
 
 if TYPE_CHECKING:
     from sae.features.records import Context, FeatureIndex
@@ -133,14 +133,14 @@ class Row(TypedDict):
     """And `TABLES`."""
 
     feature_index: Count
-    activations: Entries[Activation]
+    activations: LongList[Activation]
 
 
 class Batch(TypedDict):
     model_id: str
     layer: int | str
     sae_set: str
-    features: Entries[Row]
+    features: LongList[Row]
 
 
 class SAEDashboardFolder(NamedTuple):
