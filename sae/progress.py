@@ -35,7 +35,7 @@ class Progress:
         self.fields.update(fields)
         if self._bar:
             self._bar.update(self._task, completed=self.done, text=self.line())
-        elif time.monotonic() - self._printed > 10:
+        elif self.done < self.total and time.monotonic() - self._printed > 10:  # the last line is that of `close`
             self._printed = time.monotonic()
             self._print(self._left())
 
@@ -65,6 +65,11 @@ class Progress:
 
 def _short(number: float) -> str:
     return f"{number:,.1f}" if number < 10 else f"{number:,.0f}"
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 document", "2,000 documents"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def duration(seconds: float) -> str:

@@ -39,5 +39,5 @@ def text_list(texts: Iterable[str], what: str = "texts") -> list[str]:
             raise InputError(f"expected {what} to be a list of strings, got {type(text).__name__} at position {number}")
     cleaned = [replace_surrogates(text) for text in listed]
     if replaced := sum(count for _, count in cleaned):
-        warnings.warn(f"{replaced} halves of surrogate pairs in {what} are replaced by U+FFFD: UTF-8 cannot write them", stacklevel=3)
+        warnings.warn(f"halves of surrogate pairs in {what} are replaced by U+FFFD ({replaced:,}): UTF-8 cannot write them", stacklevel=3)
     return [text for text, _ in cleaned]

@@ -27,9 +27,9 @@ class PartsConfig:
     index: Path
     """Folder of the feature index: it knows each feature's maximum activation."""
     dictionary: Path | None = None
-    """Folder of the dictionary; the one the index was built from without it."""
+    """Folder of the dictionary; by default the one the index was built from."""
     model: str | None = None
-    """Model by hub name, folder or GGUF file; the one the index names without it."""
+    """Model by hub name, folder or GGUF file; by default the one the index names."""
     feature: int | None = None
     """Feature to add (give this or --search)."""
     search: str | None = None

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,8 @@ class SteeringVector:
     """how it was made: method, model, data, seed ...; plain JSON values"""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.directions, Mapping):
+            raise InputError(f'expected directions such as {{"resid_post.2": tensor}}, got {type(self.directions).__name__}')
         if not self.directions:
             raise InputError("expected a steering vector with a direction at one site at least, got none")
         for site, direction in self.directions.items():
@@ -48,7 +50,7 @@ class SteeringVector:
             if not isinstance(direction, Tensor) or direction.is_complex():
                 raise InputError(f"expected a steering direction at {site} as a real tensor, got {type(direction).__name__}")
             shape = tuple(direction.shape)
-            if len(shape) not in (1, 2) or 0 in shape or not torch.isfinite(direction).all():  # host sync
+            if len(shape) not in (1, 2) or 0 in shape or not torch.isfinite(direction.float()).all():  # host sync
                 raise InputError(f"expected a steering direction of finite numbers, [d] or [p, d], at {site}, got shape {shape}")
         own = {site: d.detach().to(torch.float32, copy=True) for site, d in self.directions.items()}  # the caller's may change
         object.__setattr__(self, "directions", own)

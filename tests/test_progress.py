@@ -47,7 +47,7 @@ def test_a_log_gets_a_line_in_ten_seconds_with_the_time_left_and_one_at_the_end(
             clock.now += 3
             bar.advance(1)
     *lines, last = capsys.readouterr().err.splitlines()
-    assert len(lines) == 10  # every fourth advance
+    assert len(lines) == 9  # every fourth advance but the last, which ends the work
     assert lines[0] == "mapping: 4 of 40 directions, 3.0 s each, about 1 min 48 s left"
     assert last == "mapping: 40 of 40 directions, 3.0 s each"
 

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from typing_extensions import NotRequired, TypedDict
 
 from sae.disk.checksum import crc32, is_intact
-from sae.disk.reading import Count, Entries, Number, layout, map_arrays, parse_json, read_json, read_tensors
+from sae.disk.reading import Count, LongList, Number, layout, map_arrays, parse_json, read_json, read_tensors
 from sae.disk.writing import write_tensors
 from sae.errors import InputError
 
 
 class Part(TypedDict):
     rows: Count
-    names: Entries[str]
+    names: LongList[str]
 
 
 class Whole(TypedDict):

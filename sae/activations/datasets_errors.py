@@ -70,6 +70,8 @@ def _file_read(error: BaseException) -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    import datasets  # noqa: F401 (makes the handlers)
+
     def keep(record: logging.LogRecord) -> bool:
         return record.levelno < SILENT.get(record.name.split(".")[0], logging.CRITICAL + 1)
 

@@ -21,6 +21,7 @@ from sae.disk.places import require_folder
 from sae.disk.writing import require_free_space
 from sae.errors import InputError
 from sae.progress import progress
+from sae.text_input import text_list
 
 if TYPE_CHECKING:
     import pyarrow
@@ -50,9 +51,9 @@ def export_cache(config: ExportConfig) -> Path:
     if os.path.lexists(config.out):
         raise InputError(f"expected a new folder, but {config.out} exists already; choose another --out")
     require_folder(config.out)
-    cache = ActivationCache.open(config.cache, config.site, verify=True)
-    if not config.splits or len(set(config.splits)) < len(config.splits):
+    if not text_list(config.splits, "splits") or len(set(config.splits)) < len(config.splits):
         raise InputError(f"expected every split once, but --splits is {' '.join(config.splits)!r}; give {' or '.join(SPLITS)}")
+    cache = ActivationCache.open(config.cache, config.site, verify=True)
     rows = sum(map(cache.rows, config.splits))
     if rows == 0:
         raise InputError(f"expected rows in the split {' or '.join(config.splits)} of {config.cache}, but there are none")

@@ -41,7 +41,7 @@ class ImportConfig:
     revision: str | None = None
     """Revision of the model on the hub."""
     keep_bos: bool = False
-    """Keep rows at beginning-of-text tokens; without it they are left out where model and token ids are known."""
+    """Keep rows at beginning-of-text tokens; by default they are left out where model and token ids are known."""
     dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
     """Number format on disk; int8 is 8 bits a number with one scale per row."""
     held_out: float = 0.05

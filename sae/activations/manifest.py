@@ -11,7 +11,7 @@ from sae.activations.ledger import FORMAT_VERSION, ShardEntry, TokenEntry, requi
 from sae.activations.tokens import SPLITS
 from sae.dictionaries.formats.transformer_lens import HOOK_NAMES
 from sae.disk.checksum import crc32
-from sae.disk.reading import Count, Entries, Number, read_json, require
+from sae.disk.reading import Count, LongList, Number, read_json, require
 from sae.errors import InputError
 
 THEN = "read the others with skip_damaged, or harvest again"
@@ -52,8 +52,8 @@ class Manifest(TypedDict):
     sites: dict[Annotated[str, Field(pattern=SITE)], SiteEntry]
     counts: Counts
     labels: list[str]
-    shards: Entries[ShardEntry]
-    tokens: Entries[TokenEntry]
+    shards: LongList[ShardEntry]
+    tokens: LongList[TokenEntry]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from sae.activations.pools import Recorder
 from sae.activations.text import TextConfig, check_source, documents
 from sae.activations.tokens import Cutter, Part, Tokens, tokenise
 from sae.errors import InputError
+from sae.text_input import text_list
 
 if TYPE_CHECKING:
     from sae.model.language_model import LanguageModel
@@ -62,6 +63,7 @@ class RecordingConfig(TextConfig):
 def check_recording(config: RecordingConfig) -> None:
     """Raises `InputError` for options that cannot be meant."""
     check_source(config)
+    text_list(config.sites, "sites")
     if not config.sites:
         raise InputError("expected at least one site to record, but none came; give for example --sites resid_post.2")
     if len(set(config.sites)) < len(config.sites):

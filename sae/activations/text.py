@@ -14,7 +14,8 @@ import numpy as np
 from sae.activations.datasets_errors import told_plainly
 from sae.disk.reading import map_arrays, parse_json, require_starts, require_within
 from sae.errors import InputError
-from sae.text_input import replace_surrogates
+from sae.progress import counted
+from sae.text_input import replace_surrogates, text_list
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 PASSAGE = 8192
@@ -65,7 +66,8 @@ def documents(config: TextConfig) -> Iterator[Document]:
             yield Document(content, label)
     finally:  # also where the reader has enough
         if broken:
-            print(f"{broken:,} documents held halves of surrogate pairs, which are no characters; they are now U+FFFD", file=sys.stderr)
+            held = f"{counted(broken, 'document')} held halves of surrogate pairs"
+            print(f"{held}, which are no characters; they are now U+FFFD", file=sys.stderr)
 
 
 def _read(config: TextConfig) -> Iterator[Document]:
@@ -96,7 +98,7 @@ def check_source(config: TextConfig) -> None:
 def text_files(config: TextConfig) -> list[Path]:
     """The files that `--text` stands for, folders and globs resolved in alphabetical order."""
     found: list[Path] = []
-    for name in config.text:
+    for name in text_list(config.text, "text"):
         path = Path(name)
         if path.is_dir():
             # token files and model weights look alike, so a folder stands for its texts only

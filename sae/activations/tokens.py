@@ -12,6 +12,7 @@ import numpy as np
 from sae.activations.text import Document
 from sae.disk.reading import map_arrays, require_starts, require_within
 from sae.errors import InputError
+from sae.progress import counted
 
 SPLITS = ("train", "held_out")
 PART_TOKENS = 1 << 24
@@ -205,7 +206,7 @@ def tokenise(documents: Iterable[Document], tokenizer: Any, vocabulary: int, bos
             yield ids, label
     finally:  # also where the reader has enough
         if began:
-            print(f"{began:,} documents begin with a beginning-of-text token of their own; they get no second one", file=sys.stderr)
+            print(f"{counted(began, 'document')} already began with a beginning-of-text token, so no second one was added", file=sys.stderr)
 
 
 def _encoded(documents: Iterable[Document], tokenizer: Any, vocabulary: int) -> Iterator[tuple[np.ndarray, str | None]]:

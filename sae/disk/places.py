@@ -73,6 +73,8 @@ def require_file(path: Path) -> None:
 def require_folder(path: Path) -> None:
     """Raises `InputError` unless files can be written into the folder `path`, which need not be there yet. Leaves nothing behind."""
     with writing(path):
+        if path.is_file():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         _try(path, "file")
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Item = TypeVar("Item")
-Entries = Annotated[list[Item], FailFast()]
+LongList = Annotated[list[Item], FailFast()]
 """a long list, of which only the first bad entry is looked at"""
 
 SMALL = 1 << 25

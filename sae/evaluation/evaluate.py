@@ -68,7 +68,7 @@ class EvaluationConfig:
     out: Path | None = None
     """where the numbers go; by default evaluation.json in the dictionary's folder"""
     verify: bool = False
-    """first read the whole site in the cache to compare every checksum; without it only those of token files up to 32 MB"""
+    """first read the whole site in the cache to compare every checksum; by default only those of token files up to 32 MB"""
 
     def check(self) -> None:
         """Raises `InputError` for values that cannot be meant."""
@@ -182,9 +182,11 @@ def reconstruct(dictionary: Dictionary, cache: "ActivationCache", rows: int) -> 
 def held_out(cache: "ActivationCache", rows: int) -> Iterator[Tensor]:
     """The first `rows` of the split, some at a time."""
     for shard in cache.shards("held_out"):
+        if not rows:
+            return
         x_nd = cache.read(shard)[0][:rows]
         rows -= len(x_nd)
-        yield from x_nd.split(READ_ROWS) if len(x_nd) else ()
+        yield from x_nd.split(READ_ROWS)
 
 
 def splice(

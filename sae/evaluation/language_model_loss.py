@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 ARMS = ("clean", "spliced", "zero", "mean")
 LOGITS_BYTES = 64 << 20
-TABLE_BYTES = 1 << 28  # of the logits of one batch
 """of one float32 chunk [n, v] of log-probabilities"""
+TABLE_BYTES = 1 << 28
+"""of the logits of one batch"""
 RESAMPLES = 1000
 
 

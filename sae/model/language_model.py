@@ -125,10 +125,12 @@ class LanguageModel:
     def token_ids(self, text: str) -> list[int]:
         """Behind one beginning-of-text token, where there is one; a text that brings its own, as chat templates do, gets no second.
 
-        Raises `InputError` without a tokenizer, and for tokens that the model has no embedding of.
+        Halves of surrogate pairs become U+FFFD, with a warning. Raises `InputError` without a tokenizer, and for tokens that the model has
+        no embedding of.
         """
         if self.tokenizer is None:
             raise InputError(f"expected a tokenizer beside the model {self.name!r} to read text, found none; add its files to the folder")
+        (text,) = text_list([text], "text")
         ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if self.bos_id is not None:
             first = next((n for n, token in enumerate(ids) if token != self.bos_id), len(ids))

@@ -65,7 +65,7 @@ class TrainingConfig:
     wandb_project: str = "sae"
     """project name there"""
     verify: bool = False
-    """first read the whole site in the cache to compare every checksum; without it only those of token files up to 32 MB"""
+    """first read the whole site in the cache to compare every checksum; by default only those of token files up to 32 MB"""
     restart: bool = False
     """begin anew where --out already holds a run, instead of resuming it"""
     dry_run: bool = False

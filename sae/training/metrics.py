@@ -16,6 +16,7 @@ from sae.disk.reading import parse_json, read_bytes
 from sae.disk.writing import atomic
 from sae.errors import InputError
 from sae.objective import Step
+from sae.progress import counted
 from sae.training.config import TrainingConfig, l1_now, learning_rate
 from sae.training.sweep import Sweep
 
@@ -116,7 +117,7 @@ def keep_until(path: Path, step: int) -> None:
         except InputError:
             damaged += [number] if number < len(lines) else []
     if damaged:
-        print(f"{path}: {len(damaged)} damaged lines are left out, the first being line {damaged[0]}", file=sys.stderr)
+        print(f"{path}: {counted(len(damaged), 'damaged line')} left out, the first being line {damaged[0]}", file=sys.stderr)
     with atomic(path) as temporary:
         temporary.write_bytes(b"".join(kept))
 

@@ -21,6 +21,7 @@ from sae.disk.places import require_folder
 from sae.disk.writing import atomic, write_json
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
+from sae.text_input import text_list
 from steering.compare.arms import NONE, Arm, Material, build_arms
 from steering.compare.concepts import Scorer, Texts, concept_texts, load_concept, read_corpus, second_scorer, target_scorer
 from steering.compare.continuations import Bench, continuations, measure_arms
@@ -41,15 +42,15 @@ class CompareConfig(TextConfig):
     model: str
     """Model by hub name, folder or GGUF file."""
     sae: Path | None = None
-    """Folder of a dictionary of this model; without it the arms of dictionary features are left out."""
+    """Folder of a dictionary of this model; by default the arms of dictionary features are left out."""
     feature: int | None = None
     """A feature of the dictionary to compare as well, such as one found in the browser."""
     effects: Path | None = None
-    """Effects of this dictionary's features, fitted by scripts/effect_map.py; without it the arm of SAE-TS is left out."""
+    """Effects of this dictionary's features, fitted by scripts/effect_map.py; by default the arm of SAE-TS is left out."""
     site: str | None = None
-    """Where to steer, such as resid_post.2; the dictionary's own site without it."""
+    """Where to steer, such as resid_post.2; by default the dictionary's own site."""
     out: Path | None = None
-    """Folder for comparison.json and report.html; "comparison-" and the concept's name without it."""
+    """Folder for comparison.json and report.html; by default "comparison-" and the concept's name."""
     budgets: tuple[float, ...] = (0.1, 0.3, 1.0)
     """KL budgets, nats per token of neutral text."""
     prompts: tuple[str, ...] = PROMPTS
@@ -131,7 +132,7 @@ def compare_directions(config: CompareConfig) -> dict[str, Any]:
 
 def refuse_unusable(config: CompareConfig) -> None:
     """What can be said before anything is loaded."""
-    budgets, prompts = config.budgets, config.prompts
+    budgets, prompts = config.budgets, text_list(config.prompts, "prompts")
     if not budgets or not all(math.isfinite(budget) and budget > 0 for budget in budgets) or list(budgets) != sorted(set(budgets)):
         raise InputError(f"expected KL budgets above 0 in rising order, got {', '.join(map(str, budgets)) or 'none'}")
     if len(prompts) < 4 or len(set(prompts)) < len(prompts) or config.samples < 1:

@@ -109,7 +109,7 @@ def load_concept(name_or_path: str) -> Concept:
             )
     value, halves = replace_surrogates_in(read_json(path, "a concept"))
     if halves:
-        print(f"{path} holds {halves:,} halves of surrogate pairs, which are no characters; they are now U+FFFD", file=sys.stderr)
+        print(f"halves of surrogate pairs in {path}, which are no characters, are now U+FFFD ({halves:,})", file=sys.stderr)
     return _parse(value, path)
 
 

@@ -96,7 +96,9 @@ def _strengths(bench: Bench, arm: Arm) -> list[Calibration]:
 def continuations(bench: Bench, arm: Arm, coefficient: float, samples: int) -> Continuations | str:
     """All prompts in one left-padded batch, each `samples` times, of one seed for every arm; or the sentence why there is no text."""
     lm = bench.lm
-    ids_sp, mask_sp = (t.repeat_interleave(samples, 0) for t in lm.encode([arm.prefix + prompt for prompt in bench.prompts]))
+    bos = lm.tokenizer.bos_token or ""  # a prompt that brings its own has it before the prefix, as all have
+    texts = [arm.prefix + prompt.removeprefix(bos) for prompt in bench.prompts]
+    ids_sp, mask_sp = (t.repeat_interleave(samples, 0) for t in lm.encode(texts))
     start = ids_sp.shape[1]
     positional = arm.vector is not None and any(d.ndim == 2 for d in arm.vector.directions.values())
     try:

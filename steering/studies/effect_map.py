@@ -15,6 +15,7 @@ from sae.errors import InputError
 from sae.features.index.lens import folded_unembedding, into_residual, logit_lens
 from sae.model.language_model import LanguageModel
 from sae.progress import progress
+from sae.text_input import text_list
 from steering.dictionary import load_dictionary
 from steering.directions.targeted import Effects, targeted_direction
 from steering.strength.neutral import FEW_PROMPTS
@@ -140,7 +141,7 @@ def check(config: EffectConfig) -> None:
         raise InputError("expected --effects, the file to write, with --fit, got none")
     if config.fit and config.fit < 3:
         raise InputError(f"expected --fit of at least 3 directions, got {config.fit}")
-    if config.samples * len(config.prompts) < 2 or config.calibration_documents < 1 or config.top < 1:
+    if config.samples * len(text_list(config.prompts, "prompts")) < 2 or config.calibration_documents < 1 or config.top < 1:
         raise InputError("expected at least 2 rollouts, one calibration document and one feature to show")
 
 

@@ -43,7 +43,7 @@ class PrincipalConfig(TextConfig):
     out: Path
     """Folder for principal.json."""
     sae: Path | None = None
-    """Folder of a dictionary at that site; without it the arms of its features are left out."""
+    """Folder of a dictionary at that site; by default the arms of its features are left out."""
     components: int = 32
     """Principal components."""
     random: int = 64

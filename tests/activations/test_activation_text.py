@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import logging
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow
@@ -150,7 +152,7 @@ def test_halves_of_characters_are_replaced_and_counted(tmp_path, name, capsys):
     some = documents(TextConfig(text=(str(tmp_path / name),)))
     next(some)
     del some  # a reader that has enough is told too
-    assert capsys.readouterr().err.startswith("1 documents held halves")
+    assert capsys.readouterr().err.startswith("1 document held halves")
 
 
 def test_halves_of_characters_in_a_token_files_labels_are_replaced(tmp_path):
@@ -204,6 +206,15 @@ def test_whatever_goes_wrong_in_a_dataset_is_one_sentence(tmp_path, monkeypatch,
     assert len(said) < 500 + 2 * len(str(folder))
     err = capfd.readouterr().err
     assert all("Generating" in line for line in err.splitlines() if line.strip()), err  # the bar alone, no log of the error
+
+
+def test_the_first_use_of_the_datasets_library_is_as_quiet_as_later_ones(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text('{"text": "one"}\n{"text": "cut')
+    code = f"from sae.activations.text import *; list(documents(TextConfig(dataset={str(tmp_path / 'data')!r}, streaming=True)))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
+    assert "JSON parse error" in said
+    assert "Failed to load" not in said  # the library's own log of it
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_documents_that_bring_their_own_beginning_get_no_second_one(contents, co
 def test_the_documents_that_brought_their_beginning_are_counted(capsys):
     contents = [[BOS, 1], [2], [BOS, BOS, 3]]
     list(tokenise((Document(np.array(ids, np.int32), None) for ids in contents), None, 100, BOS))
-    assert capsys.readouterr().err.startswith("2 documents begin with a beginning-of-text token of their own")
+    assert capsys.readouterr().err.startswith("2 documents already began with a beginning-of-text token")
     list(tokenise((Document(np.array(ids, np.int32), None) for ids in contents), None, 100, None))
     assert capsys.readouterr().err == ""
 

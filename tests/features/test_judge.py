@@ -189,7 +189,7 @@ def test_half_a_character_in_an_answer_is_replaced_and_counted(server, index, co
     asked = config(server, tmp_path)
     found = explain_by_model(index, corpus, [0], asked)
     assert found[0].text == "the letter c \ufffd"
-    assert "1 answers held halves of surrogate pairs" in capsys.readouterr().out
+    assert "1 answer held halves of surrogate pairs" in capsys.readouterr().out
     assert explain_by_model(index, corpus, [0], asked) == found  # as it stands in the log
 
 

@@ -114,7 +114,7 @@ def test_half_a_character_in_a_concepts_file_is_replaced_and_counted(tmp_path, c
     (tmp_path / "c.json").write_text(json.dumps(value))
     concept = load_concept(str(tmp_path / "c.json"))
     assert (concept.positive, concept.words) == (("a \ufffd", "b 😀"), ("\ufffde",))
-    assert f"{tmp_path / 'c.json'} holds 2 halves of surrogate pairs" in capsys.readouterr().err
+    assert f"halves of surrogate pairs in {tmp_path / 'c.json'}, which are no characters, are now U+FFFD (2)" in capsys.readouterr().err
 
 
 def test_byte_order_marks_of_a_concept_and_its_words_are_no_text(tmp_path):

@@ -52,6 +52,14 @@ def test_continuations_are_one_batch_steered_everywhere(byte_lm, random_arm):
     assert found.texts != continuations(bench_of(byte_lm), Arm(NONE, "baseline"), 0.0, 2).texts
 
 
+def test_a_prompt_that_brings_its_own_beginning_of_text_is_the_same_prompt(byte_lm):
+    bos = byte_lm.tokenizer.bos_token
+    for arm in (Arm(NONE, "baseline"), Arm(PROMPTING, "baseline", prefix="a word ")):
+        plain, own = (continuations(bench_of(byte_lm, prompts=p), arm, 0.0, 1) for p in (PROMPTS, [bos + text for text in PROMPTS]))
+        assert own.tokens == plain.tokens
+        assert own.nats_p.tolist() == plain.nats_p.tolist()
+
+
 def test_fluency_is_that_of_the_unsteered_model_after_the_plain_prompt(byte_lm):
     for arm in (Arm(NONE, "baseline"), Arm(PROMPTING, "baseline", prefix="a word ")):
         found = continuations(bench_of(byte_lm), arm, 0.0, 1)

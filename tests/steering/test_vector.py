@@ -270,6 +270,13 @@ def test_a_vector_keeps_what_it_was_given(tmp_path):
     assert SteeringVector.load(tmp_path / "views.safetensors").directions["resid_post.0"].tolist() == [1, 2, 3]
 
 
+def test_directions_are_named_by_site_and_finite_in_float32():
+    with pytest.raises(InputError, match=r'directions such as \{"resid_post.2": tensor\}, got list'):
+        SteeringVector([torch.ones(3)])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="finite numbers"):
+        SteeringVector.at("resid_post.0", torch.full((3,), 1e300, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("direction", [[1.0, 2.0], None, torch.zeros(3, dtype=torch.complex64)])
 def test_a_direction_that_is_no_real_tensor_is_refused(direction):
     with pytest.raises(InputError, match=r"expected a steering direction at resid_post\.0 as a real tensor"):

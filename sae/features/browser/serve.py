@@ -29,11 +29,11 @@ class BrowseConfig:
     index: Path
     """Folder that build_feature_index.py wrote."""
     notes: Path | None = None
-    """SQLite file of labels, stars, notes and lists; notes.sqlite beside the index without it."""
+    """SQLite file of labels, stars, notes and lists; by default notes.sqlite beside the index."""
     model: str | None = None
-    """Model for prompts and steering, by hub name, folder or GGUF file; the one the index names without it; "none" browses without."""
+    """Model for prompts and steering, by hub name, folder or GGUF file; by default the one the index names; "none" browses without."""
     dictionary: Path | None = None
-    """Folder of the dictionary; the one the index was built from without it."""
+    """Folder of the dictionary; by default the one the index was built from."""
     device: str = "auto"
     """auto, cpu or cuda."""
     port: int = 8765
@@ -41,7 +41,7 @@ class BrowseConfig:
     open: bool = True
     """Open the web browser."""
     verify: bool = False
-    """First compare every file's checksum; without it only those of files up to 32 MB."""
+    """First compare every file's checksum; by default only those of files up to 32 MB."""
 
 
 def serve(config: BrowseConfig, make_steering: Callable[[LanguageModel, Dictionary, FeatureIndex], Steering] | None = None) -> None:

@@ -29,7 +29,7 @@ from sae.disk.reading import Count, Number, require
 from sae.errors import InputError
 from sae.features.explanations.lookups import Corpus, Firing
 from sae.features.index.reader import Context, FeatureIndex
-from sae.progress import progress
+from sae.progress import counted, progress
 from sae.text_input import replace_surrogates
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def explain_by_model(index: FeatureIndex, corpus: Corpus, features: Sequence[int
     if failed:
         print("no explanation for " + ", ".join(f"{n:,} features ({kind})" for kind, n in failed.most_common()) + "; run again to retry")
     if endpoint.broken:
-        print(f"{endpoint.broken:,} answers held halves of surrogate pairs, which are no characters; they are now U+FFFD")
+        print(f"{counted(endpoint.broken, 'answer')} held halves of surrogate pairs, which are no characters; they are now U+FFFD")
     found = [log.done[j] for j in features if j in log.done]
     unscored = sum(not log.complete(e.feature) for e in found)
     if unscored:

@@ -34,17 +34,17 @@ class ExportConfig:
     format: Literal["static", "neuronpedia", "neuronpedia-upload", "saedashboard", "circuit-tracer"] = "static"
     """static: pages that open from file://. neuronpedia: its export folder. neuronpedia-upload: bodies for its upload of batches."""
     features: tuple[int, ...] = ()
-    """Only these features; all without it."""
+    """Only these features; by default all."""
     notes: Path | None = None
-    """Database of labels, stars and notes to show (static); notes.sqlite beside the index, where there is one, without it."""
+    """Database of labels, stars and notes to show (static); by default notes.sqlite beside the index, where there is one."""
     processes: int | None = None
-    """Processes that render pages (static); as many as there are cores without it."""
+    """Processes that render pages (static); by default as many as there are cores."""
     model_id: str | None = None
-    """What the model is called there; its folder's name without it."""
+    """What the model is called there; by default its folder's name."""
     source_set: str | None = None
-    """What the set of dictionaries is called there, for example res-4k; made from site and width without it."""
+    """What the set of dictionaries is called there, for example res-4k; by default made from site and width."""
     creator: str | None = None
-    """Your user id there (neuronpedia); "local" without it."""
+    """Your user id there (neuronpedia); by default "local"."""
     dictionary: Path | None = None
     """Dictionary of the index: its decoder rows go along as steering vectors (neuronpedia, saedashboard)."""
 

@@ -15,7 +15,7 @@ import numpy as np
 from typing_extensions import TypedDict
 
 from sae.dictionaries.formats.transformer_lens import hook_of_site
-from sae.disk.reading import Count, Entries, read_json
+from sae.disk.reading import Count, LongList, read_json
 from sae.disk.writing import atomic, write_json
 from sae.errors import InputError
 from sae.progress import progress
@@ -133,14 +133,14 @@ class Row(TypedDict):
     """And `TABLES`."""
 
     feature_index: Count
-    activations: Entries[Activation]
+    activations: LongList[Activation]
 
 
 class Batch(TypedDict):
     model_id: str
     layer: int | str
     sae_set: str
-    features: Entries[Row]
+    features: LongList[Row]
 
 
 class SAEDashboardFolder(NamedTuple):

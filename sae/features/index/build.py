@@ -36,6 +36,7 @@ from sae.features.index.lens import folded_unembedding, into_residual, logit_len
 from sae.features.index.opening import CHECKED, FORMAT_VERSION, details_layout
 from sae.features.index.parallel import WORKERS, in_order
 from sae.progress import progress
+from sae.text_input import text_list
 
 if TYPE_CHECKING:
     from sae.activations.cache import ActivationCache
@@ -54,17 +55,17 @@ class IndexConfig:
     out: Path
     """Folder for the index; an index that stands there is replaced."""
     tokens: int | None = None
-    """Index at most this many tokens: whole sequences, drawn at random; all without it."""
+    """Index at most this many tokens: whole sequences, drawn at random; by default all."""
     splits: tuple[str, ...] = ("train", "held_out")
     """Splits of the cache to look at."""
     part: str | None = None
     """Only the i-th of n parts of these tokens, written i/n, as 1/4; merge_feature_indexes.py joins parts that were built apart."""
     model: str | None = None
-    """Model for tokenizer and logit lens, by hub name, folder or GGUF file; the one the cache names without it."""
+    """Model for tokenizer and logit lens, by hub name, folder or GGUF file; by default the one the cache names."""
     device: str = "auto"
     """Device that encodes: auto, cpu or cuda."""
     verify: bool = False
-    """First read the whole site in the cache to compare every checksum; without it only those of token files up to 32 MB."""
+    """First read the whole site in the cache to compare every checksum; by default only those of token files up to 32 MB."""
 
 
 def build_index(config: IndexConfig) -> Path:
@@ -211,7 +212,7 @@ def choose_tokens(tokens: Any, cache: "ActivationCache", config: IndexConfig) ->
     """
     from sae.activations.tokens import SPLITS
 
-    unknown = [split for split in config.splits if split not in SPLITS]
+    unknown = [split for split in text_list(config.splits, "splits") if split not in SPLITS]
     if unknown or not config.splits:
         raise InputError(f"expected splits out of {', '.join(SPLITS)}, but got {', '.join(unknown) or 'none'}")
     if len(set(config.splits)) < len(config.splits):
