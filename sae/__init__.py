@@ -2,5 +2,7 @@
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
+from sae.model.language_model import LanguageModel
 
-__all__ = ["Dictionary", "InputError"]
+__version__ = "0.1.0"
+__all__ = ["Dictionary", "InputError", "LanguageModel", "__version__"]
