@@ -13,7 +13,7 @@ from letters import PIECES, by_rules, token_c
 from sae.errors import InputError
 from sae.features.explain import ExplainConfig, explain, read_explanations
 from sae.features.index import IndexConfig, build_index
-from sae.features.judge import Endpoint, Log, NoAnswer, detection, explain_by_model, explain_one, parse_answers
+from sae.features.judge import Endpoint, Log, NoAnswer, _content, detection, explain_by_model, explain_one, parse_answers
 from sae.features.patterns import read_corpus
 
 
@@ -178,7 +178,7 @@ def test_no_server_and_nonsense_are_no_answers(server, monkeypatch):
 
 def test_refused_key_or_model_ends_the_run_with_a_sentence(server):
     server.script = lambda _s, _c, n: (404, '{"error": "no such model"}', {})
-    with pytest.raises(InputError, match=r"404.*no such model.*check address, model name and key"):
+    with pytest.raises(InputError, match=r"404.*no such model.*check URL, model name and key"):
         Endpoint(server.url, "m").ask("a", "b")
     assert len(server.seen) == 1
 
@@ -304,3 +304,11 @@ def test_detection_without_any_answer_is_none():
     scores, baselines = detection(np.array([True, False]), [None, None])
     assert (scores["accuracy"], scores["answered"]) == (None, 0)
     assert baselines["always_yes"]["accuracy"] is None
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" * 100_000, b'{"choices": [{"message": {"content": ' + b"1" * 5000 + b"}}]}", b"\xff", b'{"choices": null}']
+)
+def test_what_is_no_answer_is_counted_as_unparsable(body):
+    with pytest.raises(NoAnswer, match="unparsable"):
+        _content(body)
