@@ -13,7 +13,7 @@ from letters import PIECES, by_rules, token_c
 from sae.errors import InputError
 from sae.features.explanations.explain import ExplainConfig, explain
 from sae.features.explanations.explanation import read_explanations
-from sae.features.explanations.judge import Endpoint, Log, NoAnswer, detection, explain_by_model, explain_one, parse_answers
+from sae.features.explanations.judge import Endpoint, Log, NoAnswer, _content, detection, explain_by_model, explain_one, parse_answers
 from sae.features.explanations.lookups import read_corpus
 from sae.features.index.build import IndexConfig, build_index
 
@@ -179,7 +179,7 @@ def test_no_server_and_nonsense_are_no_answers(server, monkeypatch):
 
 def test_refused_key_or_model_ends_the_run_with_a_sentence(server):
     server.script = lambda _s, _c, n: (404, '{"error": "no such model"}', {})
-    with pytest.raises(InputError, match=r"404.*no such model.*check address, model name and key"):
+    with pytest.raises(InputError, match=r"404.*no such model.*check URL, model name and key"):
         Endpoint(server.url, "m").ask("a", "b")
     assert len(server.seen) == 1
 
@@ -305,3 +305,11 @@ def test_detection_without_any_answer_is_none():
     scores, baselines = detection(np.array([True, False]), [None, None])
     assert (scores["accuracy"], scores["answered"]) == (None, 0)
     assert baselines["always_yes"]["accuracy"] is None
+
+
+@pytest.mark.parametrize(
+    "body", [b"[" * 100_000, b'{"choices": [{"message": {"content": ' + b"1" * 5000 + b"}}]}", b"\xff", b'{"choices": null}']
+)
+def test_what_is_no_answer_is_counted_as_unparsable(body):
+    with pytest.raises(NoAnswer, match="unparsable"):
+        _content(body)

@@ -110,12 +110,12 @@ class Endpoint:
                 with suppress(OSError, http.client.HTTPException):  # the connection may be lost in the middle of the reason
                     said = error.read(300).decode("utf-8", "replace")
                 if error.code in (401, 403, 404):
-                    raise InputError(f"{self.base} refuses the request ({error.code}: {said}); check address, model name and key") from None
+                    raise InputError(f"{self.base} refuses the request ({error.code}: {said}); check URL, model name and key") from None
                 kind = f"HTTP {error.code}"
                 if error.code not in (408, 409, 429) and error.code < 500:
                     break
                 after = error.headers.get("Retry-After", "")
-                wait = max(wait, min(float(after), 60.0)) if after.isdigit() else wait
+                wait = max(wait, min(float(after), 60.0)) if after.isdecimal() else wait
             except (OSError, http.client.HTTPException):
                 kind = "no connection"
             except NoAnswer as error:
@@ -131,7 +131,7 @@ class Endpoint:
 def _content(body: bytes) -> str:
     try:
         text = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise NoAnswer("unparsable") from None
     if not isinstance(text, str) or not text.strip():
         raise NoAnswer("empty")
