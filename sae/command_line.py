@@ -1,4 +1,4 @@
-"""The commands of `sae`: flags from a dataclass, one call, one-sentence errors. `scripts/` and the console commands both come here."""
+"""How every command runs: flags from a dataclass, one call, one-sentence errors. The table of commands is in steering/command_line.py."""
 
 import io
 import sys
@@ -70,83 +70,3 @@ def _path(arguments: list[str]) -> Path:
     if not arguments[0]:  # from an unset variable of the shell; for Python it would be the present folder
         raise ValueError("expected a path, got an empty text")
     return Path(arguments[0])
-
-
-def cache_activations() -> None:
-    from sae.activations.harvest import HarvestConfig, harvest
-
-    run(harvest, HarvestConfig, "Record a language model's activations on text and store them, shuffled, in a cache.")
-
-
-def import_activations() -> None:
-    from sae.activations.imports import ImportConfig, import_activations
-
-    run(import_activations, ImportConfig, "Copy activations of SAELens, or plain arrays, into an activation cache.")
-
-
-def describe_cache() -> None:
-    from sae.activations.describe import DescribeConfig, describe_cache
-
-    run(describe_cache, DescribeConfig, "What an activation cache holds: text, norms, outlier dimensions, massive activations.")
-
-
-def export_cache() -> None:
-    from sae.activations.export import ExportConfig, export_cache
-
-    run(export_cache, ExportConfig, "Write a cache's activations with their tokens as a folder of the datasets library.")
-
-
-def train_sae() -> None:
-    from sae.training import TrainingConfig, train
-
-    run(train, TrainingConfig, "Train one or several dictionaries on an activation cache.")
-
-
-def train_sae_live() -> None:
-    from sae.training.live import LiveTrainingConfig, train_live
-
-    run(train_live, LiveTrainingConfig, "Train on activations that the model computes as they are needed, without a cache.")
-
-
-def evaluate_sae() -> None:
-    from sae.evaluation import EvaluationConfig, evaluate
-
-    run(evaluate, EvaluationConfig, "Measure a dictionary on held-out tokens: reconstruction, sparsity, the model's loss.")
-
-
-def build_feature_index() -> None:
-    from sae.features.index.build import IndexConfig, build_index
-
-    run(
-        build_index,
-        IndexConfig,
-        "One pass over a cache: every feature's activations, statistics and logit lens, in one folder.",
-    )
-
-
-def merge_feature_indexes() -> None:
-    from sae.features.index.merge import MergeConfig, merge_indexes
-
-    run(merge_indexes, MergeConfig, "Join feature indexes of one dictionary that were built on different text.")
-
-
-def list_features() -> None:
-    from sae.features.terminal import ListConfig, list_features
-
-    run(list_features, ListConfig, "List and search features in the terminal and write pages that open without a network.")
-
-
-def explain_features() -> None:
-    from sae.features.explanations.explain import ExplainConfig, explain
-
-    run(explain, ExplainConfig, "Explain features by tokens, bigrams and patterns, or by a model, and score that on held-out documents.")
-
-
-def export_features() -> None:
-    from sae.features.exports.command import ExportConfig, export_features
-
-    run(
-        export_features,
-        ExportConfig,
-        "Write features as a folder that opens from file://, or for Neuronpedia, SAEDashboard, circuit-tracer.",
-    )

@@ -1,6 +1,6 @@
 """Look at features in the web browser."""
 
-from steering.command_line import browse_features
+from steering.command_line import main
 
 if __name__ == "__main__":
-    browse_features()
+    main("browse")

@@ -1,6 +1,6 @@
 """Compare directions fairly: every method towards one concept, at equal KL, with controls and intervals, as a table and a report."""
 
-from steering.command_line import compare_directions
+from steering.command_line import main
 
 if __name__ == "__main__":
-    compare_directions()
+    main("compare")

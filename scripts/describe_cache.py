@@ -1,6 +1,6 @@
 """Say what an activation cache holds: text, norms, outlier dimensions, massive activations."""
 
-from sae.command_line import describe_cache
+from steering.command_line import main
 
 if __name__ == "__main__":
-    describe_cache()
+    main("describe")

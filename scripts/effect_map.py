@@ -1,6 +1,6 @@
 """What else steering with a feature moves, and a direction that moves it alone."""
 
-from steering.command_line import effect_map
+from steering.command_line import main
 
 if __name__ == "__main__":
-    effect_map()
+    main("effects")

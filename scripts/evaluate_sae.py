@@ -1,6 +1,6 @@
 """Measure a dictionary on held-out tokens."""
 
-from sae.command_line import evaluate_sae
+from steering.command_line import main
 
 if __name__ == "__main__":
-    evaluate_sae()
+    main("evaluate")

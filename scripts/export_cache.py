@@ -1,6 +1,6 @@
 """Write a cache's activations with their tokens as a folder of the datasets library."""
 
-from sae.command_line import export_cache
+from steering.command_line import main
 
 if __name__ == "__main__":
-    export_cache()
+    main("export-cache")

@@ -1,6 +1,6 @@
 """Copy activations of SAELens, or plain arrays, into an activation cache."""
 
-from sae.command_line import import_activations
+from steering.command_line import main
 
 if __name__ == "__main__":
-    import_activations()
+    main("import")

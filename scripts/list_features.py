@@ -1,6 +1,6 @@
 """List and search features in the terminal, and write their pages."""
 
-from sae.command_line import list_features
+from steering.command_line import main
 
 if __name__ == "__main__":
-    list_features()
+    main("list")

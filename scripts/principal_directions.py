@@ -1,6 +1,6 @@
 """Whether principal directions mean anything: components against random and learned directions at equal KL."""
 
-from steering.command_line import principal_directions
+from steering.command_line import main
 
 if __name__ == "__main__":
-    principal_directions()
+    main("principal")

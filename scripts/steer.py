@@ -1,6 +1,6 @@
 """Print a model's continuation without and with a feature added."""
 
-from steering.command_line import steer
+from steering.command_line import main
 
 if __name__ == "__main__":
-    steer()
+    main("steer")

@@ -1,6 +1,6 @@
 """Train one or several dictionaries on an activation cache."""
 
-from sae.command_line import train_sae
+from steering.command_line import main
 
 if __name__ == "__main__":
-    train_sae()
+    main("train")

@@ -1,40 +1,138 @@
-"""The commands of `steering`, for `scripts/` and the console alike."""
+"""The command `sae` and its subcommands, one row each; the files of `scripts/` call the same rows.
 
-from sae.command_line import run
+A new command is a row here and a file in scripts/. What a row names is imported only when the command runs.
+"""
 
+import difflib
+import sys
+from importlib import import_module
+from typing import Any, NamedTuple
 
-def steer() -> None:
-    from steering.steer import SteerConfig, steer
-
-    run(steer, SteerConfig, "Print a model's continuation of a prompt without and with a feature added.")
-
-
-def measure_steering() -> None:
-    from steering.studies.strengths import StrengthsConfig, strengths
-
-    run(strengths, StrengthsConfig, "Measure what adding a feature does at several strengths, against a random direction.")
+from sae.command_line import fail, run
 
 
-def principal_directions() -> None:
-    from steering.studies.principal import PrincipalConfig, principal_study
-
-    run(principal_study, PrincipalConfig, "Whether principal directions mean anything: against random and learned ones at equal KL.")
-
-
-def effect_map() -> None:
-    from steering.studies.effect_map import EffectConfig, effect_map
-
-    run(effect_map, EffectConfig, "What else steering with a feature moves, and a direction that moves it alone.")
+class Command(NamedTuple):
+    function: str
+    """module:name; called with the settings"""
+    settings: str
+    """module:name of the dataclass whose fields are the flags"""
+    summary: str
 
 
-def compare_directions() -> None:
-    from steering.compare.command import CompareConfig, compare_directions
+COMMANDS = {
+    "cache": Command(
+        "sae.activations.harvest:harvest",
+        "sae.activations.harvest:HarvestConfig",
+        "Record a language model's activations on text and store them, shuffled, in a cache.",
+    ),
+    "import": Command(
+        "sae.activations.imports:import_activations",
+        "sae.activations.imports:ImportConfig",
+        "Copy activations of SAELens, or plain arrays, into an activation cache.",
+    ),
+    "describe": Command(
+        "sae.activations.describe:describe_cache",
+        "sae.activations.describe:DescribeConfig",
+        "What an activation cache holds: text, norms, outlier dimensions, massive activations.",
+    ),
+    "export-cache": Command(
+        "sae.activations.export:export_cache",
+        "sae.activations.export:ExportConfig",
+        "Write a cache's activations with their tokens as a folder of the datasets library.",
+    ),
+    "train": Command(
+        "sae.training:train",
+        "sae.training:TrainingConfig",
+        "Train one or several dictionaries on an activation cache.",
+    ),
+    "train-live": Command(
+        "sae.training.live:train_live",
+        "sae.training.live:LiveTrainingConfig",
+        "Train on activations that the model computes as they are needed, without a cache.",
+    ),
+    "evaluate": Command(
+        "sae.evaluation:evaluate",
+        "sae.evaluation:EvaluationConfig",
+        "Measure a dictionary on held-out tokens: reconstruction, sparsity, the model's loss.",
+    ),
+    "index": Command(
+        "sae.features.index.build:build_index",
+        "sae.features.index.build:IndexConfig",
+        "One pass over a cache: every feature's activations, statistics and logit lens, in one folder.",
+    ),
+    "merge": Command(
+        "sae.features.index.merge:merge_indexes",
+        "sae.features.index.merge:MergeConfig",
+        "Join feature indexes of one dictionary that were built on different text.",
+    ),
+    "list": Command(
+        "sae.features.terminal:list_features",
+        "sae.features.terminal:ListConfig",
+        "List and search features in the terminal and write pages that open without a network.",
+    ),
+    "explain": Command(
+        "sae.features.explanations.explain:explain",
+        "sae.features.explanations.explain:ExplainConfig",
+        "Explain features by tokens, bigrams and patterns, or by a model, and score that on held-out documents.",
+    ),
+    "export": Command(
+        "sae.features.exports.command:export_features",
+        "sae.features.exports.command:ExportConfig",
+        "Write features as a folder that opens from file://, or for Neuronpedia, SAEDashboard, circuit-tracer.",
+    ),
+    "browse": Command(
+        "steering.panel:browse",
+        "sae.features.browser.serve:BrowseConfig",
+        "Look at features in the web browser: search, prompts, steering, labels; served on this machine alone.",
+    ),
+    "steer": Command(
+        "steering.steer:steer",
+        "steering.steer:SteerConfig",
+        "Print a model's continuation of a prompt without and with a feature added.",
+    ),
+    "measure": Command(
+        "steering.studies.strengths:strengths",
+        "steering.studies.strengths:StrengthsConfig",
+        "Measure what adding a feature does at several strengths, against a random direction.",
+    ),
+    "compare": Command(
+        "steering.compare.command:compare_directions",
+        "steering.compare.command:CompareConfig",
+        "Compare ways to steer towards a concept at equal KL, with controls and intervals.",
+    ),
+    "principal": Command(
+        "steering.studies.principal:principal_study",
+        "steering.studies.principal:PrincipalConfig",
+        "Whether principal directions mean anything: against random and learned ones at equal KL.",
+    ),
+    "effects": Command(
+        "steering.studies.effect_map:effect_map",
+        "steering.studies.effect_map:EffectConfig",
+        "What else steering with a feature moves, and a direction that moves it alone.",
+    ),
+}
 
-    run(compare_directions, CompareConfig, "Compare ways to steer towards a concept at equal KL, with controls and intervals.")
+
+def main(name: str | None = None) -> None:
+    """Runs the command `name`, or the one that the command line begins with. Exit codes: see `sae.command_line.run`."""
+    if name is None:
+        if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+            print(overview())
+            return
+        name = sys.argv.pop(1)
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, 1)
+            fail(f"expected one of the commands {', '.join(COMMANDS)}, got {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        sys.argv[0] = f"sae {name}"
+    command = COMMANDS[name]
+    run(_named(command.function), _named(command.settings), command.summary)
 
 
-def browse_features() -> None:
-    from sae.features.browser.serve import BrowseConfig
-    from steering.panel import browse
+def overview() -> str:
+    rows = [f"  {name:<14}{command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: sae COMMAND [flags]; sae COMMAND --help tells its flags", "", *rows])
 
-    run(browse, BrowseConfig, "Look at features in the web browser: search, prompts, steering, labels; served on this machine alone.")
+
+def _named(target: str) -> Any:
+    module, name = target.split(":")
+    return getattr(import_module(module), name)

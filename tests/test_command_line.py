@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from steering.command_line import COMMANDS
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(p for p in (ROOT / "scripts").glob("*.py"))
 
@@ -23,13 +25,20 @@ def test_every_script_prints_help(script):
     assert "usage" in done.stdout.lower()
 
 
-def test_console_commands_are_the_scripts():
-    section = (ROOT / "pyproject.toml").read_text().split("[project.scripts]")[1].split("[")[0]  # Python 3.10 has no tomllib
-    commands = re.findall(r'^([\w-]+) = "([\w.]+):(\w+)"', section, re.MULTILINE)
-    assert len(commands) >= 7
-    for name, module, function in commands:
-        script = (ROOT / "scripts" / f"{name.replace('-', '_')}.py").read_text()
-        assert f"from {module} import {function}" in script
+def test_every_command_has_a_script_and_every_script_its_command():
+    called = [name for path in SCRIPTS for name in re.findall(r'^    main\("([\w-]+)"\)$', path.read_text(), re.MULTILINE)]
+    assert sorted(called) == sorted(COMMANDS)
+
+
+def test_the_console_command_knows_its_subcommands():
+    done = run("-c", "import sys; from steering.command_line import main; main()", "--help")
+    assert done.returncode == 0
+    assert all(f"  {name} " in done.stdout and command.summary in done.stdout for name, command in COMMANDS.items())
+    done = run("-c", "from steering.command_line import main; main()", "trian")
+    assert done.returncode == 2
+    assert "did you mean train?" in done.stderr
+    done = run("-c", "from steering.command_line import main; main()", "train", "--help")
+    assert "usage: sae train" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
-from steering.command_line import compare_directions as compare_command
+from steering.command_line import main
 from steering.compare.arms import MAKERS, NONE, PROMPTING
 from steering.compare.command import CompareConfig, compare_directions, cosines, fitting, plain
 
@@ -161,6 +161,6 @@ def test_unusable_input_is_said_in_a_sentence(parts, tmp_path, changes, sentence
 def test_the_command_exits_2_with_one_sentence(parts, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compare-directions", "--model", str(parts / "model"), "--concept", "no_such_concept"])
     with pytest.raises(SystemExit) as caught:
-        compare_command()
+        main("compare")
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("error: expected a concept")

@@ -19,7 +19,7 @@ from sae.errors import InputError
 from sae.features.index.build import IndexConfig, build_index
 from sae.features.index.reader import FeatureIndex
 from sae.model.language_model import LanguageModel
-from steering.command_line import steer as steer_command
+from steering.command_line import main
 from steering.intervention import steered
 from steering.steer import SteerConfig, steer
 from steering.vector import SteeringVector
@@ -129,7 +129,7 @@ def test_another_dictionary_folder_with_the_same_weights_is_accepted(parts, tmp_
 def run_command(parts: Path, monkeypatch, *flags: str) -> None:
     arguments = ["--index", str(parts / "index"), "--prompt", "the [b]cat", "--max-new-tokens", "12", "--device", "cpu", *flags]
     monkeypatch.setattr(sys, "argv", ["steer", *arguments])
-    steer_command()
+    main("steer")
 
 
 @pytest.mark.parametrize("width", [100, 50])

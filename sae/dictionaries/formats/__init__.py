@@ -23,6 +23,8 @@ FORMATS = (Format("SAELens", (saelens.CFG, saelens.WEIGHTS), saelens.load),)
 
 def load(folder: Path, device: str | torch.device = "cpu") -> Parts:
     """What the dictionary in `folder` is made of. Raises `InputError` for a folder of none of the formats."""
+    if not folder.exists():
+        raise InputError(f"expected a dictionary in the folder {folder}, which does not exist; check its name")
     for row in FORMATS:
         if any((folder / name).exists() for name in row.has):
             return row.load(folder, device)
