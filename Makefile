@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: help setup demo real-model real-model-gemma test test-real soak test-cuda test-lowest lint bench bench-peers gpu-wheels gpu
-help: ; @grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
+help: ; @grep -E '^[a-z-]+:[^;]*## ' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
 
 setup: .venv/ready ## a virtual environment with the pinned dependencies
 .venv/ready: pyproject.toml constraints.txt

@@ -90,7 +90,7 @@ def summary(config: DemoConfig, feature: int, seconds: float) -> None:
     low, high = loss["loss_recovered_interval"]
     table.add_row("loss recovered", f"{loss['loss_recovered']:.3f} ({low:.3f} to {high:.3f})")
     table.add_row(f"feature for {config.word!r}", f"{feature}; open {out / 'pages' / 'index.html'} in a browser")
-    table.add_row("look at all of them", f"python scripts/browse_features.py --index {out / 'index'}")
+    table.add_row("look at all of them", f". .venv/bin/activate; python scripts/browse_features.py --index {out / 'index'}")
     for row in rows:
         added = "unsteered" if row["direction"] == "none" else f"{row['direction']} x {row['strength']:g}"
         per_thousand = 1000 * row["found"] / max(1, row["words"])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae.activations.ledger import FORMAT_VERSION, Ledger, claim, describe_file, has_size, require_same
+from sae.activations.ledger import FORMAT_VERSION, Ledger, abandon, claim, describe_file, has_size, require_same
 from sae.activations.manifest import read_manifest, verify
 from sae.activations.massive import PoolRows, sentence, summary
 from sae.activations.number_formats import row_bytes
@@ -29,13 +29,13 @@ from sae.activations.settings import (
     model_record,
     require_tokens,
 )
-from sae.activations.text import text_files
+from sae.activations.text import PASSAGE, text_files
 from sae.activations.tokens import SPLITS, Tokens
 from sae.activations.writers import Writers
 from sae.disk.places import require_folder
 from sae.disk.writing import only_writer, require_free_space, write_json, write_tensors
 from sae.errors import InputError
-from sae.progress import progress
+from sae.progress import counted, progress
 
 if TYPE_CHECKING:
     from sae.model.language_model import LanguageModel
@@ -83,18 +83,23 @@ def _lead(config: HarvestConfig, writers: Writers) -> None:
     if config.dry_run:
         _dry_run(config, lm)
         return writers.tell("work", None)
+    settings, is_new = _settings(config), not config.out.exists()
     with only_writer(config.out) as let_others_in:
-        claim(config.out, _settings(config), model_record(lm))
+        claim(config.out, settings, model_record(lm))
         ledger = Ledger(config.out)
         ledger.take_over()
         if (config.out / "manifest.json").exists():
             ledger.clear()  # a kill may have come between the two last steps
             print(f"{config.out} is already complete", file=sys.stderr)
             return writers.tell("work", None)
-        _write_tokens(config, lm, ledger)
+        try:
+            _write_tokens(config, lm, ledger)
+        except InputError:  # nothing is recorded yet, so the corrected command may have the folder
+            abandon(config.out, ledger, is_new)
+            raise
         work: dict[str, Any] = {"tokens": ledger.of("tokens"), "counts": ledger.of("counts")[0]}
         recorder, pools = _prepare(config, lm, work)
-        _say_held_out(config, pools)
+        _say_held_out(config, pools, work["counts"]["documents"])
         work["left"] = _left(config, recorder, pools, ledger)
         let_others_in()
         writers.tell("work", work)
@@ -194,9 +199,13 @@ def _plan(config: HarvestConfig, lm: "LanguageModel", tokens: Tokens) -> list[Po
     return pools
 
 
-def _say_held_out(config: HarvestConfig, pools: list[Pool]) -> None:
+def _say_held_out(config: HarvestConfig, pools: list[Pool], documents: int) -> None:
     if count_rows(pools)["held_out"] == 0 and config.held_out > 0:
-        print("too few documents to hold any out: the cache has training rows only", file=sys.stderr)
+        print(
+            f"too few documents to hold any out: {counted(documents, 'document')}, which are passages of about {PASSAGE:,} characters of a "
+            ".txt file; the cache has training rows only, and evaluation needs others; give more text or a larger --held-out",
+            file=sys.stderr,
+        )
 
 
 def _bytes(config: HarvestConfig, rows: int, lm: "LanguageModel") -> int:
@@ -208,7 +217,7 @@ def _dry_run(config: HarvestConfig, lm: "LanguageModel") -> Path:
     parts = list(cut)
     require_tokens(config, cutter)
     pools = _plan(config, lm, Tokens.join(parts, cutter.label_names))
-    _say_held_out(config, pools)
+    _say_held_out(config, pools, cutter.documents)
     rows = count_rows(pools)
     size = _bytes(config, sum(rows.values()), lm) + 4 * cutter.tokens
     memory = 2 * _bytes(config, max(pool.rows for pool in pools), lm)

@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -159,6 +161,16 @@ def claim(folder: Path, settings: dict[str, Any], model: dict[str, Any]) -> None
         sync(folder.parent)
         return
     require_same(folder, settings=settings, model=model)
+
+
+def abandon(folder: Path, ledger: Ledger, is_new: bool) -> None:
+    """Takes back a `claim` whose text cannot be used; with `is_new`, the folder too."""
+    ledger.clear()
+    shutil.rmtree(folder / "tokens", ignore_errors=True)
+    (folder / "harvest.json").unlink(missing_ok=True)
+    if is_new:
+        with suppress(OSError):  # something else is in it
+            folder.rmdir()
 
 
 class Begun(TypedDict):

@@ -67,8 +67,8 @@ def sentence(found: dict[str, Any], site: str | None = None) -> str | None:
     places = ", ".join(f"{position} ({count:,})" for position, count in found["positions"])
     kept = "are left out; --max-norm-ratio None keeps them" if found["left_out"] else "are kept; --max-norm-ratio 10 leaves out such rows"
     return (
-        f"{rows:,} row{'s' * (rows > 1)} with norms above {found['above_median']:g} times the median and {norm:.1%} of all squared norm, "
-        f"at positions {places} of the sequences, {kept}"
+        f"{rows:,} row{'s' * (rows > 1)} with norms above {found['above_median']:g} times the median and {norm:.1%} of the training rows' "
+        f"squared norm, at positions {places} of the sequences, {kept}"
     )
 
 

@@ -122,7 +122,9 @@ def refuse_training_tokens(folder: Path, cache: "ActivationCache") -> None:
     from sae.training.checkpoint import Record
 
     if not cache.rows("held_out"):
-        raise InputError(f"expected held-out tokens in {cache.folder}, but it has training tokens only; harvest with --held-out 0.05")
+        raise InputError(
+            f"expected held-out tokens in {cache.folder}, but it has training tokens only; harvest more documents or a larger share"
+        )
     if not (folder / "training.json").exists():
         return
     settings = read_json(folder / "training.json", "a run's training.json", Record)["settings"]

@@ -434,3 +434,15 @@ def test_real_model_on_real_text(shared, tmp_path):
     assert cache.manifest["labels"] == ["film_dialogue"]
     assert cache.manifest["counts"]["tokens"] == 2000
     assert next(ActivationBatches(cache, 128)).shape == (128, 64)
+
+
+def test_a_text_that_cannot_be_used_leaves_its_place_free(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"text": "good enough to begin with"}\n{"text": 5}\n')
+    (tmp_path / "good.txt").write_text("A text of some words. " * 50)
+    flags = dict(model=str(Path(__file__).parents[2] / "checkpoints/demo-lm"), sites=("resid_post.0",), tokens=200, device="cpu")
+    for name in ("bad.jsonl", "missing.txt"):
+        with pytest.raises(InputError, match=name):
+            harvest(HarvestConfig(text=(str(tmp_path / name),), out=tmp_path / "cache", **flags))
+        assert not (tmp_path / "cache").exists()
+    harvest(HarvestConfig(text=(str(tmp_path / "good.txt"),), out=tmp_path / "cache", **flags))
+    assert ActivationCache.open(tmp_path / "cache").rows("train") > 0
