@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from sae.dictionaries.dictionary import Dictionary
 
-PEERS = Path(__file__).resolve().parents[2] / ".peers" / "bin" / "python"
+PEERS = Path(__file__).resolve().parents[3] / ".peers" / "bin" / "python"
 
 READ = """
 import sys
