@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from starlette.requests import ClientDisconnect
@@ -19,6 +20,12 @@ class Client:
     async def receive(self):
         await self.gone.wait()
         return {"type": "http.disconnect"}
+
+
+def run(coroutine):
+    """In a thread of its own: the driver of the browser tests leaves a loop running in this one."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
 
 
 async def settle() -> None:
@@ -44,7 +51,7 @@ def test_kinds_alternate_and_each_keeps_its_order():
         await asyncio.gather(*tasks)
         return done
 
-    assert " ".join(asyncio.run(main())) == "steer 0 prompt 0 steer 1 prompt 1 steer 2 prompt 2 prompt 3 prompt 4"
+    assert " ".join(run(main())) == "steer 0 prompt 0 steer 1 prompt 1 steer 2 prompt 2 prompt 3 prompt 4"
 
 
 def test_a_full_queue_and_a_long_wait_are_sentences(monkeypatch):
@@ -64,7 +71,7 @@ def test_a_full_queue_and_a_long_wait_are_sentences(monkeypatch):
         turns.go("prompt")
         await turns.come("steer", Client())  # free again
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_who_leaves_gives_the_place_up():
@@ -80,7 +87,7 @@ def test_who_leaves_gives_the_place_up():
         turns.go("prompt")
         await asyncio.wait_for(after, 1)
 
-    asyncio.run(main())
+    run(main())
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -118,4 +125,4 @@ def test_whatever_happens_one_works_at_a_time_and_the_turn_is_never_lost(seed, m
             await asyncio.wait_for(turns.come(kind, Client()), 1)
             turns.go(kind)
 
-    asyncio.run(main())
+    run(main())
