@@ -254,15 +254,15 @@ def context_at(index: FeatureIndex, corpus: Corpus, j: int, row: int) -> Context
 
 def plain(context: Context, marked: bool = False) -> str:
     """The excerpt on one line; with `marked`, tokens on which the feature fires stand between << and >>."""
-    parts = [f"<<{text}>>" if marked and value > 0 else text for text, value in zip(context.texts, context.values)]
+    parts = [f"<<{text}>>" if marked and value else text for text, value in zip(context.texts, context.values)]
     return "".join(parts).replace(">><<", "").replace("\n", "↵")
 
 
 def examples_text(top: Sequence[Context], sampled: Sequence[Context]) -> str:
-    strongest = max(float(context.values.max()) for context in top)
+    strongest = max(float(abs(context.values).max()) for context in top)
 
     def lines(contexts: Sequence[Context]) -> str:
-        return "\n".join(f"({10 * float(c.values.max()) / max(strongest, 1e-30):.0f}) {plain(c, marked=True)}" for c in contexts)
+        return "\n".join(f"({10 * float(abs(c.values).max()) / max(strongest, 1e-30):.0f}) {plain(c, marked=True)}" for c in contexts)
 
     return f"TOP\n{lines(top)}\n\nSAMPLED\n{lines(sampled) or '(no others)'}"
 
