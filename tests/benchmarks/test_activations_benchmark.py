@@ -46,6 +46,7 @@ def tiny(tmp_path_factory):
     return json.loads((folder / "numbers.json").read_text()), said.stdout
 
 
+@pytest.mark.soak
 def test_every_number_is_finite_and_ratios_follow_from_the_rates(tiny):
     record, _ = tiny
     arms = record["harvest"]["arms"]
@@ -62,6 +63,7 @@ def test_every_number_is_finite_and_ratios_follow_from_the_rates(tiny):
     assert all(math.isfinite(value) for case in record["shuffle"]["cases"] for value in case.values())
 
 
+@pytest.mark.soak
 def test_sizes_are_those_of_the_format(tiny):
     record, _ = tiny
     assert 520 < record["harvest"]["bytes_per_row"] < 600  # 256 halves and a position, and a header for a few hundred rows
@@ -73,6 +75,7 @@ def test_sizes_are_those_of_the_format(tiny):
         assert case["documents_ratio"] == pytest.approx(1, abs=0.1)
 
 
+@pytest.mark.soak
 def test_the_markdown_has_every_arm_and_says_where_it_was_measured(tiny):
     record, said = tiny
     tables = said[said.index("written to") :]
@@ -81,6 +84,7 @@ def test_the_markdown_has_every_arm_and_says_where_it_was_measured(tiny):
     assert tables.count(f"torch {torch.__version__}") == 3
 
 
+@pytest.mark.soak
 def test_other_parts_keep_their_numbers_and_absent_peers_are_named(tmp_path):
     (tmp_path / "numbers.json").write_text(json.dumps({"harvest": {"kept": True}}))
     flags = [*TINY, "--parts", "shuffle", "--work", tmp_path / "work", "--out", tmp_path / "numbers.json"]

@@ -29,6 +29,7 @@ def test_reads_of_a_small_synthetic_index_are_measured_and_nothing_stays(tmp_pat
     assert list((tmp_path / "work").iterdir()) == []
 
 
+@pytest.mark.soak
 def test_build_page_and_export_are_measured_on_a_small_cache(tmp_path):
     model = ROOT / "checkpoints" / "demo-lm"
     text, cache = (str(model / "tokens.safetensors"),), tmp_path / "cache"
