@@ -95,8 +95,7 @@ def steered(
             edits[site] = _adding(site, terms, place, operation == "rotate")
         else:
             edits[site] = _setting(site, terms, place, operation == "ablate")
-    notes = {str(term.own.site): term.own.note for terms in by_site.values() for term in terms if term.own and term.own.elsewhere}
-    with _reporting(lm), lm.edited(edits), lm.edited(notes):
+    with _reporting(lm), lm.edited(edits), lm.edited(_notes([t.own for terms in by_site.values() for t in terms if t.own])):
         yield
 
 
@@ -106,20 +105,33 @@ class _Own:
     def __init__(self, item: DictionaryFeature):
         self.dictionary, self.feature, self.site = item.dictionary, item.feature, item.site
         self.elsewhere = item.dictionary.is_transcoder
-        self._read: Tensor | None = None
-
-    def note(self, value_rpd: Tensor) -> Tensor:
-        """Keeps what flows where a transcoder reads until the pass comes to where it writes."""
-        self._read = value_rpd
-        return value_rpd
+        self.read_rpd: Tensor | None = None
+        """what flowed where a transcoder reads, until the pass comes to where it writes"""
 
     def activation(self, value_rpd: Tensor) -> tuple[Tensor, Tensor | float]:
         """[r, p] float32, and what one unit of it is worth at each position, [r, p] or 1."""
-        x_rpd = value_rpd if self._read is None else self._read
+        x_rpd, self.read_rpd = (self.read_rpd if self.elsewhere else value_rpd), None
+        if x_rpd is None:
+            raise InputError(f"the dictionary writes at {self.dictionary.site_out} before it reads at {self.site}, so it cannot be clamped")
         x_rpd = x_rpd.to(self.dictionary.W_enc_fd.device)
         unit = self.dictionary.unit(x_rpd.to(self.dictionary.W_enc_fd.dtype))
         act_rp = self.dictionary.activations(x_rpd, [self.feature])[..., 0].float().to(value_rpd.device)
         return act_rp, unit if isinstance(unit, float) else unit[..., 0].float().to(value_rpd.device)
+
+
+def _notes(owns: list[_Own]) -> dict[str, Edit]:
+    """Edits that change nothing, but give every transcoder's feature what flows where it reads; several may read at one site."""
+
+    def noting(readers: list[_Own]) -> Edit:
+        def note(value_rpd: Tensor) -> Tensor:
+            for own in readers:
+                own.read_rpd = value_rpd
+            return value_rpd
+
+        return note
+
+    sites = {str(own.site) for own in owns if own.elsewhere}
+    return {site: noting([own for own in owns if own.elsewhere and own.site == site]) for site in sites}
 
 
 class _Term(NamedTuple):

@@ -66,7 +66,15 @@ def test_a_transcoder_is_read_in_one_place_and_written_in_another(lm):
     torch.testing.assert_close(found["resid_pre.1"], x)
     expected = y + (3 - dictionary.encode(x)[..., J])[..., None] * dictionary.W_dec_fo[J]
     torch.testing.assert_close(found["mlp_out.1"], expected, rtol=1e-5, atol=1e-5)
-    with steered(lm, [(DictionaryFeature(dictionary, J), 3.0), (other, 0.0)], operation="clamp"), lm.edited({}):
+    both = [(DictionaryFeature(dictionary, J), 3.0), (DictionaryFeature(dictionary, 3), -1.0)]  # they share what they read
+    with steered(lm, both, operation="clamp"):
+        found = lm.record(IDS, ["mlp_out.1"])["mlp_out.1"]
+    gap = torch.tensor([3.0, -1.0]) - dictionary.encode(x)[..., [J, 3]]
+    torch.testing.assert_close(found, y + gap @ dictionary.W_dec_fo[[J, 3]], rtol=1e-5, atol=1e-5)
+    backwards = made(b_in_d=None, metadata={"site": "mlp_out.1", "site_out": "resid_pre.1"})
+    with pytest.raises(InputError, match="before it reads"), steered(lm, [(DictionaryFeature(backwards, J), 3.0)], operation="clamp"):
+        lm.logits(IDS)
+    with steered(lm, [(DictionaryFeature(dictionary, J), 3.0), (other, 0.0)], operation="clamp"):
         new = lm.generate(IDS, max_new_tokens=4, temperature=0)  # with a cache: one position a pass
     assert new.shape == (2, 10)
     assert feature_direction(dictionary, J, 2.0).directions.keys() == {"mlp_out.1"}
