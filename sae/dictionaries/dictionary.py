@@ -170,10 +170,10 @@ class Dictionary(nn.Module):
     def activations(self, x_bd: Tensor, features: Sequence[int] | Tensor) -> Tensor:
         """Of the chosen features alone, [..., k]: one row of the encoder each, unless the gate must see all features (TopK)."""
         features = torch.as_tensor(features, device=self.W_enc_fd.device)
-        if not self.gate.elementwise:
+        gate = self.gate.of(features)
+        if gate is None:
             return self.encode(x_bd)[..., features]
-        z_bk = nn.functional.linear(self.encoder_input(x_bd), self.W_enc_fd[features], self.b_enc_f[features])
-        return self.gate.of(features)(z_bk)
+        return gate(nn.functional.linear(self.encoder_input(x_bd), self.W_enc_fd[features], self.b_enc_f[features]))
 
     def decode(self, acts_bf: Tensor, x_bd: Tensor | None = None) -> Tensor:
         """What is written for these activations, [..., o]; `x_bd`, what was encoded, is needed where `decodes_with_input`."""

@@ -13,6 +13,7 @@ b rows (tokens) · f features
 A gate is called with pre-activations z [..., f] and may overwrite them.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -22,20 +23,19 @@ from torch import Tensor, nn
 from sae.errors import InputError
 
 
-class Gate(nn.Module):
-    """What all gates have. A new kind is a subclass with `forward`, and `scaled` where that is possible."""
+class Gate(nn.Module, ABC):
+    """What all gates have. A new kind is a subclass with `forward`, and `of` and `scaled` where they are possible."""
 
-    elementwise: ClassVar[bool]
-    """each activation depends on its own pre-activation alone, so that one feature can be computed without the others"""
     signed: ClassVar[bool] = False
     """activations may be negative"""
 
+    @abstractmethod
     def forward(self, z_bf: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Activations [..., f], perhaps in the memory of `z_bf`."""
 
-    def of(self, features: Sequence[int] | Tensor) -> "Gate":
-        """The gate of these features alone; for elementwise gates."""
-        raise NotImplementedError
+    def of(self, features: Sequence[int] | Tensor) -> "Gate | None":
+        """The gate of these features alone, or None where an activation depends on the others too."""
+        return None
 
     def scaled(self, factor_f: Tensor) -> "Gate | None":
         """The gate g' with g'(factor · z) = factor · g(z) for factors above 0, or None where there is no such gate."""
@@ -44,8 +44,6 @@ class Gate(nn.Module):
 
 class Threshold(Gate):
     """z where z > theta, else 0. `theta_f` [f] is at least 0; without one it is 0 everywhere, which is ReLU."""
-
-    elementwise = True
 
     def __init__(self, theta_f: Tensor | None = None):
         super().__init__()
@@ -64,8 +62,6 @@ class Threshold(Gate):
 
 class TopK(Gate):
     """The k largest of a row, those of them that are above 0."""
-
-    elementwise = False
 
     def __init__(self, k: int):
         super().__init__()
