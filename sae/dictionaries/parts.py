@@ -25,18 +25,6 @@ class Parts(NamedTuple):
     """facts about where it comes from, as they stand in its file"""
 
     @property
-    def d_in(self) -> int:
-        return self.W_enc_fd.shape[1]
-
-    @property
-    def d_out(self) -> int:
-        return self.W_dec_fo.shape[1]
-
-    @property
-    def d_sae(self) -> int:
-        return self.W_dec_fo.shape[0]
-
-    @property
     def site(self) -> str | None:
         """Where in the model it reads, for example "resid_post.2"; None when unknown."""
         return self.metadata.get("site")
@@ -49,4 +37,4 @@ class Parts(NamedTuple):
     @property
     def is_transcoder(self) -> bool:
         """It writes elsewhere than it reads."""
-        return self.site_out != self.site or self.d_in != self.d_out
+        return self.site_out != self.site or self.W_enc_fd.shape[1] != self.W_dec_fo.shape[1]

@@ -339,7 +339,7 @@ def save(d: Parts, folder: Path) -> None:
         if name not in ARCHITECTURES:
             raise InputError(f"expected a dictionary that SAELens has too, got a {name}, which it has not")
         weights |= {} if d.W_skip_od is None else {"W_skip": d.W_skip_od}
-        extra |= {"d_out": d.d_out}
+        extra |= {"d_out": len(d.b_dec_o)}
     write_tensors(folder / WEIGHTS, {k: v.detach().cpu() for k, v in weights.items()})  # host sync
     hooks: dict[str, Any] = {"hook_name": hook_of_site(d.site)}
     hooks |= {"hook_name_out": hook_of_site(d.site_out)} if transcoder else {}
@@ -347,8 +347,8 @@ def save(d: Parts, folder: Path) -> None:
         folder / CFG,
         {
             "architecture": name,
-            "d_in": d.d_in,
-            "d_sae": d.d_sae,
+            "d_in": d.W_enc_fd.shape[1],
+            "d_sae": len(d.b_enc_f),
             **extra,
             "dtype": str(d.W_dec_fo.dtype).removeprefix("torch."),
             "device": "cpu",
