@@ -135,7 +135,12 @@ def spliced(dictionary: Dictionary, site: str, there: "Callable[[Edit], Edit]") 
         read.append(x_spd)
         return x_spd
 
-    return {site: note, str(dictionary.site_out): there(lambda _: dictionary(read.pop().to(device)))}
+    def write(_: Tensor) -> Tensor:
+        if not read:
+            raise InputError(f"the dictionary writes at {dictionary.site_out} before it reads at {site}, so it cannot be spliced in")
+        return dictionary(read.pop().to(device))
+
+    return {site: note, str(dictionary.site_out): there(write)}
 
 
 def losses(logits_nv: Tensor, clean_nv: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:

@@ -197,3 +197,6 @@ def test_a_transcoder_reads_one_site_and_writes_another(lm, sequences):
             handle.remove()
     for arm, summed in total.items():
         assert result.cross_entropy[arm] == pytest.approx(summed / (tokens / 2), rel=1e-5)
+    dictionary.metadata = {"site": "mlp_out.0", "site_out": "resid_pre.0"}
+    with pytest.raises(InputError, match="before it reads"):
+        language_model_loss(lm, dictionary, "mlp_out.0", sequences, mean_d, replaced=replaced)
