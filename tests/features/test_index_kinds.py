@@ -80,6 +80,7 @@ def test_every_kind(world, tmp_path, kind, monkeypatch):
         assert {p: np.float16(acts[tokens == p, j][0]) for p in shown} == pytest.approx(shown)
         page = FeatureView(index, j)._repr_html_()
         assert (' m c"' in page) == any(value < 0 for value in shown.values())
+        assert "of activations, in blue" in page
     parts = [build_index(IndexConfig(out=tmp_path / f"part{i}", part=f"{i}/2", **config)) for i in (1, 2)]
     merge_indexes(MergeConfig(parts=tuple(parts), out=tmp_path / "merged"))
     for name in ("records", "columns", "details"):

@@ -140,6 +140,8 @@ def _facts(columns: dict[str, Any], info: dict[str, Any]) -> str:
         "FVU without it": f'<span title="change of the fraction of variance unexplained if this feature were left out">'
         f"{float(columns['fvu_contribution']):+.2g}</span>",
     }
+    if "negative_share" in columns:
+        facts["below 0"] = f"{percent(columns['negative_share'])} of activations, in blue; the other numbers are of sizes without sign"
     return f"<dl>{''.join(f'<dt>{name}</dt><dd>{text}</dd>' for name, text in facts.items())}</dl>"
 
 
