@@ -1,0 +1,246 @@
+"""What cfg.json of a folder of SAELens says, read strictly: what would change the function, or what the function reads, is understood or
+refused by name.
+
+Since version 6 cfg.json is short, with facts on model and training under `metadata`; before, all keys stood side by side, in version 2 the
+whole run's settings. d model width · f features · o width of what is written
+"""
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from typing_extensions import NotRequired, TypedDict
+
+from sae.dictionaries.formats.transformer_lens import HOOK_NAMES, site_of_hook
+from sae.dictionaries.frames import Frame
+from sae.disk.reading import read_json
+from sae.errors import InputError
+from sae.model.sites import parse_site
+
+CFG = "cfg.json"
+
+
+class Architecture(NamedTuple):
+    """What SAELens calls a kind of dictionary."""
+
+    tensors: tuple[str, ...] = ("b_enc",)
+    """beside W_enc, W_dec and b_dec"""
+    transcoder: bool = False
+    """it writes at another hook than it reads"""
+    has_k: bool = False
+
+
+ARCHITECTURES = {
+    "standard": Architecture(),
+    "jumprelu": Architecture(("b_enc", "threshold")),
+    "topk": Architecture(has_k=True),
+    "abstopk": Architecture(has_k=True),
+    "gated": Architecture(("b_gate", "b_mag", "r_mag")),
+    "transcoder": Architecture(transcoder=True),
+    "skip_transcoder": Architecture(("b_enc", "W_skip"), transcoder=True),
+    "jumprelu_transcoder": Architecture(("b_enc", "threshold"), transcoder=True),
+    "jumprelu_skip_transcoder": Architecture(("b_enc", "threshold", "W_skip"), transcoder=True),
+}
+
+OLDER_NAMES = {
+    "hook_point": "hook_name",
+    "hook_point_layer": "hook_layer",
+    "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}
+
+# Values of each key that are understood; what they mean stands in the functions below
+KNOWN: dict[str, tuple[Any, ...]] = {
+    "architecture": tuple(ARCHITECTURES),
+    "activation_fn": ("relu", "topk", None),
+    "normalize_activations": ("none", "constant_norm_rescale", "layer_norm", False, None),
+    "reshape_activations": ("none", "hook_z", None),
+    "rescale_acts_by_decoder_norm": (False, True, None),
+    "use_error_term": (False, None),
+    "apply_b_dec_to_input": (True, False),
+    "finetuning_scaling_factor": (True, False, None),  # what it multiplies by is among the weights
+    "hook_head_index": (None,),
+    "hook_head_index_out": (None,),
+    "dtype": tuple(f"{prefix}{name}" for name in ("float32", "float64", "float16", "bfloat16") for prefix in ("", "torch.")),
+}
+DECIDED = {*KNOWN, "d_in", "d_sae", "d_out", "k", "activation_fn_kwargs", "hook_name_out", "hook_layer_out"}
+
+# Facts on text, training and machine, on which the function does not depend
+FACTS = {
+    *("d_in", "d_sae", "device", "metadata"),
+    *("model_name", "model_class_name", "model_from_pretrained_kwargs", "hook_name", "hook_layer", "hf_hook_name", "neuronpedia_id"),
+    *("context_size", "prepend_bos", "exclude_special_tokens", "seqpos_slice", "dataset_path", "dataset_trust_remote_code"),
+    *("sae_lens_version", "sae_lens_training_version"),
+    *("l1_coefficient", "lp_norm", "l1_warm_up_steps", "decoder_init_norm", "noise_scale", "mse_loss_normalization", "use_ghost_grads"),
+    *("normalize_sae_decoder", "decoder_orthogonal_init", "decoder_heuristic_init", "init_encoder_as_decoder_transpose"),
+}
+
+# TransformerLens' arguments that leave the activations of our sites as the model of Hugging Face has them
+SAME_ACTIVATIONS = {"center_unembed", "dtype", "torch_dtype", "device", "n_devices", "trust_remote_code"}
+SAME_EXCEPT_HEADS = {"fold_value_biases", "refactor_factored_attn_matrices"}
+CENTRED = "center_writing_weights"  # everything that is added to the stream loses its mean over the width
+CENTRED_KINDS = ("resid_pre", "resid_post", "attn_out", "mlp_out")
+
+
+class Cfg(TypedDict):
+    """cfg.json as far as it has a form; what the keys may say is decided below."""
+
+    metadata: NotRequired[dict[str, Any] | None]
+
+
+class Settings(NamedTuple):
+    """What cfg.json says, understood."""
+
+    architecture: str
+    widths: dict[str, int]
+    """d_in, d_sae and d_out"""
+    k: int | None
+    frame: Frame | None
+    subtracts_b_dec: bool
+    rescales: bool
+    """a TopK chooses by activation times decoder norm"""
+    finetuned: bool
+    """each activation is decoded times its own scaling_factor"""
+    metadata: dict[str, Any]
+    """every other fact; our names of the hooks under "site" and, of a transcoder, "site_out" """
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that must be there."""
+        d, f, o = (self.widths[name] for name in ("d_in", "d_sae", "d_out"))
+        shapes: dict[str, tuple[int, ...]] = {"W_enc": (d, f), "W_dec": (f, o), "b_dec": (o,)}
+        return shapes | {name: (o, d) if name == "W_skip" else (f,) for name in ARCHITECTURES[self.architecture].tensors}
+
+
+def read_settings(folder: Path) -> Settings:
+    cfg = read_json(folder / CFG, "a dictionary's cfg.json", Cfg)
+    values = merge(folder, cfg)
+    require_known(folder, cfg, values)
+    name = "topk" if values.get("activation_fn") == "topk" else values.get("architecture", "standard")
+    kind = ARCHITECTURES[name]
+    site, site_out = find_site(folder, values, ""), find_site(folder, values, "_out")
+    if kind.transcoder == (site_out is None):
+        raise InputError(
+            f"the dictionary in {folder} has architecture {name!r} and hook_name_out {values.get('hook_name_out')!r}; a transcoder, "
+            "and no other, names a hook to write at"
+        )
+    subtracts = bool(values.get("apply_b_dec_to_input", not kind.transcoder))
+    if kind.transcoder and subtracts:
+        raise InputError(f"the dictionary in {folder} has apply_b_dec_to_input true, but a transcoder's b_dec belongs to its output")
+    if values.get("rescale_acts_by_decoder_norm") and not kind.has_k:
+        raise InputError(f"the dictionary in {folder} has rescale_acts_by_decoder_norm, which says nothing for {name!r}")
+    sites = {key: value for key, value in (("site", site), ("site_out", site_out)) if value}
+    return Settings(
+        name,
+        find_widths(folder, values, kind),
+        find_k(folder, values, kind),
+        find_frame(folder, values, site, kind),
+        subtracts,
+        bool(values.get("rescale_acts_by_decoder_norm")),
+        bool(values.get("finetuning_scaling_factor")),
+        {key: value for key, value in values.items() if key not in DECIDED - {"hook_name_out"} and key != "device"} | sites,
+    )
+
+
+def merge(folder: Path, cfg: dict[str, Any]) -> dict[str, Any]:
+    """All keys side by side under their newest names. Raises `InputError` where two places say different things."""
+    values: dict[str, Any] = {}
+    metadata = cfg.get("metadata") or {}
+    for key, value in [*cfg.items(), *metadata.items()]:
+        key = OLDER_NAMES.get(key, key)
+        if key == "metadata":
+            continue
+        if key in values and values[key] != value:
+            raise InputError(f"{folder / CFG} says two things of {key}, {values[key]!r} and {value!r}; leave the right one")
+        values[key] = value
+    return values
+
+
+def require_known(folder: Path, cfg: dict[str, Any], values: dict[str, Any]) -> None:
+    """Raises `InputError` naming a key whose value is not understood, or that nobody has decided about.
+
+    The many settings of an old run, with which cfg.json is open-ended, are named on stderr instead.
+    """
+    for key, known in KNOWN.items():
+        value = values.get(key, known[0])
+        if not any(value == one and isinstance(value, type(one)) for one in known):
+            expected = " or ".join("nothing" if one is None else repr(one) for one in known)
+            why = "; fold the factor into the weights first" if key == "normalize_activations" else ""
+            raise InputError(f"the dictionary in {folder} has {key} {value!r}, which is not understood; expected {expected}{why}")
+    unknown = sorted({OLDER_NAMES.get(key, key) for key in cfg} - DECIDED - FACTS)
+    if unknown and "metadata" in cfg:
+        raise InputError(f"{folder / CFG} has {', '.join(unknown)}, which may change what the dictionary computes and is not known here")
+    if unknown:
+        print(f"{folder / CFG} has settings of an old training run, taken as mere facts: {', '.join(unknown)}", file=sys.stderr)
+
+
+def find_widths(folder: Path, values: dict[str, Any], kind: Architecture) -> dict[str, int]:
+    missing = [key for key in ("d_in", "d_sae", *(("d_out",) if kind.transcoder else ())) if key not in values]
+    if missing:
+        raise InputError(f"the dictionary in {folder} lacks {', '.join(missing)} in {CFG}; copy or train it again")
+    if not kind.transcoder and values.get("d_out", values["d_in"]) != values["d_in"]:
+        raise InputError(f"the dictionary in {folder} has d_out {values['d_out']!r} beside d_in {values['d_in']!r}, but is no transcoder")
+    widths = {"d_in": values["d_in"], "d_sae": values["d_sae"], "d_out": values.get("d_out", values["d_in"])}
+    for key, width in widths.items():
+        if type(width) is not int or width < 1:
+            raise InputError(f"{folder / CFG} has {key} {width!r}, where a whole number of at least 1 is expected")
+    return widths
+
+
+def find_k(folder: Path, values: dict[str, Any], kind: Architecture) -> int | None:
+    """How many features a TopK keeps, which stands in one place since version 6 and in another before."""
+    arguments = values.get("activation_fn_kwargs") or {}
+    if not isinstance(arguments, dict) or set(arguments) - {"k"}:
+        raise InputError(f"the dictionary in {folder} has activation_fn_kwargs {arguments!r}, where at most k is expected")
+    said = {value for value in (values.get("k"), arguments.get("k")) if value is not None}
+    if not kind.has_k and not said:
+        return None
+    if not kind.has_k or len(said) != 1 or type(k := said.pop()) is not int or not 1 <= k <= values["d_sae"]:
+        raise InputError(
+            f"the dictionary in {folder} has k {values.get('k', arguments.get('k'))!r} and architecture "
+            f"{values.get('architecture', 'standard')!r}; a TopK, and no other, has one k from 1 to d_sae"
+        )
+    return k
+
+
+def find_frame(folder: Path, values: dict[str, Any], site: str | None, kind: Architecture) -> Frame | None:
+    """Raises `InputError` where the model's weights were changed on loading so that the site has values that cannot be made here."""
+    at = (site or "").partition(".")[0]
+    if values.get("reshape_activations") == "hook_z" and site is not None and at != "head_out":
+        raise InputError(f"the dictionary in {folder} has reshape_activations 'hook_z', but reads {site}; leave the right one")
+    same = SAME_ACTIVATIONS | (set() if at == "head_out" else SAME_EXCEPT_HEADS) | (set() if at == "mlp_in" else {"fold_ln"})
+    given = values.get("model_from_pretrained_kwargs") or {}
+    if not isinstance(given, dict):
+        raise InputError(f"{folder / CFG} has model_from_pretrained_kwargs {given!r}, where an object is expected")
+    changing = {key for key, value in given.items() if key not in same and value not in (None, False)}
+    normalised: Any = values.get("normalize_activations") or "none"
+    centred = CENTRED in changing and at in CENTRED_KINDS and not kind.transcoder
+    if changing - ({CENTRED} if centred or at == "head_out" else set()) or (centred and normalised == "constant_norm_rescale"):
+        raise InputError(
+            f"the dictionary in {folder} was trained on a model loaded with model_from_pretrained_kwargs {', '.join(sorted(changing))}, "
+            "whose activations are not those of the model as it is; such a dictionary cannot be read"
+        )
+    if normalised != "none":  # LayerNorm takes the mean off anyway
+        return Frame(normalised, restores=not kind.transcoder)
+    return Frame("centred") if centred else None
+
+
+def find_site(folder: Path, values: dict[str, Any], out: str) -> str | None:
+    """Our name of where it reads (`out` "") or writes ("_out"); None where the folder does not tell.
+
+    Raises `InputError` for a hook or site that is not known here.
+    """
+    hook, site, layer = (values.get(f"{name}{out}") for name in ("hook_name", "site", "hook_layer"))
+    if site is not None:
+        site = str(parse_site(str(site)))
+    if hook is None:
+        return site
+    found = site_of_hook(str(hook).replace("{layer}", str(layer)))  # as in SAELens 1
+    if found is None:
+        raise InputError(
+            f"the dictionary in {folder} {'writes' if out else 'reads'} the hook {hook!r}, which is none of the sites known here: "
+            + ", ".join(pattern.format("L") for pattern in HOOK_NAMES.values())
+        )
+    for name, other in (("site", site), ("hook_layer", layer)):
+        if other not in (None, found, int(found.rpartition(".")[2])):
+            raise InputError(f"the dictionary in {folder} says hook {hook!r} and {name} {other!r}, which differ; leave the right one")
+    return found
