@@ -11,6 +11,7 @@ ROOMS = (
     "sae.errors",
     "sae.entries",
     "sae.progress",
+    "sae.statistics",
     "sae.streams",
     "sae.disk",
     "sae.text_input",

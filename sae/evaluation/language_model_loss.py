@@ -18,6 +18,7 @@ from torch import Tensor
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.progress import progress
+from sae.statistics import percentile_interval, resamples
 
 if TYPE_CHECKING:
     from sae.model.language_model import Edit, LanguageModel
@@ -163,9 +164,8 @@ def summarise(sums_sc: np.ndarray, seed: int) -> LanguageModelLoss:
     tokens, means = totals[0], totals[1:8] / totals[0]
     cross_entropy, kl = dict(zip(ARMS, means[:4].tolist())), dict(zip(ARMS[1:], means[4:].tolist()))
     rng, n = np.random.default_rng(seed), len(sums_sc)
-    weights_rs = rng.multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float64)
-    drawn_rc = weights_rs @ sums_sc
-    recovered = {arm: (recovery(totals[1:5], arm), interval(recovery(drawn_rc[:, 1:5].T, arm))) for arm in ("zero", "mean")}
+    drawn_rc = resamples(n, RESAMPLES, rng).astype(np.float64) @ sums_sc
+    recovered = {arm: (recovery(totals[1:5], arm), percentile_interval(recovery(drawn_rc[:, 1:5].T, arm))) for arm in ("zero", "mean")}
     return LanguageModelLoss(
         sequences=n,
         tokens=int(tokens),
@@ -186,8 +186,3 @@ def recovery(cross_entropies: np.ndarray, baseline: str) -> np.ndarray:
     worst = cross_entropies[ARMS.index(baseline)]
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(worst == clean, np.nan, (worst - spliced) / (worst - clean))
-
-
-def interval(values_r: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(values_r, [0.025, 0.975])
-    return float(low), float(high)

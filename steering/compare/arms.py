@@ -17,6 +17,7 @@ from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import parse_site
+from sae.statistics import auroc
 from steering.compare.concepts import Concept, Corpus, Texts
 from steering.directions.actadd import actadd
 from steering.directions.diffmean import diffmean
@@ -101,15 +102,6 @@ class Material:
         candidates = _best_features(self)
         highest = [float(self.features[1][j]) for j in candidates]
         return by_output_score(self.lm, self.dictionary, candidates, highest, self.site)  # type: ignore[arg-type]
-
-
-def auroc(pos_tk: np.ndarray, neg_tk: np.ndarray) -> np.ndarray:
-    """Probability that a positive scores above a negative, a tie counting half, for each column, [k]."""
-    from scipy.stats import rankdata
-
-    rank_tk = rankdata(np.concatenate([pos_tk, neg_tk]), axis=0)
-    n_pos, n_neg = len(pos_tk), len(neg_tk)
-    return (rank_tk[:n_pos].sum(0) - n_pos * (n_pos + 1) / 2) / (n_pos * n_neg)
 
 
 def build_arms(material: Material) -> list[Arm]:

@@ -18,6 +18,7 @@ from sae.activations.text import TextConfig, documents
 from sae.disk.reading import read_json
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
+from sae.statistics import auroc
 from sae.text_input import replace_surrogates_in, text_list
 from steering.directions.contrast import TINY
 from steering.strength.measure import word_rate
@@ -284,9 +285,8 @@ def _warn_if_few(concept: Concept, parts: list[list[str]]) -> None:
 
 
 def _auroc(score: Callable[[Sequence[str]], np.ndarray], texts: Texts) -> float | None:
-    from sklearn.metrics import roc_auc_score
-
     positive, negative = texts.held_positive, texts.held_negative
     if not positive or not negative:
         return None
-    return float(roc_auc_score([1] * len(positive) + [0] * len(negative), score(positive + negative)))
+    score_t = score(positive + negative)
+    return float(auroc(score_t[: len(positive)], score_t[len(positive) :]))

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from sae.model.language_model import LanguageModel, NonFiniteLogits
 from sae.progress import progress
+from sae.statistics import Estimate, auroc_estimate, mean_estimate
 from steering.compare.arms import NONE, Arm
 from steering.compare.concepts import Scorer
-from steering.compare.scores import auroc_interval, choose_best, distinct_2, interval, longest_repeat
+from steering.compare.scores import choose_best, distinct_2, longest_repeat
 from steering.directions.texts import activations_of_texts
 from steering.intervention import steered
 from steering.strength.calibration import Calibration, Divergence, calibrate, divergence, encode_cut, log_probs
@@ -130,13 +131,17 @@ def level(
     gain_p = target_p - none_p
     second = None
     if bench.second is not None:
-        second = interval(_by_prompt(bench, bench.second.score(continued.texts))[1::2], bench.seed)
+        second = mean_estimate(_by_prompt(bench, bench.second.score(continued.texts))[1::2], bench.seed)
     half_s = [HALVES[number // bench.samples % 2] for number in range(len(continued.texts))]
     scored = [row for row, half in zip(continued.tokens, half_s) if half == "score"]
     return entry | {
         "choose": {"target": float(target_p[::2].mean()), "gain": float(gain_p[::2].mean())},
-        "score": {"target": interval(target_p[1::2], bench.seed), "gain": interval(gain_p[1::2], bench.seed), "second_target": second},
-        "nats_per_token": interval(continued.nats_p[1::2], bench.seed),
+        "score": {
+            "target": mean_estimate(target_p[1::2], bench.seed),
+            "gain": mean_estimate(gain_p[1::2], bench.seed),
+            "second_target": second,
+        },
+        "nats_per_token": mean_estimate(continued.nats_p[1::2], bench.seed),
         "distinct_2": distinct_2(scored),
         "longest_repeat": float(np.mean([longest_repeat(row) for row in scored])),
         "texts": [
@@ -175,7 +180,7 @@ def _broken(bench: Bench, arm: Arm, breaking: Calibration) -> dict[str, Any]:
     return entry | {"texts": [{"prompt": prompt, "text": text} for prompt, text in shown]}
 
 
-def detection(bench: Bench, vector: SteeringVector | None) -> dict[str, float] | None:
+def detection(bench: Bench, vector: SteeringVector | None) -> Estimate | None:
     """AUROC over held-out texts of the mean projection of their tokens; None for directions per position and where there are no texts."""
     if vector is None or any(d.ndim == 2 for d in vector.directions.values()) or not all(bench.held):
         return None
@@ -187,4 +192,4 @@ def detection(bench: Bench, vector: SteeringVector | None) -> dict[str, float] |
             total_t += [(x_nd.mean(0) @ direction.cpu()).item() for x_nd in rows]  # host sync
         return total_t
 
-    return auroc_interval(projected(bench.held[0]), projected(bench.held[1]), bench.seed)
+    return auroc_estimate(projected(bench.held[0]), projected(bench.held[1]), bench.seed)

@@ -1,6 +1,6 @@
-"""Numbers of a comparison that need no model: intervals over prompts, repetition, and the verdict by rule.
+"""Numbers of a comparison that need no model: repetition, the best budget, and the verdict by rule.
 
-p prompts · t texts
+p prompts
 """
 
 from collections import Counter
@@ -10,29 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from sae.statistics import Estimate, mean_estimate
 from steering.compare.arms import NONE, PROMPTING, RANDOM, SHUFFLED
 
-ROUNDS = 2000
 CLEAR = 0.7  # AUROC under which a target score says little about a single text
-
-Estimate = dict[str, float]
-"""{"value", "low", "high"}: a mean and its 95 % percentile interval"""
-
-
-def interval(value_p: np.ndarray, seed: int = 0) -> Estimate:
-    """Mean over prompts; prompts are drawn again with replacement, the same ones for every arm of equal seed and number of prompts."""
-    drawn = np.random.default_rng(seed).integers(0, len(value_p), (ROUNDS, len(value_p)))
-    low, high = np.quantile(value_p[drawn].mean(1), [0.025, 0.975])
-    return {"value": float(value_p.mean()), "low": float(low), "high": float(high)}
-
-
-def auroc_interval(pos_t: np.ndarray, neg_t: np.ndarray, seed: int = 0) -> Estimate:
-    """Probability that a positive text scores above a negative one, a tie counting half; positive and negative texts are drawn again."""
-    wins_tt = (pos_t[:, None] > neg_t).astype(np.float64) + 0.5 * (pos_t[:, None] == neg_t)
-    rng = np.random.default_rng(seed)
-    count_rp, count_rn = (rng.multinomial(n, np.full(n, 1 / n), ROUNDS) / n for n in wins_tt.shape)
-    low, high = np.quantile(((count_rp @ wins_tt) * count_rn).sum(1), [0.025, 0.975])
-    return {"value": float(wins_tt.mean()), "low": float(low), "high": float(high)}
 
 
 def distinct_2(rows: Sequence[Sequence[int]]) -> float | None:
@@ -87,7 +68,7 @@ def verdict(arms: Sequence[dict[str, Any]], concept: str, held_out_auroc: float 
         if arm["kind"] != "method" or method not in best:
             continue
         gain, own_p = best[method]["score"]["gain"], per_prompt(best[method], "score")
-        lost = [name for name, control_p in controls.items() if interval(own_p - control_p, seed)["low"] <= 0]
+        lost = [name for name, control_p in controls.items() if mean_estimate(own_p - control_p, seed)["low"] <= 0]
         if gain["low"] > 0 and not lost:
             steering.append((gain["value"], method, own_p))
             against = f", more than {' and '.join(controls)}" if controls else ", but there was no control to compare with"
@@ -107,7 +88,7 @@ def _summary(
     ranked = sorted(steering, key=lambda found: -found[0])
     if len(ranked) > 1:
         (_, first, first_p), (_, second, second_p) = ranked[:2]
-        ahead = interval(first_p - second_p, seed)
+        ahead = mean_estimate(first_p - second_p, seed)
         clear = "is ahead of" if ahead["low"] > 0 else "cannot be told from"
         sentences.append(f"{first} gained most and {clear} {second}, the next: a difference of {_told(ahead)}.")
     elif not ranked:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sae.errors import InputError
+from sae.statistics import percentile_interval, resamples
 
 TINY = 16  # rows of a set under which chance may turn the direction far
 ROUNDS = 200
@@ -55,12 +56,11 @@ def cosine_interval(direction_of: Callable[[Tensor, Tensor], Tensor], n_pos: int
     full_d = direction_of(torch.ones(n_pos), torch.ones(n_neg))
 
     def drawn(n: int) -> Tensor:
-        return torch.from_numpy(rng.multinomial(n, np.full(n, 1 / n)).astype(np.float32))
+        return torch.from_numpy(resamples(n, 1, rng)[0].astype(np.float32))
 
     again_rd = torch.stack([direction_of(drawn(n_pos), drawn(n_neg)) for _ in range(ROUNDS)])
     cosine_r = torch.nn.functional.cosine_similarity(again_rd, full_d[None], dim=-1)
-    low, high = np.quantile(cosine_r.numpy(), [0.025, 0.975])
-    return float(low), float(high)
+    return percentile_interval(cosine_r.numpy())
 
 
 def warn_if_uncertain(

@@ -15,6 +15,7 @@ from sae.errors import InputError
 from sae.features.index.lens import folded_unembedding, into_residual, logit_lens
 from sae.model.language_model import LanguageModel
 from sae.progress import progress
+from sae.statistics import Estimate
 from sae.text_input import text_list
 from steering.dictionary import load_dictionary
 from steering.directions.targeted import Effects, targeted_direction
@@ -31,7 +32,6 @@ from steering.studies.effects import (
     measure_effects,
     rollout_activations,
 )
-from steering.studies.measured import Interval
 from steering.studies.principal import alive_features
 from steering.vector import SteeringVector
 
@@ -210,7 +210,7 @@ def show(result: dict[str, Any]) -> None:
 
     console = Console()
 
-    def cell(value: Interval, form: str = ".2f") -> str:
+    def cell(value: Estimate, form: str = ".2f") -> str:
         own, low, high = ("-" if value[key] is None else f"{value[key]:{form}}" for key in ("value", "low", "high"))
         return f"{own} ({low} to {high})"
 

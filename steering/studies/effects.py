@@ -17,13 +17,14 @@ from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.progress import progress
+from sae.statistics import ENDS, Estimate, data_and_resamples, estimate
 from sae.text_input import text_list
 from steering.directions.targeted import Effects, fit_effects
 from steering.intervention import Item, Strength, steered
 from steering.strength.measure import until_end
 from steering.strength.neutral import FEW_PROMPTS
 from steering.strength.ruler import Ruler
-from steering.studies.measured import Interval, consistency, drawn, interval
+from steering.studies.measured import consistency
 from steering.vector import SteeringVector
 
 SAMPLES = 32
@@ -43,9 +44,7 @@ class Effect(NamedTuple):
     def map(self) -> tuple[Tensor, Tensor, Tensor]:
         """y and the ends of its 95 % interval, each [f]."""
         drawn_tr = torch.from_numpy(self.weight_tr / self.weight_tr.sum(1, keepdims=True)).float()
-        found = [
-            torch.quantile(drawn_tr[1:] @ part_rf, torch.tensor([0.025, 0.975]), dim=0) for part_rf in self.difference_rf.split(512, 1)
-        ]
+        found = [torch.quantile(drawn_tr[1:] @ part_rf, torch.tensor(ENDS), dim=0) for part_rf in self.difference_rf.split(512, 1)]
         low_f, high_f = torch.cat(found, dim=1)
         return self.difference_rf.mean(0), low_f, high_f
 
@@ -85,7 +84,7 @@ def effect(
     if unsteered_rf is None:
         unsteered_rf = rollout_activations(lm, dictionary, [], prompts, **settings)
     steered_rf = rollout_activations(lm, dictionary, [(vector, coefficient)], prompts, **settings)
-    weight_tr = drawn(len(steered_rf), np.random.default_rng(seed), rounds=1000)
+    weight_tr = data_and_resamples(len(steered_rf), np.random.default_rng(seed), rounds=1000)
     return Effect(coefficient, steered_rf - unsteered_rf, weight_tr)
 
 
@@ -180,16 +179,16 @@ def measure_effects(
 class Aim(NamedTuple):
     """How well a direction moves its feature alone, with 95 % intervals over rollouts."""
 
-    feature: Interval
-    others: Interval
-    share: Interval
+    feature: Estimate
+    others: Estimate
+    share: Estimate
     """feature / others"""
 
     @classmethod
     def of(cls, found: Effect, feature: int) -> "Aim":
         on_t, others_t = found.on(feature), found.others(feature)
         with np.errstate(invalid="ignore", divide="ignore"):
-            return cls(interval(on_t), interval(others_t), interval(on_t / others_t))
+            return cls(estimate(on_t), estimate(others_t), estimate(on_t / others_t))
 
 
 def aim_difference(one: Effect, other: Effect, feature: int) -> Aim:
@@ -197,4 +196,4 @@ def aim_difference(one: Effect, other: Effect, feature: int) -> Aim:
     on_t, others_t = ([e.on(feature) for e in (one, other)], [e.others(feature) for e in (one, other)])
     with np.errstate(invalid="ignore", divide="ignore"):
         share_t = [a / b for a, b in zip(on_t, others_t)]
-        return Aim(*(interval(a - b) for a, b in (on_t, others_t, share_t)))
+        return Aim(*(estimate(a - b) for a, b in (on_t, others_t, share_t)))

@@ -1,9 +1,9 @@
-"""What studies measure of directions, and its intervals.
+"""What studies measure of directions.
 
 s prompts · r rounds of the bootstrap, the first of them the data as they are · k directions
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,7 +11,6 @@ from steering.vector import SteeringVector
 
 COMPONENT, IN_SPAN, IN_SPAN_WEIGHTED, RANDOM = "component", "random in span", "random in span, by variance", "random"
 TOP = 50  # tokens
-ROUNDS = 2000
 
 
 class Direction(NamedTuple):
@@ -65,19 +64,3 @@ def consistency(cosine_ss: np.ndarray, weight_rs: np.ndarray) -> np.ndarray:
     pairs_r = weight_rs.sum(1) ** 2 - (weight_rs**2).sum(1)
     with np.errstate(invalid="ignore"):
         return ((weight_rs @ between_ss) * weight_rs).sum(1) / pairs_r
-
-
-Interval = dict[str, Any]
-"""value, low and high; None for a number that is not finite, which JSON does not have"""
-
-
-def interval(value_r: np.ndarray) -> Interval:
-    """The data's own value and the 95 % percentile interval of the rounds, those without a finite number left out."""
-    rounds = value_r[1:][np.isfinite(value_r[1:])]
-    low, high = np.quantile(rounds, [0.025, 0.975]) if len(rounds) else (np.nan, np.nan)
-    return {key: float(x) if np.isfinite(x) else None for key, x in (("value", value_r[0]), ("low", low), ("high", high))}
-
-
-def drawn(count: int, rng: np.random.Generator, rounds: int = ROUNDS) -> np.ndarray:
-    """How often each of `count` things counts, [1 + rounds, count]: once each, then drawn with replacement."""
-    return np.concatenate([np.ones((1, count)), rng.multinomial(count, np.full(count, 1 / count), rounds)])

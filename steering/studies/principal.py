@@ -22,6 +22,7 @@ from sae.disk.writing import write_json
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.progress import progress
+from sae.statistics import auroc
 from steering.dictionary import load_dictionary
 from steering.directions.pca import principal_directions
 from steering.directions.random import random_direction, random_in_span
@@ -88,13 +89,7 @@ def linearity(plus_spv: Tensor, minus_spv: Tensor) -> np.ndarray:
 
 def label_aurocs(score_nk: np.ndarray, label_n: np.ndarray, labels: int) -> np.ndarray:
     """AUROC of each column for each label against all others, [k, labels]; NaN for a label that all or none have."""
-    from scipy.stats import rankdata
-
-    rank_nk = rankdata(score_nk, axis=0)
-    is_ln = label_n == np.arange(labels)[:, None]
-    count_l = is_ln.sum(1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (((is_ln @ rank_nk).T - count_l * (count_l + 1) / 2) / (count_l * (len(label_n) - count_l))).astype(float)
+    return np.stack([auroc(score_nk[label_n == j], score_nk[label_n != j]) for j in range(labels)], axis=1)
 
 
 def recovered_labels(fit_nk: np.ndarray, fit_label_n: np.ndarray, held_nk: np.ndarray, held_label_n: np.ndarray, labels: int) -> list:

@@ -7,17 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sae.statistics import Estimate, data_and_resamples, estimate, percentile_interval
 from steering.studies.measured import (
     COMPONENT,
     IN_SPAN,
     IN_SPAN_WEIGHTED,
     Direction,
-    Interval,
     Measured,
     Side,
     consistency,
-    drawn,
-    interval,
 )
 
 
@@ -32,7 +30,7 @@ class Beats(NamedTuple):
 
     @property
     def passes(self) -> bool:
-        return bool(np.nanquantile(self.difference_r[1:], 0.025) > 0)
+        return percentile_interval(self.difference_r[1:])[0] > 0
 
 
 def beats(consistency_kr: np.ndarray, others_kr: np.ndarray, weight_rk: np.ndarray) -> list[Beats]:
@@ -74,7 +72,7 @@ def report(
     `recovered` has each direction's label and its AUROC, None where the text has no labels.
     """
     rng = np.random.default_rng(seed)
-    weight_rs = drawn(len(measured[0].linearity_s), rng)
+    weight_rs = data_and_resamples(len(measured[0].linearity_s), rng)
     consistency_kr = np.stack([consistency(m.cosine_ss, weight_rs) for m in measured])
     linearity_kr = np.stack([weight_rs @ m.linearity_s / weight_rs.sum(1) for m in measured])
     rows = []
@@ -83,9 +81,9 @@ def report(
             {
                 "group": direction.group,
                 "name": direction.name,
-                "consistency": interval(consistency_kr[i]),
+                "consistency": estimate(consistency_kr[i]),
                 "effective_tokens": m.effective_tokens,
-                "linearity": interval(linearity_kr[i]),
+                "linearity": estimate(linearity_kr[i]),
                 "label": None if recovered is None else {"label": recovered[i][0], "auroc": recovered[i][1]},
                 "sensitivity": m.sensitivity,
                 "plus": _side(tokenizer, m.plus, weight_rs),
@@ -93,7 +91,7 @@ def report(
             }
         )
     members = {name: [i for i, d in enumerate(directions) if d.group == name] for name in dict.fromkeys(d.group for d in directions)}
-    weight_of = {name: drawn(len(indices), rng) for name, indices in members.items()}
+    weight_of = {name: data_and_resamples(len(indices), rng) for name, indices in members.items()}
     random_r = _mean(consistency_kr[members[IN_SPAN]], weight_of[IN_SPAN])
     groups = []
     for name, indices in members.items():
@@ -127,9 +125,9 @@ def _group(
         "sensitivity": [m.sensitivity for m in measured],
         "label_auroc": aurocs,
     }
-    means = {key: None if values is None else interval(_mean(np.array(values)[:, None], weight_rk)) for key, values in plain.items()}
-    means |= {key: interval(_mean(values_kr, weight_rk)) for key, values_kr in curves.items()}
-    above = None if random_r is None else interval(_mean(curves["consistency"], weight_rk) - random_r)
+    means = {key: None if values is None else estimate(_mean(np.array(values)[:, None], weight_rk)) for key, values in plain.items()}
+    means |= {key: estimate(_mean(values_kr, weight_rk)) for key, values_kr in curves.items()}
+    above = None if random_r is None else estimate(_mean(curves["consistency"], weight_rk) - random_r)
     unreached = sum(not side.reached for m in measured for side in (m.plus, m.minus))
     known = {"group": name, "directions": len(measured), "sides_off_budget": unreached}
     return known | means | {"consistency_above_random_in_span": above}
@@ -138,7 +136,7 @@ def _group(
 def _side(tokenizer: Any, side: Side, weight_rs: np.ndarray) -> dict[str, Any]:
     known = {k: v for k, v in side._asdict().items() if k not in ("cosine_ss", "top_tokens")}
     tokens = side.top_tokens if tokenizer is None else [tokenizer.decode([i]) for i in side.top_tokens]
-    return known | {"consistency": interval(consistency(side.cosine_ss, weight_rs)), "top_tokens": tokens}
+    return known | {"consistency": estimate(consistency(side.cosine_ss, weight_rs)), "top_tokens": tokens}
 
 
 def _against(
@@ -150,7 +148,7 @@ def _against(
     listed = [
         {
             "name": rows[i]["name"],
-            "difference": interval(b.difference_r),
+            "difference": estimate(b.difference_r),
             "passes": b.passes,
             "p": b.p,
             "passes_holm": h,
@@ -195,7 +193,7 @@ def show(result: dict[str, Any]) -> None:
 
     console = Console()
 
-    def cell(value: Interval | None, form: str = ".3f") -> str:
+    def cell(value: Estimate | None, form: str = ".3f") -> str:
         return "" if value is None else f"{value['value']:{form}} ({value['low']:{form}} to {value['high']:{form}})"
 
     settings = result["settings"]

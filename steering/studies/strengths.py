@@ -17,6 +17,7 @@ from sae.errors import InputError
 from sae.evaluation.evaluate import finite
 from sae.model.language_model import LanguageModel, NonFiniteLogits
 from sae.progress import progress
+from sae.statistics import ratio_interval
 from sae.text_input import text_list
 from steering.intervention import steered
 from steering.steer import PartsConfig, load_parts
@@ -126,20 +127,11 @@ def measure(lm: LanguageModel, name: str, vector: SteeringVector, strength: floa
             texts.append(lm.tokenizer.decode(row[:real], skip_special_tokens=True))
             pairs += pairwise(row[:real])
     rate = word_rate(texts, words)
-    interval = bootstrap([word_rate([t], words)[:2] for t in texts], config.seed)
+    of_texts = [word_rate([t], words) for t in texts]
+    interval = ratio_interval(np.array([r.found for r in of_texts]), np.array([r.words for r in of_texts]), config.seed)
     distinct = len(set(pairs)) / len(pairs) if pairs else float("nan")
     nats = float(np.mean(losses)) if losses else float("nan")
     return Row(name, strength, rate.found, rate.words, interval, nats, distinct, failed, texts)
-
-
-def bootstrap(counts: list[tuple[int, int]], seed: int, rounds: int = 1000) -> tuple[float, float]:
-    """95 % percentile interval of Σ found / Σ words, texts drawn with replacement."""
-    if not counts:
-        return (0.0, 0.0)
-    drawn = np.random.default_rng(seed).integers(0, len(counts), (rounds, len(counts)))
-    found, words = (np.array(counts, dtype=np.float64)[drawn, i].sum(1) for i in (0, 1))
-    low, high = np.quantile(found / np.maximum(words, 1), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def show(rows: list[Row], feature: int, site: str, config: StrengthsConfig) -> None:

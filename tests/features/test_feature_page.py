@@ -14,14 +14,13 @@ import torch
 from feature_world import VOCABULARY, save_dictionary
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
 
 from sae.errors import InputError
 from sae.features.index.build import IndexConfig, build_index
 from sae.features.index.reader import Context, FeatureIndex
 from sae.features.notes import Note
 from sae.features.pages.contexts import row_html, visible
-from sae.features.pages.feature import FeatureView, document, feature_html, wilson, write_pages
+from sae.features.pages.feature import FeatureView, document, feature_html, write_pages
 from sae.model.vocabulary import Vocabulary
 
 TAGS = {
@@ -173,13 +172,6 @@ def test_buckets_and_neighbours_are_those_of_the_index(world):
     near = re.search(r"alike in direction</p><ol>(.*?)</ol>.*?<ol>(.*?)</ol>", text, re.DOTALL)
     assert re.findall(r'href="(\d+)\.html"', near[1]) == [str(k) for k, _ in world.index.cosine_neighbours(17, 8)]
     assert re.findall(r'href="(\d+)\.html"', near[2]) == [str(c.feature) for c in world.index.coactive(17, 8)]
-
-
-@pytest.mark.parametrize(("count", "n"), [(0, 50), (3, 50), (50, 50), (12345, 495576)])
-def test_the_interval_is_wilsons(count, n):
-    low, high = wilson(count, n)
-    expected = binomtest(count, n).proportion_ci(0.95, method="wilson")
-    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
 def test_notes_and_explanations_are_shown_as_text(world):

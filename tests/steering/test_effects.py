@@ -8,12 +8,12 @@ import torch
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
+from sae.statistics import data_and_resamples
 from steering.directions.random import random_direction
 from steering.directions.targeted import Effects
 from steering.intervention import steered
 from steering.studies.effect_map import EffectConfig, effect_map
 from steering.studies.effects import Effect, aim_difference, effect, feature_rows, rollout_activations
-from steering.studies.measured import drawn
 from steering.vector import SteeringVector
 
 SITE = "resid_post.1"
@@ -29,7 +29,7 @@ def dictionary() -> Dictionary:
 
 
 def made(difference_rf: torch.Tensor, rounds: int = 400) -> Effect:
-    return Effect(1.0, difference_rf, drawn(len(difference_rf), np.random.default_rng(0), rounds))
+    return Effect(1.0, difference_rf, data_and_resamples(len(difference_rf), np.random.default_rng(0), rounds))
 
 
 def test_rollouts_are_read_by_the_unsteered_model_up_to_their_end(byte_lm, dictionary):

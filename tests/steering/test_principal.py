@@ -15,10 +15,11 @@ from sae.activations.text import TextConfig
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
+from sae.statistics import data_and_resamples
 from steering.directions.random import random_direction
 from steering.strength.calibration import kl_per_token
 from steering.strength.ruler import Ruler, Sequences, read_sequences, site_activations
-from steering.studies.measured import consistency, drawn, interval
+from steering.studies.measured import consistency
 from steering.studies.principal import (
     PrincipalConfig,
     effective_tokens,
@@ -131,7 +132,7 @@ def test_what_beats_a_random_group_and_what_would_by_chance():
     rng = np.random.default_rng(0)
     others_k = rng.normal(0.5, 0.1, 40)  # hardly any noise over prompts: each differs surely from the mean of the others
     others_kr = others_k[:, None] + rng.normal(0, 1e-4, (40, 1001))
-    weight_rk = drawn(40, rng, rounds=1000)
+    weight_rk = data_and_resamples(40, rng, rounds=1000)
     own_kr = np.stack([np.full(1001, 0.9), np.full(1001, 0.5 - 0.3), np.full(1001, others_k.mean())])
     above, below, same = beats(own_kr, others_kr, weight_rk)
     assert above.passes
@@ -144,15 +145,6 @@ def test_what_beats_a_random_group_and_what_would_by_chance():
     surely = np.mean(others_k > others_k.mean() + 1.96 * standard_error)
     assert chance(others_kr, weight_rk) == pytest.approx(surely, abs=0.08)
     assert surely > 0.3  # so the rule alone says little
-
-
-def test_interval_of_a_mean_against_its_standard_error():
-    rng = np.random.default_rng(0)
-    x = rng.normal(3, 2, 400)
-    weight_rk = drawn(400, rng)
-    found = interval(weight_rk @ x / weight_rk.sum(1))
-    assert found["value"] == pytest.approx(x.mean())
-    assert (found["high"] - found["low"]) / 2 == pytest.approx(1.96 * x.std() / 20, rel=0.08)
 
 
 @pytest.fixture

@@ -1,47 +1,15 @@
-"""Intervals, repetition and the verdict, against other formulas and by hand."""
+"""Repetition and the verdict, against other formulas and by hand."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
 
-from steering.compare.arms import NONE, PROMPTING, RANDOM, SHUFFLED, auroc
-from steering.compare.scores import auroc_interval, choose_best, distinct_2, interval, longest_repeat, per_prompt, verdict
+from sae.statistics import mean_estimate
+from steering.compare.arms import NONE, PROMPTING, RANDOM, SHUFFLED
+from steering.compare.scores import choose_best, distinct_2, longest_repeat, per_prompt, verdict
 
-numbers = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=12)
 rows = st.lists(st.integers(0, 3), max_size=20)
-
-
-def test_interval_has_the_width_of_the_normal_one_and_none_for_a_constant():
-    value_p = np.random.default_rng(3).normal(2.0, 5.0, 400)
-    found = interval(value_p)
-    assert found["value"] == pytest.approx(value_p.mean())
-    half = 1.96 * value_p.std() / 20
-    assert found["high"] - found["value"] == pytest.approx(half, rel=0.1)
-    assert found["value"] - found["low"] == pytest.approx(half, rel=0.1)
-    assert interval(np.full(7, 1.5)) == {"value": 1.5, "low": 1.5, "high": 1.5}
-
-
-@given(numbers, numbers)
-def test_auroc_is_that_of_scikit_learn_ties_included(pos, neg):
-    expected = roc_auc_score([1] * len(pos) + [0] * len(neg), pos + neg)
-    found = auroc_interval(np.array(pos), np.array(neg))
-    assert found["value"] == pytest.approx(expected)
-    assert 0 <= found["low"] <= found["high"] <= 1 + 1e-12
-    both = auroc(np.array([pos, pos[::-1]]).T, np.array([neg, neg]).T)
-    np.testing.assert_allclose(both, expected)
-
-
-def test_auroc_interval_has_the_width_of_hanley_and_mcneil():
-    """For two normal samples one standard deviation apart, the standard error of Hanley and McNeil (1982)."""
-    rng = np.random.default_rng(0)
-    pos_t, neg_t = rng.normal(1, 1, 120), rng.normal(0, 1, 80)
-    found = auroc_interval(pos_t, neg_t)
-    a = found["value"]
-    q1, q2 = a / (2 - a), 2 * a * a / (1 + a)
-    error = np.sqrt((a * (1 - a) + 119 * (q1 - a * a) + 79 * (q2 - a * a)) / (120 * 80))
-    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * error, rel=0.2)
 
 
 @given(rows)
@@ -71,7 +39,7 @@ def level(budget: float, choose: list[float], score: list[float], none: list[flo
         "failure": None,
         "off_topic_kl": 0.4,
         "choose": {"target": float(np.mean(choose)), "gain": float(np.mean(choose))},
-        "score": {"target": interval(np.array(score)), "gain": interval(gain_p)},
+        "score": {"target": mean_estimate(np.array(score)), "gain": mean_estimate(gain_p)},
         "texts": texts,
     }
 

@@ -1,22 +1,9 @@
-"""The bootstrap against a closed form, and the word lists."""
+"""Lists of words to count."""
 
-import numpy as np
 import pytest
 
 from sae.errors import InputError
-from steering.studies.strengths import WORDS, bootstrap, read_words
-
-
-def test_bootstrap_interval_is_that_of_a_proportion():
-    """Texts of one word each: the rate is a mean of n coin flips, whose normal interval is known."""
-    flips = np.random.default_rng(0).random(400) < 0.3
-    low, high = bootstrap([(int(flip), 1) for flip in flips], seed=1)
-    p = flips.mean()
-    half = 1.96 * (p * (1 - p) / 400) ** 0.5
-    assert low == pytest.approx(p - half, abs=0.01)
-    assert high == pytest.approx(p + half, abs=0.01)
-    assert bootstrap([(0, 10)] * 50, seed=0) == (0.0, 0.0)
-    assert bootstrap([], seed=0) == (0.0, 0.0)
+from steering.studies.strengths import WORDS, read_words
 
 
 def test_word_lists(tmp_path):

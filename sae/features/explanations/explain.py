@@ -31,6 +31,7 @@ from sae.features.explanations.lookups import (
 )
 from sae.features.index.reader import FeatureIndex
 from sae.progress import progress
+from sae.statistics import percentile_interval, resamples
 
 LOOKUPS: dict[str, Callable[[Corpus, Firing], Explained]] = dict(zip(METHODS, (token_lookup, bigram_lookup, pattern_lookup), strict=True))
 DRAWS = 200
@@ -145,7 +146,7 @@ class Scorer:
         self.rows_d = np.bincount(inverse)
         self.truth_n = np.zeros(len(corpus.held_n))  # of one feature at a time; all 0 in between
         n = len(documents)
-        self.draws_rd = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws).astype(np.float64)
+        self.draws_rd = resamples(n, draws, np.random.default_rng(seed)).astype(np.float64)
 
     def score(self, held: Firing, prediction: Prediction, *, intervals: bool = True) -> dict[str, Any]:
         """precision, recall and F1 of firing, Pearson correlation of the activations, with bootstrap intervals (95 %) over documents.
@@ -174,9 +175,9 @@ class Scorer:
         if intervals:
             drawn_rk = self.draws_rd @ sums_dk
             for name, values in (("f1", f1(drawn_rk)), ("correlation", correlation(drawn_rk))):
-                values = values[np.isfinite(values)]
-                known = scores[name] is not None and len(values)
-                scores[f"{name}_interval"] = [rounded(v) for v in np.percentile(values, [2.5, 97.5])] if known else None
+                low, high = percentile_interval(values)
+                known = scores[name] is not None and np.isfinite(low)
+                scores[f"{name}_interval"] = [rounded(low), rounded(high)] if known else None
             scores |= {"firing_tokens": int(total[3]), "tokens": int(total[0]), "documents": n}
         return scores
 

@@ -30,6 +30,7 @@ from sae.errors import InputError
 from sae.features.explanations.lookups import Corpus, Firing
 from sae.features.index.reader import Context, FeatureIndex
 from sae.progress import counted, progress
+from sae.statistics import wilson_interval
 from sae.text_input import replace_surrogates
 
 if TYPE_CHECKING:
@@ -282,10 +283,8 @@ def detection(truth: np.ndarray, said: Sequence[int | None]) -> tuple[dict[str, 
     actual, yes = truth[answered], np.array([answer == 1 for answer in said if answer is not None], bool)
     scores = _accuracy(actual, yes)
     n = len(actual)
-    if n:  # Wilson's interval, 95 %
-        p, z2 = scores["accuracy"], 1.96**2
-        centre, half = (p + z2 / 2 / n) / (1 + z2 / n), 1.96 * math.sqrt(p * (1 - p) / n + z2 / 4 / n**2) / (1 + z2 / n)
-        scores["accuracy_interval"] = [round(max(0.0, centre - half), 4), round(min(1.0, centre + half), 4)]
+    if n:
+        scores["accuracy_interval"] = [round(end, 4) for end in wilson_interval(int((actual == yes).sum()), n)]
     baselines = {"always_no": _accuracy(actual, np.zeros(n, bool)), "always_yes": _accuracy(actual, np.ones(n, bool))}
     return scores | {"contexts": len(said), "answered": n}, baselines
 

@@ -3,7 +3,6 @@
 `feature_html` is the fragment they share; `document` puts it into a page of its own; `FeatureView` shows it in a notebook.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,6 +14,7 @@ from sae.features.pages.assets import STYLE, TABLE_SCRIPT
 from sae.features.pages.charts import activation_histogram, weight_histogram
 from sae.features.pages.contexts import number, percent, row_html, token_html, visible, word_html
 from sae.progress import progress
+from sae.statistics import wilson_interval
 
 if TYPE_CHECKING:
     from sae.features.explanations.explanation import Explanation
@@ -32,7 +32,6 @@ ROWS = (
 )  # contexts of the top and at random, and of each interval: as many as keep the page under
 LARGEST = 90_000  # bytes, so that with the style and a server's frame it stays under 100 kB
 BUCKET_BEFORE, BUCKET_AFTER = 16, 12  # shorter windows: there are up to 48 rows of them
-Z = 1.959963984540054  # of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def _note(notes: "Notes | Mapping[int, Note] | None", j: int) -> str:
 
 def _facts(columns: dict[str, Any], info: dict[str, Any]) -> str:
     count, scanned = int(columns["count"]), int(info["tokens_scanned"])
-    low, high = wilson(count, scanned)
+    low, high = wilson_interval(count, scanned)
     density = percent(count / scanned) + (f" (one token in {round(scanned / count):,})" if 0 < 2 * count <= scanned else "")
     facts = {
         "density": f'{density}<br><span class="soft" title="Wilson interval, as if tokens were independent">'
@@ -143,15 +142,6 @@ def _facts(columns: dict[str, Any], info: dict[str, Any]) -> str:
     if "negative_share" in columns:
         facts["below 0"] = f"{percent(columns['negative_share'])} of activations, in blue; the other numbers are of sizes without sign"
     return f"<dl>{''.join(f'<dt>{name}</dt><dd>{text}</dd>' for name, text in facts.items())}</dl>"
-
-
-def wilson(count: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share, `count` of `n` (Wilson 1927)."""
-    if n == 0:
-        return 0.0, 1.0
-    p, z2n = count / n, Z * Z / n
-    centre, half = (p + z2n / 2) / (1 + z2n), Z * math.sqrt(p * (1 - p) / n + z2n / (4 * n)) / (1 + z2n)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _explanations(explanations: "Sequence[Explanation]") -> str:
