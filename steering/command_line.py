@@ -5,10 +5,13 @@ A new command is a row here and a file in scripts/. What a row names is imported
 
 import difflib
 import sys
+from dataclasses import dataclass
+from functools import reduce
 from importlib import import_module
-from typing import Any, NamedTuple
+from operator import or_
+from typing import Annotated, Any, Literal, NamedTuple
 
-from sae.command_line import fail, run
+from sae.command_line import fail, parse, run
 
 
 class Command(NamedTuple):
@@ -110,7 +113,29 @@ COMMANDS = {
         "steering.studies.effect_map:EffectConfig",
         "What else steering with a feature moves, and a direction that moves it alone.",
     ),
+    "completion": Command(
+        "steering.command_line:print_completion",
+        "steering.command_line:CompletionConfig",
+        "Print the script by which a shell completes commands, flags and their choices.",
+    ),
 }
+
+
+@dataclass
+class CompletionConfig:
+    shell: Literal["bash", "zsh", "fish"]
+    """Shell that reads the script."""
+
+
+def print_completion(config: CompletionConfig) -> None:
+    """The script is tyro's, made from the settings of all commands; it holds their flags and runs Python, but not this package."""
+    import tyro
+
+    commands: list[Any] = [
+        Annotated[_named(row.settings), tyro.conf.subcommand(name, description=row.summary)] for name, row in COMMANDS.items()
+    ]
+    sys.argv = ["sae", "--tyro-print-completion", config.shell]
+    parse(reduce(or_, commands), "")  # prints and exits
 
 
 def main(name: str | None = None) -> None:

@@ -41,7 +41,7 @@ def test_every_other_script_prints_help(script):
 
 def test_every_command_has_a_script_and_every_script_its_command():
     called = [name for path in SCRIPTS for name in re.findall(r'^    main\("([\w-]+)"\)$', path.read_text(), re.MULTILINE)]
-    assert sorted(called) == sorted(COMMANDS)
+    assert sorted([*called, "completion"]) == sorted(COMMANDS)  # completion is of the command sae alone
 
 
 def test_the_console_command_knows_its_subcommands():
@@ -53,6 +53,41 @@ def test_the_console_command_knows_its_subcommands():
     assert "did you mean train?" in done.stderr
     done = run("-c", "from steering.command_line import main; main()", "train", "--help")
     assert "usage: sae train" in done.stdout
+
+
+COMPLETE = """
+source "$1"
+COMP_WORDS=(sae "${@:2}") COMP_CWORD=$(($# - 1))
+$(complete -p sae | sed 's/.*-F \\([^ ]*\\) .*/\\1/')
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.fixture(scope="module")
+def bash_completion(tmp_path_factory):
+    done = run("-c", "from steering.command_line import main; main()", "completion", "--shell", "bash")
+    assert done.returncode == 0, done.stderr
+    path = tmp_path_factory.mktemp("completion") / "sae.bash"
+    path.write_text(done.stdout)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ([""], COMMANDS),
+        (["co"], ["compare", "completion"]),
+        (["train", "--l1-"], ["--l1-warmup"]),
+        (["train", "--lr", "1e-3", "--backend", "t"], ["triton"]),
+        (["completion", "--shell", ""], ["bash", "zsh", "fish"]),
+        (["browse", "--index", "READ"], ["README.md"]),
+    ],
+    ids=" ".join,
+)
+def test_bash_completes_commands_flags_choices_and_files(typed, offered, bash_completion):
+    done = subprocess.run(["bash", "-c", COMPLETE, "bash", bash_completion, *typed], capture_output=True, text=True, cwd=ROOT)
+    assert set(offered) <= set(done.stdout.split()), done.stderr
+    assert all(word.startswith(typed[-1]) for word in done.stdout.split())
 
 
 @pytest.mark.parametrize(
