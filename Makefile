@@ -2,14 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo real-model real-model-gemma test test-real soak test-cuda test-lowest lint bench bench-peers gpu-wheels gpu
+.PHONY: help setup demo real-model real-model-gemma test test-real soak test-cuda test-lowest lint docs bench bench-peers gpu-wheels gpu
 help: ; @grep -E '^[a-z-]+:[^;]*## ' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
 
 setup: .venv/ready ## a virtual environment with the pinned dependencies
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@
 
 demo: setup ## cache, train, evaluate, browse and steer on the bundled model, offline
@@ -45,6 +45,9 @@ lint: setup ## style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup ## the documentation with the API reference as a site in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: setup ## time and memory of a training step against the encoder product, eager, compiled and other tools' steps
 	$(BIN)/python benchmarks/objective.py

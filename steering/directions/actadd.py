@@ -13,7 +13,7 @@ from steering.vector import SteeringVector
 
 
 def actadd(lm: LanguageModel, positive: str, negative: str, site: str) -> SteeringVector:
-    """v[p] = h[p](positive) − h[p](negative) at `resid_pre`, [p, d] (Turner et al. 2023, arXiv 2308.10248).
+    """`v[p] = h[p](positive) − h[p](negative)` at `resid_pre`, [p, d] (Turner et al. 2023, arXiv 2308.10248).
 
     As published: both prompts stand behind the beginning-of-text token, the shorter one is lengthened on the right with space tokens that
     are attended to, and `steered` adds the rows once, at the first p positions of the prompt. Rows before the first different token are
