@@ -126,7 +126,7 @@ def arms(lm: LanguageModel, prompt_tokens: int) -> dict[str, Arm]:
 
 @contextmanager
 def bare_hook(lm: LanguageModel, site: str) -> Iterator[None]:
-    handle = lm.module(site)[0].register_forward_hook(lambda _module, _args, _output: None)
+    handle = lm.place(site).module.register_forward_hook(lambda _module, _args, _output: None)
     try:
         yield
     finally:
@@ -175,7 +175,7 @@ def hooks_ms(lm: LanguageModel, ids_sp: Tensor, new_tokens: int, arm: Arm) -> fl
     def tick(*_: Any) -> None:
         clocks.append(time.perf_counter())
 
-    decoder, block = lm.model.get_decoder(), lm.module(f"resid_post.{lm.n_layers // 2}")[0]
+    decoder, block = lm.model.get_decoder(), lm.place(f"resid_post.{lm.n_layers // 2}").module
     with arm(), ExitStack() as stack:
         for prepend in (True, False):
             stack.callback(decoder.register_forward_pre_hook(tick, prepend=prepend).remove)

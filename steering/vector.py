@@ -21,7 +21,7 @@ from sae.disk.reading import one_sentence, parse_json, read_tensors
 from sae.disk.writing import atomic, write_tensors
 from sae.errors import InputError
 from sae.model.fingerprint import COMPILED
-from sae.model.sites import KINDS, parse_site
+from sae.model.sites import parse_site
 
 if TYPE_CHECKING:
     from sae.model.language_model import LanguageModel
@@ -46,7 +46,7 @@ class SteeringVector:
         if not self.directions:
             raise InputError("expected a steering vector with a direction at one site at least, got none")
         for site, direction in self.directions.items():
-            parse_site(site, KINDS)
+            parse_site(site)
             if not isinstance(direction, Tensor) or direction.is_complex():
                 raise InputError(f"expected a steering direction at {site} as a real tensor, got {type(direction).__name__}")
             shape = tuple(direction.shape)
@@ -202,7 +202,8 @@ class SteeringVector:
         A mapping of module name to plain values and one tensor, which also loads with `weights_only=True`. The tool's only other form,
         a csv that names a dictionary, always carries a bias, which its action "add" refuses (release 0.4.13), so .pt is the way.
         Its early releases add the last site's vector at all sites: use one site there. The tool hooks outputs of modules, so
-        resid_pre.0 and head_out cannot be said, nor can directions per position; those raise `InputError`.
+        sites that are inputs of modules (resid_pre.0, head_out, mlp_in, ...) or parts of an output cannot be said, nor can directions per
+        position; those raise `InputError`.
         """
         if Path(path).suffix != ".pt":
             raise InputError(f"lm-evaluation-harness knows the file by its ending .pt, got {path}")
@@ -213,11 +214,11 @@ class SteeringVector:
                 raise InputError(f"expected one direction of width {lm.width(site)} at {site}, got shape {tuple(direction.shape)}")
             kind, layer = parse_site(site)
             before = f"resid_post.{layer - 1}"  # what flows into a block is what the one before it gave
-            module, is_output = lm.module(before if kind == "resid_pre" and layer > 0 else site)
-            if not is_output or names[module] in config:
+            place = lm.place(before if kind == "resid_pre" and layer > 0 else site)
+            if not place.is_output or place.view is not None or names[place.module] in config:
                 raise InputError(f"lm-evaluation-harness adds at the output of modules, once at each, which {site} is not; choose another")
             settings = {"steering_coefficient": float(coefficient), "action": "add", "bias": None, "head_index": None}
-            config[names[module]] = {"steering_vector": direction.cpu().clone(), **settings}  # host sync
+            config[names[place.module]] = {"steering_vector": direction.cpu().clone(), **settings}  # host sync
         with atomic(Path(path)) as temporary:
             torch.save(config, whole := io.BytesIO())  # torch's own writer does not tell why it failed
             temporary.write_bytes(whole.getbuffer())

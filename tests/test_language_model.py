@@ -78,16 +78,19 @@ PROJECTIONS |= {"gpt_neox": "attention.dense", "opt": "self_attn.out_proj"}
 
 @cache
 def tiny(family: str) -> LanguageModel:
-    torch.manual_seed(FAMILIES.index(family))
-    config = CONFIGS[family]()
-    kind = hf.Gemma3ForConditionalGeneration if family == "gemma3" else hf.AutoModelForCausalLM
-    model = kind(config) if family == "gemma3" else kind.from_config(config)
-    for name, weight in model.named_parameters():  # biases and norms start at 0 or 1, which would hide mistakes
+    return randomised(CONFIGS[family](), FAMILIES.index(family), family)
+
+
+def randomised(config: hf.PreTrainedConfig, seed: int, name: str = "") -> LanguageModel:
+    torch.manual_seed(seed)
+    kind = hf.Gemma3ForConditionalGeneration if isinstance(config, hf.Gemma3Config) else hf.AutoModelForCausalLM
+    model = kind(config) if isinstance(config, hf.Gemma3Config) else kind.from_config(config)
+    for weight_name, weight in model.named_parameters():  # biases and norms start at 0 or 1, which would hide mistakes
         if weight.ndim == 1:
-            torch.nn.init.normal_(weight, mean=1.0 if "norm" in name and "bias" not in name else 0.0, std=0.3)
+            torch.nn.init.normal_(weight, mean=1.0 if "norm" in weight_name and "bias" not in weight_name else 0.0, std=0.3)
         else:
             torch.nn.init.normal_(weight, std=0.15)
-    lm = LanguageModel(model, name=family)
+    lm = LanguageModel(model, name=name)
     if lm.model.generation_config:  # random models would end at any token
         lm.model.generation_config.eos_token_id = None
     return lm
@@ -161,7 +164,7 @@ def test_heads_times_output_projection_is_the_attention_output(family):
 @pytest.mark.parametrize("site", ["resid_pre.1", "attn_out.1", "head_out.1", "mlp_out.1", "resid_post.1"])
 def test_recording_stops_after_the_deepest_site(family, site):
     lm, calls = tiny(family), []
-    blocks = blocks_of(lm)
+    blocks, _ = blocks_of(lm), lm.sites()  # which have been looked for now
     handles = [block.register_forward_pre_hook(lambda _m, _a, i=i: calls.append(i)) for i, block in enumerate(blocks)]
     handles.append(lm.model.get_output_embeddings().register_forward_pre_hook(lambda _m, _a: calls.append("unembedding")))
     try:
@@ -180,8 +183,12 @@ def additive(d: int, seed: int = 5, size: float = 1.5):
     return lambda value: value + vector_d
 
 
+def kinds_of(lm: LanguageModel, layer: int = 1) -> list[str]:
+    return [kind for kind in KINDS if f"{kind}.{layer}" in lm.sites()]
+
+
 def edits_everywhere(lm: LanguageModel):
-    return {f"{kind}.1": additive(lm.width(f"{kind}.1"), seed) for seed, kind in enumerate(KINDS)}
+    return {f"{kind}.1": additive(lm.width(f"{kind}.1"), seed) for seed, kind in enumerate(kinds_of(lm))}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -224,11 +231,12 @@ def test_left_padded_batch_equals_one_by_one(family):
     with lm.edited(edits_everywhere(lm)):
         batch = lm.generate(ids_sp, mask_sp, max_new_tokens=5, temperature=0)
         batch_logits = lm.logits(ids_sp, mask_sp)
-        batch_seen = lm.record(ids_sp, ["mlp_out.2", "head_out.2"], mask_sp)
+        sites = [f"{kind}.2" for kind in kinds_of(lm, 2)]
+        batch_seen = lm.record(ids_sp, sites, mask_sp)
         for i, row in enumerate(rows):
             n = row.shape[1]
             torch.testing.assert_close(batch_logits[i, -n:], lm.logits(row)[0], rtol=1e-4, atol=1e-4)
-            for site, value in lm.record(row, ["mlp_out.2", "head_out.2"]).items():
+            for site, value in lm.record(row, sites).items():
                 torch.testing.assert_close(batch_seen[site][i, -n:], value[0], rtol=1e-4, atol=1e-4)
             assert batch[i, -n - 5 :].tolist() == lm.generate(row, max_new_tokens=5, temperature=0)[0].tolist()
 
@@ -282,7 +290,7 @@ def test_gradients_reach_what_an_edit_brings_in():
 
 @pytest.mark.parametrize("text", ["resid_post", "resid_post.x", "resid_post.-1", "resid_post.01", "residual.1", "blocks.1", ""])
 def test_malformed_site(text):
-    with pytest.raises(InputError, match=r"one of resid_pre\.0 to resid_pre\.L.*head_out\.0 to head_out\.L, got"):
+    with pytest.raises(InputError, match=r"one of embed, resid_pre\.0 to resid_pre\.L.*head_out\.0 to head_out\.L.*, got"):
         parse_site(text)
 
 
@@ -294,21 +302,11 @@ def test_a_site_reads_back_as_written_and_an_absent_one_lists_what_there_is():
             call()
 
 
-def test_unknown_architecture_says_what_was_looked_for():
-    model = hf.AutoModelForCausalLM.from_config(
-        hf.BloomConfig(hidden_size=16, n_layer=1, n_head=2, **{**COMMON, "eos_token_id": 1}), attn_implementation="eager"
-    )
-    with pytest.raises(InputError, match=r"h with attn, mlp and attn\.c_proj; .*BloomModel"):
-        LanguageModel(model, name="some-bloom")
-
-
-def test_an_architecture_of_known_shape_but_unknown_sums_offers_only_what_is_certain():
-    config = hf.GraniteConfig(residual_multiplier=0.2, **GROUPED)  # scales what it adds, so the attention's output is not what is added
-    lm, ids_sp = LanguageModel(hf.AutoModelForCausalLM.from_config(config)), ids_of()
-    assert lm.sites()[:4] == ["resid_pre.0", "resid_post.0", "head_out.0", "resid_pre.1"]
-    assert torch.equal(lm.record(ids_sp, ["resid_post.1"])["resid_post.1"], hidden_states(lm, ids_sp)[2])
-    with pytest.raises(InputError, match=r"got 'attn_out\.0'"):
-        lm.width("attn_out.0")
+def test_a_model_without_a_list_of_blocks_says_so():
+    model = copy.deepcopy(tiny("gpt2").model)
+    model.transformer.h = torch.nn.ModuleDict({str(i): block for i, block in enumerate(model.transformer.h)})
+    with pytest.raises(InputError, match=r"expected 'odd' to keep its 3 blocks in a list of modules, found none in GPT2Model"):
+        LanguageModel(model, name="odd")
 
 
 def test_sampling_repeats_with_its_seed_and_leaves_global_randomness_alone():

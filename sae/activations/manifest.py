@@ -9,13 +9,13 @@ from typing_extensions import TypedDict
 
 from sae.activations.ledger import FORMAT_VERSION, ShardEntry, TokenEntry, require_little_endian
 from sae.activations.tokens import SPLITS
-from sae.dictionaries.formats.transformer_lens import HOOK_NAMES
 from sae.disk.checksum import crc32
 from sae.disk.reading import Count, LongList, Number, read_json, require
 from sae.errors import InputError
+from sae.model.sites import EMBED, KINDS
 
 THEN = "read the others with skip_damaged, or harvest again"
-SITE = rf"^({'|'.join(HOOK_NAMES)})\.[0-9]{{1,5}}$"
+SITE = rf"^({EMBED}|({'|'.join(KINDS)})\.[0-9]{{1,5}})$"
 
 
 class SiteEntry(TypedDict):

@@ -6,24 +6,16 @@ s sequences · p positions
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from sae.errors import InputError
+from sae.model.places import InPlace, Place
 
 Edit: TypeAlias = Callable[[Tensor], Tensor]
 _COUNTING = threading.Lock()  # for a moment, while a thread begins or ends; not a model's own, which could not be copied then
-
-
-class Place(NamedTuple):
-    """A site in the modules of one model."""
-
-    module: nn.Module
-    is_output: bool
-    """what flows at the site is the module's output, else its first input"""
-    width: int
 
 
 class Hooks:
@@ -32,10 +24,23 @@ class Hooks:
     def __init__(self, model: Any, decoder: Any):
         self.past_length = 0
         self._model, self._decoder = model, decoder
-        self._rows = (0, 0)
+        self._rows, self._in_model = (0, 0), False
         self._outer_mask: Any = None  # what the model was called with, and what it called its decoder with
         self._decoder_mask: Any = None
         self._owner, self._depth = 0, 0
+        self._paused = False
+        self._viewed: dict[Place, list[Edit]] = {}  # the edits at each place that is seen through a view, which share one hook
+        self._unregister: dict[Place, Callable[[], None]] = {}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, passes of this thread are neither seen nor changed."""
+        with self._one_thread(), torch.compiler.set_stance("force_eager"):
+            before, self._paused = self._paused, True
+            try:
+                yield
+            finally:
+                self._paused = before
 
     @property
     def attention_mask(self) -> Any:
@@ -59,23 +64,27 @@ class Hooks:
         """
         seen: set[str] = set()
 
-        def begin_model(_module: nn.Module, _args: tuple, kwargs: dict) -> None:
+        def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
             self._require_own_thread()
-            seen.clear()
-            self._outer_mask = kwargs.get("attention_mask")
-
-        def begin(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._require_own_thread()
-            seen.clear()
+            if self._paused:
+                return
+            if module is self._model:
+                self._outer_mask, self._in_model = kwargs.get("attention_mask"), True
+            if module is self._model or not self._in_model:  # a multimodal model embeds the tokens ahead of its decoder
+                seen.clear()
             value = args[0] if args else kwargs.get("input_ids")
             value = kwargs["inputs_embeds"] if value is None else value
             cache = kwargs.get("past_key_values")
             self._rows = (value.shape[0], value.shape[1])
             self.past_length = 0 if cache is None else int(cache.get_seq_length())
-            self._decoder_mask = kwargs.get("attention_mask")
+            if module is self._decoder:
+                self._decoder_mask = kwargs.get("attention_mask")
+
+        def leave_model(*_: Any) -> None:
+            self._in_model = False
 
         def end(*_: Any) -> None:
-            if missed := [site for site in edits if site not in seen]:
+            if not self._paused and (missed := [site for site in edits if site not in seen]):
                 raise InputError(
                     f"expected the pass to go through {missed[0]}, but it went by, so nothing was recorded or changed there: the model's "
                     "modules were replaced after it was wrapped, or run as exported code; wrap it anew, as it was before, in LanguageModel"
@@ -86,10 +95,11 @@ class Hooks:
             # Compiled code neither sees new hooks nor forgets those it was compiled with
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.callback(setattr, self, "_outer_mask", None)  # no later pass shall take it for its own
-            stack.callback(self._model.register_forward_pre_hook(begin_model, with_kwargs=True).remove)
-            stack.callback(self._decoder.register_forward_pre_hook(begin, with_kwargs=True).remove)
+            for module in (self._model, self._decoder):
+                stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
+            stack.callback(self._model.register_forward_hook(leave_model, always_call=True).remove)
             for site, edit in edits.items():
-                stack.callback(_attach(places[site], self._replacing(site, edit, places[site].width, seen)).remove)
+                stack.callback(self._attach(places[site], self._replacing(site, edit, places[site].width, seen)))
             for module in (self._decoder, self._model):
                 stack.callback(module.register_forward_hook(end).remove)
             yield
@@ -97,15 +107,44 @@ class Hooks:
     def _replacing(self, site: str, edit: Edit, width: int, seen: set[str]) -> Edit:
         def replace(value: Tensor) -> Tensor:
             self._require_own_thread()
+            if self._paused:
+                return value
             seen.add(site)
             shape = (*self._rows, width)
-            result = edit(value.reshape(shape))  # OPT runs its MLP on [s * p, d]
+            given = value.reshape(shape)  # OPT runs its MLP on [s * p, d]
+            result = edit(given)
+            if result is given:
+                return value
             if not isinstance(result, Tensor) or result.shape != shape:
                 got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
                 raise InputError(f"expected the edit at {site} to return shape {shape}, got {got}")
             return result.to(value).reshape(value.shape)
 
         return replace
+
+    def _attach(self, place: Place, replace: Edit) -> Callable[[], None]:
+        """Gives the function that detaches it."""
+        view = place.view
+        if view is None:
+            return _register(place, lambda raw, _received: replace(raw))
+        edits = self._viewed.setdefault(place, [])
+
+        def change(raw: Tensor, received: Tensor) -> Tensor:
+            value = new = view.read(raw, received)
+            for edit in tuple(edits):  # all that are attached now, so that a later one reads what an earlier one made
+                new = edit(new)
+            return raw if new is value else view.write(raw, new, received)
+
+        if not edits:
+            self._unregister[place] = _register(place, change)
+        edits.append(replace)
+
+        def detach() -> None:
+            edits.remove(replace)
+            if not edits:
+                self._unregister.pop(place)()
+
+        return detach
 
     @contextmanager
     def _one_thread(self) -> Iterator[None]:
@@ -131,16 +170,21 @@ def _is_two_dimensional(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.ndim == 2
 
 
-def _attach(place: Place, replace: Edit) -> Any:
-    """One forward hook, on the module's output or on its first input."""
+def _register(place: Place, change: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
+    """One forward hook, on the module's output or an input of it; `change` gets that and the first input."""
+    key = place.argument
 
     def on_input(_module: nn.Module, args: tuple, kwargs: dict) -> tuple:
-        result = replace(args[0] if args else kwargs["hidden_states"])
-        return ((result, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": result})
+        raw = args[key] if isinstance(key, int) else kwargs[key]
+        result = change(raw, raw)
+        return ((*args[:key], result, *args[key + 1 :]), kwargs) if isinstance(key, int) else (args, {**kwargs, key: result})
 
-    def on_output(_module: nn.Module, _args: tuple, output: Any) -> Any:
-        return (replace(output[0]), *output[1:]) if isinstance(output, tuple) else replace(output)
+    def on_output(_module: nn.Module, args: tuple, output: Any) -> Any:
+        received = args[0] if args else output
+        return (change(output[0], received), *output[1:]) if isinstance(output, tuple) else change(output, received)
 
     if place.is_output:
-        return place.module.register_forward_hook(on_output)
-    return place.module.register_forward_pre_hook(on_input, with_kwargs=True)
+        return place.module.register_forward_hook(on_output).remove
+    # a hook that changes the tensor in place is no use behind one that hands the module another tensor
+    first = isinstance(place.view, InPlace)
+    return place.module.register_forward_pre_hook(on_input, with_kwargs=True, prepend=first).remove

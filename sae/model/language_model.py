@@ -12,11 +12,16 @@ from torch import Tensor, nn
 
 from sae.errors import InputError
 from sae.model.fingerprint import fingerprint
-from sae.model.hooks import Edit, Hooks, Place
+from sae.model.hooks import Edit, Hooks
+from sae.model.inspection import Inspection, inspect
 from sae.model.offload import device_of
+from sae.model.places import Place
 from sae.model.sampling import sample
-from sae.model.sites import KINDS, SAFE_KINDS, Site, family_of, parse_site
+from sae.model.sites import parse_site
 from sae.text_input import text_list
+
+CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")  # what configurations call it
+UNLIMITED = 1 << 20  # positions of a model without positions, such as Mamba and BLOOM
 
 
 class NonFiniteLogits(ArithmeticError):
@@ -39,12 +44,11 @@ class LanguageModel:
         self._refuse_virtual_tokens()
         self._decoder = model.get_decoder()
         self._hooks = Hooks(model, self._decoder)
-        self._family = family_of(self._decoder, name or type(model).__name__)
-        self._blocks = list(self._decoder.get_submodule(self._family.blocks))
-        self.kinds = KINDS if config.model_type in self._family.model_types.split() else SAFE_KINDS
+        self._blocks = _blocks(self._decoder, config.num_hidden_layers, name or type(model).__name__)
+        self._inspected: Inspection | None = None
         self.n_layers: int = len(self._blocks)
         self.d_model: int = config.hidden_size
-        self.context: int = config.max_position_embeddings
+        self.context: int = next((n for name in CONTEXTS if isinstance(n := getattr(config, name, None), int)), UNLIMITED)
         self.bos_id: int | None = tokenizer.bos_token_id if tokenizer is not None else config.bos_token_id
         self._fingerprint: str | None = None  # set where not all weights are in memory as they are in the files
         self._cut_off = False
@@ -99,28 +103,35 @@ class LanguageModel:
         return self._hooks.attention_mask
 
     @property
+    def _inspection(self) -> Inspection:
+        """Made where a site is first asked for."""
+        if self._inspected is None:
+            with self._hooks.paused(), torch.inference_mode(False), torch.no_grad():
+                self._inspected = inspect(self.model, self._decoder, self._blocks, self.name)
+        return self._inspected
+
+    @property
     def final_norm(self) -> nn.Module | None:
         """The norm before the unembedding; None for the few models without one (OPT-350m)."""
-        return getattr(self._decoder, self._family.final_norm)
+        return self._inspection.final_norm
 
     def sites(self) -> list[str]:
-        return [str(Site(kind, layer)) for layer in range(self.n_layers) for kind in self.kinds]
+        return list(self._inspection.places)
+
+    def refused_sites(self) -> dict[str, str]:
+        """The sites that some other model has and this one has not, and why."""
+        return dict(self._inspection.refused)
 
     def width(self, site: str) -> int:
-        """Length of one vector there. Raises `InputError` listing the sites the model has."""
-        kind, layer = parse_site(site, self.kinds, self.n_layers)
-        if kind != "head_out":
-            return self.d_model
-        projection: Any = self._blocks[layer].get_submodule(self._family.projection)
-        return projection.in_features if hasattr(projection, "in_features") else projection.nx  # GPT-2's Conv1D says nx
+        """Length of one vector there. Raises `InputError` as `place` does."""
+        return self.place(site).width
 
-    def module(self, site: str) -> tuple[nn.Module, bool]:
-        """The module whose first input (False) or output (True) flows at the site."""
-        kind, layer = parse_site(site, self.kinds, self.n_layers)
-        block = self._blocks[layer]
-        if kind in ("resid_pre", "head_out"):
-            return (block if kind == "resid_pre" else block.get_submodule(self._family.projection)), False
-        return (block if kind == "resid_post" else block.get_submodule(getattr(self._family, kind))), True
+    def place(self, site: str) -> Place:
+        """Where the site lies. Raises `InputError` listing the sites of models, or saying why this one has not got it."""
+        site = str(parse_site(site, self.n_layers))
+        if site in self._inspection.places:
+            return self._inspection.places[site]
+        raise InputError(f"expected a site of {self.name!r}, got {site}, which it does not have: {self._inspection.refused[site]}")
 
     def token_ids(self, text: str) -> list[int]:
         """Behind one beginning-of-text token, where there is one; a text that brings its own, as chat templates do, gets no second.
@@ -209,7 +220,7 @@ class LanguageModel:
         for site, edit in edits.items():
             if not callable(edit):
                 raise InputError(f"expected a function of the value at {site}, got {type(edit).__name__}")
-        places = {site: Place(*self.module(site), self.width(site)) for site in edits}
+        places = {site: self.place(site) for site in edits}
         with self._hooks.attached(edits, places):
             yield
 
@@ -319,3 +330,11 @@ class LanguageModel:
 def _position_ids(mask_sp: Tensor) -> Tensor:
     """Positions counted from each row's first real token, so that left padding does not shift it."""
     return (mask_sp.cumsum(-1) - 1).clamp(min=0)
+
+
+def _blocks(decoder: nn.Module, n_layers: int, name: str) -> list[nn.Module]:
+    """The first list of as many modules as the model has blocks. Raises `InputError` where there is none."""
+    for part in decoder.modules():
+        if isinstance(part, nn.ModuleList) and len(part) == n_layers:
+            return list(part)
+    raise InputError(f"expected {name!r} to keep its {n_layers} blocks in a list of modules, found none in {type(decoder).__name__}")

@@ -77,7 +77,8 @@ def load_model(
 def _depth(config: Any, sites: Sequence[str]) -> int | None:
     """Number of blocks that the sites need, None for all of them. A site that does not exist is refused when it is used."""
     text = config.get_text_config()
-    needed = max((parse_site(site, n_layers=text.num_hidden_layers).layer + 1 for site in sites), default=text.num_hidden_layers)
+    needed = max((parse_site(site, text.num_hidden_layers).layer + 1 for site in sites), default=text.num_hidden_layers)
+    needed = max(needed, 1)  # the embedding comes before all blocks, but a model has at least one
     return needed if needed < text.num_hidden_layers else None
 
 

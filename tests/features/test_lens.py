@@ -14,6 +14,7 @@ MODELS = {
     "gpt2": hf.GPT2Config(vocab_size=40, n_positions=16, n_embd=32, n_layer=2, n_head=4),
     "opt": hf.OPTConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=32),
     "llama": LLAMA,  # heads whose widths do not add up to the stream's
+    "granite": hf.GraniteConfig(residual_multiplier=0.3, **SMALL),
     "gemma2": hf.Gemma2Config(num_key_value_heads=2, head_dim=6, **SMALL),
 }
 
@@ -26,15 +27,16 @@ def model(name: str) -> LanguageModel:
     return lm
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
-def test_a_direction_at_the_heads_goes_through_the_output_projection(name):
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "granite"])
+@pytest.mark.parametrize(("site", "out"), [("head_out.1", "attn_out.1"), ("mlp_act.1", "mlp_out.1")])
+def test_a_direction_behind_a_projection_goes_through_it(name, site, out):
     lm, ids_sp = model(name), torch.arange(8)[None]
-    rows_fd = torch.randn(3, lm.width("head_out.1"))
-    written_fd = into_residual(lm, "head_out.1", rows_fd)
+    rows_fd = torch.randn(3, lm.width(site))
+    written_fd = into_residual(lm, site, rows_fd)
     for row_d, written_d in zip(rows_fd, written_fd):
-        before = lm.record(ids_sp, ["attn_out.1"])["attn_out.1"]
-        with lm.edited({"head_out.1": lambda x, row_d=row_d: x + row_d}):
-            after = lm.record(ids_sp, ["attn_out.1"])["attn_out.1"]
+        before = lm.record(ids_sp, [out])[out]
+        with lm.edited({site: lambda x, row_d=row_d: x + row_d}):
+            after = lm.record(ids_sp, [out])[out]
         torch.testing.assert_close((after - before)[0], written_d.expand(8, -1), rtol=1e-3, atol=1e-5)
 
 
@@ -47,7 +49,5 @@ def test_directions_in_the_stream_are_what_they_write(site):
 def test_heads_are_refused_where_more_than_a_projection_lies_between():
     with pytest.raises(InputError, match="no place in the residual stream"):
         into_residual(model("gemma2"), "head_out.1", torch.randn(3, 24))
-    unknown = model("llama")
-    unknown.kinds = ("resid_pre", "resid_post", "head_out")  # as for an architecture that is not known
-    with pytest.raises(InputError, match="no place in the residual stream"):
-        into_residual(unknown, "head_out.1", torch.randn(3, 24))
+    with pytest.raises(InputError, match=r"directions at mlp_in\.1 have no place in the residual stream"):
+        into_residual(model("llama"), "mlp_in.1", torch.randn(3, 32))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from test_language_model import CONFIGS, FAMILIES, tiny
+from test_language_model import CONFIGS, FAMILIES, kinds_of, tiny
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
@@ -87,7 +87,7 @@ def padded(rows: list[torch.Tensor], longest: int) -> tuple[torch.Tensor, torch.
 def test_zero_vectors_and_leaving_the_context_change_no_bit(family):
     lm, ids_sp = tiny(family), ids_of()
     before = lm.logits(ids_sp)
-    zeros = [SteeringVector({f"{kind}.{layer}": torch.zeros(lm.width(f"{kind}.{layer}")) for layer in (0, 1)}) for kind in lm.kinds]
+    zeros = [SteeringVector({f"{kind}.{layer}": torch.zeros(lm.width(f"{kind}.{layer}")) for layer in (0, 1)}) for kind in kinds_of(lm)]
     for operation in ("add", "rotate", "clamp", "ablate"):
         for positions in ("all", "generated", [1, 2]):
             place = {"positions": positions} | ({"prompt_length": 3} if positions == "generated" else {})
@@ -96,7 +96,7 @@ def test_zero_vectors_and_leaving_the_context_change_no_bit(family):
             if operation != "clamp":  # whose coefficient is a target
                 with steered(lm, [(vector(SITE), 0.0)], operation=operation, **place):
                     assert torch.equal(lm.logits(ids_sp), before)
-    by_position = [SteeringVector.at(f"{kind}.1", torch.zeros(2, lm.width(f"{kind}.1"))) for kind in lm.kinds]
+    by_position = [SteeringVector.at(f"{kind}.1", torch.zeros(2, lm.width(f"{kind}.1"))) for kind in kinds_of(lm)]
     for operation in ("add", "rotate"):
         for added in (by_position, [(table(SITE), 0.0)], [*by_position, (vector(SITE), 0.0)]):
             with steered(lm, added, operation=operation):
@@ -252,7 +252,7 @@ def test_adding_at_the_heads_equals_adding_their_projection(family):
     if family in ("gemma2", "gemma3", "gemma3_text", "olmo2"):
         pytest.skip("a norm stands between the projection and attn_out")
     at_heads = vector("head_out.1", width=lm.width("head_out.1"))
-    projection = lm.module("head_out.1")[0]
+    projection = lm.place("head_out.1").module
     with torch.no_grad():
         projected_d = (projection(at_heads.direction_d[None]) - projection(torch.zeros(1, lm.width("head_out.1"))))[0]
     with steered(lm, [(at_heads, 1.5)]):

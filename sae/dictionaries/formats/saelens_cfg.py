@@ -79,7 +79,7 @@ FACTS = {
 SAME_ACTIVATIONS = {"center_unembed", "dtype", "torch_dtype", "device", "n_devices", "trust_remote_code"}
 SAME_EXCEPT_HEADS = {"fold_value_biases", "refactor_factored_attn_matrices"}
 CENTRED = "center_writing_weights"  # everything that is added to the stream loses its mean over the width
-CENTRED_KINDS = ("resid_pre", "resid_post", "attn_out", "mlp_out")
+CENTRED_KINDS = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 
 
 class Cfg(TypedDict):
@@ -207,7 +207,7 @@ def find_frame(folder: Path, values: dict[str, Any], site: str | None, kind: Arc
     at = (site or "").partition(".")[0]
     if values.get("reshape_activations") == "hook_z" and site is not None and at != "head_out":
         raise InputError(f"the dictionary in {folder} has reshape_activations 'hook_z', but reads {site}; leave the right one")
-    same = SAME_ACTIVATIONS | (set() if at == "head_out" else SAME_EXCEPT_HEADS) | (set() if at == "mlp_in" else {"fold_ln"})
+    same = SAME_ACTIVATIONS | (set() if at == "head_out" else SAME_EXCEPT_HEADS) | (set() if at in ("attn_in", "mlp_in") else {"fold_ln"})
     given = values.get("model_from_pretrained_kwargs") or {}
     if not isinstance(given, dict):
         raise InputError(f"{folder / CFG} has model_from_pretrained_kwargs {given!r}, where an object is expected")
@@ -241,6 +241,6 @@ def find_site(folder: Path, values: dict[str, Any], out: str) -> str | None:
             + ", ".join(pattern.format("L") for pattern in HOOK_NAMES.values())
         )
     for name, other in (("site", site), ("hook_layer", layer)):
-        if other not in (None, found, int(found.rpartition(".")[2])):
+        if other not in (None, found, max(parse_site(found).layer, 0)):
             raise InputError(f"the dictionary in {folder} says hook {hook!r} and {name} {other!r}, which differ; leave the right one")
     return found

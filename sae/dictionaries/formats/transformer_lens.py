@@ -2,20 +2,36 @@
 
 import re
 
+from sae.model.sites import EMBED
+
 HOOK_NAMES = {
+    EMBED: "hook_embed",
     "resid_pre": "blocks.{}.hook_resid_pre",
-    "resid_post": "blocks.{}.hook_resid_post",
-    "attn_out": "blocks.{}.hook_attn_out",
-    "mlp_out": "blocks.{}.hook_mlp_out",
+    "attn_in": "blocks.{}.attn.hook_in",
     "head_out": "blocks.{}.attn.hook_z",
+    "attn_out": "blocks.{}.hook_attn_out",
+    "resid_mid": "blocks.{}.hook_resid_mid",
+    "mlp_in_nogain": "blocks.{}.ln2.hook_normalized",
+    "mlp_in": "blocks.{}.mlp.hook_in",
+    "mlp_act": "blocks.{}.mlp.hook_post",
+    "mlp_out": "blocks.{}.hook_mlp_out",
+    "resid_post": "blocks.{}.hook_resid_post",
+}
+# Other names of the same values: hook_mlp_in is a copy of the stream before the norm, hook_in and hook_out are TransformerBridge's
+ALIASES = {
+    "blocks.{}.hook_mlp_in": "resid_mid",
+    "blocks.{}.hook_in": "resid_pre",
+    "blocks.{}.hook_out": "resid_post",
 }
 
 
 def site_of_hook(hook: str) -> str | None:
     """Our name of one of TransformerLens' hooks; None for a hook that is none of our sites."""
-    for kind, pattern in HOOK_NAMES.items():
-        before, after = map(re.escape, pattern.split("{}"))
-        if match := re.fullmatch(f"{before}(0|[1-9][0-9]*){after}", hook):
+    for kind, pattern in (*HOOK_NAMES.items(), *((kind, pattern) for pattern, kind in ALIASES.items())):
+        if pattern == hook:
+            return kind
+        before, _, after = pattern.partition("{}")
+        if after and (match := re.fullmatch(f"{re.escape(before)}(0|[1-9][0-9]*){re.escape(after)}", hook)):
             return f"{kind}.{match[1]}"
     return None
 

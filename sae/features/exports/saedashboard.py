@@ -18,6 +18,7 @@ from sae.dictionaries.formats.transformer_lens import hook_of_site
 from sae.disk.reading import Count, LongList, read_json
 from sae.disk.writing import atomic, write_json
 from sae.errors import InputError
+from sae.model.sites import parse_site
 from sae.progress import progress
 
 if TYPE_CHECKING:
@@ -35,7 +36,14 @@ TABLES = (
     *("logits_hist_data_bar_heights", "logits_hist_data_bar_values", "decoder_weights_dist"),
 )
 NO_ATTRIBUTION = {"dfa_values": [], "dfa_maxValue": 0, "dfa_targetIndex": -1}  # as SAEDashboard writes where it computed none
-SHORT_SITES = {"resid_pre": "res-pre", "resid_post": "res", "attn_out": "att", "mlp_out": "mlp", "head_out": "att-z"}
+SHORT_SITES = {
+    "resid_pre": "res-pre",
+    "resid_mid": "res-mid",
+    "resid_post": "res",
+    "attn_out": "att",
+    "mlp_out": "mlp",
+    "head_out": "att-z",
+}
 
 
 class Names(NamedTuple):
@@ -55,10 +63,11 @@ class Names(NamedTuple):
 
 def names_of(index: "FeatureIndex", model: str | None = None, source_set: str | None = None) -> Names:
     """From the index's model, site and width, or as given."""
-    kind, _, layer = index.info["site"].partition(".")
+    kind, layer = parse_site(index.info["site"])
+    short, hook = SHORT_SITES.get(kind, kind.replace("_", "-")), hook_of_site(index.info["site"]) or ""
     width = f"{index.d_sae // 1000}k" if index.d_sae >= 1000 else str(index.d_sae)
     known = index.info["model"]["name"].rstrip("/").rsplit("/", 1)[-1]
-    return Names(model or known, int(layer), source_set or f"{SHORT_SITES[kind]}-{width}", hook_of_site(index.info["site"]) or "")
+    return Names(model or known, max(layer, 0), source_set or f"{short}-{width}", hook)
 
 
 def write_saedashboard(

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from sae.model.language_model import LanguageModel
 
 KEPT = 20
+IN_THE_STREAM = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+BEHIND_A_PROJECTION = {"head_out": "attn_out", "mlp_act": "mlp_out"}
 BINS = 50  # of the histogram of a feature's values over the vocabulary, from its lowest to its highest
 BLOCK_BYTES = 1 << 26  # of one block of logits
 DESCRIPTION = (
@@ -27,21 +29,21 @@ DESCRIPTION = (
 
 @torch.no_grad()
 def into_residual(lm: "LanguageModel", site: str, rows_fd: Tensor) -> Tensor:
-    """What directions at the site add to the residual stream, [f, d model]: themselves, or from `head_out` through the output projection.
+    """What directions at the site add to the residual stream, [f, d model]: themselves, or what the projection behind the site makes.
 
-    Raises `InputError` for a model in which the projection's output is not known to be added as it is.
+    Raises `InputError` for a site from which more than one projection leads into the stream.
     """
-    if parse_site(site).kind != "head_out":
+    kind, layer = parse_site(site)
+    if kind in IN_THE_STREAM:
         return rows_fd
-    projection: Any = lm.module(site)[0]
-    if "attn_out" not in lm.kinds or projection not in lm.module(site.replace("head_out", "attn_out"))[0].modules():
-        raise InputError(
-            f"directions at {site} have no place in the residual stream of {lm.name!r}: what its attention adds is not just their output "
-            "projection"
-        )
+    added = lm.place(f"{BEHIND_A_PROJECTION[kind]}.{layer}") if kind in BEHIND_A_PROJECTION else None
+    projection: Any = lm.place(site).module
+    if added is None or projection not in added.module.modules():
+        raise InputError(f"directions at {site} have no place in the residual stream of {lm.name!r}: more than a projection lies between")
     weight = projection.weight
     rows_fd = rows_fd.to(device_of(projection), weight.dtype if weight.is_floating_point() else lm.dtype)
-    return (projection(rows_fd) - projection(torch.zeros_like(rows_fd[:1]))).float()  # a bias is no part of any direction
+    written_fd = projection(rows_fd) - projection(torch.zeros_like(rows_fd[:1]))  # a bias is no part of any direction
+    return (written_fd if added.view is None else added.view.read(written_fd, written_fd)).float()
 
 
 @torch.no_grad()

@@ -181,8 +181,8 @@ def test_facts_that_change_nothing_are_kept(tmp_path, cfg, change):
             in_metadata(hook_name="blocks.1.attn.hook_z", model_from_pretrained_kwargs={"fold_value_biases": True}),
             "fold_value_biases",
         ),
-        (VERSION_6, in_metadata(hook_name="blocks.1.hook_resid_mid"), "'blocks.1.hook_resid_mid', which is none of the sites"),
-        (VERSION_3, {"hook_name": "blocks.1.ln2.hook_normalized"}, "none of the sites"),
+        (VERSION_6, in_metadata(hook_name="blocks.1.hook_pos_embed"), "'blocks.1.hook_pos_embed', which is none of the sites"),
+        (VERSION_3, {"hook_name": "blocks.1.ln1.hook_scale"}, "none of the sites"),
         (VERSION_2, {"hook_point": "model.layers.3"}, "none of the sites"),
         (VERSION_3, {"hook_layer": 3}, "hook_layer 3"),
         (VERSION_6, in_metadata(site="resid_post.0"), "site 'resid_post.0'"),
@@ -228,7 +228,16 @@ def test_a_half_finite_tensor_is_found_wherever_the_number_stands(tmp_path):
             Dictionary.load(write(tmp_path, VERSION_6, weights))
 
 
-@pytest.mark.parametrize("kind", HOOK_NAMES)
+def test_other_names_of_the_same_values_open_too():
+    assert site_of_hook("blocks.3.hook_mlp_in") == "resid_mid.3"  # TransformerLens' copy of the stream before the norm
+    assert site_of_hook("blocks.3.mlp.hook_in") == "mlp_in.3"
+    assert hook_of_site("resid_mid.3") == "blocks.3.hook_resid_mid"
+    assert site_of_hook("hook_embed") == "embed"
+    assert hook_of_site("embed") == "hook_embed"
+    assert site_of_hook("hook_embed.3") is None
+
+
+@pytest.mark.parametrize("kind", [kind for kind in HOOK_NAMES if kind != "embed"])
 def test_hooks_and_sites_name_one_another(tmp_path, kind):
     hook = hook_of_site(f"{kind}.11")
     assert site_of_hook(hook) == f"{kind}.11"

@@ -1,0 +1,225 @@
+"""What the modules of each block take and give in one pass of three tokens, every value distinct from every other.
+
+Noise on the output of each module without parts makes them so, whatever the weights. It is also added in place to the stream between
+attention and MLP, as soon as a module takes the stream plus an earlier output.
+
+t tokens · d width of the stream
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+TOKENS = 3
+NOTHING = torch.empty(0, 0, dtype=torch.float64)
+
+
+class Seen(NamedTuple):
+    """A tensor of the model and how often it had been overwritten."""
+
+    tensor: Tensor
+    version: int
+
+    @classmethod
+    def now(cls, tensor: Tensor) -> "Seen":
+        return cls(tensor, tensor._version)
+
+    @property
+    def overwritten(self) -> bool:
+        return self.tensor._version != self.version
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module in a block. Values are float64 [t, width] on the CPU, empty where they are nothing of the kind."""
+
+    path: str
+    module: nn.Module
+    began: int
+    argument: int | str = 0
+    x: Tensor = NOTHING
+    x_seen: Seen | None = None
+    raw: Tensor = NOTHING
+    """the output as the module made it"""
+    y: Tensor = NOTHING
+    """the output as the model went on with it"""
+    y_seen: Seen | None = None
+    ended: bool = False
+
+    def order(self) -> tuple[int, int]:
+        """The outermost first, then the earliest."""
+        return self.path.count("."), self.began
+
+    def named(self, words: Sequence[str]) -> bool:
+        return any(word in f"{self.path} {type(self.module).__name__}".lower() for word in words)
+
+    @property
+    def is_norm(self) -> bool:
+        return self.named(["norm"]) and all(weight.ndim < 2 for weight in self.module.parameters())
+
+    @property
+    def is_projection(self) -> bool:
+        return getattr(getattr(self.module, "weight", None), "ndim", 0) == 2
+
+    @property
+    def passes_on(self) -> bool:
+        """It gives what it took, as dropout does."""
+        return same(self.x, self.y)
+
+    def within(self, other: "Call") -> bool:
+        return f"{self.path}.".startswith(f"{other.path}.")
+
+
+class Branch(NamedTuple):
+    """What is added to the stream: the output of a module, times a constant."""
+
+    call: Call
+    factor: float
+
+
+@dataclass(eq=False)
+class Block:
+    """What one block did with the stream, [t, d]."""
+
+    module: nn.Module
+    constants: Sequence[float]
+    """numbers of the model's configuration, by which it may multiply"""
+    times: int = 0
+    argument: int | str = 0
+    pre: Tensor = NOTHING
+    pre_seen: Seen | None = None
+    post: Tensor = NOTHING
+    post_seen: Seen | None = None
+    precision: float = 0.0
+    """machine epsilon of the stream"""
+    calls: list[Call] = field(default_factory=list)
+    mid: Call | None = None
+    """the first module that takes the stream plus an earlier output"""
+    first: Branch | None = None
+    """that output"""
+
+    def added(self, base: Tensor, total: Tensor, calls: Sequence[Call]) -> Branch | None:
+        """Which of the calls' outputs makes the total of the base, the outermost module first."""
+        for call in sorted(calls, key=Call.order):
+            if call.y.shape == base.shape:
+                factor = self.factor(base, total, call.y)
+                if factor is not None:
+                    return Branch(call, factor)
+        return None
+
+    def factor(self, base: Tensor, total: Tensor, part: Tensor) -> float | None:
+        """c of total = base + c · part to rounding."""
+        change, slack = total - base, 16 * self.precision * (total.abs() + base.abs())
+        fitted = float((change * part).sum() / (part * part).sum().clamp(min=1e-300))
+        near = [c for c in self.constants if abs(c - fitted) < 0.01 * abs(fitted)]
+        for c in (1.0, *near, fitted):
+            if c and bool(((change - c * part).abs() <= slack).all()):
+                return c
+        return None
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.numel() > 0 and torch.equal(a, b)
+
+
+def trace(blocks: Sequence[nn.Module], constants: Sequence[float], run: Callable[[], Any]) -> list[Block]:
+    """Of the pass that `run` makes, without gradients."""
+    traced = [Block(block, constants) for block in blocks]
+    parts = [[(path, part) for path, part in block.named_modules() if path] for block in blocks]
+    uses = Counter(id(part) for block in parts for _, part in block)
+    noise, clock = torch.Generator().manual_seed(0), count()
+    with ExitStack() as stack:
+        for block, own in zip(traced, parts, strict=True):
+            hooks = _Hooks(block, noise, clock)
+            stack.callback(block.module.register_forward_pre_hook(hooks.enter, with_kwargs=True).remove)
+            stack.callback(block.module.register_forward_hook(hooks.leave).remove)
+            for path, part in own:
+                if uses[id(part)] == 1:  # a hook on what several blocks share would see them all
+                    stack.callback(part.register_forward_pre_hook(hooks.begin(path), with_kwargs=True).remove)
+                    stack.callback(part.register_forward_hook(hooks.end(path)).remove)
+        run()
+    return traced
+
+
+class _Hooks:
+    """On one block."""
+
+    def __init__(self, block: Block, noise: torch.Generator, clock: "count[int]"):
+        self.block, self.noise, self.clock = block, noise, clock
+        self.open: dict[str, Call] = {}
+
+    def enter(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        block = self.block
+        block.times += 1
+        block.argument, stream = _first_tensor(args, kwargs)
+        if stream is not None:
+            block.pre, block.pre_seen, block.precision = values_of(stream), Seen.now(stream), torch.finfo(stream.dtype).eps
+
+    def leave(self, _module: nn.Module, _args: tuple, output: Any) -> None:
+        stream = output[0] if isinstance(output, tuple) else output
+        if isinstance(stream, Tensor):
+            self.block.post, self.block.post_seen = values_of(stream), Seen.now(stream)
+
+    def begin(self, path: str) -> Callable:
+        def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            key, tensor = _first_tensor(args, kwargs)
+            call = Call(path, module, next(self.clock), key)
+            if tensor is not None:
+                call.x = self._between(call, tensor, values_of(tensor))
+                call.x_seen = Seen.now(tensor)
+            self.block.calls.append(call)
+            self.open[path] = call
+
+        return begin
+
+    def _between(self, call: Call, tensor: Tensor, values: Tensor) -> Tensor:
+        """The module's input; where that is the stream between attention and MLP, with noise in place."""
+        block = self.block
+        if block.mid is None and values.shape == block.pre.shape and not torch.equal(values, block.pre):
+            first = block.added(block.pre, values, [call for call in block.calls if call.ended])
+            if first is not None:
+                block.mid, block.first = call, first
+                tensor += self._noise(tensor, values)
+                return values_of(tensor)
+        return values
+
+    def end(self, path: str) -> Callable:
+        def end(module: nn.Module, _args: tuple, output: Any) -> Any:
+            call, first = self.open[path], output[0] if isinstance(output, tuple) else output
+            call.ended = True
+            if not isinstance(first, Tensor) or not first.is_floating_point():
+                return None
+            call.raw = call.y = values_of(first)
+            call.y_seen = Seen.now(first)
+            if not len(call.raw) or next(module.children(), None) is not None or call.passes_on:
+                return None
+            noisy = first + self._noise(first, call.raw)
+            call.y, call.y_seen = values_of(noisy), Seen.now(noisy)
+            return (noisy, *output[1:]) if isinstance(output, tuple) else noisy
+
+        return end
+
+    def _noise(self, tensor: Tensor, values: Tensor) -> Tensor:
+        size = values.pow(2).mean().sqrt() / 2 + self.block.pre.pow(2).mean().nan_to_num().sqrt() / 8
+        return ((float(size) or 1.0) * torch.randn(tensor.shape, generator=self.noise)).to(tensor)
+
+
+def _first_tensor(args: tuple, kwargs: dict) -> tuple[int | str, Tensor | None]:
+    """Of floating point, with its position or name."""
+    for key, value in (*enumerate(args), *kwargs.items()):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return key, value
+    return 0, None
+
+
+def values_of(tensor: Tensor) -> Tensor:
+    """One row a token, a copy; empty where the tensor is not that."""
+    if tensor.numel() == 0 or tensor.numel() != TOKENS * tensor.shape[-1]:
+        return NOTHING
+    return tensor.detach().reshape(TOKENS, -1).to("cpu", torch.float64, copy=True)  # host sync
