@@ -12,7 +12,7 @@ A saved dictionary takes the model's raw activations; the formats are in sae/dic
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +21,9 @@ from sae.dictionaries.formats import load
 from sae.dictionaries.formats.saelens import save
 from sae.dictionaries.frames import Frame
 from sae.dictionaries.gates import Gate, Threshold
-from sae.dictionaries.parts import Parts
+from sae.dictionaries.parts import Parts, Port
 from sae.entries import Buffers, Entries, active_entries
 from sae.errors import InputError
-
-
-class Port(NamedTuple):
-    """Where a dictionary reads or writes."""
-
-    site: str | None
-    """for example "resid_post.2"; None when unknown"""
-    width: int
 
 
 class Dictionary(nn.Module):
@@ -76,8 +68,8 @@ class Dictionary(nn.Module):
         return cls.autoencoder(W_dec_fd.clone(), torch.zeros(d_sae), W_dec_fd, torch.zeros(d_in))
 
     def parts(self) -> Parts:
-        gate, frame, metadata = self.gate, self.frame, self.metadata
-        return Parts(self.W_enc_fd, self.b_enc_f, self.W_dec_fo, self.b_dec_o, gate, self.b_in_d, self.W_skip_od, frame, metadata)
+        matrices = self.W_enc_fd, self.b_enc_f, self.W_dec_fo, self.b_dec_o
+        return Parts(*matrices, self.gate, self.metadata, self.b_in_d, self.W_skip_od, self.frame)
 
     @property
     def d_in(self) -> int:
@@ -103,11 +95,11 @@ class Dictionary(nn.Module):
 
     @property
     def reads(self) -> tuple[Port, ...]:
-        return (Port(self.site, self.d_in),)
+        return self.parts().reads
 
     @property
     def writes(self) -> tuple[Port, ...]:
-        return (Port(self.site_out, self.d_out),)
+        return self.parts().writes
 
     @property
     def is_transcoder(self) -> bool:
@@ -252,4 +244,7 @@ class Dictionary(nn.Module):
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Dictionary":
         """Reads a folder written by `save` or in any other of the formats. Raises `InputError` for anything else."""
-        return cls(**load(Path(folder), device)._asdict()).requires_grad_(False)
+        parts = load(Path(folder), device)
+        if not isinstance(parts, Parts):
+            raise InputError(f"expected one dictionary in {folder}, found a set of {len(parts)}; choose one of them")
+        return cls(**parts._asdict()).requires_grad_(False)

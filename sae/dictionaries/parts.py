@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sae.dictionaries.frames import Frame
 from sae.dictionaries.gates import Gate
+from sae.errors import InputError
 
 
 class Parts(NamedTuple):
@@ -17,24 +18,57 @@ class Parts(NamedTuple):
     W_dec_fo: Tensor
     b_dec_o: Tensor
     gate: Gate
-    b_in_d: Tensor | None
-    """taken off the input"""
-    W_skip_od: Tensor | None
-    frame: Frame | None
     metadata: dict[str, Any]
-    """facts about where it comes from, as they stand in its file"""
+    """facts about where it comes from: "site" and, of a transcoder, "site_out" under our names, "model_name", others as in its file"""
+    b_in_d: Tensor | None = None
+    """taken off the input"""
+    W_skip_od: Tensor | None = None
+    frame: Frame | None = None
+
+    @property
+    def reads(self) -> "tuple[Port, ...]":
+        """Where it reads: one site, or several of equal width side by side (a crosscoder)."""
+        return ports(self.metadata.get("site"), self.W_enc_fd.shape[1])
+
+    @property
+    def writes(self) -> "tuple[Port, ...]":
+        """Where it writes: for all but transcoders where it reads."""
+        return ports(self.metadata.get("site_out", self.metadata.get("site")), self.W_dec_fo.shape[1])
 
     @property
     def site(self) -> str | None:
-        """Where in the model it reads, for example "resid_post.2"; None when unknown."""
-        return self.metadata.get("site")
+        """The one site where it reads, for example "resid_post.2"; None when unknown. Raises `InputError` for several."""
+        return only(self.reads, "reads")
 
     @property
     def site_out(self) -> str | None:
-        """Where it writes: for all but transcoders where it reads."""
-        return self.metadata.get("site_out", self.site)
+        """The one site where it writes. Raises `InputError` for several."""
+        return only(self.writes, "writes")
 
     @property
     def is_transcoder(self) -> bool:
         """It writes elsewhere than it reads."""
-        return self.site_out != self.site or self.W_enc_fd.shape[1] != self.W_dec_fo.shape[1]
+        return self.reads != self.writes
+
+
+class Port(NamedTuple):
+    """Where a dictionary reads or writes."""
+
+    site: str | None
+    """for example "resid_post.2"; None when unknown"""
+    width: int
+
+
+def ports(sites: str | list[str] | None, width: int) -> tuple[Port, ...]:
+    """The sites that `width` columns are for, each as wide as the others. Raises `InputError` where that does not divide."""
+    sites = sites if isinstance(sites, list) else [sites]  # type: ignore[list-item]
+    if width % max(1, len(sites)):
+        raise InputError(f"expected a width that {len(sites)} sites share, {', '.join(map(str, sites))}, got {width}")
+    return tuple(Port(site, width // len(sites)) for site in sites)
+
+
+def only(ports: tuple[Port, ...], does: str) -> str | None:
+    if len(ports) != 1:
+        sites = ", ".join(str(port.site) for port in ports)
+        raise InputError(f"expected a dictionary of one site, but this one {does} {len(ports)} of them ({sites})")
+    return ports[0].site

@@ -160,7 +160,7 @@ def require_arrays(places: Mapping[str, Place], schema: Arrays, where: str, then
         if name not in places:
             raise InputError(f"expected the array {name!r} in {where}, which has {', '.join(places) or 'none'}; {then}")
         place = places[name]
-        if place.dtype not in dtypes.split() or not _fits(place.shape, shape, sizes):
+        if place.dtype not in dtypes.split() or not fits(place.shape, shape, sizes):
             known = ", ".join(f"{size} = {sizes[size]}" for size in sorted(sizes) if size in shape.replace("+1", "").split())
             raise InputError(
                 f"expected {name!r} in {where} to be {' or '.join(dtypes.split())} [{shape.replace(' ', ', ')}]"
@@ -169,7 +169,7 @@ def require_arrays(places: Mapping[str, Place], schema: Arrays, where: str, then
     return sizes
 
 
-def _fits(shape: tuple[int, ...], pattern: str, sizes: dict[str, int]) -> bool:
+def fits(shape: tuple[int, ...], pattern: str, sizes: dict[str, int]) -> bool:
     """Whether a shape has the pattern; sizes that are named for the first time are noted."""
     words = pattern.split()
     if len(words) != len(shape):
@@ -247,7 +247,7 @@ def require_within(numbers: np.ndarray, low: int, high: int, name: str, where: P
 
 
 @contextmanager
-def one_sentence(what: str) -> Iterator[None]:
+def one_sentence(what: str, then: str = MAKE_AGAIN) -> Iterator[None]:
     """Around the readers of other packages, which let through whatever their parts say of bytes that make no sense."""
     try:
         yield
@@ -255,7 +255,7 @@ def one_sentence(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(_reason(error).split())
-        raise InputError(f"expected {what}, but it cannot be read ({reason[:300]}); make it again") from None
+        raise InputError(f"expected {what}, but it cannot be read ({reason[:300]}); {then}") from None
 
 
 def _reason(error: Exception) -> str:

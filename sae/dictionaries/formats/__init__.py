@@ -1,32 +1,63 @@
-"""Formats of dictionaries on disk: one row each. `load` finds the row of a folder; saelens.py is the one that is written too."""
+"""Formats of dictionaries on disk, one row each. `load` finds the row of a folder or file; saelens.py is the one that is written too.
 
-from collections.abc import Callable
+tensors.py is what the rows share.
+"""
+
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from sae.dictionaries.formats import saelens
+from sae.dictionaries.formats import gemma_scope, saelens
+from sae.dictionaries.formats.tensors import Device, has
 from sae.dictionaries.parts import Parts
 from sae.errors import InputError
+
+Layers = Mapping[int, Callable[[], Parts]]
+"""A set of dictionaries, one for each layer of a model, each of which is read when it is asked for."""
+SHOWN = 12
+"""files named in an error"""
 
 
 class Format(NamedTuple):
     name: str
-    has: tuple[str, ...]
-    """files by which a folder of this format is known"""
-    load: Callable[[Path, str | torch.device], Parts]
+    files: str
+    """by which it is known, as error sentences and the documentation show them"""
+    recognises: Callable[[Path], bool]
+    """whether this folder or file is of the format, by names of files and of what they hold. May raise `InputError` for a damaged one"""
+    load: Callable[[Path, Device], Parts | Layers]
+    """Raises `InputError` for whatever changes the function and is not understood"""
 
 
-FORMATS = (Format("SAELens", (saelens.CFG, saelens.WEIGHTS), saelens.load),)
+FORMATS = (
+    Format("SAELens", f"{saelens.CFG} + {saelens.WEIGHTS}", has(saelens.WEIGHTS), saelens.load),
+    Format("Gemma Scope", gemma_scope.PARAMS_1, gemma_scope.recognises_1, gemma_scope.load_1),
+    Format("Gemma Scope 2", gemma_scope.PARAMS_2, gemma_scope.recognises_2, gemma_scope.load_2),
+)
 
 
-def load(folder: Path, device: str | torch.device = "cpu") -> Parts:
-    """What the dictionary in `folder` is made of. Raises `InputError` for a folder of none of the formats."""
-    if not folder.exists():
-        raise InputError(f"expected a dictionary in the folder {folder}, which does not exist; check its name")
+def format_of(path: Path) -> Format:
+    """The row of a folder or file. Raises `InputError` where none or several know it."""
+    if not path.exists():
+        raise InputError(f"expected a dictionary in {path}, which does not exist; check its name")
+    found, damage = [], None
     for row in FORMATS:
-        if any((folder / name).exists() for name in row.has):
-            return row.load(folder, device)
-    known = "; ".join(f"{row.name}: {' and '.join(row.has)}" for row in FORMATS)
-    raise InputError(f"expected a dictionary in {folder}, but no files of a known format are there ({known}); check the folder's name")
+        try:
+            found += [row] if row.recognises(path) else []
+        except InputError as error:
+            damage = damage or error
+    if len(found) == 1:
+        return found[0]
+    if damage is not None and not found:
+        raise damage
+    if found:
+        names = " and ".join(f"{row.name} ({row.files})" for row in found)
+        raise InputError(f"expected one dictionary in {path}, found files of {names}; move one of them elsewhere")
+    files = sorted(one.name + "/" * one.is_dir() for one in path.iterdir()) if path.is_dir() else [path.name]
+    there = ", ".join(files[:SHOWN]) + (f" and {len(files) - SHOWN} more" if len(files) > SHOWN else "")
+    known = "; ".join(f"{row.name}: {row.files}" for row in FORMATS)
+    raise InputError(f"expected a dictionary in {path}, found no known format ({known}), but {there or 'nothing'}; check its name")
+
+
+def load(path: Path, device: Device = "cpu") -> Parts | Layers:
+    """What the dictionary, or each dictionary of a set, in the folder or file is made of. Raises `InputError` for none of the formats."""
+    return format_of(path).load(path, device)

@@ -38,7 +38,7 @@ def load(folder: Path, device: str | torch.device = "cpu") -> Parts:
         w["W_dec"] = w["W_dec"] * scale_f[:, None]
     b_in_d = w["b_dec"] if settings.subtracts_b_dec else None
     W_enc_fd = w["W_enc"].T.contiguous()
-    return Parts(W_enc_fd, w["b_enc"], w["W_dec"], w["b_dec"], gate, b_in_d, w.get("W_skip"), settings.frame, settings.metadata)
+    return Parts(W_enc_fd, w["b_enc"], w["W_dec"], w["b_dec"], gate, settings.metadata, b_in_d, w.get("W_skip"), settings.frame)
 
 
 def gate_of(settings: Settings, w: dict[str, Tensor]) -> Gate:

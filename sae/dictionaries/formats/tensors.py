@@ -1,0 +1,97 @@
+"""What the rows of the table share: the tensors of a file held against their shapes, and facts out of a path's names."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sae.disk.foreign import read_npz, read_torch
+from sae.disk.reading import fits, layout, read_tensors
+from sae.errors import InputError
+
+Device = str | torch.device
+WHAT = "a dictionary's weights"
+AGAIN = "copy or download the dictionary again"
+
+
+def has(*files: str) -> Callable[[Path], bool]:
+    """For `Format.recognises`: a folder in which there is a file for each of these patterns."""
+    return lambda path: path.is_dir() and all(any(path.glob(pattern)) for pattern in files)
+
+
+def file_at(path: Path, name: str) -> Path | None:
+    """The file `name`, where `path` is its folder or the file itself; None where it is neither."""
+    file = path if path.name == name else path / name
+    return file if file.is_file() else None
+
+
+def read_weights(path: Path, device: Device = "cpu") -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .npz, .pt or .pth file, flat; on a CPU mapped from the disk where the file's layout allows it.
+
+    What else a .pt holds beside tensors is left out; see `read_torch`. Raises `InputError` for a file that is damaged or holds no tensors.
+    """
+    if path.suffix == ".safetensors":
+        return read_tensors(path, WHAT, device=device, then=AGAIN)[0]
+    if path.suffix == ".npz":
+        return {name: torch.from_numpy(array).to(device) for name, array in read_npz(path, WHAT).items()}
+    state = read_torch(path, WHAT)
+    if not isinstance(state, Mapping):
+        raise InputError(f"expected named tensors in {path}, found {type(state).__name__}; {AGAIN}")
+    return {str(name): tensor.to(device) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def names_in(path: Path) -> frozenset[str]:
+    """Names of the tensors (of a .pt, of everything at the top) in a file, without reading their values. Raises like `read_weights`."""
+    if path.suffix == ".safetensors":
+        return frozenset(layout(path, WHAT, AGAIN)[0])
+    value = read_npz(path, WHAT) if path.suffix == ".npz" else read_torch(path, WHAT)
+    return frozenset(map(str, value)) if isinstance(value, Mapping) else frozenset()
+
+
+def checked(
+    where: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, str], optional: Mapping[str, str] | None = None, **sizes: int
+) -> dict[str, Tensor]:
+    """Just the tensors of `shapes`, and those of `optional` that are there, all of one floating dtype.
+
+    A shape is "d f" with names or numbers; sizes of one name are equal, and those given in `sizes` are known: {"W_enc": "d f",
+    "b_enc": "f"}. Of several dtypes the widest is taken, which changes no value. Raises `InputError`, which names the tensor, for one that
+    is missing, unknown here, of another shape, not of floating point, or with NaN or infinity in it.
+    """
+    missing = [name for name in shapes if name not in tensors]
+    known = {**shapes, **(optional or {})}
+    if missing:
+        raise InputError(f"expected the tensors {', '.join(shapes)} in {where}, which lacks {', '.join(missing)}; {AGAIN}")
+    if unknown := sorted(set(tensors) - set(known)):
+        raise InputError(f"{where} holds {', '.join(unknown)} beside {', '.join(known)}, which may change what the dictionary computes")
+    found = {name: tensors[name] for name in known if name in tensors}
+    for name, tensor in found.items():
+        if not fits(tuple(tensor.shape), known[name], sizes):
+            given = ", ".join(f"{size} = {sizes[size]}" for size in known[name].split() if size in sizes)
+            raise InputError(
+                f"expected {name} in {where} of shape [{known[name].replace(' ', ', ')}]{' with ' if given else ''}{given}, "
+                f"found {list(tensor.shape)}; {AGAIN}"
+            )
+        if not tensor.is_floating_point():
+            raise InputError(f"expected {name} in {where} to be of floating point, found {tensor.dtype}; {AGAIN}")
+        if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):  # host sync; NaN is both ends
+            raise InputError(f"{name} in {where} holds NaN or infinity; {AGAIN}")
+    widest = found[next(iter(found))].dtype
+    for tensor in found.values():
+        widest = torch.promote_types(widest, tensor.dtype)
+    return {name: tensor.to(widest) for name, tensor in found.items()}
+
+
+def require_value(where: Path, key: str, value: object, known: Sequence[object]) -> None:
+    """Raises `InputError` unless the setting has one of the values that are understood."""
+    if not any(value == one and isinstance(value, type(one)) for one in known):
+        expected = " or ".join("nothing" if one is None else repr(one) for one in known)
+        raise InputError(f"{where} has {key} {value!r}, which is not understood; expected {expected}")
+
+
+def name_of(path: Path) -> str:
+    """The path as names tell of it: "google/gemma-scope-2b-pt-res/layer_12/…" inside of a hub's cache, else its absolute self, with "/"."""
+    text = path.absolute().as_posix()
+    found = re.search(r".*/models--([^/]+?)--([^/]+)/snapshots/[^/]+/?(.*)", text)
+    return "/".join(part for part in found.groups() if part) if found else text
