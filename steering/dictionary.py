@@ -7,23 +7,23 @@ from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 
 
-def load_dictionary(folder: Path, lm: LanguageModel, site: str | None = None) -> tuple[Dictionary, str]:
+def load_dictionary(source: str | Path, lm: LanguageModel, site: str | None = None) -> tuple[Dictionary, str]:
     """The dictionary on the model's device, and its site, or `site` where it does not name its own.
 
     For comparing directions at one site. Raises `InputError` for a dictionary of another site, width or model, for a transcoder, and for
     one whose rows mean another vector at every token.
     """
-    dictionary = Dictionary.load(folder, lm.device)
+    dictionary = Dictionary.load(source, lm.device)
     if dictionary.is_transcoder or (dictionary.frame is not None and dictionary.frame.kind != "centred"):
         what = (
             f"{dictionary.site_out} from {dictionary.site}" if dictionary.is_transcoder else f"in units of each token ({dictionary.frame})"
         )
         raise InputError(
-            f"expected a dictionary that writes fixed vectors where it reads, but the one in {folder} writes {what}; "
+            f"expected a dictionary that writes fixed vectors where it reads, but the one in {source} writes {what}; "
             "steer with its features by clamping them"
         )
     site = dictionary.require_site(site)
     if dictionary.d_in != lm.width(site):
-        raise InputError(f"expected a dictionary of width {lm.width(site)} for {site} of {lm.name!r}, got {dictionary.d_in} in {folder}")
+        raise InputError(f"expected a dictionary of width {lm.width(site)} for {site} of {lm.name!r}, got {dictionary.d_in} in {source}")
     dictionary.require_model(lm.name, lm.fingerprint(), named=True)  # every command here is given its model
     return dictionary, site

@@ -26,8 +26,8 @@ SIDE_BY_SIDE = 80  # columns of a terminal below which two columns of text becom
 class PartsConfig:
     index: Path
     """Folder of the feature index: it knows each feature's maximum activation."""
-    dictionary: Path | None = None
-    """Folder of the dictionary; by default the one the index was built from."""
+    dictionary: str | None = None
+    """Folder, file or hub name of the dictionary; by default the one the index was built from."""
     model: str | None = None
     """Model by hub name, folder or GGUF file; by default the one the index names."""
     feature: int | None = None

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_public_names():
-    assert sorted(sae.__all__) == ["Dictionary", "InputError", "LanguageModel", "__version__"]
+    assert sorted(sae.__all__) == ["Bundle", "Dictionary", "InputError", "LanguageModel", "__version__", "load"]
     assert sorted(steering.__all__) == ["DictionaryFeature", "SteeringVector", "steered"]
     for package in (sae, steering):
         assert all(hasattr(package, name) for name in package.__all__)

@@ -10,18 +10,18 @@ A saved dictionary takes the model's raw activations; the formats are in sae/dic
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sae.dictionaries.formats import load
 from sae.dictionaries.formats.saelens import save
 from sae.dictionaries.frames import Frame
 from sae.dictionaries.gates import Gate, Threshold
 from sae.dictionaries.parts import Parts, Port
+from sae.dictionaries.source import read
 from sae.entries import Buffers, Entries, active_entries
 from sae.errors import InputError
 
@@ -184,7 +184,9 @@ class Dictionary(nn.Module):
             )
         x_bd = x_bd.to(y_bo.dtype)
         y_bo = y_bo if self.frame is None else self.frame.leave(y_bo, x_bd)
-        return y_bo if self.W_skip_od is None else y_bo + x_bd @ self.W_skip_od.T
+        if self.W_skip_od is None:
+            return y_bo
+        return y_bo + nn.functional.pad(x_bd @ self.W_skip_od.T, (0, self.d_out - len(self.W_skip_od)))
 
     def baseline(self, x_bd: Tensor) -> Tensor:
         """What is written for these tokens when no feature is active, [..., o]; [o] where that is the same for all."""
@@ -200,6 +202,15 @@ class Dictionary(nn.Module):
     def unit(self, x_bd: Tensor) -> Tensor | float:
         """What one unit of the decoder's output is worth for each token, [..., 1]; 1 without a frame."""
         return 1.0 if self.frame is None or not self.frame.restores else self.frame.enter(x_bd).unit_b1
+
+    def joined(self, values: Mapping[str, Tensor]) -> Tensor:
+        """What it encodes, [..., d], out of the values at each of the sites where it reads."""
+        return torch.cat([values[str(port.site)] for port in self.reads], dim=-1)
+
+    def split(self, y_bo: Tensor) -> dict[str, Tensor]:
+        """What it writes, [..., o], by site."""
+        parts = y_bo.split([port.width for port in self.writes], dim=-1)
+        return {str(port.site): part for port, part in zip(self.writes, parts)}
 
     def norms(self) -> Tensor:
         """Lengths of the decoder's rows, [f]."""
@@ -242,9 +253,17 @@ class Dictionary(nn.Module):
         save(self.parts(), Path(folder))
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "Dictionary":
-        """Reads a folder written by `save` or in any other of the formats. Raises `InputError` for anything else."""
-        parts = load(Path(folder), device)
+    def load(cls, source: str | Path, device: str | torch.device = "cpu") -> "Dictionary":
+        """Reads a folder or file of any of the formats, or a name on the hub (see source.py).
+
+        Raises `InputError` for anything else, and for a set of dictionaries.
+        """
+        parts = read(source, device)
         if not isinstance(parts, Parts):
-            raise InputError(f"expected one dictionary in {folder}, found a set of {len(parts)}; choose one of them")
+            one = f"{str(source).rstrip('/')}/layer_{next(iter(parts))}"
+            raise InputError(f"{source} is a set of {len(parts)} dictionaries, one for each layer; choose one, such as {one}")
+        return cls.of(parts)
+
+    @classmethod
+    def of(cls, parts: Parts) -> "Dictionary":
         return cls(**parts._asdict()).requires_grad_(False)

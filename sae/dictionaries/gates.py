@@ -9,6 +9,7 @@ b rows (tokens) · f features
 | gated | `Threshold(theta_f)`, see sae/dictionaries/formats/saelens.py |
 | TopK | `TopK(k)` |
 | AbsTopK | `AbsTopK(k)` |
+| TopK without ReLU (circuit-tracer) | `BareTopK(k)` |
 
 A gate is called with pre-activations z [..., f] and may overwrite them.
 """
@@ -86,3 +87,13 @@ class AbsTopK(TopK):
         index_bk = z_bf.abs().topk(min(self.k, z_bf.shape[-1]), sorted=False).indices
         value_bk = z_bf.gather(-1, index_bk)
         return torch.zeros_like(z_bf).scatter_(-1, index_bk, value_bk)
+
+
+class BareTopK(TopK):
+    """The k largest of a row as they are, those below 0 too: circuit-tracer's TopK, which has no ReLU."""
+
+    signed = True
+
+    def forward(self, z_bf: Tensor) -> Tensor:
+        value_bk, index_bk = z_bf.topk(min(self.k, z_bf.shape[-1]), sorted=False)
+        return z_bf.zero_().scatter_(-1, index_bk, value_bk)

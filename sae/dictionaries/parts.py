@@ -3,6 +3,7 @@
 d width that is read · f features · o width that is written
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -23,6 +24,7 @@ class Parts(NamedTuple):
     b_in_d: Tensor | None = None
     """taken off the input"""
     W_skip_od: Tensor | None = None
+    """of a dictionary that writes at several sites perhaps only the first rows; the others are then 0"""
     frame: Frame | None = None
 
     @property
@@ -72,3 +74,7 @@ def only(ports: tuple[Port, ...], does: str) -> str | None:
         sites = ", ".join(str(port.site) for port in ports)
         raise InputError(f"expected a dictionary of one site, but this one {does} {len(ports)} of them ({sites})")
     return ports[0].site
+
+
+Layers = Mapping[int, Callable[[], Parts]]
+"""A set of dictionaries, one for each of several layers of a model, each of which is read when it is asked for."""

@@ -1,29 +1,26 @@
 """Measure a dictionary on the held-out tokens of an activation cache."""
 
 import math
-import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
-from typing_extensions import TypedDict
 
 from sae.activations.massive import RATIO, is_massive, share
+from sae.dictionaries.bundle import Bundle, load
 from sae.dictionaries.dictionary import Dictionary
-from sae.dictionaries.formats.saelens import WEIGHTS
-from sae.disk.checksum import crc32
+from sae.dictionaries.source import locate, weights_crc32
 from sae.disk.places import require_file
-from sae.disk.reading import Number, read_json, require
 from sae.disk.writing import write_json
 from sae.errors import InputError
+from sae.evaluation.bundle import evaluate_bundle
 from sae.evaluation.language_model_loss import ARMS, LanguageModelLoss, language_model_loss
 from sae.evaluation.reconstruction import Reconstruction, ReconstructionMetrics, measure
+from sae.evaluation.settings import EvaluationConfig, finite, held_out_text, refuse_training_tokens
 from sae.progress import progress
 
 if TYPE_CHECKING:
@@ -32,53 +29,8 @@ if TYPE_CHECKING:
 READ_ROWS = 4096
 
 
-class Split(TypedDict):
-    seed: int
-    held_out: Number
-
-
-class OnText(TypedDict):
-    """Settings of a run that computed its activations."""
-
-    live: Split
-
-
-class OnCache(TypedDict):
-    cache: Annotated[str, Field(pattern=r"^[^\x00]*$")]
-
-
-@dataclass
-class EvaluationConfig:
-    dictionary: Path
-    """folder of the dictionary"""
-    cache: Path
-    """activation cache with the dictionary's site; its held-out tokens are used, never its training tokens"""
-    model: str | None = None
-    """hub name, folder or GGUF file of the language model; by default the one the cache was made with"""
-    sequences: int = 200
-    """held-out sequences for the language model's loss; 0 measures reconstruction alone and needs no model"""
-    rows: int = 1_000_000
-    """held-out activations for reconstruction, at most"""
-    batch: int = 8
-    """sequences in one forward pass at most; fewer where their logits would take more than 0.27 GB"""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one"""
-    seed: int = 0
-    """of the choice of sequences and of the bootstrap"""
-    out: Path | None = None
-    """where the numbers go; by default evaluation.json in the dictionary's folder"""
-    verify: bool = False
-    """first read the whole site in the cache to compare every checksum; by default only those of token files up to 32 MB"""
-
-    def check(self) -> None:
-        """Raises `InputError` for values that cannot be meant."""
-        for name, least in (("sequences", 0), ("rows", 1), ("batch", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"--{name} must be at least {least}, got {getattr(self, name)}")
-
-
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
-    """Measures, prints a table and writes `evaluation.json`; gives what is in that file.
+    """Measures, prints a table and writes `evaluation.json`; gives what is in that file. Sets of transcoders: see bundle.py.
 
     Raises `InputError` for a cache of another model, site or width, for one without held-out tokens or whose held-out tokens were
     trained on, and for values that are not finite.
@@ -86,19 +38,33 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     from sae.activations.cache import ActivationCache
 
     config.check()
-    out = config.out or config.dictionary / "evaluation.json"
-    if config.out or config.dictionary.is_dir():
-        require_file(out)
+    folder = Path(config.dictionary)
+    if config.out is None and not folder.is_dir():
+        locate(config.dictionary)  # what does not exist is said first
+        raise InputError(f"expected --out for the numbers of {config.dictionary}, which is no folder of this machine; give a file's name")
+    out = config.out or folder / "evaluation.json"
+    require_file(out)
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    dictionary = Dictionary.load(config.dictionary, device)
+    dictionary = load(config.dictionary, device)
+    if isinstance(dictionary, Bundle):
+        result = evaluate_bundle(config, dictionary, device)
+        write_json(out, result)
+        return result
     cache = ActivationCache.open(config.cache, dictionary.site, verify=config.verify)
     cache.require_dictionary(dictionary, named=config.model is not None)
-    refuse_training_tokens(config.dictionary, cache)
+    refuse_training_tokens(folder, cache)
     reconstruction, massive = reconstruct(dictionary, cache, config.rows)
-    loss = splice(config, dictionary, cache, reconstruction.mean_d, device) if config.sequences else None
+    loss = None
+    if config.sequences:
+        dictionary.metadata["site"] = cache.site  # where it does not name its own
+        text = held_out_text(config, cache, device)
+        means = {str(dictionary.site_out): reconstruction.mean_d}
+        loss = language_model_loss(
+            text.lm, [dictionary], text.sequences, means, replaced=text.replaced, batch=config.batch, seed=config.seed
+        )
     result = {
         "dictionary": str(config.dictionary),
-        "weights_crc32": crc32(config.dictionary / WEIGHTS),
+        "weights_crc32": weights_crc32(config.dictionary),
         "d_in": dictionary.d_in,
         "d_sae": dictionary.d_sae,
         "site": cache.site,
@@ -114,39 +80,6 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     write_json(out, result)
     print_table(config, cache, reconstruction, massive, loss)
     return result
-
-
-def refuse_training_tokens(folder: Path, cache: "ActivationCache") -> None:
-    """Raises `InputError` unless the cache holds tokens out, and when the dictionary's own cache split the same text otherwise."""
-    from sae.activations.manifest import read_manifest
-    from sae.training.checkpoint import Record
-
-    if not cache.rows("held_out"):
-        raise InputError(
-            f"expected held-out tokens in {cache.folder}, but it has training tokens only; harvest more documents or a larger share"
-        )
-    if not (folder / "training.json").exists():
-        return
-    settings = read_json(folder / "training.json", "a run's training.json", Record)["settings"]
-    live = "live" in settings
-    require(settings, OnText if live else OnCache, f"a run's training.json in {folder}")
-    if live:  # trained without a cache, on this text
-        trained_on: Any = "activations computed live"
-        theirs = settings["live"] | {"dataset": {name: settings["live"].get(name) for name in cache.manifest["dataset"] or ()}}
-    else:
-        trained_on = Path(settings["cache"])
-        if os.path.realpath(trained_on) == os.path.realpath(cache.folder):
-            return
-        if not os.path.exists(trained_on / "manifest.json"):
-            print(f"note: the dictionary was trained on {trained_on}, which is not at hand to compare texts with", file=sys.stderr)
-            return
-        theirs = read_manifest(trained_on)
-    split = [(manifest["seed"], manifest["held_out"]) for manifest in (theirs, cache.manifest)]
-    if theirs["dataset"] and theirs["dataset"] == cache.manifest["dataset"] and split[0] != split[1]:
-        raise InputError(
-            f"the dictionary was trained on {trained_on}, which holds out other documents of the same text (seed and share "
-            f"{split[0]}, here {split[1]}), so its training tokens would be among these; evaluate on its own"
-        )
 
 
 class MassiveRows(NamedTuple):
@@ -191,32 +124,6 @@ def held_out(cache: "ActivationCache", rows: int) -> Iterator[Tensor]:
         yield from x_nd.split(READ_ROWS)
 
 
-def splice(
-    config: EvaluationConfig, dictionary: Dictionary, cache: "ActivationCache", mean_d: Tensor, device: torch.device
-) -> LanguageModelLoss:
-    """On a seeded choice of the held-out sequences, in the cache's own context length."""
-    from sae.model.language_model import LanguageModel
-
-    lm = LanguageModel.load(
-        config.model or cache.model_name(),
-        device=device,
-        revision=None if config.model else cache.manifest["model"]["revision"],
-    )
-    cache.require_model(lm)
-    tokens = cache.tokens
-    lengths = np.diff(tokens.sequence_starts)
-    candidates = np.flatnonzero((np.asarray(tokens.sequence_split) == 1) & (lengths > 1))
-    if len(candidates) < config.sequences:
-        print(f"note: {len(candidates)} held-out sequences are all there are, {config.sequences} were asked for", file=sys.stderr)
-    chosen = np.random.default_rng(config.seed).permutation(candidates)[: config.sequences]
-    stored_n = np.zeros(len(tokens.ids), dtype=bool)  # whatever a token was left out for, it has no row
-    for shard in cache.shards("held_out"):
-        stored_n[cache.read(shard)[1].numpy()] = True
-    spans = [slice(*tokens.sequence_starts[[i, i + 1]]) for i in chosen]
-    sequences, replaced = [np.asarray(tokens.ids[span]) for span in spans], [stored_n[span] for span in spans]
-    return language_model_loss(lm, dictionary, cache.site, sequences, mean_d, replaced=replaced, batch=config.batch, seed=config.seed)
-
-
 def describe(reconstruction: Reconstruction) -> dict[str, Any]:
     """For the file: density as a histogram in half decades, without the mean row."""
     edges = [-math.inf, *np.arange(-6, 0.01, 0.5).tolist()]
@@ -225,11 +132,6 @@ def describe(reconstruction: Reconstruction) -> dict[str, Any]:
     values = {k: v for k, v in reconstruction._asdict().items() if k not in ("density_f", "mean_d")}
     histogram = {"log10_upper_edges": edges[1:], "features": counts.tolist()}
     return finite(values) | {"density_histogram": histogram}
-
-
-def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: an undefined ratio becomes null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def print_table(

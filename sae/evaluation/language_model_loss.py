@@ -1,14 +1,14 @@
 """What a dictionary costs the language model: its loss with the dictionary spliced in, against clean, zero and mean ablation.
 
-Spliced means that the value where the dictionary writes is replaced by its output: by the reconstruction of that value or, with a
-transcoder, by what it makes of the value where it reads. Positions of which the activation cache holds no
-row (beginning of text, and whatever else it was told to leave out) are left untouched in every arm, since no dictionary is trained on such.
-Losses are means over the real next tokens of all sequences.
+Spliced means that the value where the dictionary writes is replaced by its output (splice.py). Positions of which the activation cache
+holds no row (beginning of text, and whatever else it was told to leave out) are left untouched in every arm, since no dictionary is
+trained on such. Losses are means over the real next tokens of all sequences.
 
 s sequences · p positions · d model width · v vocabulary · n next tokens
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
+from sae.evaluation.splice import Splice, require_widths
 from sae.progress import progress
 from sae.statistics import percentile_interval, resamples
 
 if TYPE_CHECKING:
-    from sae.model.language_model import Edit, LanguageModel
+    from sae.model.language_model import LanguageModel
 
 ARMS = ("clean", "spliced", "zero", "mean")
 LOGITS_BYTES = 64 << 20
@@ -55,58 +56,61 @@ class LanguageModelLoss(NamedTuple):
 @torch.no_grad()
 def language_model_loss(
     lm: "LanguageModel",
-    dictionary: Dictionary,
-    site: str,
+    dictionaries: Sequence[Dictionary],
     sequences: Sequence[np.ndarray],
-    mean_d: Tensor,
+    means: Mapping[str, Tensor],
     *,
     replaced: Sequence[np.ndarray],
     batch: int = 8,
     seed: int = 0,
 ) -> LanguageModelLoss:
-    """`sequences` of token ids; `mean_d` replaces activations in the mean arm; `replaced` says of each token whether its position is
-    replaced (True) or left as it is.
+    """Of one dictionary, or of several that are spliced in together. `sequences` of token ids; `means` [d] by site where they write replace
+    its values in the mean arm; `replaced` says of each token whether its position is replaced (True) or left as it is.
 
     Raises `InputError` for sequences without a next token, or a dictionary whose width is not the site's.
     """
-    for place, width in ((site, dictionary.d_in), (dictionary.site_out or site, dictionary.d_out)):
-        if width != lm.width(place):
-            raise InputError(f"expected a dictionary {lm.width(place)} wide for {place} of {lm.name}, got one for {width}")
+    require_widths(lm, dictionaries)
+    sums = []
+    with progress("language model", len(sequences), "sequences") as bar:
+        for rows in batches(lm, sequences, replaced, batch):
+            sums.append(batch_sums(lm, dictionaries, rows, means))
+            bar.advance(len(sums[-1]))
+    return summarise(np.concatenate(sums), seed)
+
+
+def batches(
+    lm: "LanguageModel", sequences: Sequence[np.ndarray], replaced: Sequence[np.ndarray], batch: int
+) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
+    """Those of two tokens or more, with which of their positions are replaced, at most `batch` at a time and fewer where their logits
+    would be large. Raises `InputError` where there are none."""
     rows = [(ids, own) for ids, own in zip(sequences, replaced, strict=True) if len(ids) > 1]
     if not rows:
         raise InputError("expected sequences of at least two tokens to measure the language model's loss on, got none")
     rows.sort(key=lambda row: len(row[0]))  # alike lengths share a batch
     table = 4 * lm.model.config.get_text_config().vocab_size * len(rows[-1][0])  # bytes of one sequence's logits; two of each are held
     batch = max(1, min(batch, TABLE_BYTES // table))
-    sums = []
-    with progress("language model", len(rows), "sequences") as bar:
-        for start in range(0, len(rows), batch):
-            sums.append(batch_sums(lm, dictionary, site, rows[start : start + batch], mean_d))
-            bar.advance(len(sums[-1]))
-    return summarise(np.concatenate(sums), seed)
+    for start in range(0, len(rows), batch):
+        yield rows[start : start + batch]
 
 
 def batch_sums(
-    lm: "LanguageModel", dictionary: Dictionary, site: str, rows: Sequence[tuple[np.ndarray, np.ndarray]], mean_d: Tensor
+    lm: "LanguageModel", dictionaries: Sequence[Dictionary], rows: Sequence[tuple[np.ndarray, np.ndarray]], means: Mapping[str, Tensor]
 ) -> np.ndarray:
     """Of rows of ids and whether they are replaced, sums over each one's next tokens, float64 [s, 9]: their count, four cross-entropies
     and three KLs (order of `ARMS`); then its replaced positions."""
-    shape = len(rows), max(len(ids) for ids, _ in rows)
-    ids_sp, mask_sp = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-    replaced_sp = torch.zeros(shape, dtype=torch.bool)
-    for s, (ids, own) in enumerate(rows):  # padded behind, where a causal model cannot look
-        ids_sp[s, : len(ids)], mask_sp[s, : len(ids)] = torch.from_numpy(ids.astype(np.int64)), 1
-        replaced_sp[s, : len(ids)] = torch.from_numpy(own)
-    ids_sp, mask_sp = ids_sp.to(lm.device), mask_sp.to(lm.device)
+    ids_sp, mask_sp, replaced_sp = (t_sp.to(lm.device) for t_sp in padded(rows))
 
-    def there(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda x_spd: torch.where(replaced_sp.to(x_spd.device)[..., None], function(x_spd).to(x_spd), x_spd)
+    def there(site: str, x_spd: Tensor, y_spd: Tensor) -> Tensor:
+        return torch.where(replaced_sp.to(x_spd.device)[..., None], y_spd, x_spd)
 
-    out = dictionary.site_out or site
+    def constant(site: str, x_spd: Tensor) -> Tensor:
+        return there(site, x_spd, means[site].to(x_spd))
+
+    splice = Splice(dictionaries, there)
     edits: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
-        "spliced": spliced(dictionary, site, there),
-        "zero": {out: there(torch.zeros_like)},
-        "mean": {out: there(lambda x_spd: mean_d.expand(x_spd.shape))},
+        "spliced": splice.edits,
+        "zero": {site: lambda x_spd: there("", x_spd, torch.zeros_like(x_spd)) for site in splice.writers},
+        "mean": {site: partial(constant, site) for site in splice.writers},
     }
     scored_sp = mask_sp[:, 1:].bool()
     targets_n = ids_sp[:, 1:][scored_sp]
@@ -122,26 +126,18 @@ def batch_sums(
     sums_sc = per_token_nc.new_zeros(len(rows), per_token_nc.shape[1])
     sequence_n = torch.arange(len(rows), device=sums_sc.device)[:, None].expand(scored_sp.shape)[scored_sp]
     sums_sc = sums_sc.index_add_(0, sequence_n, per_token_nc).cpu()  # host sync
-    return torch.cat([sums_sc, replaced_sp.sum(1, keepdim=True)], dim=1).numpy()
+    return torch.cat([sums_sc, replaced_sp.sum(1, keepdim=True).cpu()], dim=1).numpy()  # host sync
 
 
-def spliced(dictionary: Dictionary, site: str, there: "Callable[[Edit], Edit]") -> "dict[str, Edit]":
-    """Edits that put the dictionary's output where it writes; `there` keeps an edit off the positions that are left as they are."""
-    device = dictionary.W_dec_fo.device
-    if not dictionary.is_transcoder:
-        return {site: there(lambda x_spd: dictionary(x_spd.to(device)))}
-    read: list[Tensor] = []
-
-    def note(x_spd: Tensor) -> Tensor:
-        read.append(x_spd)
-        return x_spd
-
-    def write(_: Tensor) -> Tensor:
-        if not read:
-            raise InputError(f"the dictionary writes at {dictionary.site_out} before it reads at {site}, so it cannot be spliced in")
-        return dictionary(read.pop().to(device))
-
-    return {site: note, str(dictionary.site_out): there(write)}
+def padded(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids, attention mask and which positions are replaced, each [s, p], padded behind, where a causal model cannot look."""
+    shape = len(rows), max(len(ids) for ids, _ in rows)
+    ids_sp, mask_sp = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    replaced_sp = torch.zeros(shape, dtype=torch.bool)
+    for s, (ids, own) in enumerate(rows):
+        ids_sp[s, : len(ids)], mask_sp[s, : len(ids)] = torch.from_numpy(ids.astype(np.int64)), 1
+        replaced_sp[s, : len(ids)] = torch.from_numpy(own)
+    return ids_sp, mask_sp, replaced_sp
 
 
 def losses(logits_nv: Tensor, clean_nv: Tensor, targets_n: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,8 +41,8 @@ class CompareConfig(TextConfig):
     """A concept that comes with the package (curse_words, bible ...), a concept's .json file, or label:NAME for a label of the text."""
     model: str
     """Model by hub name, folder or GGUF file."""
-    sae: Path | None = None
-    """Folder of a dictionary of this model; by default the arms of dictionary features are left out."""
+    sae: str | None = None
+    """Folder, file or hub name of a dictionary of this model; by default the arms of dictionary features are left out."""
     feature: int | None = None
     """A feature of the dictionary to compare as well, such as one found in the browser."""
     effects: Path | None = None

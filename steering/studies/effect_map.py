@@ -42,8 +42,8 @@ ALIVE_DOCUMENTS = 1000  # on which features are looked for that fire
 class EffectConfig(TextConfig):
     model: str
     """Model by hub name, folder or GGUF file."""
-    sae: Path
-    """Folder of a dictionary of that model."""
+    sae: str
+    """Folder, file or hub name of a dictionary of that model."""
     feature: tuple[int, ...] = ()
     """Features to steer with, by their decoder rows."""
     vector: Path | None = None

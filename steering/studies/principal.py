@@ -43,8 +43,8 @@ class PrincipalConfig(TextConfig):
     """Where, for example resid_post.2."""
     out: Path
     """Folder for principal.json."""
-    sae: Path | None = None
-    """Folder of a dictionary at that site; by default the arms of its features are left out."""
+    sae: str | None = None
+    """Folder, file or hub name of a dictionary at that site; by default the arms of its features are left out."""
     components: int = 32
     """Principal components."""
     random: int = 64

@@ -14,7 +14,7 @@ import torch
 from sae.disk.places import require_file
 from sae.disk.writing import write_json
 from sae.errors import InputError
-from sae.evaluation.evaluate import finite
+from sae.evaluation.settings import finite
 from sae.model.language_model import LanguageModel, NonFiniteLogits
 from sae.progress import progress
 from sae.statistics import ratio_interval

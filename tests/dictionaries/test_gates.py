@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae.dictionaries.gates import AbsTopK, Gate, Threshold, TopK
+from sae.dictionaries.gates import AbsTopK, BareTopK, Gate, Threshold, TopK
 from sae.errors import InputError
 
 # integers, so that ties are wanted only where the definition allows any of them
@@ -27,6 +27,11 @@ def top_by_size(z, k):
     return [value if j in kept else 0 for j, value in enumerate(z)]
 
 
+def bare_top(z, k):
+    kept = sorted(range(len(z)), key=lambda j: -z[j])[:k]
+    return [value if j in kept else 0 for j, value in enumerate(z)]
+
+
 def through(gate: Gate, z: list) -> list:
     return gate(torch.tensor([z], dtype=torch.float64))[0].tolist()
 
@@ -42,6 +47,7 @@ def test_threshold(z, seed):
 def test_top_k(z, k):
     assert through(TopK(k), z) == top(z, k)
     assert through(AbsTopK(k), z) == top_by_size(z, k)
+    assert through(BareTopK(k), z) == bare_top(z, k)
 
 
 @given(rows, st.integers(0, 2**31))
@@ -55,7 +61,7 @@ def test_a_threshold_commutes_with_positive_factors(z, seed):
 
 
 def test_nan_is_not_hidden():
-    for gate in (Threshold(), Threshold(torch.ones(2)), TopK(2), AbsTopK(2)):
+    for gate in (Threshold(), Threshold(torch.ones(2)), TopK(2), AbsTopK(2), BareTopK(2)):
         assert gate(torch.tensor([[float("nan"), 2.0]])).isnan().any()
 
 

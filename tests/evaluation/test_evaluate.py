@@ -2,6 +2,7 @@
 
 import json
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest import HarvestConfig, harvest
 from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.formats import circuit_tracer
 from sae.errors import InputError
 from sae.evaluation import EvaluationConfig, evaluate
 from sae.model.language_model import LanguageModel
@@ -237,3 +239,50 @@ def test_a_transcoder_is_measured_where_it_writes(home, tmp_path):
     make_cache(home, "one site", sites=("resid_pre.1",))
     with pytest.raises(InputError, match="too, where this transcoder writes"):
         evaluate(EvaluationConfig(tmp_path, home / "one site", device="cpu"))
+
+
+def test_a_cross_layer_transcoder_is_measured_in_the_model(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(circuit_tracer.HOOKS, "hook_resid_pre", "resid_pre")
+    said = {"model_kind": "cross_layer_transcoder", "model_name": str(home / "lm")}
+    said |= {"feature_input_hook": "hook_resid_pre", "feature_output_hook": "hook_mlp_out"}
+    (tmp_path / "config.yaml").write_text(json.dumps(said))  # which is yaml
+    g = torch.Generator().manual_seed(0)
+    w = [{"W_enc": torch.randn(24, D, generator=g), "W_dec": torch.randn(24, 2 - i, D, generator=g) / 9} for i in range(2)]
+    for i, one in enumerate(w):
+        rest = {f"b_enc_{i}": torch.full((24,), -1.0), f"b_dec_{i}": torch.full((D,), 0.1)}
+        save_file({f"W_enc_{i}": one["W_enc"]} | rest, tmp_path / f"W_enc_{i}.safetensors")
+        save_file({f"W_dec_{i}": one["W_dec"]}, tmp_path / f"W_dec_{i}.safetensors")
+    result = evaluate(EvaluationConfig(tmp_path, home / "cache", device="cpu", sequences=10_000, model=str(home / "lm")))
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == json.loads(json.dumps(result))
+    assert "all sites replaced" in capsys.readouterr().out
+
+    cache, lm = ActivationCache.open(home / "cache"), LanguageModel.load(str(home / "lm"), device="cpu")
+    sites = ["resid_pre.0", "resid_pre.1", "mlp_out.0", "mlp_out.1"]
+    values = {site: [] for site in sites}
+    stored = {int(position) for shard in cache.shards("held_out") for position in cache.read(shard)[1]}
+    starts = cache.tokens.sequence_starts
+    for start, end in pairwise(starts):
+        ids = torch.from_numpy(np.asarray(cache.tokens.ids[start:end]).astype(np.int64))[None]
+        own = [position - start for position in range(start, end) if position in stored]
+        for site, value in lm.record(ids, sites).items() if own and len(ids[0]) > 1 else ():
+            values[site].append(value[0, own].double())
+    values = {site: torch.cat(rows) for site, rows in values.items()}
+    acts = [(values[f"resid_pre.{i}"] @ w[i]["W_enc"].double().T - 1).relu() for i in range(2)]
+    outs = [acts[0] @ w[0]["W_dec"][:, 0].double() + 0.1]
+    outs.append(acts[0] @ w[0]["W_dec"][:, 1].double() + acts[1] @ w[1]["W_dec"][:, 0].double() + 0.1)
+    for i in range(2):
+        y = values[f"mlp_out.{i}"]
+        assert result["sites"][f"mlp_out.{i}"]["fvu"] == pytest.approx(
+            float((y - outs[i]).square().sum() / (y - y.mean(0)).square().sum()), rel=1e-5
+        )
+        layer = result["layers"][str(i)]
+        assert layer["l0"] == pytest.approx(float((acts[i] != 0).sum(1).double().mean()), abs=1e-3)
+        assert layer["dead"] == int((acts[i] == 0).all(0).sum())
+    assert result["rows"] == len(y)
+    assert result["layers"]["0"]["writes"] == ["mlp_out.0", "mlp_out.1"]
+    with pytest.raises(InputError, match="expected --sequences of at least 1 for a set"):
+        evaluate(EvaluationConfig(tmp_path, home / "cache", device="cpu", sequences=0))
+    with pytest.raises(InputError, match=r"is a set of 2 dictionaries, one for each layer; choose one, such as .*/layer_0"):
+        Dictionary.load(tmp_path)
+    with pytest.raises(InputError, match="expected --out for the numbers of"):
+        evaluate(EvaluationConfig(f"{tmp_path}/layer_1", home / "cache", device="cpu"))

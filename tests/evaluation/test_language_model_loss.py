@@ -47,7 +47,8 @@ def zero() -> Dictionary:
 def run(lm, dictionary, sequences, mean_d=None, **settings):
     mean_d = torch.full((D,), 0.3, dtype=torch.float64) if mean_d is None else mean_d
     replaced = [ids != BOS for ids in sequences]
-    return language_model_loss(lm, dictionary, SITE, sequences, mean_d, **{"replaced": replaced, **settings})
+    dictionary.metadata["site"] = SITE
+    return language_model_loss(lm, [dictionary], sequences, {SITE: mean_d}, **{"replaced": replaced, **settings})
 
 
 def test_identity_recovers_everything_exactly(lm, sequences):
@@ -132,7 +133,7 @@ def test_a_large_vocabulary_takes_fewer_sequences_at_a_time(lm, sequences, monke
     expected, sizes = run(lm, zero(), sequences), []
     monkeypatch.setattr(module, "TABLE_BYTES", 2 * 4 * 50 * 24 + 100)  # two of the longest sequences
     whole = module.batch_sums
-    monkeypatch.setattr(module, "batch_sums", lambda *args: sizes.append(len(args[3])) or whole(*args))
+    monkeypatch.setattr(module, "batch_sums", lambda *args: sizes.append(len(args[2])) or whole(*args))
     few = run(lm, zero(), sequences)
     assert sizes == [2, 2, 2]
     assert few.cross_entropy == pytest.approx(expected.cross_entropy, rel=1e-6)
@@ -174,7 +175,7 @@ def test_a_transcoder_reads_one_site_and_writes_another(lm, sequences):
     )
     replaced = [ids != BOS for ids in sequences]
     mean_d = torch.full((D,), 0.2, dtype=torch.float64)
-    result = language_model_loss(lm, dictionary, "resid_pre.0", sequences, mean_d, replaced=replaced)
+    result = language_model_loss(lm, [dictionary], sequences, {"mlp_out.0": mean_d}, replaced=replaced)
 
     block, seen, total, tokens = lm.model.transformer.h[0], {}, {"spliced": 0.0, "mean": 0.0}, 0
     for arm in total:
@@ -199,4 +200,47 @@ def test_a_transcoder_reads_one_site_and_writes_another(lm, sequences):
         assert result.cross_entropy[arm] == pytest.approx(summed / (tokens / 2), rel=1e-5)
     dictionary.metadata = {"site": "mlp_out.0", "site_out": "resid_pre.0"}
     with pytest.raises(InputError, match="before it reads"):
-        language_model_loss(lm, dictionary, "mlp_out.0", sequences, mean_d, replaced=replaced)
+        language_model_loss(lm, [dictionary], sequences, {"resid_pre.0": mean_d}, replaced=replaced)
+
+
+def test_a_cross_layer_transcoder_writes_what_its_layers_add_up_to(lm, sequences):
+    """Against hooks of torch's own: what each MLP adds is what the layers up to it write, and the second reads what the first left."""
+    g = torch.Generator().manual_seed(4)
+    enc = [torch.randn(32, D, generator=g) for _ in range(2)]
+    dec = [torch.randn(32, (2 - i) * D, generator=g) / 9 for i in range(2)]
+    sites = [{"site": f"resid_pre.{i}", "site_out": [f"mlp_out.{layer}" for layer in range(i, 2)]} for i in range(2)]
+    dictionaries = [
+        Dictionary(enc[i], torch.zeros(32), dec[i], torch.zeros((2 - i) * D), metadata=sites[i]).requires_grad_(False) for i in range(2)
+    ]
+    replaced = [ids != BOS for ids in sequences]
+    means = {f"mlp_out.{i}": torch.full((D,), 0.1 * i, dtype=torch.float64) for i in range(2)}
+    result = language_model_loss(lm, dictionaries, sequences, means, replaced=replaced)
+
+    seen, handles, total, tokens = {}, [], 0.0, 0
+    for i in range(2):
+        block = lm.model.transformer.h[i]
+        handles.append(block.register_forward_pre_hook(lambda _m, args, kwargs, i=i: seen.update({i: args[0]}), with_kwargs=True))
+
+        def write(_module, _args, y, i=i):
+            out = sum((seen[k] @ enc[k].T).relu() @ dec[k][:, (i - k) * D : (i - k + 1) * D] for k in range(i + 1))
+            return torch.cat([y[:, :1], out[:, 1:]], dim=1)
+
+        handles.append(block.mlp.register_forward_hook(write))
+    for ids in sequences:
+        if len(ids) > 1:
+            ids_p = torch.from_numpy(ids.astype(np.int64))
+            with torch.no_grad():
+                logits = lm.model(ids_p[None]).logits[0, :-1]
+            total += torch.nn.functional.cross_entropy(logits.double(), ids_p[1:], reduction="sum").item()
+            tokens += len(ids) - 1
+    for handle in handles:
+        handle.remove()
+    assert result.cross_entropy["spliced"] == pytest.approx(total / tokens, rel=1e-5)
+    with pytest.raises(InputError, match=r"writes at mlp_out.1 before it reads"):
+        language_model_loss(lm, [dictionaries[0], late(dictionaries[1])], sequences, means, replaced=replaced)
+
+
+def late(dictionary):
+    """The same, but it reads behind where it writes."""
+    parts = dictionary.parts()
+    return Dictionary.of(parts._replace(metadata=parts.metadata | {"site": "resid_post.1"}))

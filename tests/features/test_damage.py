@@ -26,7 +26,7 @@ from sae.activations.text import TextConfig, documents
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.writing import write_json, write_tensors
 from sae.errors import InputError
-from sae.evaluation.evaluate import EvaluationConfig, evaluate
+from sae.evaluation import EvaluationConfig, evaluate
 from sae.features.explanations.explain import ExplainConfig, explain
 from sae.features.explanations.explanation import Explanation
 from sae.features.explanations.judge import Log

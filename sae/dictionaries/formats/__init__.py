@@ -3,17 +3,15 @@
 tensors.py is what the rows share.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from sae.dictionaries.formats import gemma_scope, saelens
+from sae.dictionaries.formats import circuit_tracer, gemma_scope, saelens
 from sae.dictionaries.formats.tensors import Device, has
-from sae.dictionaries.parts import Parts
+from sae.dictionaries.parts import Layers, Parts
 from sae.errors import InputError
 
-Layers = Mapping[int, Callable[[], Parts]]
-"""A set of dictionaries, one for each layer of a model, each of which is read when it is asked for."""
 SHOWN = 12
 """files named in an error"""
 
@@ -32,6 +30,8 @@ FORMATS = (
     Format("SAELens", f"{saelens.CFG} + {saelens.WEIGHTS}", has(saelens.WEIGHTS), saelens.load),
     Format("Gemma Scope", gemma_scope.PARAMS_1, gemma_scope.recognises_1, gemma_scope.load_1),
     Format("Gemma Scope 2", gemma_scope.PARAMS_2, gemma_scope.recognises_2, gemma_scope.load_2),
+    Format("Gemma Scope 2, several layers", gemma_scope.LAYER_FILES, has(gemma_scope.LAYER_FILES), gemma_scope.load_layers),
+    Format("circuit-tracer", "config.yaml + layer_0.safetensors or W_enc_0 and W_dec_0", circuit_tracer.recognises, circuit_tracer.load),
 )
 
 

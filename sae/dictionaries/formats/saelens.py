@@ -94,7 +94,7 @@ def save(d: Parts, folder: Path) -> None:
     b_enc_f = d.b_enc_f if d.b_in_d is None or subtracts else d.b_enc_f - d.W_enc_fd @ d.b_in_d
     weights = {"W_enc": d.W_enc_fd.T, "b_enc": b_enc_f, "W_dec": d.W_dec_fo, "b_dec": d.b_dec_o}
     extra: dict[str, Any] = {}
-    if isinstance(gate, TopK):
+    if type(gate) in (TopK, AbsTopK):
         name, extra["k"], extra["rescale_acts_by_decoder_norm"] = "abstopk" if gate.signed else "topk", gate.k, False
     elif isinstance(gate, Threshold):
         name = "standard" if gate.theta_f is None else "jumprelu"

@@ -14,6 +14,8 @@ from sae.errors import InputError
 Device = str | torch.device
 WHAT = "a dictionary's weights"
 AGAIN = "copy or download the dictionary again"
+FLOATS = "F64 F32 F16 BF16"
+"""for schemas of safetensors files"""
 
 
 def has(*files: str) -> Callable[[Path], bool]:

@@ -32,8 +32,8 @@ class BrowseConfig:
     """SQLite file of labels, stars, notes and lists; by default notes.sqlite beside the index."""
     model: str | None = None
     """Model for prompts and steering, by hub name, folder or GGUF file; by default the one the index names; "none" browses without."""
-    dictionary: Path | None = None
-    """Folder of the dictionary; by default the one the index was built from."""
+    dictionary: str | None = None
+    """Folder, file or hub name of the dictionary; by default the one the index was built from."""
     device: str = "auto"
     """auto, cpu or cuda."""
     port: int = 8765
@@ -72,7 +72,7 @@ def serve(config: BrowseConfig, make_steering: Callable[[LanguageModel, Dictiona
             gc.unfreeze()  # or libraries complain of what is left at the end
 
 
-def parts_of(index: FeatureIndex, dictionary: Path | None, model: str | None, device: str = "auto") -> tuple[LanguageModel, Dictionary]:
+def parts_of(index: FeatureIndex, dictionary: str | None, model: str | None, device: str = "auto") -> tuple[LanguageModel, Dictionary]:
     """Model and dictionary of an index, or others with the same weights. Raises `InputError` for any that have not."""
     sae = index.dictionary(dictionary)
     known = index.info["model"]

@@ -45,8 +45,8 @@ class ExportConfig:
     """What the set of dictionaries is called there, for example res-4k; by default made from site and width."""
     creator: str | None = None
     """Your user id there (neuronpedia); by default "local"."""
-    dictionary: Path | None = None
-    """Dictionary of the index: its decoder rows go along as steering vectors (neuronpedia, saedashboard)."""
+    dictionary: str | None = None
+    """Folder, file or hub name of the index's dictionary: its decoder rows go along as steering vectors (neuronpedia, saedashboard)."""
 
 
 def export_features(config: ExportConfig) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sae.dictionaries.dictionary import Dictionary
-from sae.dictionaries.formats.saelens import WEIGHTS
+from sae.dictionaries.source import weights_crc32
 from sae.disk.arrays import ANSWERS, EXPLANATIONS, create, open_arrays, write_arrays
 from sae.disk.checksum import crc32
 from sae.disk.folders import fresh_folder
@@ -50,8 +50,8 @@ TEXT = ("ids", "sequence_starts", "sequence_document", "document_label", "sequen
 class IndexConfig:
     cache: Path
     """Folder of activations that cache_activations.py wrote."""
-    dictionary: Path
-    """Folder of the dictionary."""
+    dictionary: str
+    """Folder, file or hub name of the dictionary."""
     out: Path
     """Folder for the index; an index that stands there is replaced."""
     tokens: int | None = None
@@ -133,7 +133,7 @@ def fill(folder: Path, config: IndexConfig, dictionary: Dictionary, cache: "Acti
     info: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "dictionary": str(config.dictionary),
-        "dictionary_crc32": crc32(config.dictionary / WEIGHTS),
+        "dictionary_crc32": weights_crc32(config.dictionary),
         "cache": str(config.cache),
         "model": cache.manifest["model"],
         "site": cache.site,

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sae.dictionaries.formats.saelens import WEIGHTS
+from sae.dictionaries.source import weights_crc32
 from sae.disk.arrays import fetch
-from sae.disk.checksum import crc32
 from sae.errors import InputError
 from sae.features.index.examples import AFTER, BEFORE, BUCKET_SAMPLES, BUCKETS, LOWEST, NONE, OCTAVE, TOP
 from sae.features.index.lens import BINS
@@ -108,15 +107,15 @@ class FeatureIndex:
         info, arrays = open_index(Path(folder), verify)
         return cls(Path(folder), info, *(arrays[name] for name in FILES))
 
-    def dictionary(self, folder: Path | None = None, device: str = "cpu") -> "Dictionary":
-        """The dictionary that was indexed, from where it was, or the same in another folder; raises `InputError` for any other."""
+    def dictionary(self, source: str | Path | None = None, device: str = "cpu") -> "Dictionary":
+        """The dictionary that was indexed, from where it was, or the same from elsewhere; raises `InputError` for any other."""
         from sae.dictionaries.dictionary import Dictionary
 
-        folder = folder or Path(self.info["dictionary"])
-        dictionary = Dictionary.load(folder, device)
-        if crc32(folder / WEIGHTS) != self.info["dictionary_crc32"]:
+        source = source or self.info["dictionary"]
+        dictionary = Dictionary.load(source, device)
+        if weights_crc32(source) != self.info["dictionary_crc32"]:
             raise InputError(
-                f"expected the dictionary that {self.folder} was built from, but the weights in {folder} differ; index it again"
+                f"expected the dictionary that {self.folder} was built from, but the weights in {source} differ; index it again"
             )
         dictionary.require_site(self.info["site"])
         return dictionary

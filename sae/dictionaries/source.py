@@ -1,0 +1,206 @@
+"""Where a dictionary is: a folder or file of this machine, or a name on the hub, which is looked for in the cache and then downloaded.
+
+runs/sae                                                        a folder of any format, or a file
+google/gemma-scope-2b-pt-res/layer_12/width_16k/canonical       on the hub: owner/repository/folders
+owner/repository/folder@revision                                a branch, tag or commit of it
+hf://owner/repository                                           never looked for among the folders of this machine
+mwhanna/qwen3-0.6b-transcoders-lowl0/layer_3                    one dictionary of a set
+"""
+
+import json
+import re
+import sys
+import zlib
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+from sae.dictionaries.formats import format_of, load
+from sae.dictionaries.formats.saelens import WEIGHTS
+from sae.dictionaries.formats.tensors import Device, name_of
+from sae.dictionaries.parts import Layers, Parts
+from sae.disk.checksum import crc32
+from sae.disk.hub import HubFile, download, in_cache, list_folder
+from sae.errors import InputError
+
+ENDINGS = (".safetensors", ".npz", ".pt", ".pth")
+"""of files with weights"""
+SETTINGS = (".json", ".yaml", ".yml")
+LARGEST_SETTINGS = 1 << 20
+MOST_FILES = 4
+"""weights in one folder, beside those of a set"""
+OF_LAYER = re.compile(r"(?:.*_)?(?:layer|W_enc|W_dec)_([0-9]+)\.safetensors")
+"""files of a set that has one for each layer"""
+CANONICAL = "canonical"
+SHOWN = 12
+
+
+class Source(NamedTuple):
+    path: Path
+    """the folder or file"""
+    layer: int | None
+    """of a set, the one that was asked for"""
+
+
+def locate(source: str | Path) -> Source:
+    """The dictionary on this machine, downloaded if need be. Raises `InputError` for what is neither here nor in reach."""
+    text = str(source)
+    local = Path(text).expanduser()
+    if not text.startswith("hf://"):
+        if local.name == CANONICAL and not local.exists() and local.parent.is_dir():
+            if (folder := canonical_folder(name_of(local.parent))) is None:
+                raise ask_for_one(str(local.parent), sorted(path.name for path in local.parent.iterdir()))
+            local = local.with_name(folder)
+        if found := _find(local):
+            return found
+    name = re.fullmatch(r"(?:hf://)?([\w.-]+)/([\w.-]+)((?:/[^/@]+)*)/?(?:@(.+))?", text.replace("\\", "/"))
+    if name is None or text.startswith((".", "~")) or (Path(name[1]).is_dir() and not text.startswith("hf://")):
+        raise InputError(f"expected a dictionary in {local}, which does not exist; check its name")
+    return _on_hub(f"{name[1]}/{name[2]}", name[3].strip("/"), name[4])
+
+
+def _find(path: Path) -> Source | None:
+    """The path, or the set of which its last part names a layer."""
+    if path.exists():
+        return Source(path, None)
+    layer = re.fullmatch(r"layer_([0-9]+)", path.name)
+    return Source(path.parent, int(layer[1])) if layer and path.parent.is_dir() else None
+
+
+def _on_hub(repo: str, inside: str, revision: str | None) -> Source:
+    folder, _, last = inside.rpartition("/")
+    if last == CANONICAL:
+        if (known := canonical_folder(f"{repo}/{folder}")) is None:
+            raise ask_for_one(f"{repo}/{folder}", _names(list_folder(repo, folder, revision)))
+        inside = f"{folder}/{known}"
+    snapshot = in_cache(repo, revision)
+    cached = _find(snapshot / inside) if snapshot else None
+    if cached and _is_whole(cached):
+        return cached
+    try:
+        files = _wanted(repo, inside, revision)
+    except InputError as error:
+        if cached is None or cached.layer is not None or not _is_known(cached.path):
+            raise
+        print(f"only the layers of {repo}/{inside} that were downloaded before are used: {error}", file=sys.stderr)
+        return cached
+    size = sum(file.size for file in files)
+    print(f"downloading {len(files)} files ({size / 1e6:,.1f} MB) of {repo} from the hub, but for those that are here", file=sys.stderr)
+    found = _find(download(repo, [file.path for file in files], revision) / inside)
+    assert found is not None
+    return found
+
+
+def _is_whole(source: Source) -> bool:
+    """Whether the cache holds all that is needed. Of a set nobody knows how many layers there are without asking the hub."""
+    layers = [found[1] for path in source.path.glob("*") if (found := OF_LAYER.fullmatch(path.name))]
+    return str(source.layer) in layers if source.layer is not None else not layers and _is_known(source.path)
+
+
+def _is_known(path: Path) -> bool:
+    try:
+        format_of(path)
+    except InputError:
+        return False
+    return True
+
+
+def _wanted(repo: str, inside: str, revision: str | None) -> list[HubFile]:
+    """The files of one dictionary or set, with the small settings beside them and in the folders above."""
+    folder, there, weights = _weights(repo, inside, revision)
+    settings = [file for file in there if _is_settings(file)]
+    if len(weights) > MOST_FILES and not all(map(_layer_of, weights)):
+        raise InputError(f"{repo}/{inside} holds {len(weights)} files of weights; {_choice(there)}")
+    if not weights and not any(file.path.endswith(".yaml") for file in settings):  # which may say where they are
+        raise InputError(f"{repo}/{inside} holds no weights of a dictionary; {_choice(there)}")
+    while folder:
+        folder = folder.rpartition("/")[0]
+        settings += filter(_is_settings, list_folder(repo, folder, revision) or ())
+    return weights + settings
+
+
+def _weights(repo: str, inside: str, revision: str | None) -> tuple[str, list[HubFile], list[HubFile]]:
+    """A dictionary's folder, what is in it, and those of these files that hold its weights."""
+    folder, _, last = inside.rpartition("/")
+    if inside.endswith(ENDINGS):
+        there = list_folder(repo, folder, revision) or []
+        return folder, there, [file for file in there if file.path == inside]
+    if (found := list_folder(repo, inside, revision)) is None:
+        there = list_folder(repo, folder, revision) or []
+        weights = [file for file in there if file.path.endswith(ENDINGS)]
+        if weights and (layer := re.fullmatch(r"layer_([0-9]+)", last)):
+            return folder, there, [file for file in weights if _layer_of(file) == layer[1]] or weights
+        raise InputError(f"there is no {inside} in {repo} on the hub; {_choice(there)}")
+    weights = [file for file in found if file.path.endswith(ENDINGS)]
+    if not weights and any(file.path.endswith("/checkpoints/") for file in found):  # Llama Scope
+        weights = [file for file in list_folder(repo, f"{inside}/checkpoints", revision) or () if file.path.endswith(ENDINGS)]
+    return inside, found, weights
+
+
+def _layer_of(file: HubFile) -> str | None:
+    """The number in the name of a set's file."""
+    found = OF_LAYER.fullmatch(file.path.rpartition("/")[2])
+    return found and found[1]
+
+
+def _is_settings(file: HubFile) -> bool:
+    return file.path.endswith(SETTINGS) and file.size <= LARGEST_SETTINGS
+
+
+def _names(listed: Sequence[HubFile] | None) -> list[str]:
+    return [file.path.rstrip("/").rpartition("/")[2] for file in listed or ()]
+
+
+def _choice(listed: Sequence[HubFile]) -> str:
+    names = _names([file for file in listed if file.path.endswith(("/", *ENDINGS))])
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"name one of {', '.join(names[:SHOWN])}{more}" if names else "nothing is there"
+
+
+def canonical_folder(name: str) -> str | None:
+    """The folder that SAELens' list of Gemma Scope calls canonical, for "…/gemma-scope-2b-pt-res/layer_12/width_16k"; None for others."""
+    found = re.search(r"(gemma-scope-[\w-]+)/layer_([0-9]+)/(width_\w+)$", name)
+    l0 = found and canonical_l0().get(found[1], {}).get(found[3], {}).get(found[2])
+    return f"average_l0_{l0}" if l0 else None
+
+
+def ask_for_one(name: str, names: Sequence[str]) -> InputError:
+    """Of a folder with these subfolders, of which no list calls one canonical."""
+    listed = [one for one in names if one.startswith("average_l0_")]
+    if not listed:
+        return InputError(f"expected folders average_l0_… in {name}, of which one is canonical, found {', '.join(names) or 'none'}")
+    return InputError(f"no list says which of {', '.join(listed)} in {name} is canonical; name one of them instead")
+
+
+@cache
+def canonical_l0() -> dict[str, dict[str, dict[str, int]]]:
+    """From repository, width and layer to the L0 in the folder's name: of SAELens' 429 "canonical" ids, each the one nearest to 100."""
+    return json.loads(files("sae.dictionaries").joinpath("canonical.json").read_text())
+
+
+def read(source: str | Path, device: Device = "cpu") -> Parts | Layers:
+    """What the dictionary, or each of a set, is made of. Raises `InputError` like `locate`, and for none of the formats."""
+    path, layer = locate(source)
+    found = load(path, device)
+    if layer is None:
+        return found
+    if isinstance(found, Parts):
+        raise InputError(f"expected a set in {path}, of which {source} is one, found a single dictionary; leave out /layer_{layer}")
+    if layer not in found:
+        raise InputError(f"expected layer {layer} of the set in {path}, which has {', '.join(map(str, found))}; choose one of them")
+    return found[layer]()
+
+
+def weights_crc32(source: str | Path) -> str:
+    """Of the files that hold the dictionary's weights, eight hexadecimal digits: by it the same weights are known elsewhere."""
+    path, layer = locate(source)
+    if path.is_file():
+        return crc32(path)
+    files = [path / WEIGHTS] if (path / WEIGHTS).exists() else [one for one in path.glob("*") if one.name.endswith(ENDINGS)]
+    files = sorted(files) or sorted(path.glob("checkpoints/*"))
+    if layer is not None:
+        files = [file for file in files if (found := OF_LAYER.fullmatch(file.name)) and int(found[1]) == layer] or files
+    sums = [crc32(file) for file in files]
+    return sums[0] if len(sums) == 1 else f"{zlib.crc32(''.join(sums).encode()):08x}"

@@ -1,0 +1,135 @@
+"""What an evaluation is made with: its settings, and held-out text of an activation cache that no training saw."""
+
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from sae.disk.reading import Number, read_json, require
+from sae.errors import InputError
+
+if TYPE_CHECKING:
+    from sae.activations.cache import ActivationCache
+    from sae.model.language_model import LanguageModel
+
+
+class Split(TypedDict):
+    seed: int
+    held_out: Number
+
+
+class OnText(TypedDict):
+    """Settings of a run that computed its activations."""
+
+    live: Split
+
+
+class OnCache(TypedDict):
+    cache: Annotated[str, Field(pattern=r"^[^\x00]*$")]
+
+
+@dataclass
+class EvaluationConfig:
+    dictionary: str
+    """folder, file or hub name of the dictionary"""
+    cache: Path
+    """activation cache with the dictionary's site; its held-out tokens are used, never its training tokens"""
+    model: str | None = None
+    """hub name, folder or GGUF file of the language model; by default the one the cache was made with"""
+    sequences: int = 200
+    """held-out sequences for the language model's loss; 0 measures reconstruction alone and needs no model"""
+    rows: int = 1_000_000
+    """held-out activations for reconstruction, at most"""
+    batch: int = 8
+    """sequences in one forward pass at most; fewer where their logits would take more than 0.27 GB"""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one"""
+    seed: int = 0
+    """of the choice of sequences and of the bootstrap"""
+    out: Path | None = None
+    """where the numbers go; by default evaluation.json in the dictionary's folder, where it is one on this machine"""
+    verify: bool = False
+    """first read the whole site in the cache to compare every checksum; by default only those of token files up to 32 MB"""
+
+    def check(self) -> None:
+        """Raises `InputError` for values that cannot be meant."""
+        for name, least in (("sequences", 0), ("rows", 1), ("batch", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+
+
+def refuse_training_tokens(folder: Path, cache: "ActivationCache") -> None:
+    """Raises `InputError` unless the cache holds tokens out, and when the dictionary's own cache split the same text otherwise."""
+    from sae.activations.manifest import read_manifest
+    from sae.training.checkpoint import Record
+
+    if not cache.rows("held_out"):
+        raise InputError(
+            f"expected held-out tokens in {cache.folder}, but it has training tokens only; harvest more documents or a larger share"
+        )
+    if not (folder / "training.json").exists():
+        return
+    settings = read_json(folder / "training.json", "a run's training.json", Record)["settings"]
+    live = "live" in settings
+    require(settings, OnText if live else OnCache, f"a run's training.json in {folder}")
+    if live:  # trained without a cache, on this text
+        trained_on: Any = "activations computed live"
+        theirs = settings["live"] | {"dataset": {name: settings["live"].get(name) for name in cache.manifest["dataset"] or ()}}
+    else:
+        trained_on = Path(settings["cache"])
+        if os.path.realpath(trained_on) == os.path.realpath(cache.folder):
+            return
+        if not os.path.exists(trained_on / "manifest.json"):
+            print(f"note: the dictionary was trained on {trained_on}, which is not at hand to compare texts with", file=sys.stderr)
+            return
+        theirs = read_manifest(trained_on)
+    split = [(manifest["seed"], manifest["held_out"]) for manifest in (theirs, cache.manifest)]
+    if theirs["dataset"] and theirs["dataset"] == cache.manifest["dataset"] and split[0] != split[1]:
+        raise InputError(
+            f"the dictionary was trained on {trained_on}, which holds out other documents of the same text (seed and share "
+            f"{split[0]}, here {split[1]}), so its training tokens would be among these; evaluate on its own"
+        )
+
+
+class Text(NamedTuple):
+    """Held-out sequences of a cache, and the model that reads them."""
+
+    lm: "LanguageModel"
+    sequences: list[np.ndarray]
+    replaced: list[np.ndarray]
+    """of each token whether the cache holds a row of it, which alone are replaced"""
+
+
+def held_out_text(config: EvaluationConfig, cache: "ActivationCache", device: torch.device) -> Text:
+    """A seeded choice of the held-out sequences, in the cache's own context length."""
+    from sae.model.language_model import LanguageModel
+
+    lm = LanguageModel.load(
+        config.model or cache.model_name(),
+        device=device,
+        revision=None if config.model else cache.manifest["model"]["revision"],
+    )
+    cache.require_model(lm)
+    tokens = cache.tokens
+    lengths = np.diff(tokens.sequence_starts)
+    candidates = np.flatnonzero((np.asarray(tokens.sequence_split) == 1) & (lengths > 1))
+    if len(candidates) < config.sequences:
+        print(f"note: {len(candidates)} held-out sequences are all there are, {config.sequences} were asked for", file=sys.stderr)
+    chosen = np.random.default_rng(config.seed).permutation(candidates)[: config.sequences]
+    stored_n = np.zeros(len(tokens.ids), dtype=bool)  # whatever a token was left out for, it has no row
+    for shard in cache.shards("held_out"):
+        stored_n[cache.read(shard)[1].numpy()] = True
+    spans = [slice(*tokens.sequence_starts[[i, i + 1]]) for i in chosen]
+    return Text(lm, [np.asarray(tokens.ids[span]) for span in spans], [stored_n[span] for span in spans])
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN: an undefined ratio becomes null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

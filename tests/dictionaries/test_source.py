@@ -1,0 +1,242 @@
+"""Names of dictionaries: folders, files, and a hub that is served here on this machine."""
+
+import json
+import re
+import shutil
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+from sae.dictionaries import source
+from sae.dictionaries.bundle import Bundle, load
+from sae.dictionaries.dictionary import Dictionary
+from sae.disk.checksum import crc32
+from sae.errors import InputError
+
+COMMIT = "0a1b2c3d4e5f60718293a4b5c6d7e8f901234567"
+D, F = 3, 4
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of huggingface.co as is needed: the folder `root`/owner/repository under the revisions "main" and "v2"."""
+
+    root: Path
+    asked: list[str]
+
+    def do_GET(self):
+        path = unquote(self.path)
+        if found := re.fullmatch(r"/api/models/(\w+/[\w.-]+)/tree/([^/?]+)/?([^?]*)(\?.*)?", path):
+            return self.tree(*found.groups()[:3])
+        found = re.fullmatch(r"/(\w+/[\w.-]+)/resolve/([^/]+)/(.+)", path)
+        file = self.place(found[1], found[2], found[3])
+        if file is None:
+            return None
+        if self.command == "GET":
+            self.asked.append(found[3])
+        data = file.read_bytes()
+        self.answer(200, data, {"X-Repo-Commit": COMMIT, "ETag": f'"{len(data)}-{hash(found[3]) & 0xFFFFFF}"'})
+        return None
+
+    do_HEAD = do_GET
+
+    def place(self, repo, revision, inside):
+        error = None
+        if not (self.root / repo).is_dir():
+            error = "RepoNotFound"
+        elif revision not in ("main", "v2", COMMIT):
+            error = "RevisionNotFound"
+        elif not (self.root / repo / inside).exists():
+            error = "EntryNotFound"
+        if error:
+            self.answer(401 if error == "RepoNotFound" else 404, b"{}", {"X-Error-Code": error})
+        return None if error else self.root / repo / inside
+
+    def tree(self, repo, revision, inside):
+        folder = self.place(repo, revision, inside)
+        if folder is None:
+            return
+        prefix = f"{inside}/" if inside else ""
+        rows = [
+            {"type": "directory" if one.is_dir() else "file", "path": prefix + one.name, "size": one.stat().st_size, "oid": "0"}
+            for one in sorted(folder.iterdir())
+        ]
+        self.answer(200, json.dumps(rows).encode(), {"Content-Type": "application/json"})
+
+    def answer(self, status, data, headers):
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(data))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub without anything on it, an empty cache, and a working directory without anything in it."""
+    Hub.root, Hub.asked = tmp_path / "served", []
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    yield Hub
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def switch():
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    return switch
+
+
+def scope(folder, seed=0):
+    """A dictionary of Gemma Scope in the folder."""
+    random = np.random.default_rng(seed)
+    shapes = {"W_enc": (D, F), "b_enc": (F,), "W_dec": (F, D), "b_dec": (D,), "threshold": (F,)}
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **{name: np.abs(random.standard_normal(shape)) for name, shape in shapes.items()})
+    return folder
+
+
+def refused(name, message):
+    with pytest.raises(InputError, match=message) as error:
+        Dictionary.load(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_on_the_hub_is_downloaded_once_and_then_opens_offline(hub, offline, capsys):
+    name = "google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82"
+    scope(hub.root / name)
+    scope(hub.root / "google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_22")
+    (hub.root / name / "README.md").write_text("not needed")
+    dictionary = Dictionary.load(name)
+    assert dictionary.site == "resid_post.12"
+    assert hub.asked == ["layer_12/width_16k/average_l0_82/params.npz"]
+    assert "downloading 1 files (0.0 MB) of google/gemma-scope-2b-pt-res from the hub" in capsys.readouterr().err
+    offline()
+    again = Dictionary.load(name)
+    assert torch.equal(again.W_dec_fo, dictionary.W_dec_fo)
+    assert again.site == "resid_post.12"
+    assert Dictionary.load("google/gemma-scope-2b-pt-res/layer_12/width_16k/canonical").site == "resid_post.12"
+    assert Dictionary.load(f"{name}/params.npz").site == "resid_post.12"
+    refused(
+        name.replace("82", "22"), "gemma-scope-2b-pt-res is not on this machine and the hub cannot be asked for it .HF_HUB_OFFLINE is set"
+    )
+    assert capsys.readouterr().err == ""
+
+
+def test_the_hubs_refusals_are_sentences(hub, monkeypatch):
+    scope(hub.root / "google/gemma-scope-2b-pt-res/layer_12/width_16k/average_l0_82")
+    repo = "google/gemma-scope-2b-pt-res"
+    refused("google/other/x", "expected google/other on this machine or on the hub, found it on neither")
+    refused(f"{repo}@v3", f"{repo} is on the hub, but not in that revision")
+    refused(repo, f"{repo}/ holds no weights of a dictionary; name one of layer_12")
+    refused(f"{repo}/layer_13", f"there is no layer_13 in {repo} on the hub; name one of layer_12")
+    refused(f"{repo}/layer_12/width_16k", "holds no weights of a dictionary; name one of average_l0_82")
+    assert Dictionary.load(f"{repo}/layer_12/width_16k/average_l0_82@v2").d_sae == F
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    refused("google/x/y", "google/x is not on this machine and the hub cannot be asked for it .* `hf download google/x`")
+
+
+def test_canonical_is_what_saelens_says_or_a_question(hub, offline, tmp_path):
+    repo = "google/gemma-scope-9b-pt-res"
+    for l0 in (51, 129, 204):
+        scope(hub.root / repo / "layer_0/width_16k" / f"average_l0_{l0}", l0)
+        scope(hub.root / repo / "layer_0/width_4k" / f"average_l0_{l0}", l0)
+    assert Dictionary.load(f"{repo}/layer_0/width_16k/canonical").metadata["promised"] == {"l0": 129}
+    which = "no list says which of average_l0_129, average_l0_204, average_l0_51 in .*/layer_0/width_4k is canonical"
+    refused(f"{repo}/layer_0/width_4k/canonical", which)
+    shutil.copytree(hub.root / "google", "models")
+    offline()
+    assert Dictionary.load("models/gemma-scope-9b-pt-res/layer_0/width_16k/canonical").metadata["promised"] == {"l0": 129}
+    refused("models/gemma-scope-9b-pt-res/layer_0/width_4k/canonical", which)
+    refused("models/gemma-scope-9b-pt-res/layer_0/canonical", "expected folders average_l0_… in .*, found width_16k, width_4k")
+    refused("models/gemma-scope-9b-pt-res/layer_1/width_16k", "which does not exist; check its name")
+
+
+def test_every_canonical_l0_is_that_of_saelens():
+    table = source.canonical_l0()
+    assert sum(len(layers) for widths in table.values() for layers in widths.values()) == 429
+    assert source.canonical_folder("google/gemma-scope-2b-pt-res/layer_0/width_16k") == "average_l0_105"
+    assert source.canonical_folder("google/gemma-scope-2b-pt-res/layer_0/width_3k") is None
+
+
+def write_set(folder, layers=3):
+    folder.mkdir(parents=True)
+    said = "model_kind: transcoder_set\nmodel_name: a/b\nfeature_input_hook: mlp.hook_in\nfeature_output_hook: mlp.hook_out\n"
+    (folder / "config.yaml").write_text(said)
+    for i in range(layers):
+        tensors = {"W_enc": torch.full((F, D), i + 1.0), "b_enc": torch.zeros(F), "W_dec": torch.ones(F, D), "b_dec": torch.zeros(D)}
+        save_file(tensors, folder / f"layer_{i}.safetensors")
+    return folder
+
+
+def test_of_a_set_only_the_chosen_layer_is_downloaded(hub, offline, capsys):
+    write_set(hub.root / "a/set")
+    assert Dictionary.load("a/set/layer_1").site == "mlp_in.1"
+    assert sorted(hub.asked) == ["config.yaml", "layer_1.safetensors"]
+    bundle = load("a/set")
+    assert isinstance(bundle, Bundle)
+    assert len(bundle) == 3
+    assert sorted(hub.asked[2:]) == ["layer_0.safetensors", "layer_2.safetensors"]
+    assert float(Dictionary.load("a/set/layer_2").W_enc_fd[0, 0]) == 3
+    offline()
+    capsys.readouterr()
+    assert len(load("a/set")) == 3
+    assert "only the layers of a/set/ that were downloaded before are used: a/set is not" in capsys.readouterr().err
+    refused("a/set/layer_7", "a/set is not on this machine")
+
+
+def test_names_that_are_no_folder_and_none_on_the_hub(hub, tmp_path):
+    write_set(tmp_path / "here" / "runs" / "set")
+    scope(tmp_path / "here" / "runs" / "one")
+    refused("runs/other", "expected a dictionary in runs/other, which does not exist")
+    refused("./other/x", "expected a dictionary in other/x, which does not exist")
+    refused("nothing", "expected a dictionary in nothing, which does not exist")
+    refused("runs/one/layer_3", "found a single dictionary; leave out /layer_3")
+    refused("runs/set/layer_3", "which has 0, 1, 2")
+    assert not hub.asked
+    refused("hf://runs/set", "expected runs/set on this machine or on the hub")
+
+
+def test_many_files_of_weights_in_one_folder_ask_for_one(hub):
+    (hub.root / "a/b").mkdir(parents=True)
+    for i in range(6):
+        torch.save({"x": torch.ones(2)}, hub.root / "a/b" / f"layer{i}.sae.pt")
+    (hub.root / "a/b/config.json").write_text("{}")
+    refused("a/b", "a/b/ holds 6 files of weights; name one of layer0.sae.pt, layer1.sae.pt")
+    refused("a/b/layer1.sae.pt", "layer1.sae.pt, found no known format")
+    assert sorted(hub.asked) == ["config.json", "layer1.sae.pt"]
+
+
+def test_weights_are_known_by_their_checksum(tmp_path):
+    folder = write_set(tmp_path / "set")
+    assert source.weights_crc32(folder / "layer_1") == crc32(folder / "layer_1.safetensors")
+    whole = source.weights_crc32(folder)
+    (folder / "config.yaml").touch()
+    assert source.weights_crc32(folder) == whole
+    shutil.copy(folder / "layer_0.safetensors", folder / "layer_2.safetensors")
+    assert source.weights_crc32(folder) != whole
+    one = scope(tmp_path / "one")
+    assert source.weights_crc32(one) == source.weights_crc32(one / "params.npz") == crc32(one / "params.npz")
