@@ -83,6 +83,11 @@ COMMANDS = {
         "sae.features.exports.command:ExportConfig",
         "Write features as a folder that opens from file://, or for Neuronpedia, SAEDashboard, circuit-tracer.",
     ),
+    "export-transcoders": Command(
+        "sae.features.exports.transcoders:export_transcoders",
+        "sae.features.exports.transcoders:TranscodersConfig",
+        "Write per-layer transcoders as the folder that circuit-tracer opens.",
+    ),
     "browse": Command(
         "steering.panel:browse",
         "sae.features.browser.serve:BrowseConfig",
@@ -154,7 +159,7 @@ def main(name: str | None = None) -> None:
 
 
 def overview() -> str:
-    rows = [f"  {name:<14}{command.summary}" for name, command in COMMANDS.items()]
+    rows = [f"  {name:<20}{command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: sae COMMAND [flags]; sae COMMAND --help tells its flags", "", *rows])
 
 

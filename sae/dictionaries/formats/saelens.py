@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sae.dictionaries.formats.saelens_cfg import ARCHITECTURES, CENTRED, CFG, Settings, read_settings
+from sae.dictionaries.formats.saelens_estimates import fold_factor, fold_whitening, read_estimates
 from sae.dictionaries.formats.transformer_lens import hook_of_site
 from sae.dictionaries.frames import Frame
 from sae.dictionaries.gates import AbsTopK, Gate, Threshold, TopK
@@ -26,6 +27,8 @@ def load(folder: Path, device: str | torch.device = "cpu") -> Parts:
     """Raises `InputError` naming the key or tensor for anything but a whole dictionary of a kind known here, on one of our sites."""
     settings = read_settings(folder)
     w, _ = read_tensors(folder / WEIGHTS, "a dictionary's weights", device=device, then="copy or train the dictionary again")
+    if settings.architecture == "jumprelu" and "log_threshold" in w:  # in training, before version 6.48
+        w["threshold"] = w.pop("log_threshold").exp()
     scale_f = w.pop("scaling_factor", None)  # SAELens before version 6 always saved one, of ones where there was no fine-tuning
     require_whole(folder, settings, w if scale_f is None else w | {"scaling_factor": scale_f})
     if settings.finetuned is not (scale_f is not None and not bool((scale_f == 1).all())):
@@ -33,7 +36,14 @@ def load(folder: Path, device: str | torch.device = "cpu") -> Parts:
             f"the dictionary in {folder} has finetuning_scaling_factor {settings.finetuned}, but its weights hold "
             f"{'no' if scale_f is None else 'a'} scaling_factor{'' if scale_f is None else ' that says otherwise'}; leave the right one"
         )
+    if settings.dtype is not None:
+        w = {name: tensor.to(getattr(torch, settings.dtype)) for name, tensor in w.items()}
+    estimates = read_estimates(folder, settings)
+    if estimates.factor is not None:
+        fold_factor(w, estimates.factor, settings.rescales)
     gate = gate_of(settings, w)
+    if estimates.whitening is not None:
+        fold_whitening(w, estimates.whitening, settings.subtracts_b_dec)
     if scale_f is not None and settings.finetuned:
         w["W_dec"] = w["W_dec"] * scale_f[:, None]
     b_in_d = w["b_dec"] if settings.subtracts_b_dec else None
@@ -51,13 +61,16 @@ def gate_of(settings: Settings, w: dict[str, Tensor]) -> Gate:
         gain_f = w.pop("r_mag").exp()
         w["W_enc"], w["b_enc"] = w["W_enc"] * gain_f, w.pop("b_mag")
         return Threshold(w["b_enc"] - gain_f * w.pop("b_gate"))
+    if settings.rescales:
+        norm_f = w["W_dec"].norm(dim=-1)
+        norm_f = torch.where(norm_f > 0, norm_f, torch.ones_like(norm_f))
+        w["W_enc"], w["b_enc"], w["W_dec"] = w["W_enc"] * norm_f, w["b_enc"] * norm_f, w["W_dec"] / norm_f[:, None]
+    if "topk_threshold" in w:
+        return Threshold(w["topk_threshold"].expand(len(w["b_enc"])).clone())
     if "threshold" in w:
         return Threshold(w["threshold"])
     if settings.k is None:
         return Threshold()
-    if settings.rescales:
-        norm_f = w["W_dec"].norm(dim=-1)
-        w["W_enc"], w["b_enc"], w["W_dec"] = w["W_enc"] * norm_f, w["b_enc"] * norm_f, w["W_dec"] / norm_f[:, None]
     return AbsTopK(settings.k) if settings.architecture == "abstopk" else TopK(settings.k)
 
 
@@ -78,7 +91,7 @@ def require_whole(folder: Path, settings: Settings, weights: dict[str, Tensor]) 
         tensor = weights[name]
         if tuple(tensor.shape) != shape:
             raise InputError(f"{name} in {folder} has shape {tuple(tensor.shape)} where cfg.json asks for {shape}")
-        if not tensor.is_floating_point() or tensor.dtype != weights["W_dec"].dtype:
+        if not tensor.is_floating_point() or (tensor.dtype != weights["W_dec"].dtype and name != "topk_threshold"):
             raise InputError(f"expected floating-point tensors of one dtype in {folder / WEIGHTS}, got {name} of {tensor.dtype}")
         if not all(bool(end.isfinite()) for end in tensor.aminmax()):  # host sync; NaN is both ends
             raise InputError(f"{name} in {folder} holds NaN or infinity; copy or train the dictionary again")

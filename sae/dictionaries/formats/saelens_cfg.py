@@ -28,6 +28,12 @@ class Architecture(NamedTuple):
     transcoder: bool = False
     """it writes at another hook than it reads"""
     has_k: bool = False
+    """it keeps k activations of each token"""
+
+    @property
+    def compares(self) -> bool:
+        """It chooses activations by comparing them with those of other features, for which decoder norms may count."""
+        return self.has_k or "topk_threshold" in self.tensors
 
 
 ARCHITECTURES = {
@@ -40,7 +46,16 @@ ARCHITECTURES = {
     "skip_transcoder": Architecture(("b_enc", "W_skip"), transcoder=True),
     "jumprelu_transcoder": Architecture(("b_enc", "threshold"), transcoder=True),
     "jumprelu_skip_transcoder": Architecture(("b_enc", "threshold", "W_skip"), transcoder=True),
+    # in training alone; for inference SAELens saves them as jumprelu with the one threshold that they learned
+    "batchtopk": Architecture(("b_enc", "topk_threshold")),
+    "matryoshka_batchtopk": Architecture(("b_enc", "topk_threshold")),
 }
+REFUSED = {
+    "temporal": "which attends to earlier tokens of the text: here a token is encoded by itself",
+    "matching_pursuit": "which chooses features one after another by what is left of the token: here a gate chooses among pre-activations",
+}
+ESTIMATED = ("expected_average_only_in", "covariance_whitening")
+"""normalisations with numbers that SAELens estimates when training begins and folds into the weights when it ends"""
 
 OLDER_NAMES = {
     "hook_point": "hook_name",
@@ -53,7 +68,7 @@ OLDER_NAMES = {
 KNOWN: dict[str, tuple[Any, ...]] = {
     "architecture": tuple(ARCHITECTURES),
     "activation_fn": ("relu", "topk", None),
-    "normalize_activations": ("none", "constant_norm_rescale", "layer_norm", False, None),
+    "normalize_activations": ("none", "constant_norm_rescale", "layer_norm", *ESTIMATED, None),
     "reshape_activations": ("none", "hook_z", None),
     "rescale_acts_by_decoder_norm": (False, True, None),
     "use_error_term": (False, None),
@@ -73,6 +88,9 @@ FACTS = {
     *("sae_lens_version", "sae_lens_training_version"),
     *("l1_coefficient", "lp_norm", "l1_warm_up_steps", "decoder_init_norm", "noise_scale", "mse_loss_normalization", "use_ghost_grads"),
     *("normalize_sae_decoder", "decoder_orthogonal_init", "decoder_heuristic_init", "init_encoder_as_decoder_transpose"),
+    *("aux_loss_coefficient", "use_sparse_activations", "topk_threshold_lr", "matryoshka_widths", "use_matryoshka_aux_loss"),
+    *("l0_coefficient", "l0_warm_up_steps", "pre_act_loss_coefficient", "target_l0", "jumprelu_init_threshold", "jumprelu_bandwidth"),
+    *("jumprelu_sparsity_loss_mode", "jumprelu_tanh_scale", "jumprelu_ste_to_input"),
 }
 
 # TransformerLens' arguments that leave the activations of our sites as the model of Hugging Face has them
@@ -96,11 +114,15 @@ class Settings(NamedTuple):
     """d_in, d_sae and d_out"""
     k: int | None
     frame: Frame | None
+    estimated: str | None
+    """the one of `ESTIMATED` that was in use"""
     subtracts_b_dec: bool
     rescales: bool
-    """a TopK chooses by activation times decoder norm"""
+    """it chooses by activation times decoder norm"""
     finetuned: bool
     """each activation is decoded times its own scaling_factor"""
+    dtype: str | None
+    """to compute in, for example "float32"; by default that of the weights"""
     metadata: dict[str, Any]
     """every other fact; our names of the hooks under "site" and, of a transcoder, "site_out" """
 
@@ -108,7 +130,8 @@ class Settings(NamedTuple):
         """Of the tensors that must be there."""
         d, f, o = (self.widths[name] for name in ("d_in", "d_sae", "d_out"))
         shapes: dict[str, tuple[int, ...]] = {"W_enc": (d, f), "W_dec": (f, o), "b_dec": (o,)}
-        return shapes | {name: (o, d) if name == "W_skip" else (f,) for name in ARCHITECTURES[self.architecture].tensors}
+        others = {"W_skip": (o, d), "topk_threshold": ()}
+        return shapes | {name: others.get(name, (f,)) for name in ARCHITECTURES[self.architecture].tensors}
 
 
 def read_settings(folder: Path) -> Settings:
@@ -126,17 +149,25 @@ def read_settings(folder: Path) -> Settings:
     subtracts = bool(values.get("apply_b_dec_to_input", not kind.transcoder))
     if kind.transcoder and subtracts:
         raise InputError(f"the dictionary in {folder} has apply_b_dec_to_input true, but a transcoder's b_dec belongs to its output")
-    if values.get("rescale_acts_by_decoder_norm") and not kind.has_k:
+    if values.get("rescale_acts_by_decoder_norm") and not kind.compares:
         raise InputError(f"the dictionary in {folder} has rescale_acts_by_decoder_norm, which says nothing for {name!r}")
+    normalised = values.get("normalize_activations")
+    if kind.transcoder and normalised in ESTIMATED:
+        raise InputError(
+            f"the dictionary in {folder} has normalize_activations {normalised!r}, which does not tell by what a transcoder's output is "
+            "divided; fold both factors into the weights first"
+        )
     sites = {key: value for key, value in (("site", site), ("site_out", site_out)) if value}
     return Settings(
         name,
         find_widths(folder, values, kind),
         find_k(folder, values, kind),
         find_frame(folder, values, site, kind),
+        normalised if normalised in ESTIMATED else None,
         subtracts,
         bool(values.get("rescale_acts_by_decoder_norm")),
         bool(values.get("finetuning_scaling_factor")),
+        values["dtype"].removeprefix("torch.") if "dtype" in values else None,
         {key: value for key, value in values.items() if key not in DECIDED - {"hook_name_out"} and key != "device"} | sites,
     )
 
@@ -152,6 +183,8 @@ def merge(folder: Path, cfg: dict[str, Any]) -> dict[str, Any]:
         if key in values and values[key] != value:
             raise InputError(f"{folder / CFG} says two things of {key}, {values[key]!r} and {value!r}; leave the right one")
         values[key] = value
+    if isinstance(values.get("normalize_activations"), bool):  # versions 2 to 5
+        values["normalize_activations"] = ESTIMATED[0] if values["normalize_activations"] else "none"
     return values
 
 
@@ -160,12 +193,14 @@ def require_known(folder: Path, cfg: dict[str, Any], values: dict[str, Any]) -> 
 
     The many settings of an old run, with which cfg.json is open-ended, are named on stderr instead.
     """
+    name = values.get("architecture")
+    if isinstance(name, str) and name in REFUSED:
+        raise InputError(f"the dictionary in {folder} has architecture {name!r}, {REFUSED[name]}; it cannot be read")
     for key, known in KNOWN.items():
         value = values.get(key, known[0])
         if not any(value == one and isinstance(value, type(one)) for one in known):
             expected = " or ".join("nothing" if one is None else repr(one) for one in known)
-            why = "; fold the factor into the weights first" if key == "normalize_activations" else ""
-            raise InputError(f"the dictionary in {folder} has {key} {value!r}, which is not understood; expected {expected}{why}")
+            raise InputError(f"the dictionary in {folder} has {key} {value!r}, which is not understood; expected {expected}")
     unknown = sorted({OLDER_NAMES.get(key, key) for key in cfg} - DECIDED - FACTS)
     if unknown and "metadata" in cfg:
         raise InputError(f"{folder / CFG} has {', '.join(unknown)}, which may change what the dictionary computes and is not known here")
@@ -187,7 +222,12 @@ def find_widths(folder: Path, values: dict[str, Any], kind: Architecture) -> dic
 
 
 def find_k(folder: Path, values: dict[str, Any], kind: Architecture) -> int | None:
-    """How many features a TopK keeps, which stands in one place since version 6 and in another before."""
+    """How many features a TopK keeps, which stands in one place since version 6 and in another before.
+
+    The k of the BatchTopKs is a mean, and a fact of training.
+    """
+    if kind.compares and not kind.has_k:
+        return None
     arguments = values.get("activation_fn_kwargs") or {}
     if not isinstance(arguments, dict) or set(arguments) - {"k"}:
         raise InputError(f"the dictionary in {folder} has activation_fn_kwargs {arguments!r}, where at most k is expected")
@@ -213,6 +253,7 @@ def find_frame(folder: Path, values: dict[str, Any], site: str | None, kind: Arc
         raise InputError(f"{folder / CFG} has model_from_pretrained_kwargs {given!r}, where an object is expected")
     changing = {key for key, value in given.items() if key not in same and value not in (None, False)}
     normalised: Any = values.get("normalize_activations") or "none"
+    normalised = "none" if normalised in ESTIMATED else normalised
     centred = CENTRED in changing and at in CENTRED_KINDS and not kind.transcoder
     if changing - ({CENTRED} if centred or at == "head_out" else set()) or (centred and normalised == "constant_norm_rescale"):
         raise InputError(

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from sae.dictionaries.dictionary import Dictionary
+from sae.errors import InputError
 
 D, F, OUT, K = 6, 10, 5, 4
 READS, WRITES = "blocks.1.hook_resid_pre", "blocks.1.hook_mlp_out"
@@ -138,3 +139,118 @@ def test_the_factors_of_fine_tuning(tmp_path):
     acts = ((X - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
     path = folder(tmp_path / "sae", "standard", w, {"finetuning_scaling_factor": True})
     check(path, acts, (acts * w["scaling_factor"]) @ w["W_dec"] + w["b_dec"])
+
+
+def scaled(path, name, w, **cfg):
+    cfg = {"normalize_activations": "expected_average_only_in", "apply_b_dec_to_input": True} | cfg
+    return folder(path, name, w, cfg)
+
+
+@pytest.mark.parametrize("subtracts", [True, False])
+def test_the_factor_of_a_checkpoint(tmp_path, subtracts):
+    w, s = weights(), 0.4
+    acts = ((s * X - w["b_dec"] * subtracts) @ w["W_enc"] + w["b_enc"]).relu()
+    path = scaled(tmp_path / "sae", "standard", w, apply_b_dec_to_input=subtracts, l1_coefficient=5.0, lp_norm=1.0)
+    (path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": s, "has_whitening": False}))
+    check(path, acts, (acts @ w["W_dec"] + w["b_dec"]) / s)
+
+
+def test_the_factor_of_versions_3_to_5_is_in_the_state_of_the_store_until_it_is_folded(tmp_path):
+    w, s = weights(), 0.4
+    cfg = {"architecture": "standard", "d_in": D, "d_sae": F, "dtype": "torch.float64", "hook_name": READS, "normalize_activations": True}
+    for name, factor in (("between", s), ("final", None)):
+        path = folder(tmp_path / name, "standard", w)
+        (path / "cfg.json").write_text(json.dumps(cfg))
+        state = {"n_dataset_processed": torch.tensor(7)}
+        state |= {} if factor is None else {"estimated_norm_scaling_factor": torch.tensor(factor, dtype=torch.float64)}
+        save_file(state, path / "activations_store_state.safetensors")
+        s = factor or 1
+        acts = ((s * X - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
+        check(path, acts, (acts @ w["W_dec"] + w["b_dec"]) / s)
+        (tmp_path / "again").rename(tmp_path / f"{name} again")
+
+
+def test_a_topk_by_decoder_norm_of_a_checkpoint(tmp_path):
+    w, s = weights(), 0.4
+    norm = w["W_dec"].norm(dim=-1)
+    z = ((s * X - w["b_dec"]) @ w["W_enc"] + w["b_enc"]) * norm
+    acts = top(z, z).relu()
+    path = scaled(
+        tmp_path / "sae", "topk", w, k=K, rescale_acts_by_decoder_norm=True, aux_loss_coefficient=1.0, use_sparse_activations=True
+    )
+    (path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": s}))
+    check(path, acts / s, (acts / norm @ w["W_dec"] + w["b_dec"]) / s)  # in units of what a decoder row of length 1 writes
+
+
+@pytest.mark.parametrize("rescales", [True, False])
+@pytest.mark.parametrize("s", [None, 0.4])
+def test_a_batchtopk_in_training_is_a_jumprelu_with_one_threshold(tmp_path, rescales, s):
+    w, theta = weights(), 0.7
+    norm = w["W_dec"].norm(dim=-1) if rescales else 1
+    z = (((s or 1) * X - w["b_dec"]) @ w["W_enc"] + w["b_enc"]) * norm
+    acts = z.relu() * (z > theta)
+    cfg = {"k": 3.5, "rescale_acts_by_decoder_norm": rescales, "topk_threshold_lr": 0.01, "matryoshka_widths": [4, F]}
+    path = scaled(
+        tmp_path / "sae",
+        "matryoshka_batchtopk",
+        w | {"topk_threshold": torch.tensor(theta, dtype=torch.float64)},
+        **cfg,
+        normalize_activations="expected_average_only_in" if s else "none",
+    )
+    (path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": s}))
+    check(path, acts / (s or 1) if rescales else acts, (acts / norm @ w["W_dec"] + w["b_dec"]) / (s or 1))
+
+
+@pytest.mark.parametrize("subtracts", [True, False])
+@pytest.mark.parametrize("name", ["standard", "gated"])
+def test_the_whitening_of_a_checkpoint(tmp_path, subtracts, name):
+    w = weights(*(("b_gate", "b_mag", "r_mag") if name == "gated" else ()))
+    mean, M = random(D), (torch.linalg.qr(random(D, D))[0] * torch.linspace(0.5, 2, D, dtype=torch.float64)).contiguous()
+    x = (X - mean) @ M - w["b_dec"] * subtracts
+    acts = (x @ w["W_enc"] + w["b_enc"]).relu()
+    if name == "gated":
+        del w["b_enc"]
+        acts = (x @ w["W_enc"] + w["b_gate"] > 0) * (x @ (w["W_enc"] * w["r_mag"].exp()) + w["b_mag"]).relu()
+    path = scaled(tmp_path / "sae", name, w, normalize_activations="covariance_whitening", apply_b_dec_to_input=subtracts)
+    save_file({"mean": mean, "matrix": M, "inverse_matrix": torch.linalg.inv(M).contiguous()}, path / "activation_whitening.safetensors")
+    (path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": None, "has_whitening": True}))
+    check(path, acts, (acts @ w["W_dec"] + w["b_dec"]) @ torch.linalg.inv(M) + mean)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "scaler", "message"),
+    [
+        ({"normalize_activations": "expected_average_only_in"}, {"scaling_factor": None}, "scaling_factor"),
+        ({"normalize_activations": "expected_average_only_in"}, {"scaling_factor": -2.0}, "scaling_factor"),
+        ({"normalize_activations": "expected_average_only_in"}, {"factor": 1.0}, "'scaling_factor' is missing"),
+        ({"normalize_activations": "none"}, {"scaling_factor": 0.4}, "leave the right one"),
+        ({"normalize_activations": "layer_norm"}, {"scaling_factor": None, "has_whitening": True}, "leave the right one"),
+    ],
+)
+def test_estimates_that_say_something_else_are_refused(tmp_path, cfg, scaler, message):
+    path = folder(tmp_path / "sae", "standard", weights(), cfg)
+    (path / "activation_scaler.json").write_text(json.dumps(scaler))
+    with pytest.raises(InputError, match=message):
+        Dictionary.load(path)
+
+
+def test_a_transcoders_factor_is_refused(tmp_path):
+    path = folder(tmp_path / "sae", "transcoder", weights(width=OUT), {"normalize_activations": "expected_average_only_in"})
+    (path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 0.4}))
+    with pytest.raises(InputError, match="transcoder's output"):
+        Dictionary.load(path)
+
+
+def test_weights_are_used_in_the_dtype_of_cfg_json(tmp_path):
+    w = {name: value.bfloat16() for name, value in weights().items()}
+    opened = Dictionary.load(folder(tmp_path / "sae", "standard", w))  # cfg.json says float64
+    wide = {name: value.double() for name, value in w.items()}
+    assert opened.W_dec_fo.dtype == torch.float64
+    torch.testing.assert_close(opened.encode(X), ((X - wide["b_dec"]) @ wide["W_enc"] + wide["b_enc"]).relu(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_row_of_length_0_stays_a_row_of_length_0(tmp_path):
+    w = weights()
+    w["W_dec"][3] = 0
+    opened = Dictionary.load(folder(tmp_path / "sae", "topk", w, {"k": K, "rescale_acts_by_decoder_norm": True}))
+    assert opened(X).isfinite().all()
