@@ -205,7 +205,10 @@ class Dictionary(nn.Module):
 
     def joined(self, values: Mapping[str, Tensor]) -> Tensor:
         """What it encodes, [..., d], out of the values at each of the sites where it reads."""
-        return torch.cat([values[str(port.site)] for port in self.reads], dim=-1)
+        sites = [str(port.site) for port in self.reads]
+        if len(set(sites)) < len(sites):
+            raise InputError(f"the dictionary reads {', '.join(sites)} of several models; give it what they have there, side by side")
+        return torch.cat([values[site] for site in sites], dim=-1)
 
     def split(self, y_bo: Tensor) -> dict[str, Tensor]:
         """What it writes, [..., o], by site."""
@@ -216,34 +219,38 @@ class Dictionary(nn.Module):
         """Lengths of the decoder's rows, [f]."""
         return self.W_dec_fo.norm(dim=-1)
 
+    def port_norms(self) -> Tensor:
+        """Lengths of what the decoder's rows write at each port, [p, f]: of a crosscoder they tell where a feature belongs."""
+        return self.W_dec_fo.unflatten(-1, (len(self.writes), -1)).norm(dim=-1).T
+
     def require_feature(self, feature: int) -> None:
         """Raises `InputError` for a number that is no feature."""
         if not 0 <= feature < self.d_sae:
             raise InputError(f"feature {feature} does not exist: the dictionary has features 0 to {self.d_sae - 1}")
 
     @torch.no_grad()
-    def folded(self, scale_in: float, scale_out: float | None = None) -> "Dictionary":
+    def folded(self, scale_in: float | Tensor, scale_out: float | Tensor | None = None) -> "Dictionary":
         """The same function for inputs that are not yet multiplied by `scale_in` and outputs divided by `scale_out` (the same by
-        default), with decoder rows of length 1 where the gate allows it.
+        default), with decoder rows of length 1 where the gate allows it. A factor is a number, or [d] or [o], one for each dimension.
 
         An activation is then the length that its feature adds, in the model's own units. Exact: a gate that allows it commutes with
         positive factors. Of a plain TopK the rows keep their lengths, because others would choose other features. Rows of zero length
         are left as they are.
         """
         scale_out = scale_in if scale_out is None else scale_out
-        norm_f = self.norms() / scale_out
+        norm_f = (self.W_dec_fo / scale_out).norm(dim=-1)
         norm_f = torch.where(norm_f > 0, norm_f, torch.ones_like(norm_f))
         gate = self.gate.scaled(norm_f)
         if gate is None:
             gate, norm_f = self.gate, torch.ones_like(norm_f)
         return Dictionary(
-            self.W_enc_fd * (scale_in * norm_f)[:, None],
+            self.W_enc_fd * (scale_in * norm_f[:, None]),
             self.b_enc_f * norm_f,
-            self.W_dec_fo / (scale_out * norm_f)[:, None],
+            self.W_dec_fo / (scale_out * norm_f[:, None]),
             self.b_dec_o / scale_out,
             gate=gate,
             b_in_d=None if self.b_in_d is None else self.b_in_d / scale_in,
-            W_skip_od=None if self.W_skip_od is None else self.W_skip_od * (scale_in / scale_out),
+            W_skip_od=None if self.W_skip_od is None else self.W_skip_od * scale_in / torch.as_tensor(scale_out).unsqueeze(-1),
             frame=self.frame,
             metadata=self.metadata,
         ).requires_grad_(False)

@@ -6,9 +6,10 @@ b rows (tokens) · f features
 |---|---|
 | ReLU with L1, p-annealing | `Threshold()` |
 | JumpReLU; BatchTopK and Matryoshka once trained | `Threshold(theta_f)` |
-| gated | `Threshold(theta_f)`, see sae/dictionaries/formats/saelens.py |
+| gated | `Threshold(theta_f)`, by `gated` |
 | TopK | `TopK(k)` |
 | AbsTopK | `AbsTopK(k)` |
+| GroupMax (sparsify) | `GroupMax(k)` |
 | TopK without ReLU (circuit-tracer) | `BareTopK(k)` |
 
 A gate is called with pre-activations z [..., f] and may overwrite them.
@@ -61,6 +62,15 @@ class Threshold(Gate):
         return Threshold(None if self.theta_f is None else self.theta_f * factor_f)
 
 
+def gated(W_enc_fd: Tensor, r_mag_f: Tensor, b_mag_f: Tensor, b_gate_f: Tensor) -> tuple[Tensor, Threshold]:
+    """W_enc and gate of a gated dictionary, whose b_enc is then b_mag (Rajamanoharan et al. 2024, arXiv 2404.16014).
+
+    Exact: x W + b_gate > 0 is e^r x W + b_mag > b_mag − e^r b_gate, a threshold of the magnitude's own pre-activation.
+    """
+    gain_f = r_mag_f.exp()
+    return W_enc_fd * gain_f[:, None], Threshold(b_mag_f - gain_f * b_gate_f)
+
+
 class TopK(Gate):
     """The k largest of a row, those of them that are above 0."""
 
@@ -97,3 +107,19 @@ class BareTopK(TopK):
     def forward(self, z_bf: Tensor) -> Tensor:
         value_bk, index_bk = z_bf.topk(min(self.k, z_bf.shape[-1]), sorted=False)
         return z_bf.zero_().scatter_(-1, index_bk, value_bk)
+
+
+class GroupMax(Gate):
+    """The largest of each of k equal groups of neighbouring features, those of them that are above 0."""
+
+    def __init__(self, k: int):
+        super().__init__()
+        self.k = k
+
+    def forward(self, z_bf: Tensor) -> Tensor:
+        value_bk1, index_bk1 = z_bf.unflatten(-1, (self.k, -1)).max(dim=-1, keepdim=True)
+        z_bf.zero_().unflatten(-1, (self.k, -1)).scatter_(-1, index_bk1, value_bk1.relu())
+        return z_bf
+
+    def extra_repr(self) -> str:
+        return f"k={self.k}"

@@ -6,7 +6,7 @@ import torch
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.frames import Frame
-from sae.dictionaries.gates import AbsTopK, BareTopK, Threshold, TopK
+from sae.dictionaries.gates import AbsTopK, BareTopK, GroupMax, Threshold, TopK
 from sae.entries import Buffers
 from sae.errors import InputError
 
@@ -14,7 +14,8 @@ B, D, F, OUT = 7, 6, 20, 5
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(B, D)) + 1
 THETA = np.abs(RNG.normal(size=F))
-GATES = {"relu": Threshold(), "jumprelu": Threshold(torch.tensor(THETA)), "topk": TopK(4), "abstopk": AbsTopK(4), "bare topk": BareTopK(4)}
+GATES = {"relu": Threshold(), "jumprelu": Threshold(torch.tensor(THETA)), "topk": TopK(4), "abstopk": AbsTopK(4)}
+GATES |= {"bare topk": BareTopK(4), "groupmax": GroupMax(4)}
 
 
 def gated(name: str, z: np.ndarray) -> np.ndarray:
@@ -27,6 +28,7 @@ def gated(name: str, z: np.ndarray) -> np.ndarray:
         "topk": np.where(chosen, np.maximum(z, 0), 0),
         "abstopk": np.where(chosen, z, 0),
         "bare topk": np.where(chosen, z, 0),
+        "groupmax": np.where(z == z.reshape(len(z), 4, -1).max(2).repeat(F // 4, 1), np.maximum(z, 0), 0),
     }[name]
 
 

@@ -10,7 +10,7 @@ from feature_world import VOCABULARY
 from sae.activations.cache import ActivationCache
 from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.frames import Frame
-from sae.dictionaries.gates import AbsTopK, Threshold, TopK
+from sae.dictionaries.gates import AbsTopK, GroupMax, Threshold, TopK
 from sae.errors import InputError
 from sae.features.index.build import IndexConfig, build_index
 from sae.features.index.merge import MergeConfig, merge_indexes
@@ -22,6 +22,7 @@ KINDS = {
     "jumprelu": dict(gate=Threshold(torch.linspace(0, 0.6, F))),
     "topk": dict(gate=TopK(3)),
     "abstopk": dict(gate=AbsTopK(3)),
+    "groupmax": dict(gate=GroupMax(3)),
     "layer norm": dict(frame=Frame("layer_norm")),
     "skip": dict(W_skip_od=torch.eye(VOCABULARY) / 3),
 }
@@ -46,7 +47,7 @@ def cached(world):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind(world, tmp_path, kind, monkeypatch):
     dictionary = made(world, **KINDS[kind])
-    if kind == "skip":  # SAELens has no autoencoder that skips, so there is no folder for one
+    if kind in ("skip", "groupmax"):  # SAELens has neither, so there is no folder for one
         monkeypatch.setattr(Dictionary, "load", lambda *_: dictionary)
         Dictionary.save(made(world), tmp_path / "sae")
     else:

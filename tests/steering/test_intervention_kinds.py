@@ -6,7 +6,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.frames import Frame
-from sae.dictionaries.gates import AbsTopK, Threshold, TopK
+from sae.dictionaries.gates import AbsTopK, GroupMax, Threshold, TopK
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from steering.directions.feature import feature_direction
@@ -20,6 +20,7 @@ KINDS = {
     "no input bias": dict(b_in_d=None),
     "topk": dict(gate=TopK(9)),
     "abstopk": dict(gate=AbsTopK(9)),
+    "groupmax": dict(gate=GroupMax(10)),
     "layer norm": dict(frame=Frame("layer_norm")),
     "constant norm": dict(frame=Frame("constant_norm_rescale"), gate=TopK(9)),
     "centred": dict(frame=Frame("centred")),

@@ -7,7 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from sae.dictionaries.formats import circuit_tracer, gemma_scope, saelens
+from sae.dictionaries.formats import (
+    bussmann,
+    circuit_tracer,
+    crosscoder_learning,
+    dictionary_learning,
+    gemma_scope,
+    kissane,
+    openai,
+    saelens,
+    sparsify,
+)
 from sae.dictionaries.formats.tensors import Device, has
 from sae.dictionaries.parts import Layers, Parts
 from sae.errors import InputError
@@ -32,6 +42,12 @@ FORMATS = (
     Format("Gemma Scope 2", gemma_scope.PARAMS_2, gemma_scope.recognises_2, gemma_scope.load_2),
     Format("Gemma Scope 2, several layers", gemma_scope.LAYER_FILES, has(gemma_scope.LAYER_FILES), gemma_scope.load_layers),
     Format("circuit-tracer", "config.yaml + layer_0.safetensors or W_enc_0 and W_dec_0", circuit_tracer.recognises, circuit_tracer.load),
+    Format("sparsify", sparsify.FILES, sparsify.recognises, sparsify.load),
+    Format("dictionary_learning", dictionary_learning.FILES, dictionary_learning.recognises, dictionary_learning.load),
+    Format("crosscoder_learning", crosscoder_learning.FILES, crosscoder_learning.recognises, crosscoder_learning.load),
+    Format("crosscoders of Kissane and Nanda", kissane.FILES, kissane.recognises, kissane.load),
+    Format("BatchTopK and Matryoshka of Bussmann", bussmann.FILES, bussmann.recognises, bussmann.load),
+    Format("OpenAI", openai.FILES, openai.recognises, openai.load),
 )
 
 

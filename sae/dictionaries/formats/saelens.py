@@ -14,7 +14,7 @@ from sae.dictionaries.formats.saelens_cfg import ARCHITECTURES, CENTRED, CFG, Se
 from sae.dictionaries.formats.saelens_estimates import fold_factor, fold_whitening, read_estimates
 from sae.dictionaries.formats.transformer_lens import hook_of_site
 from sae.dictionaries.frames import Frame
-from sae.dictionaries.gates import AbsTopK, Gate, Threshold, TopK
+from sae.dictionaries.gates import AbsTopK, Gate, Threshold, TopK, gated
 from sae.dictionaries.parts import Parts
 from sae.disk.reading import read_tensors
 from sae.disk.writing import write_json, write_tensors
@@ -52,15 +52,14 @@ def load(folder: Path, device: str | torch.device = "cpu") -> Parts:
 
 
 def gate_of(settings: Settings, w: dict[str, Tensor]) -> Gate:
-    """The gate; weights are changed where a kind is another one in disguise, which both are exact.
+    """The gate; weights are changed where a kind is another one in disguise, which is exact.
 
-    Gated (Rajamanoharan et al. 2024, arXiv 2404.16014): x W + b_gate > 0 is e^r x W + b_mag > b_mag − e^r b_gate, a threshold of the
-    magnitude's own pre-activation. A TopK that rescales by decoder norms is a TopK whose encoder has them and whose decoder has none.
+    A TopK that rescales by decoder norms is a TopK whose encoder has them and whose decoder has none.
     """
     if settings.architecture == "gated":
-        gain_f = w.pop("r_mag").exp()
-        w["W_enc"], w["b_enc"] = w["W_enc"] * gain_f, w.pop("b_mag")
-        return Threshold(w["b_enc"] - gain_f * w.pop("b_gate"))
+        W_enc_fd, gate = gated(w["W_enc"].T, w.pop("r_mag"), w["b_mag"], w.pop("b_gate"))
+        w["W_enc"], w["b_enc"] = W_enc_fd.T, w.pop("b_mag")
+        return gate
     if settings.rescales:
         norm_f = w["W_dec"].norm(dim=-1)
         norm_f = torch.where(norm_f > 0, norm_f, torch.ones_like(norm_f))
