@@ -131,17 +131,18 @@ def saelens(settings: dict[str, Any]) -> Round:
 
 def read(settings: dict[str, Any]) -> Round:
     """One epoch of training batches in float32, of a cache that is opened in the first round; reads on from there in the next."""
-    from sae.activations.batches import ActivationBatches
     from sae.activations.cache import ActivationCache
+    from sae.activations.cached import CachedSource
+    from sae.activations.source import Batches
 
     before = memory("VmRSS")
-    reader: list[ActivationBatches] = []
+    reader: list[Batches] = []
 
     def run() -> dict[str, Any]:
         start = time.monotonic()
         if not reader:
-            reader.append(ActivationBatches(ActivationCache.open(settings["cache"]), settings["batch_size"]))
-        for _ in range(reader[0].rows // settings["batch_size"]):
+            reader.append(CachedSource(ActivationCache.open(settings["cache"])).batches(settings["batch_size"]))
+        for _ in range(int(reader[0].batches_per_epoch)):
             next(reader[0])
         return {"seconds": time.monotonic() - start, "peak": memory("VmHWM") - before}
 

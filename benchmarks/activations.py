@@ -26,8 +26,8 @@ from disk import dd, forget, repeated_tokens, write_cache
 from objective import machine, spread
 from rounds import OFFLINE, PEERS_PYTHON, ArmFailed, started
 
-from sae.activations.batches import BUFFER_BYTES
 from sae.activations.cache import ActivationCache
+from sae.activations.cached import BUFFER_BYTES
 from sae.activations.harvest import HarvestConfig
 from sae.activations.number_formats import row_bytes
 from sae.activations.shuffle import shuffle_quality

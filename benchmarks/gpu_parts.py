@@ -161,13 +161,15 @@ def cache(s: Settings, answer: Answer) -> None:
 
 def train(s: Settings, answer: Answer) -> None:
     """Real runs from that cache: with the settings by default for two thirds of the time, then with the fastest."""
-    from sae.activations.batches import ActivationBatches
     from sae.activations.cache import ActivationCache
+    from sae.activations.cached import CachedSource
+    from sae.activations.source import Batches
     from sae.training.config import TrainingConfig
     from sae.training.trainer import train_on
 
-    source, steps = ActivationCache.open(Path(s.work) / "cache"), 5000 if s.device == "cuda" else 3
-    batches, draw = source.batches(s.rows, seed=0, device=s.device), ActivationBatches.__next__
+    folder, steps = Path(s.work) / "cache", 5000 if s.device == "cuda" else 3
+    source = CachedSource(ActivationCache.open(folder))
+    batches, draw = source.batches(s.rows, device=s.device), Batches.__next__
     next(batches)
     drawn = timed(lambda: next(batches), s)
     answer(what="the loader alone", rows_per_second=s.rows / drawn["ms"]["median"] * 1000, ms=drawn["ms"])
@@ -176,7 +178,7 @@ def train(s: Settings, answer: Answer) -> None:
         draws: list[tuple[float, float]] = []  # begin and end
         stop = threading.Timer(share * s.seconds, os.kill, (os.getpid(), signal.SIGINT))
 
-        def wait(batches: ActivationBatches) -> Tensor:
+        def wait(batches: Batches) -> dict[str, Tensor]:
             if not draws:  # noqa: B023
                 stop.start()  # noqa: B023
             start = time.perf_counter()
@@ -185,10 +187,10 @@ def train(s: Settings, answer: Answer) -> None:
             return batch
 
         sizes = {"d_sae": s.sizes[0][1], "steps": steps, "batch_size": s.rows, "log_every": 50 if s.device == "cuda" else 1}
-        config = TrainingConfig(source.folder, Path(s.work) / name, device=s.device, checkpoint_every=10**9, **sizes, **settings)
-        with patch.object(ActivationBatches, "__next__", wait):
+        config = TrainingConfig(cache=folder, out=Path(s.work) / name, device=s.device, checkpoint_every=10**9, **sizes, **settings)
+        with patch.object(Batches, "__next__", wait):
             try:
-                train_on(source, config)
+                train_on(source, config, config.settings())
             except KeyboardInterrupt:
                 print("stopped, as planned")
             finally:

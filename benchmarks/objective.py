@@ -22,8 +22,8 @@ from report import describe, markdown, print_table
 from rounds import PEERS_PYTHON, Measured, measure
 from torch import Tensor
 
-from sae.activations.batches import ActivationBatches
 from sae.activations.cache import ActivationCache
+from sae.activations.cached import CachedSource
 from sae.command_line import run
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.writing import write_json
@@ -182,7 +182,7 @@ def problem(config: BenchmarkConfig, case: Case, cache: ActivationCache | None, 
         scale = 1.0
     else:
         scale = (cache.d_in / cache.mean_squared_norm) ** 0.5
-        x_bd = next(ActivationBatches(cache, case.batch_size, seed=config.seed)) * scale
+        x_bd = next(CachedSource(cache).batches(case.batch_size, seed=config.seed))[cache.site] * scale
     if dictionary is not None:
         sae = dictionary.folded(1 / scale)
     else:

@@ -10,7 +10,7 @@ The others run in the environment that `make bench-peers` creates, and are left 
 import os
 import subprocess
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,8 @@ def point(config: QualityConfig, cache: ActivationCache, tool: str, l1: float, l
     folder = config.work / f"{tool}-l1_{l1:g}-lr_{lr:g}-steps_{config.steps}-d_sae_{config.d_sae}-seed_{seed}"
     start = time.monotonic()
     if tool == "ours":
-        ours = TrainingConfig(config.cache, folder, cache.site, config.d_sae, (l1,), config.steps, config.batch_size, lr)
-        train(replace(ours, seed=seed, device=config.device))
+        size = {"d_sae": config.d_sae, "steps": config.steps, "batch_size": config.batch_size}
+        train(TrainingConfig(cache=config.cache, site=cache.site, out=folder, l1=(l1,), lr=lr, seed=seed, device=config.device, **size))
         seconds = time.monotonic() - start
     else:
         train_peer(config, cache.site, tool, l1, lr, seed, folder)

@@ -14,20 +14,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sae.activations.batches import ActivationBatches
 from sae.activations.cache import ActivationCache
+from sae.activations.cached import CachedSource
+from sae.activations.source import Batches
 from sae.dictionaries.dictionary import Dictionary
 
 NORM_BATCHES = 50
 
 
-def saelens(args: argparse.Namespace, batches: ActivationBatches, d_in: int) -> Dictionary:
+def saelens(args: argparse.Namespace, batches: Batches, d_in: int) -> Dictionary:
     """`SAETrainer` with `StandardTrainingSAE` and the tutorial's normalisation, folded into the weights by SAELens itself."""
     from sae_lens.config import SAETrainerConfig
     from sae_lens.saes.standard_sae import StandardTrainingSAE, StandardTrainingSAEConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     torch.manual_seed(args.seed)
+    rows = (batch[args.site] for batch in batches)
     cfg = StandardTrainingSAEConfig(
         d_in=d_in,
         d_sae=args.d_sae,
@@ -44,22 +46,23 @@ def saelens(args: argparse.Namespace, batches: ActivationBatches, d_in: int) -> 
         lr_decay_steps=args.steps // 5,
         device=args.device,
     )
-    trainer = SAETrainer(trainer_cfg, StandardTrainingSAE(cfg), data_provider=batches)
+    trainer = SAETrainer(trainer_cfg, StandardTrainingSAE(cfg), data_provider=rows)
     # estimated beforehand, as SAELens does it, so that its own estimate does not use up training batches
-    norms = [next(batches).norm(dim=-1).mean().item() for _ in range(NORM_BATCHES)]
+    norms = [next(rows).norm(dim=-1).mean().item() for _ in range(NORM_BATCHES)]
     batches.seek(0)
     trainer.activation_scaler.scaling_factor = d_in**0.5 / (sum(norms) / len(norms))
     sae = trainer.fit()
     ours = Dictionary.autoencoder(sae.W_enc.data.T.contiguous(), sae.b_enc.data, sae.W_dec.data, sae.b_dec.data)
-    check_equal(ours, lambda x_bd: sae.decode(sae.encode(x_bd)), next(batches))
+    check_equal(ours, lambda x_bd: sae.decode(sae.encode(x_bd)), next(rows))
     return ours
 
 
-def dictionary_learning(args: argparse.Namespace, batches: ActivationBatches, d_in: int) -> Dictionary:
+def dictionary_learning(args: argparse.Namespace, batches: Batches, d_in: int) -> Dictionary:
     """`StandardTrainerAprilUpdate` on activations of unit mean squared norm, as its `trainSAE` and its demo normalise them."""
     from dictionary_learning.trainers.standard import StandardTrainerAprilUpdate
 
-    mean_squares = [next(batches).square().sum(-1).mean().item() for _ in range(NORM_BATCHES)]
+    rows = (batch[args.site] for batch in batches)
+    mean_squares = [next(rows).square().sum(-1).mean().item() for _ in range(NORM_BATCHES)]
     batches.seek(0)
     norm = (sum(mean_squares) / len(mean_squares)) ** 0.5
     trainer = StandardTrainerAprilUpdate(
@@ -77,8 +80,8 @@ def dictionary_learning(args: argparse.Namespace, batches: ActivationBatches, d_
         device=args.device,
     )
     for step in range(args.steps):
-        trainer.update(step, next(batches) / norm)
-    ae, x_bd = trainer.ae, next(batches)
+        trainer.update(step, next(rows) / norm)
+    ae, x_bd = trainer.ae, next(rows)
     before_bd = ae(x_bd / norm).detach() * norm
     ae.scale_biases(norm)
     ours = Dictionary.autoencoder(ae.encoder.weight.data, ae.encoder.bias.data, ae.decoder.weight.data.T.contiguous(), ae.bias.data)
@@ -102,7 +105,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, required=True)
     args = parser.parse_args()
     cache = ActivationCache.open(args.cache, args.site)
-    batches = ActivationBatches(cache, args.batch_size, seed=args.seed, device=args.device)
+    batches = CachedSource(cache).batches(args.batch_size, seed=args.seed, device=args.device)
     train = {"saelens": saelens, "dictionary_learning": dictionary_learning}[args.peer]
     start = time.monotonic()
     dictionary = train(args, batches, cache.d_in)

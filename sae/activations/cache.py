@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from sae.activations.manifest import THEN, check_file, damaged, read_manifest, verify
-from sae.activations.massive import sampled, sentence
 from sae.activations.number_formats import FORMATS, decode, shard_layout
 from sae.activations.tokens import SPLITS, Tokens
 from sae.disk.reading import SMALL, Place, layout, map_arrays, read_tensors, require_within
 from sae.errors import InputError
 
 if TYPE_CHECKING:
-    from sae.activations.batches import ActivationBatches
     from sae.dictionaries.dictionary import Dictionary
     from sae.model.language_model import LanguageModel
 
@@ -36,7 +34,7 @@ class Shard(NamedTuple):
 
 
 class ActivationCache:
-    """One site of a cache. `open` makes it; `ActivationBatches` deals out its rows."""
+    """One site of a cache. `open` makes it; `CachedSource` deals out its rows, shuffled."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], site: str, shards: dict[str, list[Shard]]):
         self.folder, self.manifest, self.site = folder, manifest, site
@@ -102,21 +100,6 @@ class ActivationCache:
                 _read_into(file, places[name].offset + start * values[:1].nbytes, values, shard.path)
         if self.format.stored != self.dtype:
             out_nd.copy_(decode(stored))
-
-    def batches(self, batch_size: int, *, seed: int, device: str | torch.device) -> "ActivationBatches":
-        """Endless shuffled training batches, float32 [batch_size, d_in]."""
-        from sae.activations.batches import ActivationBatches
-
-        return ActivationBatches(self, batch_size, seed=seed, device=device)
-
-    def first_rows(self) -> Tensor:
-        """[n, d_in], a fair sample of the training rows: the first shard's."""
-        return self.read(self.shards("train")[0])[0]
-
-    def about_massive(self) -> str | None:
-        """What a person should know of the rows with massive norms: from the manifest, or from a sample where it says nothing of them."""
-        found = self.manifest.get("massive")
-        return sentence(found, self.site) if found else sampled(self.first_rows()[: 1 << 16])
 
     @cached_property
     def tokens(self) -> Tokens:

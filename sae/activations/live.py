@@ -1,10 +1,9 @@
-"""Training activations without a disk: a pool of text goes through the model when its rows are wanted, and is dealt out shuffled.
+"""Training rows without a disk: a pool of text goes through the model when its rows are wanted, and is dealt out shuffled.
 
-b rows of a batch · n rows of a pool · d width of the site
+n rows of a pool · d width of a site
 """
 
-from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,13 +23,14 @@ from sae.activations.settings import (
     make_recorder,
     require_tokens,
 )
+from sae.activations.source import Batches, Group
 from sae.activations.tokens import Tokens
 from sae.errors import InputError
 from sae.progress import progress
 
 
-class LiveActivations:
-    """What the trainer asks of an `ActivationCache`, for activations that are computed instead of read.
+class LiveSource:
+    """A `Source` that computes its rows.
 
     The rows are those that a harvest with the same settings stores for training, in its number format. In the place of a massive row,
     which is found only when its pool is computed, stands another row of the pool, so that an epoch has as many rows as planned. Memory:
@@ -39,110 +39,84 @@ class LiveActivations:
 
     def __init__(self, config: RecordingConfig):
         check_recording(config)
-        if len(config.sites) != 1:
-            raise InputError(f"expected one site to train on, but {' '.join(config.sites)} came; give one, or make a cache of all of them")
-        self.config, self.site = config, config.sites[0]
+        self.config = config
         self.recorder, pools = _prepare(config)
         self.pools = [pool for pool in pools if pool.split == "train" and pool.rows]
         if not self.pools:
             raise InputError("expected text to train on, but every token of it is left out; give more text, or keep more")
-        self.d_in = self.recorder.widths[self.site]
-        self._held: tuple[int, Tensor, PoolRows] | None = None
+        self.widths = self.recorder.widths
+        self.rows = sum(pool.rows for pool in self.pools)
+        self._held: tuple[int, dict[str, Tensor], PoolRows] | None = None
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """The facts on model and text that a cache's manifest has too."""
         return facts(self.config, self.recorder.lm)
 
-    @cached_property
-    def mean_squared_norm(self) -> float:
+    def mean_squared_norm(self, site: str) -> float:
         """Mean of ‖x‖², in the model's own units, over the first pool; a cache has it over all of its training rows."""
-        return sum_of_squares(self.first_rows()) / self.pools[0].rows
+        return sum_of_squares(self.first_rows(site)) / self.pools[0].rows
 
-    def rows(self, split: str) -> int:
-        """Number of activations of an epoch; there are none but in "train"."""
-        return sum(pool.rows for pool in self.pools if pool.split == split)
+    def first_rows(self, site: str) -> Tensor:
+        """[n, d], a fair sample of the training rows: the first pool's."""
+        return self.pool_rows(0)[site]
 
-    def first_rows(self) -> Tensor:
-        """[n, d_in], a fair sample of the training rows: the first pool's."""
-        return self.pool_rows(0)
+    def about_massive(self, site: str) -> str | None:
+        """From the first pool."""
+        return sentence(summary(self.config.max_norm_ratio, [self._pool(0)[1]]), site)
 
-    def about_massive(self) -> str | None:
-        """What a person should know of massive rows, from the first pool."""
-        return sentence(summary(self.config.max_norm_ratio, [self._pool(0)[1]]))
-
-    def pool_rows(self, number: int) -> Tensor:
-        """Activations [n, d_in] of a pool in visiting order; the last one asked for is kept."""
+    def pool_rows(self, number: int) -> dict[str, Tensor]:
+        """site -> activations [n, d] of a pool in visiting order; the last pool asked for is kept."""
         return self._pool(number)[0]
 
-    def _pool(self, number: int) -> tuple[Tensor, PoolRows]:
+    def _pool(self, number: int) -> tuple[dict[str, Tensor], PoolRows]:
         if self._held is None or self._held[0] != number:
             self._held = None  # so that there are never two
             acts, massive = self.recorder.record(self.pools[number], lambda _: None)
-            rows_nd = acts[self.site]
-            left_out = self.pools[number].rows - len(rows_nd)  # fewer than half, since the median is not above itself
-            self._held = (number, torch.cat([rows_nd, rows_nd[:left_out]]) if left_out else rows_nd, massive)
+            kept, planned = len(next(iter(acts.values()))), self.pools[number].rows
+            if kept == 0:
+                raise InputError("expected rows to train on, but every row of a pool is massive at one of the sites; give fewer sites")
+            if kept < planned:
+                stand_in_n = torch.arange(planned) % kept
+                acts = {site: rows_nd[stand_in_n] for site, rows_nd in acts.items()}
+            self._held = (number, acts, massive)
         return self._held[1:]
 
-    def batches(self, batch_size: int, *, seed: int, device: str | torch.device) -> "LiveBatches":
-        return LiveBatches(self, batch_size, seed=seed, device=device)
+    def batches(self, batch_size: int, *, seed: int = 0, device: str | torch.device = "cpu") -> Batches:
+        """Endless shuffled batches; raises `InputError` for a batch size or seed that cannot be meant."""
+        return Batches(LiveEpochs(self, seed), batch_size, device=device)
 
 
-class LiveBatches:
-    """Endless batches [batch_size, d_in], like `ActivationBatches`: every row once in an epoch, and the same ones from any position on.
+class LiveEpochs:
+    """The `Epochs` of live activations: each pool is a group.
 
     The first epoch visits the pools in their own order, which the harvest's plan made random; later ones shuffle them anew. Rows are
     shuffled within a pool, anew in every epoch.
     """
 
-    def __init__(self, live: LiveActivations, batch_size: int, *, seed: int = 0, device: str | torch.device = "cpu"):
-        if batch_size < 1 or seed < 0:
-            raise InputError(f"expected a batch size of at least 1 and a seed of at least 0, but {batch_size} and {seed} came")
-        self.live, self.batch_size, self.seed, self.device = live, batch_size, seed, device
-        self.rows = live.rows("train")
-        self.position = 0
-        """batches drawn so far"""
-        self._shuffled: tuple[int, int] | None = None  # epoch, pool
-        self._order_n = torch.empty(0, dtype=torch.int64)
+    def __init__(self, source: LiveSource, seed: int):
+        if seed < 0:
+            raise InputError(f"expected a seed of at least 0, got {seed}; give another")
+        self.source, self.seed, self.rows_per_epoch = source, seed, source.rows
+        self._order_of = lru_cache(maxsize=1)(self._make_order)
 
-    @property
-    def batches_per_epoch(self) -> float:
-        return self.rows / self.batch_size
+    def place(self, row: int) -> tuple[int, int]:
+        return divmod(row, self.source.rows)
 
-    def __iter__(self) -> Iterator[Tensor]:
-        return self
+    def starts(self, epoch: int) -> np.ndarray:
+        return np.cumsum([0, *(self.source.pools[pool].rows for pool in self._visits(epoch))])
 
-    def __next__(self) -> Tensor:
-        parts = []
-        row, left = self.position * self.batch_size, self.batch_size  # rows are counted over all epochs
-        while left:
-            parts.append(self._rows_from(row, left).to(self.device, torch.float32))
-            row += len(parts[-1])
-            left -= len(parts[-1])
-        self.position += 1
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+    def group(self, epoch: int, number: int) -> Group:
+        pool = int(self._visits(epoch)[number])
+        return Group(self.source.pool_rows(pool), self._order_of(epoch, pool))
 
-    def seek(self, position: int) -> None:
-        """Makes the next batch the one that an uninterrupted run gets after `position` batches; only its pool is computed, when drawn."""
-        if position < 0:
-            raise InputError(f"expected a position of at least 0, but {position} came; give the number of batches drawn")
-        self.position = position
+    def _visits(self, epoch: int) -> np.ndarray:
+        pools = np.arange(len(self.source.pools))
+        return np.random.default_rng([self.seed, epoch]).permutation(pools) if epoch else pools
 
-    def _rows_from(self, row: int, most: int) -> Tensor:
-        """At most `most` rows from the `row`-th of all epochs on, and no further than its pool."""
-        epoch, within = divmod(row, self.rows)
-        pools = np.arange(len(self.live.pools))
-        if epoch:
-            pools = np.random.default_rng([self.seed, epoch]).permutation(pools)
-        ends = np.cumsum([self.live.pools[pool].rows for pool in pools])
-        place = int(np.searchsorted(ends, within, side="right"))
-        pool = int(pools[place])
-        acts_nd = self.live.pool_rows(pool)
-        if self._shuffled != (epoch, pool):
-            rng = np.random.default_rng([self.seed, epoch, pool + 1])  # + 1: numpy takes [s, e, 0] for [s, e]
-            self._order_n, self._shuffled = torch.from_numpy(rng.permutation(len(acts_nd))), (epoch, pool)
-        offset = within - int(ends[place]) + len(acts_nd)
-        return acts_nd[self._order_n[offset : offset + most]]
+    def _make_order(self, epoch: int, pool: int) -> Tensor:
+        rng = np.random.default_rng([self.seed, epoch, pool + 1])  # + 1: numpy takes [s, e, 0] for [s, e]
+        return torch.from_numpy(rng.permutation(self.source.pools[pool].rows))
 
 
 def _prepare(config: RecordingConfig) -> tuple[Recorder, list[Pool]]:

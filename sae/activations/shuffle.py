@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.activations.batches import BLOCKS_PER_BUFFER, BUFFER_BYTES, ActivationBatches
 from sae.activations.cache import ActivationCache, Shard
+from sae.activations.cached import BLOCKS_PER_BUFFER, BUFFER_BYTES, CachedSource
 from sae.activations.tokens import Tokens
 
 
@@ -45,7 +45,7 @@ def shuffle_quality(
     split: str = "train",
     buffer_rows: int | None = None,
 ) -> ShuffleQuality:
-    """Of the batches that `ActivationBatches` deals out; only the rows' token positions are read, not the activations.
+    """Of the batches that `CachedSource` deals out; only the rows' token positions are read, not the activations.
 
     `buffer_rows` is by default that of the cache's width. Raises `InputError` for a split without rows, and for damaged files.
     """
@@ -53,12 +53,12 @@ def shuffle_quality(
     block_rows = (buffer_rows or BUFFER_BYTES // (cache.d_in * cache.dtype.itemsize)) // BLOCKS_PER_BUFFER
     buffer_bytes = max(1, block_rows) * BLOCKS_PER_BUFFER * positions.dtype.itemsize
     batch_size = min(batch_size, cache.rows(split)) or batch_size
-    source: Any = positions  # all of a cache that a reader asks for
-    reader = ActivationBatches(source, batch_size, seed=seed, split=split, dtype=torch.int64, buffer_bytes=buffer_bytes)
+    stand_in: Any = positions  # all of a cache that a reader asks for
+    reader = CachedSource(stand_in).batches(batch_size, seed=seed, split=split, dtype=torch.int64, buffer_bytes=buffer_bytes)
     found = []
     for number in range(batches):
         reader.seek(int(number * reader.batches_per_epoch / batches))
-        found.append(mixing(next(reader)[:, 0].numpy(), cache.tokens))
+        found.append(mixing(next(reader)[cache.site][:, 0].numpy(), cache.tokens))
     documents = np.zeros(len(cache.tokens.document_label), dtype=np.int64)
     for shard in cache.shards(split):
         documents += np.bincount(documents_of(positions.of(shard), cache.tokens), minlength=len(documents))
@@ -93,7 +93,7 @@ class TokenPositions:
     d_in, dtype = 1, torch.int64
 
     def __init__(self, cache: ActivationCache):
-        self.cache, self.folder = cache, cache.folder
+        self.cache, self.folder, self.site = cache, cache.folder, cache.site
         self.rows, self.shards = cache.rows, cache.shards
 
     def of(self, shard: Shard) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Settings of a training run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -10,14 +10,42 @@ from sae.errors import InputError
 from sae.objective import Backend, Precision
 
 
-@dataclass
-class TrainingConfig:
-    cache: Path
-    """activation cache to train on (its train split)"""
+class Recipe(NamedTuple):
+    """What the optimiser does from step to step; steps count from 0. The fields are those of `RunConfig`."""
+
+    steps: int
+    lr: float
+    betas: tuple[float, float]
+    lr_warmup: float
+    lr_decay: float
+    l1_warmup: float
+    clip: float
+    resample_every: int
+    dead_steps: int
+    seed: int
+
+    def learning_rate(self, step: int) -> float:
+        """Linear rise, plateau, linear fall to zero."""
+        rise = min(1.0, (step + 1) / max(1, self.lr_warmup * self.steps))
+        fall = min(1.0, (self.steps - step) / max(1, self.lr_decay * self.steps))
+        return self.lr * min(rise, fall)
+
+    def l1_share(self, step: int) -> float:
+        """Share of the L1 coefficient at a step: a linear rise to 1 (Anthropic, April 2024 update: over the first 5 % of the steps)."""
+        return min(1.0, (step + 1) / max(1, self.l1_warmup * self.steps))
+
+    def resamples_after(self, step: int) -> bool:
+        """Whether dead features are resampled after a step: every `resample_every` steps until the learning rate falls."""
+        done = step + 1
+        return self.resample_every > 0 and done % self.resample_every == 0 and done <= self.steps * (1 - self.lr_decay)
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A training run, wherever its rows come from."""
+
     out: Path
     """folder of the dictionary; with several --l1 values, one folder for each inside it"""
-    site: str | None = None
-    """which of the cache's sites, when it has several"""
     d_sae: int = 4096
     """features"""
     l1: tuple[float, ...] = (5.0,)
@@ -64,8 +92,6 @@ class TrainingConfig:
     """also log to Weights & Biases, histograms of density included"""
     wandb_project: str = "sae"
     """project name there"""
-    verify: bool = False
-    """first read the whole site in the cache to compare every checksum; by default only those of token files up to 32 MB"""
     restart: bool = False
     """begin anew where --out already holds a run, instead of resuming it"""
     dry_run: bool = False
@@ -89,19 +115,25 @@ class TrainingConfig:
     def operands(self, device: torch.device) -> Precision:
         return self.precision if self.precision != "auto" else "tf32" if device.type == "cuda" else "float32"
 
-    def settings(self) -> dict:
+    def recipe(self) -> Recipe:
+        return Recipe(*(getattr(self, name) for name in Recipe._fields))
+
+    def settings(self) -> dict[str, Any]:
         """What decides the result: everything but how it is watched and where it runs."""
-        watching = ("out", "device", "wandb", "wandb_project", "restart", "dry_run", "checkpoint_every", "verify")
-        return {k: str(v) if isinstance(v, Path) else v for k, v in vars(self).items() if k not in watching}
+        watching = ("out", "device", "wandb", "wandb_project", "restart", "dry_run", "checkpoint_every")
+        return {field.name: getattr(self, field.name) for field in fields(RunConfig) if field.name not in watching}
 
 
-def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Linear rise, plateau, linear fall to zero; `step` counts from 0."""
-    rise = min(1.0, (step + 1) / max(1, config.lr_warmup * config.steps))
-    fall = min(1.0, (config.steps - step) / max(1, config.lr_decay * config.steps))
-    return config.lr * min(rise, fall)
+@dataclass(kw_only=True)
+class TrainingConfig(RunConfig):
+    """A training run on a cache."""
 
+    cache: Path
+    """activation cache to train on (its train split)"""
+    site: str | None = None
+    """which of the cache's sites, when it has several"""
+    verify: bool = False
+    """first read the whole site in the cache to compare every checksum; by default only those of token files up to 32 MB"""
 
-def l1_now(step: int, l1: float, config: TrainingConfig) -> float:
-    """The L1 coefficient at a step, after its linear rise (Anthropic, April 2024 update: the first 5 % of the steps)."""
-    return l1 * min(1.0, (step + 1) / max(1, config.l1_warmup * config.steps))
+    def settings(self) -> dict[str, Any]:
+        return {"cache": str(self.cache), "site": self.site} | super().settings()

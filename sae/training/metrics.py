@@ -5,7 +5,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,15 +17,14 @@ from sae.disk.writing import atomic
 from sae.errors import InputError
 from sae.objective import Step
 from sae.progress import counted
-from sae.training.config import TrainingConfig, l1_now, learning_rate
 from sae.training.sweep import Sweep
 
 
 class MetricsLog:
     """Appends one line for each log interval of each dictionary."""
 
-    def __init__(self, folder: Path, name: str, config: TrainingConfig, first_step: int, wandb_run: Any = None):
-        self.path, self.config, self.wandb, self.prefix = folder / "metrics.jsonl", config, wandb_run, name
+    def __init__(self, folder: Path, name: str, batch_size: int, first_step: int, wandb_run: Any = None):
+        self.path, self.batch_size, self.wandb, self.prefix = folder / "metrics.jsonl", batch_size, wandb_run, name
         with writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             keep_until(self.path, first_step)
@@ -35,7 +34,7 @@ class MetricsLog:
     def write(self, line: dict[str, Any], density: Any = None) -> dict[str, Any]:
         """Adds the rate since the last line; `density` goes to Weights & Biases. Returns the line as written."""
         seconds, steps = time.monotonic() - self._since, line["step"] - self._step
-        line = line | {"tokens_per_second": round(steps * self.config.batch_size / max(seconds, 1e-9))}
+        line = line | {"tokens_per_second": round(steps * self.batch_size / max(seconds, 1e-9))}
         with writing(self.path):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
@@ -61,14 +60,14 @@ def write_lines(logs: list[MetricsLog], sweep: Sweep, result: Step, x_bd: Tensor
         share = float(sweep.sparse_rows_k[k] / sweep.rows_counted)
         line = {
             "step": step,
-            "tokens": step * sweep.config.batch_size,
+            "tokens": step * len(x_bd),
             "loss": float(mine.loss),
             "squared_error": float(mine.squared_error),
             "fvu": float(mine.squared_error) / power,
             "l0": float(mine.l0),
             "l1": float(mine.sparsity),
-            "l1_coefficient": l1_now(step - 1, sweep.config.l1[k], sweep.config),
-            "lr": learning_rate(step - 1, sweep.config),
+            "l1_coefficient": sweep.l1[k] * sweep.recipe.l1_share(step - 1),
+            "lr": sweep.recipe.learning_rate(step - 1),
             "dead_fraction": float(sweep.dead_kf()[k].float().mean()),
             "resampled": int(sweep.resampled_k[k]),
             "path": path_name(sweep, share),
@@ -82,9 +81,8 @@ def write_lines(logs: list[MetricsLog], sweep: Sweep, result: Step, x_bd: Tensor
 
 def path_name(sweep: Sweep, share: float) -> str:
     """How the objective was computed since the last line, when `share` of the rows went through the sparse path."""
-    backend = sweep.config.backend
-    if backend != "auto":
-        return backend
+    if sweep.backend != "auto":
+        return sweep.backend
     sparse = "triton" if sweep.workspace.plan[1] else "sparse"
     return "dense" if share == 0 else sparse if share == 1 else f"dense and {sparse}"
 
@@ -122,10 +120,10 @@ def keep_until(path: Path, step: int) -> None:
         temporary.write_bytes(b"".join(kept))
 
 
-def start_wandb(config: TrainingConfig) -> Any:
+def start_wandb(mode: Literal["off", "offline", "online"], project: str, folder: Path, settings: dict[str, Any]) -> Any:
     """The Weights & Biases run, or None when not asked for."""
-    if config.wandb == "off":
+    if mode == "off":
         return None
     import wandb
 
-    return wandb.init(project=config.wandb_project, mode=config.wandb, config=config.settings(), dir=str(config.out))
+    return wandb.init(project=project, mode=mode, config=settings, dir=str(folder))

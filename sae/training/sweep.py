@@ -4,13 +4,15 @@ k dictionaries, one for each L1 coefficient · b rows (tokens) · d model width 
 Everything in training units (mean squared norm of the activations = d).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from sae.dictionaries.dictionary import Dictionary
-from sae.objective import Step, Weights, Workspace, objective
+from sae.objective import Backend, Step, Weights, Workspace, objective
 from sae.objective.update import adam_state
-from sae.training.config import TrainingConfig, l1_now, learning_rate
+from sae.training.config import Recipe
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
@@ -18,14 +20,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 class Sweep:
     """All start as copies of one dictionary. `state` and `restore` carry all that the next step and the next metrics depend on."""
 
-    def __init__(self, dictionary: Dictionary, config: TrainingConfig):
-        self.config, k, device = config, len(config.l1), dictionary.W_dec_fo.device
+    def __init__(self, dictionary: Dictionary, l1: Sequence[float], recipe: Recipe, backend: Backend, workspace: Workspace):
+        self.l1, self.recipe, self.backend, self.workspace = l1, recipe, backend, workspace
+        k, device = len(l1), dictionary.W_dec_fo.device
         start = (dictionary.W_enc_fd, dictionary.b_enc_f, dictionary.W_dec_fo, dictionary.b_dec_o)
         self.weights = Weights(*(weight.detach().repeat(k, *[1] * weight.ndim) for weight in start))
-        self.l1_k = torch.tensor(config.l1, device=device)
-        self.adam = torch.optim.Adam(self.weights, lr=config.lr, betas=config.betas, fused=True)
+        self.l1_k = torch.tensor(l1, device=device)
+        self.adam = torch.optim.Adam(self.weights, lr=recipe.lr, betas=recipe.betas, fused=True)
         adam_state(self.adam, self.weights)  # from the start, so that a checkpoint always has it
-        self.workspace = Workspace(config.operands(device), config.deterministic)
         self.silent_steps_kf = torch.zeros(k, dictionary.d_sae, dtype=torch.int64, device=device)
         self.fired_kf = torch.zeros_like(self.silent_steps_kf)
         self.rows_counted = torch.zeros((), dtype=torch.int64)
@@ -39,9 +41,9 @@ class Sweep:
     @torch.no_grad()
     def step(self, x_bd: Tensor, step: int) -> Step:
         """One update of all dictionaries, which also counts which features fired."""
-        self.adam.param_groups[0]["lr"] = learning_rate(step, self.config)
-        l1_k = self.l1_k * l1_now(step, 1.0, self.config)
-        result = objective(x_bd, self.weights, l1_k, self.config.backend, self.workspace, self.adam, self.config.clip)
+        self.adam.param_groups[0]["lr"] = self.recipe.learning_rate(step)
+        l1_k = self.l1_k * self.recipe.l1_share(step)
+        result = objective(x_bd, self.weights, l1_k, self.backend, self.workspace, self.adam, self.recipe.clip)
         self.silent_steps_kf = torch.where(result.fired_f > 0, 0, self.silent_steps_kf + 1)
         self.fired_kf += result.fired_f
         self.rows_counted += len(x_bd)
@@ -50,7 +52,7 @@ class Sweep:
 
     def dead_kf(self) -> Tensor:
         """Which features have not fired for `dead_steps` steps, [k, f] bool."""
-        return self.silent_steps_kf >= self.config.dead_steps
+        return self.silent_steps_kf >= self.recipe.dead_steps
 
     @torch.no_grad()
     def resample(self, x_bd: Tensor, step: int, k: int) -> int:
@@ -66,7 +68,7 @@ class Sweep:
             return 0  # without a living feature there is no scale to follow
         residual_bd = x_bd - self.dictionary(k)(x_bd)
         loss_b = residual_bd.square().sum(-1)
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
         drawn = torch.multinomial(loss_b.double().square().cpu(), count, replacement=count > len(x_bd), generator=generator)  # host sync
         direction = torch.nn.functional.normalize(residual_bd[drawn.to(x_bd.device)], dim=-1)
         W_enc_fd, b_enc_f, W_dec_fd, _ = self.weights.of(k)

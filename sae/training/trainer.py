@@ -6,30 +6,28 @@ b rows (tokens) · d model width · f features
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from sae.activations.cache import ActivationCache
+from sae.activations.cached import CachedSource
+from sae.activations.source import Source
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.places import require_folder
 from sae.disk.reading import read_json
 from sae.disk.writing import only_writer, remove_leftovers, write_json
 from sae.errors import InputError
-from sae.objective import Step, bad_rows_text
+from sae.objective import Step, Workspace, bad_rows_text
 from sae.progress import progress
-from sae.training.checkpoint import FILE, Record, refuse_other_settings, restore_checkpoint, save_checkpoint
-from sae.training.config import TrainingConfig
+from sae.training.checkpoint import Checkpoint, Record
+from sae.training.config import RunConfig, TrainingConfig
 from sae.training.metrics import MetricsLog, start_wandb, write_lines
 from sae.training.sweep import Sweep
-
-if TYPE_CHECKING:
-    from sae.activations.cache import ActivationCache
-    from sae.activations.live import LiveActivations
-
-    Source = ActivationCache | LiveActivations
 
 
 def train(config: TrainingConfig) -> list[Path]:
@@ -39,87 +37,123 @@ def train(config: TrainingConfig) -> list[Path]:
     for settings or a cache that cannot be used, and when the activations or the loss are not finite or the loss runs away; the last
     checkpoint then still stands.
     """
-    from sae.activations.cache import ActivationCache
-
     config.check()
     if not config.dry_run:
         require_folder(config.out)
-    return train_on(ActivationCache.open(config.cache, config.site, verify=config.verify), config)
+    return train_on(CachedSource(ActivationCache.open(config.cache, config.site, verify=config.verify)), config, config.settings())
 
 
-def train_on(source: "Source", config: TrainingConfig) -> list[Path]:
-    """`train` on activations that are already open, or that are computed as they are needed."""
+def train_on(source: Source, config: RunConfig, settings: dict[str, Any]) -> list[Path]:
+    """`train` on rows from anywhere. `settings` decide the result: a run in the folder is resumed only if it has the same ones."""
+    site = only_site(source.widths)
     device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     folders = [config.out if len(config.l1) == 1 else config.out / f"l1_{l1:g}" for l1 in config.l1]
-    rows = source.rows("train")
+    drawn = config.steps * config.batch_size
     print(
-        f"{len(config.l1)} dictionar{'y' if len(config.l1) == 1 else 'ies'} of {config.d_sae:,} features for {source.site} "
-        f"({source.d_in} wide): {config.steps:,} steps of {config.batch_size:,} = {config.steps * config.batch_size / rows:.1f} times "
-        f"the {rows:,} training rows, on {device}"
+        f"{len(config.l1)} dictionar{'y' if len(config.l1) == 1 else 'ies'} of {config.d_sae:,} features for {site} "
+        f"({source.widths[site]} wide): {config.steps:,} steps of {config.batch_size:,} = {drawn / source.rows:.1f} times "
+        f"the {source.rows:,} training rows, on {device}"
     )
     if not config.dry_run:
         with only_writer(config.out):
-            train_into(folders, config, source, device)
+            train_into(folders, source, site, config, settings, device)
     return folders
 
 
-def train_into(folders: list[Path], config: TrainingConfig, source: "Source", device: torch.device) -> None:
+def train_into(folders: list[Path], source: Source, site: str, config: RunConfig, settings: dict[str, Any], device: torch.device) -> None:
     """Begins or resumes the run in the folder, and finishes it."""
+    checkpoint = Checkpoint(config.out, settings)
     if config.restart:
-        for path in [config.out / FILE, *(f / "training.json" for f in folders)]:
-            path.unlink(missing_ok=True)
+        checkpoint.remove()
+        for folder in folders:
+            (folder / "training.json").unlink(missing_ok=True)
     if all((folder / "training.json").exists() for folder in folders):
-        refuse_other_settings(config, read_json(folders[0] / "training.json", "a run's training.json", Record)["settings"])
+        checkpoint.refuse_other(read_json(folders[0] / "training.json", "a run's training.json", Record)["settings"])
         remove_leftovers(config.out)
-        (config.out / FILE).unlink(missing_ok=True)  # a kill may have come between the two last steps
+        checkpoint.remove()  # a kill may have come between the two last steps
         print(f"{config.out} is already complete; --restart trains it again")
         return
 
     remove_leftovers(config.out)
-    if said := source.about_massive():
-        print(said)
-    if not source.mean_squared_norm > 0:
-        raise InputError(f"expected activations to train on, but all at {source.site} are zero; choose another site")
-    scale = (source.d_in / source.mean_squared_norm) ** 0.5
-    sweep = Sweep(initial_dictionary(config, source, scale).to(device), config)
-    first = restore_checkpoint(config, sweep)
+    scale = scale_of(source, site)
+    sweep = initial_sweep(source, site, scale, config, device)
+    first = checkpoint.restore(sweep)
     if first:
         print(f"resuming after step {first:,}")
     batches = source.batches(config.batch_size, seed=config.seed, device=device)
     batches.seek(first)
-    wandb_run = start_wandb(config)
+    wandb_run = start_wandb(config.wandb, config.wandb_project, config.out, settings)
     names = ["" if len(config.l1) == 1 else folder.name for folder in folders]
-    logs = [MetricsLog(folder, name, config, first, wandb_run) for folder, name in zip(folders, names)]
+    logs = [MetricsLog(folder, name, config.batch_size, first, wandb_run) for folder, name in zip(folders, names)]
     try:
-        last = loop(config, sweep, batches, logs, scale, first)
+        scaled = (batch[site] * scale for batch in batches)
+        last = loop(sweep, scaled, logs, checkpoint, first, config.log_every, config.checkpoint_every)
     finally:
         for log in logs:
             log.close()
         if wandb_run is not None:
             wandb_run.finish()
     for k, folder in enumerate(folders):
-        finish(folder, sweep.dictionary(k), config, source, scale, last[k], config.l1[k])
-    (config.out / FILE).unlink(missing_ok=True)
+        dictionary = sweep.dictionary(k)
+        trained = {"l1_coefficient": config.l1[k], "training_tokens": config.steps * config.batch_size}
+        dictionary.metadata = provenance(source.manifest, site) | trained
+        line = {key: value for key, value in last[k].items() if key != "tokens_per_second"}
+        finish(folder, dictionary.folded(scale), {"settings": json.loads(json.dumps(settings)), "scale": scale, "last": line})
+    checkpoint.remove()
 
 
-def loop(config: TrainingConfig, sweep: Sweep, batches, logs: list[MetricsLog], scale: float, first: int) -> list[dict]:
-    """Steps `first` to the end; gives each dictionary's last line of metrics."""
-    lines: list[dict] = [{} for _ in logs]
-    last_resampling = config.steps * (1 - config.lr_decay)
-    on_cpu = sweep.l1_k.device.type == "cpu"
-    with stop_requests() as stop, progress("training", config.steps, "steps", first) as bar:
-        for step in range(first, config.steps):
-            x_bd = next(batches) * scale
+def only_site(sites: Iterable[str]) -> str:
+    names = list(sites)
+    if len(names) != 1:
+        raise InputError(f"expected one site to train on, got {' '.join(names) or 'none'}; name one")
+    return names[0]
+
+
+def scale_of(source: Source, site: str) -> float:
+    """What gives the rows a mean squared norm of d; says what is known of massive ones, which decide it."""
+    if said := source.about_massive(site):
+        print(said)
+    mean_squared_norm = source.mean_squared_norm(site)
+    if not mean_squared_norm > 0:
+        raise InputError(f"expected activations to train on, but all at {site} are zero; choose another site")
+    return (source.widths[site] / mean_squared_norm) ** 0.5
+
+
+def initial_sweep(source: Source, site: str, scale: float, config: RunConfig, device: torch.device) -> Sweep:
+    """Random decoder rows, the encoder their transpose, and biases of zero; the decoder's may start at the mean activation."""
+    dictionary = Dictionary.initial(source.widths[site], config.d_sae, seed=config.seed, decoder_norm=config.decoder_norm)
+    if config.b_dec == "mean":
+        with torch.no_grad():
+            dictionary.b_dec_o.copy_(source.first_rows(site).double().mean(0) * scale)
+    workspace = Workspace(config.operands(device), config.deterministic)
+    return Sweep(dictionary.to(device), config.l1, config.recipe(), config.backend, workspace)
+
+
+def loop(
+    sweep: Sweep,
+    batches: Iterator[Tensor],
+    logs: list[MetricsLog],
+    checkpoint: Checkpoint,
+    first: int,
+    log_every: int,
+    checkpoint_every: int,
+) -> list[dict[str, Any]]:
+    """Steps `first` to the end on `batches` in training units; gives each dictionary's last line of metrics."""
+    lines: list[dict[str, Any]] = [{} for _ in logs]
+    steps, on_cpu = sweep.recipe.steps, sweep.l1_k.device.type == "cpu"
+    with stop_requests() as stop, progress("training", steps, "steps", first) as bar:
+        for step in range(first, steps):
+            x_bd = next(batches)
             try:
                 result = sweep.step(x_bd, step)
             except InputError as error:
-                raise InputError(f"step {step + 1}: {error}; harvest these activations again; {kept(config)}") from None
+                raise InputError(f"step {step + 1}: {error}; harvest these activations again; {checkpoint.kept()}") from None
             done = step + 1
-            log_now = done % config.log_every == 0 or done == config.steps
-            save_now = bool(stop) or (done % config.checkpoint_every == 0 and done < config.steps)
+            log_now = done % log_every == 0 or done == steps
+            save_now = bool(stop) or (done % checkpoint_every == 0 and done < steps)
             if on_cpu or log_now or save_now:  # elsewhere each look is a host sync
-                refuse_runaway(sweep, result, step, config)
-            if config.resample_every and done % config.resample_every == 0 and done <= last_resampling:
+                refuse_runaway(sweep, result, step, checkpoint)
+            if sweep.recipe.resamples_after(step):
                 for k in range(len(logs)):
                     sweep.resample(x_bd, step, k)
             if log_now:
@@ -127,7 +161,7 @@ def loop(config: TrainingConfig, sweep: Sweep, batches, logs: list[MetricsLog], 
                 say_switch(before[0], lines[0])
             bar.advance(1, **{k: f"{lines[0][k]:.3g}" for k in ("fvu", "l0") if lines[0]})
             if save_now:
-                save_checkpoint(config, sweep, done)
+                checkpoint.save(sweep, done)
             if stop:
                 print(f"stopped after step {done:,}; the same command continues from there")
                 raise KeyboardInterrupt
@@ -140,29 +174,17 @@ def say_switch(before: dict, now: dict) -> None:
         print(f"step {now['step']:,}: the objective went from the {before['path']} path to {now['path']} (L0 {now['l0']:.0f})")
 
 
-def initial_dictionary(config: TrainingConfig, source: "Source", scale: float) -> Dictionary:
-    """Random decoder rows, the encoder their transpose, and biases of zero; the decoder's may start at the mean activation."""
-    dictionary = Dictionary.initial(source.d_in, config.d_sae, seed=config.seed, decoder_norm=config.decoder_norm)
-    if config.b_dec == "mean":
-        with torch.no_grad():
-            dictionary.b_dec_o.copy_(source.first_rows().double().mean(0) * scale)
-    return dictionary
-
-
-def refuse_runaway(sweep: Sweep, result: Step, step: int, config: TrainingConfig) -> None:
+def refuse_runaway(sweep: Sweep, result: Step, step: int, checkpoint: Checkpoint) -> None:
     """Stops on activations or a loss that are not finite, and on an error a hundred times the activations' power."""
     bad_steps, bad_rows_b = sweep.workspace.bad_steps, sweep.workspace.bad_rows_b
     if bad_steps is not None and bad_rows_b is not None and bad_steps > 0:  # host sync
         rows = bad_rows_text(bad_rows_b.nonzero().flatten().tolist())  # host sync
-        raise InputError(f"{int(bad_steps)} batches up to step {step + 1} were not finite ({rows}); harvest them again; {kept(config)}")
+        raise InputError(
+            f"{int(bad_steps)} batches up to step {step + 1} were not finite ({rows}); harvest them again; {checkpoint.kept()}"
+        )
     loss, d = float(result.loss.sum()), sweep.weights.W_dec_fd.shape[-1]  # host sync
     if loss - loss != 0 or float(result.squared_error.max()) > 100 * d:  # host sync
-        raise InputError(f"training diverged at step {step + 1} (loss {loss:.3g}); lower --lr or set --clip 1; {kept(config)}")
-
-
-def kept(config: TrainingConfig) -> str:
-    saved = (config.out / FILE).exists()
-    return f"the last checkpoint in {config.out} is untouched" if saved else "no checkpoint was written yet"
+        raise InputError(f"training diverged at step {step + 1} (loss {loss:.3g}); lower --lr or set --clip 1; {checkpoint.kept()}")
 
 
 @contextmanager
@@ -192,20 +214,20 @@ def stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def finish(folder: Path, dictionary: Dictionary, config: TrainingConfig, source: "Source", scale: float, line: dict, l1: float) -> None:
-    """Saves the dictionary for raw activations, and how it came to be; training.json, written last, marks it complete."""
-    manifest = source.manifest
-    dictionary.metadata = {
+def provenance(manifest: dict[str, Any], site: str) -> dict[str, Any]:
+    """What a dictionary's metadata says about the activations it was trained on."""
+    return {
         "model_name": manifest["model"]["name"],
         "model_revision": manifest["model"]["revision"],
         "model_fingerprint": manifest["model"]["fingerprint"],
-        "site": source.site,
+        "site": site,
         "context_size": manifest["context"],
         "prepend_bos": manifest.get("prepend_bos"),
         "dataset": manifest["dataset"],
-        "l1_coefficient": l1,
-        "training_tokens": config.steps * config.batch_size,
     }
-    dictionary.folded(scale).save(folder)
-    last = {k: v for k, v in line.items() if k != "tokens_per_second"}
-    write_json(folder / "training.json", {"settings": json.loads(json.dumps(config.settings())), "scale": scale, "last": last})
+
+
+def finish(folder: Path, dictionary: Dictionary, record: dict[str, Any]) -> None:
+    """Saves a dictionary and how it came to be; training.json, written last, marks it complete."""
+    dictionary.save(folder)
+    write_json(folder / "training.json", record)

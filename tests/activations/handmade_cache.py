@@ -10,16 +10,28 @@ from safetensors.torch import save_file
 SITE = "resid_post.1"
 
 
-def write_cache(folder: Path, shard_rows: list[int], d_in: int = 3, dtype: str = "float32", held_out: tuple[int, ...] = ()) -> Path:
-    """A cache whose row with global token position r is [r, 0, 0, ...]; one sequence of all tokens; `held_out` are shard numbers."""
+def write_cache(
+    folder: Path,
+    shard_rows: list[int],
+    d_in: int = 3,
+    dtype: str = "float32",
+    held_out: tuple[int, ...] = (),
+    more_sites: dict[str, int] | None = None,
+) -> Path:
+    """A cache whose row with global token position r is [r, 0, 0, ...], at the i-th of the sites in `more_sites` (site -> width)
+    [r, i, 0, ...] with i from 1; one sequence of all tokens; `held_out` are shard numbers."""
+    widths = {SITE: d_in} | (more_sites or {})
     shards, start = [], 0
     for number, rows in enumerate(shard_rows):
         positions = torch.arange(start, start + rows)
-        activations = torch.zeros(rows, d_in, dtype=getattr(torch, dtype))
-        activations[:, 0] = positions
-        file = _save(folder / SITE / f"{number:05d}.safetensors", {"activations": activations, "rows": positions})
+        files = {}
+        for i, (site, width) in enumerate(widths.items()):
+            activations = torch.zeros(rows, width, dtype=getattr(torch, dtype))
+            activations[:, 1:2] = i
+            activations[:, 0] = positions
+            files[site] = _save(folder / site / f"{number:05d}.safetensors", {"activations": activations, "rows": positions})
         split = "held_out" if number in held_out else "train"
-        shards.append({"name": f"{number:05d}", "split": split, "rows": rows, "files": {SITE: file}})
+        shards.append({"name": f"{number:05d}", "split": split, "rows": rows, "files": files})
         start += rows
     tokens = {
         "ids": torch.arange(start, dtype=torch.int32),
@@ -29,7 +41,7 @@ def write_cache(folder: Path, shard_rows: list[int], d_in: int = 3, dtype: str =
         "sequence_split": torch.tensor([0], dtype=torch.uint8),
     }
     file = _save(folder / "tokens" / "00000.safetensors", tokens)
-    sites = {SITE: {"d_in": d_in, "mean_squared_norm": 1.0}}
+    sites = {site: {"d_in": width, "mean_squared_norm": 1.0} for site, width in widths.items()}
     write_manifest(folder, dtype, sites, shards, [{"file": "tokens/00000.safetensors", **file}])
     return folder
 

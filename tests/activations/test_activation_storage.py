@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sae.activations.batches import ActivationBatches
 from sae.activations.cache import ActivationCache
+from sae.activations.cached import CachedSource
 from sae.activations.number_formats import FORMATS, decode, encode, row_bytes, shard_layout, write_shard
 from sae.errors import InputError
 
@@ -96,7 +96,7 @@ def test_eight_bits_are_read_like_any_other_format(tmp_path):
         block = torch.empty(7, 6, dtype=cache.dtype)
         cache.read_block(shard, 40, block)
         assert torch.equal(block, read[40:47])
-    batch = torch.cat([next(ActivationBatches(cache, 250)) for _ in range(2)])
+    batch = torch.cat([next(CachedSource(cache).batches(250))[cache.site] for _ in range(2)])
     assert batch.dtype == torch.float32
     (tmp_path / "float").mkdir()
     eight_bit_cache(tmp_path / "float", "float16")

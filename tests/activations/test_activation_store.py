@@ -20,8 +20,8 @@ from live_world import SITE, make_world
 from test_harvest import change, different, in_child
 from test_harvest_writers import forked
 
-from sae.activations.batches import ActivationBatches
 from sae.activations.cache import ActivationCache
+from sae.activations.cached import CachedSource
 from sae.activations.harvest import HarvestConfig, harvest
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
@@ -45,8 +45,8 @@ class Plain:
         }
 
     def _stream(self, cache: ActivationCache, split: str, world: int, rank: int) -> torch.Tensor:
-        batches = ActivationBatches(cache, BATCH, seed=1, split=split, rank=rank, world=world, buffer_bytes=64 * 32 * 3)
-        return torch.stack([next(batches) for _ in range(3 * cache.rows(split) // BATCH + 1)])
+        batches = CachedSource(cache).batches(BATCH, seed=1, split=split, rank=rank, world=world, buffer_bytes=64 * 32 * 3)
+        return torch.stack([next(batches)[cache.site] for _ in range(3 * cache.rows(split) // BATCH + 1)])
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +129,10 @@ class Store(RuleBasedStateMachine):
             return
         stream = self.plain.streams[(split, *reader)]
         cache = ActivationCache.open(self.config.out)
-        batches = ActivationBatches(cache, BATCH, seed=1, split=split, world=reader[0], rank=reader[1], buffer_bytes=64 * 32 * 3)
+        batches = CachedSource(cache).batches(BATCH, seed=1, split=split, world=reader[0], rank=reader[1], buffer_bytes=64 * 32 * 3)
         for position in data.draw(st.lists(st.integers(0, len(stream) - 1), max_size=4)):
             batches.seek(position)
-            assert torch.equal(next(batches), stream[position])
+            assert torch.equal(next(batches)[cache.site], stream[position])
 
     @invariant()
     def whole_once_finished(self) -> None:

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from sae.activations.batches import ActivationBatches
 from sae.activations.cache import ActivationCache
+from sae.activations.cached import CachedSource
 from sae.activations.harvest import HarvestConfig, harvest
-from sae.activations.live import LiveActivations
+from sae.activations.live import LiveSource
 from sae.activations.tokens import Tokens
 from sae.disk.reading import read_json
 from sae.errors import InputError
@@ -86,7 +86,7 @@ def test_a_document_with_its_own_beginning_is_recorded_like_one_without(config, 
     def tokens(texts: list[str], name: str) -> Tokens:
         ways = own_beginnings(kind, texts, tmp_path / name)
         asked = change(config, label_field=None, out=tmp_path / f"{name}-cache", sites=SITES[:1], held_out=0.0, **ways)
-        return LiveActivations(asked).recorder.tokens if live else ActivationCache.open(harvest(asked)).tokens
+        return LiveSource(asked).recorder.tokens if live else ActivationCache.open(harvest(asked)).tokens
 
     plain = tokens(texts, "plain")
     assert "of their own" not in capsys.readouterr().err
@@ -198,7 +198,7 @@ def test_rows_are_shuffled_within_a_pool(config):
     for shard in cache.shards("train"):
         sequences = cache.tokens.sequence_of(cache.read(shard)[1].numpy())
         assert (np.diff(sequences) == 0).mean() < 0.3  # in order it would be above 0.9
-    assert next(ActivationBatches(cache, 64)).isfinite().all()
+    assert next(CachedSource(cache).batches(64))[cache.site].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -433,7 +433,7 @@ def test_real_model_on_real_text(shared, tmp_path):
     cache = ActivationCache.open(harvest(config))
     assert cache.manifest["labels"] == ["film_dialogue"]
     assert cache.manifest["counts"]["tokens"] == 2000
-    assert next(ActivationBatches(cache, 128)).shape == (128, 64)
+    assert next(CachedSource(cache).batches(128))[cache.site].shape == (128, 64)
 
 
 def test_a_text_that_cannot_be_used_leaves_its_place_free(tmp_path):

@@ -5,17 +5,18 @@ from collections import Counter
 
 import pytest
 import torch
-from live_world import make_world
+from live_world import SITE, make_world
 from safetensors.torch import load_file
 
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest import HarvestConfig, harvest
-from sae.activations.live import LiveActivations
+from sae.activations.live import LiveSource
 from sae.activations.settings import RecordingConfig
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.evaluation import EvaluationConfig, evaluate
 from sae.training import TrainingConfig, train
+from sae.training.checkpoint import Checkpoint
 from sae.training.live import LiveTrainingConfig, train_live
 
 RUN = dict(d_sae=40, l1=(0.2,), steps=80, batch_size=64, lr=3e-3, log_every=10, checkpoint_every=20, resample_every=15, device="cpu")
@@ -36,26 +37,26 @@ def sorted_rows(rows_nd: torch.Tensor) -> list[list[float]]:
 
 
 def test_each_epoch_gives_the_rows_of_the_cache_exactly_once(world, cache):
-    live = LiveActivations(RecordingConfig(**world))
+    live = LiveSource(RecordingConfig(**world))
     stored = torch.cat([cache.read(shard)[0] for shard in cache.shards("train")])
-    assert live.rows("train") == len(stored)
+    assert live.rows == len(stored)
     assert len(live.pools) > 2
     batches = live.batches(70, seed=3, device="cpu")
-    drawn = torch.cat([next(batches) for _ in range(-(-2 * len(stored) // 70))])
+    drawn = torch.cat([next(batches)[SITE] for _ in range(-(-2 * len(stored) // 70))])
     first, second = drawn[: len(stored)], drawn[len(stored) : 2 * len(stored)]
     assert sorted_rows(first) == sorted_rows(second) == sorted_rows(stored)
     assert not torch.equal(first, second)
     assert batches.batches_per_epoch == len(stored) / 70
-    assert (live.d_in, live.site) == (cache.d_in, cache.site)
+    assert live.widths == {cache.site: cache.d_in}
     facts = {key: cache.manifest[key] for key in ("model", "dataset", "context", "prepend_bos")}
     assert facts == {key: json.loads(json.dumps(live.manifest))[key] for key in facts}
 
 
 def test_the_scale_is_that_of_the_first_pool(world, cache):
-    live = LiveActivations(RecordingConfig(**world))
-    epoch = live.batches(len(live.first_rows()), seed=0, device="cpu")
-    assert live.mean_squared_norm == pytest.approx(float(next(epoch).double().square().sum(-1).mean()), rel=1e-6)
-    assert live.mean_squared_norm == pytest.approx(cache.mean_squared_norm, rel=0.05)
+    live = LiveSource(RecordingConfig(**world))
+    epoch = live.batches(len(live.first_rows(SITE)), seed=0, device="cpu")
+    assert live.mean_squared_norm(SITE) == pytest.approx(float(next(epoch)[SITE].double().square().sum(-1).mean()), rel=1e-6)
+    assert live.mean_squared_norm(SITE) == pytest.approx(cache.mean_squared_norm, rel=0.05)
 
 
 @pytest.mark.parametrize("ratio", [1.15, None])
@@ -63,36 +64,35 @@ def test_other_rows_of_the_pool_stand_in_for_massive_ones(world, tmp_path, ratio
     settings = {**world, "max_norm_ratio": ratio}
     cache = ActivationCache.open(harvest(HarvestConfig(**settings, out=tmp_path / "cache")))
     stored = torch.cat([cache.read(shard)[0] for shard in cache.shards("train")]).float()
-    live = LiveActivations(RecordingConfig(**settings))
+    live = LiveSource(RecordingConfig(**settings))
     batches = live.batches(50, seed=0, device="cpu")
-    drawn = torch.cat([next(batches) for _ in range(-(-live.rows("train") // 50))])[: live.rows("train")]
+    drawn = torch.cat([next(batches)[SITE] for _ in range(-(-live.rows // 50))])[: live.rows]
     left_out = cache.manifest["massive"]["rows"]["train"]
     assert left_out > 10 if ratio else left_out == 0
-    assert live.rows("train") == len(stored) + left_out
+    assert live.rows == len(stored) + left_out
     once, twice = (Counter(map(tuple, rows_nd.tolist())) for rows_nd in (stored, drawn))
     assert set(once) == set(twice)
     assert (twice - once).total() == left_out
     assert not once - twice
-    said = live.about_massive()
+    said = live.about_massive(SITE)
     assert ("--max-norm-ratio None" in said) if ratio else (said is None)
     batches.seek(2)  # back to pools that were computed before
-    assert torch.equal(next(batches), drawn[100:150])
+    assert torch.equal(next(batches)[SITE], drawn[100:150])
 
 
 def test_seek_continues_like_an_uninterrupted_run(world):
-    one = LiveActivations(RecordingConfig(**world)).batches(90, seed=1, device="cpu")
-    uninterrupted = [next(one) for _ in range(60)]
-    other = LiveActivations(RecordingConfig(**world)).batches(90, seed=1, device="cpu")
+    one = LiveSource(RecordingConfig(**world)).batches(90, seed=1, device="cpu")
+    uninterrupted = [next(one)[SITE] for _ in range(60)]
+    other = LiveSource(RecordingConfig(**world)).batches(90, seed=1, device="cpu")
     for position in (0, 31, 5, 59, 5, 58):
         other.seek(position)
-        assert torch.equal(next(other), uninterrupted[position])
+        assert torch.equal(next(other)[SITE], uninterrupted[position])
         assert other.position == position + 1
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(sites=("resid_post.0", "resid_post.1")), "one site"),
         (dict(sites=()), "--sites"),
         (dict(max_norm_ratio=0.5), "max-norm-ratio"),
         (dict(pool_tokens=0), "pool-tokens"),
@@ -100,23 +100,27 @@ def test_seek_continues_like_an_uninterrupted_run(world):
 )
 def test_what_cannot_be_done_is_refused(world, changes, message):
     with pytest.raises(InputError, match=message):
-        LiveActivations(RecordingConfig(**{**world, **changes}))
+        LiveSource(RecordingConfig(**{**world, **changes}))
 
 
 def live(world, out, **changes) -> LiveTrainingConfig:
     return LiveTrainingConfig(out=out, live=RecordingConfig(**world), **(RUN | changes))
 
 
+def test_training_takes_one_site(world, tmp_path):
+    with pytest.raises(InputError, match=r"one site to train on, got resid_post\.0 resid_post\.1"):
+        train_live(live({**world, "sites": ("resid_post.0", "resid_post.1")}, tmp_path / "two"))
+
+
 def test_a_stopped_live_run_continues_bit_for_bit(world, tmp_path, monkeypatch):
     train_live(live(world, tmp_path / "whole"))
-    from sae.training import trainer
 
-    def save_then_stop(config, sweep, step, save=trainer.save_checkpoint):
-        save(config, sweep, step)
+    def save_then_stop(checkpoint, sweep, step, save=Checkpoint.save):
+        save(checkpoint, sweep, step)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", save_then_stop)
+        patch.setattr(Checkpoint, "save", save_then_stop)
         with pytest.raises(KeyboardInterrupt):
             train_live(live(world, tmp_path / "parts"))
     with pytest.raises(InputError, match="live"):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from handmade_cache import write_cache
 
-from sae.activations.batches import ActivationBatches
 from sae.activations.cache import ActivationCache
+from sae.activations.cached import CachedSource
 from sae.activations.shuffle import mixing, perfect_mixing, shuffle_quality
 from sae.activations.tokens import Tokens
 
@@ -51,7 +51,7 @@ def test_the_quality_of_a_cache_is_that_of_the_rows_its_batches_hold(tmp_path, d
     cache.tokens = tokens_of()
     buffer_rows = 64  # two groups of an epoch
     found = shuffle_quality(cache, 10, batches=4, seed=3, buffer_rows=buffer_rows)
-    reader = ActivationBatches(cache, 10, seed=3, buffer_bytes=buffer_rows * 3 * cache.dtype.itemsize)
+    reader = CachedSource(cache).batches(10, seed=3, buffer_bytes=buffer_rows * 3 * cache.dtype.itemsize)
     expected = []
     for number in (0, 2, 4, 6):  # of the epoch's eight
         reader.seek(number)

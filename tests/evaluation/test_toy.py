@@ -7,7 +7,7 @@ import torch
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.evaluation.toy import Recovery, recovery, toy, toy_l1
-from sae.objective import Step, Weights, objective
+from sae.objective import Step, Weights, Workspace, objective
 from sae.training import TrainingConfig
 from sae.training.sweep import Sweep
 
@@ -17,10 +17,10 @@ def train_on_toy(a: float, d_sae: int, **settings) -> tuple[Recovery, Step]:
     data, d = toy(), 256
     scale = (d / data.mean_squared_norm) ** 0.5
     l1 = toy_l1(a, d, d_sae, data.mean_squared_norm)
-    config = TrainingConfig(Path(), Path(), d_sae=d_sae, l1=(l1,), batch_size=512, **settings)
-    sweep = Sweep(Dictionary.initial(d, d_sae, seed=0), config)
+    recipe = TrainingConfig(cache=Path(), out=Path(), **settings).recipe()
+    sweep = Sweep(Dictionary.initial(d, d_sae, seed=0), (l1,), recipe, "auto", Workspace())
     generator = torch.Generator().manual_seed(1)
-    for step in range(config.steps):
+    for step in range(recipe.steps):
         result = sweep.step(data.sample(512, generator) * scale, step)
     return recovery(data.truth_gd, sweep.dictionary(0).W_dec_fo), result
 

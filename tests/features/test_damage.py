@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sae.activations.cache import ActivationCache
+from sae.activations.cached import CachedSource
 from sae.activations.describe import DescribeConfig, describe_cache
 from sae.activations.export import ExportConfig as CacheExportConfig
 from sae.activations.export import export_cache
@@ -135,7 +136,7 @@ def saelens_folder(folder: Path) -> None:
 
 def read_cache(folder: Path, out: Path) -> None:
     cache = ActivationCache.open(folder)
-    next(cache.batches(16, seed=0, device="cpu"))
+    next(CachedSource(cache).batches(16))
     for split in ("train", "held_out"):
         for shard in cache.shards(split):
             cache.read(shard)

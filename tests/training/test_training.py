@@ -18,8 +18,8 @@ from sae.activations.harvest import HarvestConfig, harvest
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.writing import only_writer
 from sae.errors import InputError
+from sae.objective import Workspace
 from sae.training import TrainingConfig, train
-from sae.training.config import l1_now, learning_rate
 from sae.training.sweep import Sweep
 
 WEIGHTS = "sae_weights.safetensors"
@@ -226,17 +226,17 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoint(cache, tmp_path):
 
 
 def test_non_finite_activations_stop_the_run(cache, tmp_path, monkeypatch):
-    from sae.activations.batches import ActivationBatches
+    from sae.activations.source import Batches
 
-    following = ActivationBatches.__next__
+    following = Batches.__next__
 
     def with_a_nan(self):
-        x_bd = following(self)
+        batch = following(self)
         if self.position == 30:
-            x_bd[7, 3] = float("nan")
-        return x_bd
+            batch["resid_post.0"][7, 3] = float("nan")
+        return batch
 
-    monkeypatch.setattr(ActivationBatches, "__next__", with_a_nan)
+    monkeypatch.setattr(Batches, "__next__", with_a_nan)
     with pytest.raises(InputError, match=r"step 30: 1 of 128 rows of the batch are not finite \(rows \d+\)"):
         train(config_for(cache, tmp_path / "d"))
     assert (tmp_path / "d" / "checkpoint.safetensors").exists()
@@ -247,7 +247,7 @@ def test_dead_features_are_resampled_and_live_again(cache, tmp_path):
     config = config_for(cache, tmp_path)
     torch.manual_seed(0)
     dictionary = Dictionary.initial(16, 40, seed=0)
-    sweep, x_bd = Sweep(dictionary, config), torch.randn(64, 16)
+    sweep, x_bd = Sweep(dictionary, config.l1, config.recipe(), "auto", Workspace()), torch.randn(64, 16)
     sweep.silent_steps_kf[0, [3, 11]] = 5
     before = {name: t.clone() for name, t in sweep.state().items()}
     residual_bd = torch.nn.functional.normalize(x_bd - dictionary(x_bd), dim=-1)
@@ -263,14 +263,17 @@ def test_dead_features_are_resampled_and_live_again(cache, tmp_path):
     assert not sweep.dead_kf().any()
 
 
-def test_schedules():
-    config = TrainingConfig(cache=None, out=None, steps=1000, lr=2.0, lr_warmup=0.1, lr_decay=0.2, l1_warmup=0.05)  # type: ignore[arg-type]
-    assert learning_rate(0, config) == pytest.approx(0.02)
-    assert learning_rate(99, config) == learning_rate(800, config) == 2.0
-    assert learning_rate(900, config) == pytest.approx(1.0)
-    assert learning_rate(999, config) == pytest.approx(0.01)
-    assert l1_now(24, 8.0, config) == pytest.approx(4.0)
-    assert l1_now(49, 8.0, config) == l1_now(999, 8.0, config) == 8.0
+def test_schedules(tmp_path):
+    steps = dict(steps=1000, lr=2.0, lr_warmup=0.1, lr_decay=0.2, l1_warmup=0.05, resample_every=50)
+    recipe = config_for(tmp_path, tmp_path, **steps).recipe()
+    assert recipe.learning_rate(0) == pytest.approx(0.02)
+    assert recipe.learning_rate(99) == recipe.learning_rate(800) == 2.0
+    assert recipe.learning_rate(900) == pytest.approx(1.0)
+    assert recipe.learning_rate(999) == pytest.approx(0.01)
+    assert recipe.l1_share(24) == pytest.approx(0.5)
+    assert recipe.l1_share(49) == recipe.l1_share(999) == 1.0
+    assert [step for step in range(1000) if recipe.resamples_after(step)] == list(range(49, 800, 50))
+    assert not any(recipe._replace(resample_every=0).resamples_after(step) for step in range(1000))
 
 
 @pytest.mark.parametrize(
