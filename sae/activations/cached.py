@@ -36,9 +36,9 @@ class CachedSource:
     """
 
     def __init__(self, *caches: ActivationCache):
-        folders = {str(cache.folder): None for cache in caches}
-        if len(folders) > 1:
-            raise InputError(f"expected sites of one cache, got {' and '.join(folders)}; harvest all sites into one")
+        if len({cache.folder.resolve() for cache in caches}) > 1:
+            folders = " and ".join(str(cache.folder) for cache in caches)
+            raise InputError(f"expected sites of one cache, got {folders}; harvest all sites into one")
         self.caches = {cache.site: cache for cache in caches}
         self.widths = {site: cache.d_in for site, cache in self.caches.items()}
         self.rows = _rows(self.shards("train"))

@@ -26,10 +26,10 @@ def opened(folder: Path, *sites: str) -> CachedSource:
     return CachedSource(*(ActivationCache.open(folder, site) for site in sites))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     shards=st.lists(st.integers(1, 90), min_size=1, max_size=5),
-    batch_size=st.integers(1, 60),
+    batch_size=st.integers(5, 60),
     block_rows=st.integers(1, 3),
     world=st.integers(1, 3),
     data=st.data(),
