@@ -33,6 +33,11 @@ COMMANDS = {
         "sae.activations.imports:ImportConfig",
         "Copy activations of SAELens, or plain arrays, into an activation cache.",
     ),
+    "import-dictionary": Command(
+        "sae.dictionaries.importing:import_dictionary",
+        "sae.dictionaries.importing:ImportConfig",
+        "Copy a dictionary of any format, from a folder or the hub, into a folder of SAELens' layout.",
+    ),
     "describe": Command(
         "sae.activations.describe:describe_cache",
         "sae.activations.describe:DescribeConfig",

@@ -47,6 +47,8 @@ class Source(NamedTuple):
 def locate(source: str | Path) -> Source:
     """The dictionary on this machine, downloaded if need be. Raises `InputError` for what is neither here nor in reach."""
     text = str(source)
+    if not text:  # from an unset variable of the shell; as a path it would be the present folder
+        raise InputError("expected a folder, a file or a name on the hub, got an empty text")
     local = Path(text).expanduser()
     if not text.startswith("hf://"):
         if local.name == CANONICAL and not local.exists() and local.parent.is_dir():
@@ -69,6 +71,7 @@ def _find(path: Path) -> Source | None:
     return Source(path.parent, int(layer[1])) if layer and path.parent.is_dir() else None
 
 
+@cache
 def _on_hub(repo: str, inside: str, revision: str | None) -> Source:
     folder, _, last = inside.rpartition("/")
     if last == CANONICAL:

@@ -84,6 +84,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub without anything on it, an empty cache, and a working directory without anything in it."""
+    source._on_hub.cache_clear()
     Hub.root, Hub.asked = tmp_path / "served", []
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -103,6 +104,7 @@ def hub(tmp_path, monkeypatch):
 @pytest.fixture
 def offline(monkeypatch):
     def switch():
+        source._on_hub.cache_clear()
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 

@@ -13,7 +13,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest import HarvestConfig, harvest
 from sae.dictionaries.dictionary import Dictionary
-from sae.dictionaries.formats import circuit_tracer
 from sae.errors import InputError
 from sae.evaluation import EvaluationConfig, evaluate
 from sae.model.language_model import LanguageModel
@@ -241,10 +240,9 @@ def test_a_transcoder_is_measured_where_it_writes(home, tmp_path):
         evaluate(EvaluationConfig(tmp_path, home / "one site", device="cpu"))
 
 
-def test_a_cross_layer_transcoder_is_measured_in_the_model(home, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(circuit_tracer.HOOKS, "hook_resid_pre", "resid_pre")
+def test_a_cross_layer_transcoder_is_measured_in_the_model(home, tmp_path, capsys):
     said = {"model_kind": "cross_layer_transcoder", "model_name": str(home / "lm")}
-    said |= {"feature_input_hook": "hook_resid_pre", "feature_output_hook": "hook_mlp_out"}
+    said |= {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "hook_mlp_out"}
     (tmp_path / "config.yaml").write_text(json.dumps(said))  # which is yaml
     g = torch.Generator().manual_seed(0)
     w = [{"W_enc": torch.randn(24, D, generator=g), "W_dec": torch.randn(24, 2 - i, D, generator=g) / 9} for i in range(2)]
@@ -257,7 +255,7 @@ def test_a_cross_layer_transcoder_is_measured_in_the_model(home, tmp_path, monke
     assert "all sites replaced" in capsys.readouterr().out
 
     cache, lm = ActivationCache.open(home / "cache"), LanguageModel.load(str(home / "lm"), device="cpu")
-    sites = ["resid_pre.0", "resid_pre.1", "mlp_out.0", "mlp_out.1"]
+    sites = ["resid_mid.0", "resid_mid.1", "mlp_out.0", "mlp_out.1"]
     values = {site: [] for site in sites}
     stored = {int(position) for shard in cache.shards("held_out") for position in cache.read(shard)[1]}
     starts = cache.tokens.sequence_starts
@@ -267,7 +265,7 @@ def test_a_cross_layer_transcoder_is_measured_in_the_model(home, tmp_path, monke
         for site, value in lm.record(ids, sites).items() if own and len(ids[0]) > 1 else ():
             values[site].append(value[0, own].double())
     values = {site: torch.cat(rows) for site, rows in values.items()}
-    acts = [(values[f"resid_pre.{i}"] @ w[i]["W_enc"].double().T - 1).relu() for i in range(2)]
+    acts = [(values[f"resid_mid.{i}"] @ w[i]["W_enc"].double().T - 1).relu() for i in range(2)]
     outs = [acts[0] @ w[0]["W_dec"][:, 0].double() + 0.1]
     outs.append(acts[0] @ w[0]["W_dec"][:, 1].double() + acts[1] @ w[1]["W_dec"][:, 0].double() + 0.1)
     for i in range(2):

@@ -27,27 +27,126 @@ SHOWN = 12
 
 
 class Format(NamedTuple):
+    """A row of the table in docs/dictionaries.md too, which scripts/formats_table.py writes."""
+
     name: str
     files: str
-    """by which it is known, as error sentences and the documentation show them"""
+    """by which it is known"""
     recognises: Callable[[Path], bool]
     """whether this folder or file is of the format, by names of files and of what they hold. May raise `InputError` for a damaged one"""
     load: Callable[[Path, Device], Parts | Layers]
     """Raises `InputError` for whatever changes the function and is not understood"""
+    opens: str
+    """which kinds"""
+    note: str
+    """what a person should know"""
+    proved: str = "formula"
+    """against what its tests compare it"""
 
 
 FORMATS = (
-    Format("SAELens", f"{saelens.CFG} + {saelens.WEIGHTS}", has(saelens.WEIGHTS), saelens.load),
-    Format("Gemma Scope", gemma_scope.PARAMS_1, gemma_scope.recognises_1, gemma_scope.load_1),
-    Format("Gemma Scope 2", gemma_scope.PARAMS_2, gemma_scope.recognises_2, gemma_scope.load_2),
-    Format("Gemma Scope 2, several layers", gemma_scope.LAYER_FILES, has(gemma_scope.LAYER_FILES), gemma_scope.load_layers),
-    Format("circuit-tracer", "config.yaml + layer_0.safetensors or W_enc_0 and W_dec_0", circuit_tracer.recognises, circuit_tracer.load),
-    Format("sparsify", sparsify.FILES, sparsify.recognises, sparsify.load),
-    Format("dictionary_learning", dictionary_learning.FILES, dictionary_learning.recognises, dictionary_learning.load),
-    Format("crosscoder_learning", crosscoder_learning.FILES, crosscoder_learning.recognises, crosscoder_learning.load),
-    Format("crosscoders of Kissane and Nanda", kissane.FILES, kissane.recognises, kissane.load),
-    Format("BatchTopK and Matryoshka of Bussmann", bussmann.FILES, bussmann.recognises, bussmann.load),
-    Format("OpenAI", openai.FILES, openai.recognises, openai.load),
+    Format(
+        "SAELens",
+        f"{saelens.CFG} + {saelens.WEIGHTS}",
+        has(saelens.WEIGHTS),
+        saelens.load,
+        "all that it saves, but temporal and matching_pursuit",
+        "Versions 2 to 6 and checkpoints, see below.",
+        "formula; SAELens itself, both ways",
+    ),
+    Format(
+        "set of SAELens folders",
+        f"layer_0/{saelens.WEIGHTS} and so on",
+        has(f"layer_*/{saelens.WEIGHTS}"),
+        saelens.load_set,
+        "a set of any of these",
+        "`sae import-dictionary` writes it.",
+    ),
+    Format(
+        "Gemma Scope",
+        gemma_scope.PARAMS_1,
+        gemma_scope.recognises_1,
+        gemma_scope.load_1,
+        "JumpReLU: res, mlp, att, transcoders, embedding",
+        "Site and model stand in the names of the folders alone: keep them in a local copy. Dictionaries of the embedding read "
+        "resid_pre.0.",
+    ),
+    Format(
+        "Gemma Scope 2",
+        gemma_scope.PARAMS_2,
+        gemma_scope.recognises_2,
+        gemma_scope.load_2,
+        "JumpReLU: resid_post, attn_out, mlp_out, transcoders, affine or not",
+        "Without config.json, the names of the folders tell site and model.",
+    ),
+    Format(
+        "Gemma Scope 2, several layers",
+        gemma_scope.LAYER_FILES,
+        has(gemma_scope.LAYER_FILES),
+        gemma_scope.load_layers,
+        "cross-layer transcoders, affine or not; weakly causal crosscoders",
+        "A set.",
+    ),
+    Format(
+        "circuit-tracer",
+        "config.yaml + layer_0.safetensors or W_enc_0 and W_dec_0",
+        circuit_tracer.recognises,
+        circuit_tracer.load,
+        "sets of transcoders with ReLU, JumpReLU or TopK, with skip; cross-layer transcoders; lists of files on the hub",
+        "Its TopK has no ReLU. Thresholds below 0 are refused.",
+    ),
+    Format(
+        "sparsify",
+        sparsify.FILES,
+        sparsify.recognises,
+        sparsify.load,
+        "topk, groupmax and signed; autoencoders, transcoders, with skip",
+        "The run's folder is a set of layers; with several seeds, name one folder. A transcoder takes no bias off its input, "
+        "except those trained before February 2025.",
+        "formula; files that sparsify wrote, with its outputs",
+    ),
+    Format(
+        "dictionary_learning",
+        dictionary_learning.FILES,
+        dictionary_learning.recognises,
+        dictionary_learning.load,
+        "the seven classes of all its trainers, checkpoints, backups",
+        "The decoder rows of an AutoEncoder get length 1, as in the tool's own loader. A BatchTopK without a threshold keeps k "
+        "features of each token, and a message says so. eval_results.json is kept as what the authors measured.",
+        "formula; files that dictionary_learning trained, with its outputs",
+    ),
+    Format(
+        "crosscoder_learning",
+        crosscoder_learning.FILES,
+        crosscoder_learning.recognises,
+        crosscoder_learning.load,
+        "CrossCoder, BatchTopKCrossCoder, its BatchTopKSAE, with or without normaliser",
+        "A feature of a decoupled crosscoder has a threshold at each place, so it becomes one feature for each place: number p · F + i.",
+    ),
+    Format(
+        "crosscoders of Kissane and Nanda",
+        kissane.FILES,
+        kissane.recognises,
+        kissane.load,
+        "ReLU",
+        "The files lack the factors by which training multiplied the activations; `dictionary.folded(factors)` takes them in.",
+    ),
+    Format(
+        "BatchTopK and Matryoshka of Bussmann",
+        bussmann.FILES,
+        bussmann.recognises,
+        bussmann.load,
+        "vanilla, topk, batchtopk, jumprelu, global-matryoshka-topk",
+        "TopK and BatchTopK do not use b_enc.",
+    ),
+    Format(
+        "OpenAI",
+        openai.FILES,
+        openai.recognises,
+        openai.load,
+        "autoencoders of GPT-2: ReLU (v1, v4), TopK with layer norm (v5)",
+        "The site is known by the path gpt2-small/LOCATION/autoencoders/LAYER.pt.",
+    ),
 )
 
 

@@ -19,6 +19,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from sae.dictionaries.formats import gemma_scope
 from sae.dictionaries.formats.tensors import AGAIN, FLOATS, WHAT, Device, checked, name_of, read_weights
+from sae.dictionaries.formats.transformer_lens import HOOK_NAMES
 from sae.dictionaries.gates import BareTopK, Gate, Threshold
 from sae.dictionaries.parts import Layers, Parts
 from sae.disk.foreign import read_yaml
@@ -29,13 +30,7 @@ from sae.errors import InputError
 CONFIG = "config.yaml"
 THRESHOLD = "activation_function.threshold"
 # TransformerLens' hooks of a block, which circuit-tracer keeps for its other backends
-HOOKS = {
-    "hook_resid_mid": "resid_mid",
-    "mlp.hook_in": "mlp_in",
-    "ln2.hook_normalized": "mlp_in_nogain",
-    "hook_mlp_out": "mlp_out",
-    "mlp.hook_out": "mlp_out",
-}
+HOOKS = {pattern.removeprefix("blocks.{}."): kind for kind, pattern in HOOK_NAMES.items()} | {"mlp.hook_out": "mlp_out"}
 CRV = "crv-8b-instruct-transcoders"  # says topk without a k; circuit-tracer itself takes 128
 
 

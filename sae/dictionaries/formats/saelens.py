@@ -3,24 +3,27 @@
 d model width · f features · o width of what is written
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sae.dictionaries.formats.saelens_cfg import ARCHITECTURES, CENTRED, CFG, Settings, read_settings
+from sae.dictionaries.formats.saelens_cfg import CENTRED, CFG, DECIDED, Settings, read_settings
 from sae.dictionaries.formats.saelens_estimates import fold_factor, fold_whitening, read_estimates
 from sae.dictionaries.formats.transformer_lens import hook_of_site
 from sae.dictionaries.frames import Frame
-from sae.dictionaries.gates import AbsTopK, Gate, Threshold, TopK, gated
-from sae.dictionaries.parts import Parts
+from sae.dictionaries.gates import AbsTopK, BareTopK, Gate, GroupMax, Threshold, TopK, gated
+from sae.dictionaries.parts import Layers, Parts, Port
 from sae.disk.reading import read_tensors
 from sae.disk.writing import write_json, write_tensors
 from sae.errors import InputError
 
 WEIGHTS = "sae_weights.safetensors"
+KEEPS_K: dict[Callable[[int], Gate], str] = {TopK: "topk", AbsTopK: "abstopk", BareTopK: "bare_topk", GroupMax: "groupmax"}
+"""names of the gates with a k"""
 
 
 def load(folder: Path, device: str | torch.device = "cpu") -> Parts:
@@ -51,6 +54,12 @@ def load(folder: Path, device: str | torch.device = "cpu") -> Parts:
     return Parts(W_enc_fd, w["b_enc"], w["W_dec"], w["b_dec"], gate, settings.metadata, b_in_d, w.get("W_skip"), settings.frame)
 
 
+def load_set(path: Path, device: str | torch.device = "cpu") -> Layers:
+    """Folders layer_0, layer_1, … with a dictionary in each, which `sae import-dictionary` writes of a set."""
+    folders = {int(folder.name.partition("_")[2]): folder for folder in path.glob("layer_*") if folder.name[6:].isdecimal()}
+    return {layer: partial(load, folders[layer], device) for layer in sorted(folders)}
+
+
 def gate_of(settings: Settings, w: dict[str, Tensor]) -> Gate:
     """The gate; weights are changed where a kind is another one in disguise, which is exact.
 
@@ -70,7 +79,8 @@ def gate_of(settings: Settings, w: dict[str, Tensor]) -> Gate:
         return Threshold(w["threshold"])
     if settings.k is None:
         return Threshold()
-    return AbsTopK(settings.k) if settings.architecture == "abstopk" else TopK(settings.k)
+    kinds = {name: gate for gate, name in KEEPS_K.items()}
+    return kinds[settings.architecture.removesuffix("_transcoder").removesuffix("_skip")](settings.k)
 
 
 def require_whole(folder: Path, settings: Settings, weights: dict[str, Tensor]) -> None:
@@ -99,47 +109,59 @@ def require_whole(folder: Path, settings: Settings, weights: dict[str, Tensor]) 
 def save(d: Parts, folder: Path) -> None:
     """Writes the folder that SAELens' `SAE.load_from_disk` opens; each file is written whole or not at all.
 
-    A bias of the input that is not the decoder's own is folded into the encoder's.
+    A bias of the input that is not the decoder's own is folded into the encoder's. What SAELens has not (some gates, a transcoder that
+    keeps k, an autoencoder with a skip matrix) is written in the same way under an architecture that it refuses.
     """
     gate, frame, transcoder = d.gate, d.frame, d.is_transcoder
+    o, d_in = len(d.b_dec_o), d.W_enc_fd.shape[1]
     subtracts = d.b_in_d is not None and not transcoder and torch.equal(d.b_in_d, d.b_dec_o)
     b_enc_f = d.b_enc_f if d.b_in_d is None or subtracts else d.b_enc_f - d.W_enc_fd @ d.b_in_d
     weights = {"W_enc": d.W_enc_fd.T, "b_enc": b_enc_f, "W_dec": d.W_dec_fo, "b_dec": d.b_dec_o}
     extra: dict[str, Any] = {}
-    if type(gate) in (TopK, AbsTopK):
-        name, extra["k"], extra["rescale_acts_by_decoder_norm"] = "abstopk" if gate.signed else "topk", gate.k, False
+    if type(gate) in KEEPS_K:
+        name, extra["k"], extra["rescale_acts_by_decoder_norm"] = KEEPS_K[type(gate)], gate.k, False
     elif isinstance(gate, Threshold):
         name = "standard" if gate.theta_f is None else "jumprelu"
         weights |= {} if gate.theta_f is None else {"threshold": gate.theta_f}
     else:
         raise InputError(f"expected a gate that SAELens has too, got {type(gate).__name__}, which it cannot compute")
-    if d.W_skip_od is not None and not transcoder:
-        raise InputError("expected a dictionary that SAELens has too, got an autoencoder with a skip matrix, which it has not")
+    if d.W_skip_od is not None:
+        name += "_skip"
+        weights["W_skip"] = torch.nn.functional.pad(d.W_skip_od, (0, 0, 0, o - len(d.W_skip_od)))
     if transcoder:
-        name = {"standard": "", "jumprelu": "jumprelu_"}.get(name, f"{name}_") + ("" if d.W_skip_od is None else "skip_") + "transcoder"
-        if name not in ARCHITECTURES:
-            raise InputError(f"expected a dictionary that SAELens has too, got a {name}, which it has not")
-        weights |= {} if d.W_skip_od is None else {"W_skip": d.W_skip_od}
-        extra |= {"d_out": len(d.b_dec_o)}
+        name, extra["d_out"] = f"{name}_transcoder".removeprefix("standard_"), o
     write_tensors(folder / WEIGHTS, {k: v.detach().cpu() for k, v in weights.items()})  # host sync
-    hooks: dict[str, Any] = {"hook_name": hook_of_site(d.site)}
-    hooks |= {"hook_name_out": hook_of_site(d.site_out)} if transcoder else {}
+    hooks: dict[str, Any] = {"hook_name": hook_of(d.reads)}
+    hooks |= {"hook_name_out": hook_of(d.writes)} if transcoder else {}
     write_json(
         folder / CFG,
         {
             "architecture": name,
-            "d_in": d.W_enc_fd.shape[1],
+            "d_in": d_in,
             "d_sae": len(d.b_enc_f),
             **extra,
             "dtype": str(d.W_dec_fo.dtype).removeprefix("torch."),
             "device": "cpu",
             "apply_b_dec_to_input": subtracts,
             "normalize_activations": "none" if frame is None or frame.kind == "centred" else frame.kind,
-            "reshape_activations": "hook_z" if (d.site or "").startswith("head_out") else "none",
+            "reshape_activations": "hook_z" if (d.reads[0].site or "").startswith("head_out") else "none",
             # without the version SAELens takes the folder for an older format and drops the metadata
-            "metadata": {"sae_lens_version": "6.0.0", **hooks, **d.metadata, **loaded_with(frame, d.metadata)},
+            "metadata": {"sae_lens_version": "6.0.0", **hooks, **facts(d), **loaded_with(frame, d.metadata)},
         },
     )
+
+
+def hook_of(ports: tuple[Port, ...]) -> str | None:
+    """TransformerLens' name of a site; None of several, which stand under our own names alone."""
+    return hook_of_site(ports[0].site) if len(ports) == 1 else None
+
+
+def facts(d: Parts) -> dict[str, Any]:
+    """The metadata, those apart that are settings of another format under the names of SAELens' own."""
+    sites = {"site_out"} if not d.is_transcoder else set()
+    others = {key: value for key, value in d.metadata.items() if key in DECIDED - {"hook_name_out"}}
+    rest = {key: value for key, value in d.metadata.items() if key not in others.keys() | sites}
+    return rest | ({"settings_of_source": others} if others else {})
 
 
 def loaded_with(frame: Frame | None, metadata: Mapping[str, Any]) -> dict[str, Any]:

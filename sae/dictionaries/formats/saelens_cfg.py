@@ -21,7 +21,7 @@ CFG = "cfg.json"
 
 
 class Architecture(NamedTuple):
-    """What SAELens calls a kind of dictionary."""
+    """What SAELens calls a kind of dictionary, or, of one that SAELens has not, what it is called here."""
 
     tensors: tuple[str, ...] = ("b_enc",)
     """beside W_enc, W_dec and b_dec"""
@@ -50,6 +50,13 @@ ARCHITECTURES = {
     "batchtopk": Architecture(("b_enc", "topk_threshold")),
     "matryoshka_batchtopk": Architecture(("b_enc", "topk_threshold")),
 }
+KINDS = ARCHITECTURES | {name: Architecture(has_k=True) for name in ("bare_topk", "groupmax")}
+"""and those that SAELens has not: two gates, transcoders that keep k, autoencoders with a skip matrix"""
+for _gate in ("topk", "abstopk", "bare_topk", "groupmax"):
+    KINDS[f"{_gate}_transcoder"] = Architecture(transcoder=True, has_k=True)
+    KINDS[f"{_gate}_skip_transcoder"] = Architecture(("b_enc", "W_skip"), transcoder=True, has_k=True)
+    KINDS[f"{_gate}_skip"] = Architecture(("b_enc", "W_skip"), has_k=True)
+KINDS |= {"standard_skip": Architecture(("b_enc", "W_skip")), "jumprelu_skip": Architecture(("b_enc", "threshold", "W_skip"))}
 REFUSED = {
     "temporal": "which attends to earlier tokens of the text: here a token is encoded by itself",
     "matching_pursuit": "which chooses features one after another by what is left of the token: here a gate chooses among pre-activations",
@@ -66,7 +73,7 @@ OLDER_NAMES = {
 
 # Values of each key that are understood; what they mean stands in the functions below
 KNOWN: dict[str, tuple[Any, ...]] = {
-    "architecture": tuple(ARCHITECTURES),
+    "architecture": tuple(KINDS),
     "activation_fn": ("relu", "topk", None),
     "normalize_activations": ("none", "constant_norm_rescale", "layer_norm", *ESTIMATED, None),
     "reshape_activations": ("none", "hook_z", None),
@@ -131,7 +138,7 @@ class Settings(NamedTuple):
         d, f, o = (self.widths[name] for name in ("d_in", "d_sae", "d_out"))
         shapes: dict[str, tuple[int, ...]] = {"W_enc": (d, f), "W_dec": (f, o), "b_dec": (o,)}
         others = {"W_skip": (o, d), "topk_threshold": ()}
-        return shapes | {name: others.get(name, (f,)) for name in ARCHITECTURES[self.architecture].tensors}
+        return shapes | {name: others.get(name, (f,)) for name in KINDS[self.architecture].tensors}
 
 
 def read_settings(folder: Path) -> Settings:
@@ -139,7 +146,7 @@ def read_settings(folder: Path) -> Settings:
     values = merge(folder, cfg)
     require_known(folder, cfg, values)
     name = "topk" if values.get("activation_fn") == "topk" else values.get("architecture", "standard")
-    kind = ARCHITECTURES[name]
+    kind = KINDS[name]
     site, site_out = find_site(folder, values, ""), find_site(folder, values, "_out")
     if kind.transcoder == (site_out is None):
         raise InputError(
@@ -242,9 +249,9 @@ def find_k(folder: Path, values: dict[str, Any], kind: Architecture) -> int | No
     return k
 
 
-def find_frame(folder: Path, values: dict[str, Any], site: str | None, kind: Architecture) -> Frame | None:
+def find_frame(folder: Path, values: dict[str, Any], site: str | list[str] | None, kind: Architecture) -> Frame | None:
     """Raises `InputError` where the model's weights were changed on loading so that the site has values that cannot be made here."""
-    at = (site or "").partition(".")[0]
+    at = str(site[0] if isinstance(site, list) else site or "").partition(".")[0]
     if values.get("reshape_activations") == "hook_z" and site is not None and at != "head_out":
         raise InputError(f"the dictionary in {folder} has reshape_activations 'hook_z', but reads {site}; leave the right one")
     same = SAME_ACTIVATIONS | (set() if at == "head_out" else SAME_EXCEPT_HEADS) | (set() if at in ("attn_in", "mlp_in") else {"fold_ln"})
@@ -265,12 +272,14 @@ def find_frame(folder: Path, values: dict[str, Any], site: str | None, kind: Arc
     return Frame("centred") if centred else None
 
 
-def find_site(folder: Path, values: dict[str, Any], out: str) -> str | None:
-    """Our name of where it reads (`out` "") or writes ("_out"); None where the folder does not tell.
+def find_site(folder: Path, values: dict[str, Any], out: str) -> str | list[str] | None:
+    """Our name of where it reads (`out` "") or writes ("_out"), or names of several; None where the folder does not tell.
 
     Raises `InputError` for a hook or site that is not known here.
     """
     hook, site, layer = (values.get(f"{name}{out}") for name in ("hook_name", "site", "hook_layer"))
+    if isinstance(site, list):
+        return [one and str(parse_site(str(one))) for one in site]
     if site is not None:
         site = str(parse_site(str(site)))
     if hook is None:

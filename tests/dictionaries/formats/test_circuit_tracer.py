@@ -1,6 +1,7 @@
 """Folders as circuit-tracer and Gemma Scope 2 publish them for several layers, against the published formulas in float64."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,7 +188,7 @@ def test_what_a_set_cannot_be(tmp_path):
     refused("is a set of 3 dictionaries, one for each layer; choose one, such as .*/layer_0$", activation="relu")
     refused("which has 0, 1, 2; choose one of them", tmp_path / "layer_3", activation="relu")
     one = tmp_path / "layer_0"
-    refused("names the hooks hook_z and mlp.hook_out; known are", one, feature_input_hook="hook_z")
+    refused("names the hooks hook_k and mlp.hook_out; known are", one, feature_input_hook="hook_k")
     refused("names the hooks mlp.hook_in and mlp.hook_out; known are .* of Gemma not mlp.hook_out", one, model_name="google/gemma-3-4b-pt")
     refused("activation 'topk', but there is no threshold and k nowhere", one, activation="topk")
     refused("activation 'relu', but there is no threshold and k 3", one, activation="relu", k=3)
@@ -212,3 +213,29 @@ def test_thresholds_below_0_are_refused(tmp_path):
     save_file(tensors, tmp_path / "layer_0.safetensors")
     with pytest.raises(InputError, match="thresholds below 0"):
         Dictionary.load(tmp_path / "layer_0")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's account of memory")
+@pytest.mark.parametrize("kind", ["cross_layer_transcoder", "clt"])
+def test_the_weights_of_a_set_stay_on_the_disk(tmp_path, kind):
+    """An opened set takes no memory of its own, only pages of its files, which the system may drop."""
+    n, f, d = 2, 4096, 512
+    write_yaml(tmp_path, CROSS) if kind != "clt" else (tmp_path / "clt").mkdir()
+    for i in range(n):
+        if kind == "clt":
+            w = {"w_enc": torch.ones(d, f), "w_dec": torch.ones(f, n, d), "b_enc": torch.ones(f), "b_dec": torch.ones(d)}
+            save_file(w | {"threshold": torch.ones(f)}, tmp_path / "clt" / f"params_layer_{i}.safetensors")
+        else:
+            rest = {f"b_enc_{i}": torch.ones(f), f"b_dec_{i}": torch.ones(d)}
+            save_file({f"W_enc_{i}": torch.ones(f, d)} | rest, tmp_path / f"W_enc_{i}.safetensors")
+            save_file({f"W_dec_{i}": torch.ones(f, n - i, d)}, tmp_path / f"W_dec_{i}.safetensors")
+    before = anonymous()
+    bundle = load(tmp_path / "clt" if kind == "clt" else tmp_path)
+    assert sum(one.W_enc_fd.nbytes + one.W_dec_fo.nbytes for one in bundle.values()) > 40e6
+    assert anonymous() - before < 8e6
+
+
+def anonymous():
+    """Bytes of this process that are in no file."""
+    (line,) = [line for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("Anonymous:")]
+    return int(line.split()[1]) * 1024

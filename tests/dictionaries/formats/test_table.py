@@ -1,5 +1,8 @@
 """Which format a folder is of, and the sentences for what is none, or two, or damaged."""
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -96,3 +99,9 @@ def test_names_of_paths(tmp_path):
 
 def test_rows_have_names_of_their_own():
     assert len({row.name for row in FORMATS}) == len(FORMATS)
+
+
+def test_the_documentation_shows_the_table():
+    script = runpy.run_path(str(Path(__file__).resolve().parents[3] / "scripts" / "formats_table.py"))
+    text = script["PAGE"].read_text(encoding="utf-8")
+    assert text == script["page"](text), "python scripts/formats_table.py writes the table again"

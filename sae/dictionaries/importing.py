@@ -1,0 +1,112 @@
+"""A dictionary of any format, or a set of them, copied into folders of SAELens' layout, which is the one that is written here."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tyro.conf import Positional
+
+from sae.dictionaries.formats import format_of
+from sae.dictionaries.formats.saelens import save
+from sae.dictionaries.formats.saelens_cfg import CFG
+from sae.dictionaries.gates import Threshold
+from sae.dictionaries.parts import Parts
+from sae.dictionaries.source import locate, read, weights_crc32
+from sae.disk.folders import fresh_folder
+from sae.disk.places import require_folder
+from sae.errors import InputError
+
+
+@dataclass
+class ImportConfig:
+    source: Positional[str]
+    """Folder, file or hub name of a dictionary, or of a set of them."""
+    out: Path | None = None
+    """Folder to write; a dictionary that stands there is replaced. Of a set, with one folder for each layer."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Number format of the weights. Default: that of the source."""
+    dry_run: bool = False
+    """Only print what is found; nothing is written."""
+
+
+def import_dictionary(config: ImportConfig) -> None:
+    """Raises `InputError` for a source that cannot be read, or holds what the layout has no place for."""
+    if config.out is None and not config.dry_run:
+        raise InputError("expected --out, the folder to write, or --dry-run; give one of them")
+    if config.out is not None:
+        require_folder(config.out)
+    found = read(config.source)
+    layers = None if isinstance(found, Parts) else found
+    first = found if isinstance(found, Parts) else next(iter(found.values()))()
+    print_table(config, describe(config.source, first, None if layers is None else list(layers)))
+    if config.dry_run or config.out is None:
+        return
+    came_from = {"imported": {"source": config.source, "format": format_of(locate(config.source).path).name}}
+    came_from["imported"]["weights_crc32"] = weights_crc32(config.source)
+    if layers is None:
+        with fresh_folder(config.out, CFG, "dictionary") as folder:
+            save(converted(first, config.dtype, came_from), folder)
+    else:
+        with fresh_folder(config.out, f"layer_{min(layers)}/{CFG}", "set of dictionaries") as folder:
+            for layer, load in layers.items():
+                save(converted(load(), config.dtype, came_from), folder / f"layer_{layer}")
+    print(f"wrote {config.out}")
+
+
+def converted(parts: Parts, dtype: str | None, more: Mapping[str, Any]) -> Parts:
+    """In another number format, and with more facts."""
+    parts = parts._replace(metadata=parts.metadata | dict(more))
+    if dtype is None:
+        return parts
+    to = getattr(torch, dtype)
+    gate = parts.gate
+    if isinstance(gate, Threshold) and gate.theta_f is not None:
+        gate = Threshold(gate.theta_f.to(to))
+    tensors: dict[str, Any] = {name: value.to(to) for name, value in parts._asdict().items() if isinstance(value, torch.Tensor)}
+    return parts._replace(gate=gate, **tensors)
+
+
+def describe(source: str, parts: Parts, layers: list[int] | None) -> dict[str, str]:
+    """What was found, row by row; of a set, its first layer."""
+    (f, d), o, gate = parts.W_enc_fd.shape, parts.W_dec_fo.shape[1], parts.gate
+    path, _ = locate(source)
+    kind = type(gate).__name__ + (f"({gate.extra_repr()})" if gate.extra_repr() else "")
+    if isinstance(gate, Threshold):
+        kind = "ReLU" if gate.theta_f is None else "JumpReLU"
+    extras = [
+        *(["takes a bias off its input"] if parts.b_in_d is not None else []),
+        *(["with a skip matrix"] if parts.W_skip_od is not None else []),
+    ]
+    known = ("site", "site_out", "promised")
+    rows = {
+        "format": format_of(path).name,
+        "path": str(path),
+        "layers": "" if layers is None else f"{len(layers)} dictionaries, {layers[0]} to {layers[-1]}; below, layer {layers[0]}",
+        "kind": ", ".join([kind, *extras]),
+        "features": f"{f:,}",
+        "reads": places(parts.reads, d),
+        "writes": places(parts.writes, o),
+        "frame": "none" if parts.frame is None else parts.frame.kind,
+        "dtype": str(parts.W_dec_fo.dtype).removeprefix("torch."),
+        "promised": ", ".join(f"{name} {value}" for name, value in parts.metadata.get("promised", {}).items()),
+    }
+    facts = {key: str(value) for key, value in parts.metadata.items() if key not in known and value is not None}
+    return {name: text for name, text in rows.items() if text} | facts
+
+
+def places(ports: tuple, width: int) -> str:
+    sites = [port.site or "a site that it does not name" for port in ports]
+    return f"{', '.join(sites)}, {width:,} wide"
+
+
+def print_table(config: ImportConfig, rows: dict[str, str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=config.source, show_header=False)
+    for name, text in rows.items():
+        table.add_row(name, text)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)

@@ -1,0 +1,23 @@
+"""Write the table of formats in docs/dictionaries.md again, out of the rows in sae/dictionaries/formats/__init__.py."""
+
+from pathlib import Path
+
+from sae.dictionaries.formats import FORMATS
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "dictionaries.md"
+START, END = "<!-- formats -->\n", "<!-- /formats -->\n"
+
+
+def table() -> str:
+    rows = [f"| {one.name} | {one.files} | {one.opens} | {one.note} | {one.proved} |" for one in FORMATS]
+    return "\n".join(["| format | known by | what opens | what to know | proved against |", "|---|---|---|---|---|", *rows, ""])
+
+
+def page(text: str) -> str:
+    """The page with the present table."""
+    before, _, rest = text.partition(START)
+    return before + START + table() + END + rest.partition(END)[2]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
