@@ -17,7 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-from sae.dictionaries.formats import format_of, load
+from sae.dictionaries.formats import format_of, load, sparsify
 from sae.dictionaries.formats.saelens import WEIGHTS
 from sae.dictionaries.formats.tensors import Device, name_of
 from sae.dictionaries.parts import Layers, Parts
@@ -201,9 +201,10 @@ def weights_crc32(source: str | Path) -> str:
     path, layer = locate(source)
     if path.is_file():
         return crc32(path)
-    files = [path / WEIGHTS] if (path / WEIGHTS).exists() else [one for one in path.glob("*") if one.name.endswith(ENDINGS)]
-    files = sorted(files) or sorted(path.glob("checkpoints/*"))
-    if layer is not None:
-        files = [file for file in files if (found := OF_LAYER.fullmatch(file.name)) and int(found[1]) == layer] or files
+    files = [path / WEIGHTS] if (path / WEIGHTS).exists() else sorted(path.glob(f"*/{sparsify.WEIGHTS}"))
+    files = files or sorted(one for one in path.glob("*") if one.name.endswith(ENDINGS)) or sorted(path.glob("checkpoints/*"))
+    if layer is not None:  # layer_3.safetensors, layers.3.mlp/sae.safetensors, 3.pt
+        of_layer = re.compile(rf"(?:.*[._])?{layer}(?:\.[a-z][\w.]*)?")
+        files = [file for file in files if any(map(of_layer.fullmatch, file.relative_to(path).parts))] or files
     sums = [crc32(file) for file in files]
     return sums[0] if len(sums) == 1 else f"{zlib.crc32(''.join(sums).encode()):08x}"
