@@ -1,7 +1,6 @@
 """A dictionary of any format, or a set of them, copied into folders of SAELens' layout, which is the one that is written here."""
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,24 +43,24 @@ def import_dictionary(config: ImportConfig) -> None:
     print_table(config, describe(config.source, first, None if layers is None else list(layers)))
     if config.dry_run or config.out is None:
         return
-    came_from = {"imported": {"source": config.source, "format": format_of(locate(config.source).path).name}}
-    came_from["imported"]["weights_crc32"] = weights_crc32(config.source)
     if layers is None:
         with fresh_folder(config.out, CFG, "dictionary") as folder:
-            save(converted(first, config.dtype, came_from), folder)
+            save(converted(config, first), folder)
     else:
         with fresh_folder(config.out, f"layer_{min(layers)}/{CFG}", "set of dictionaries") as folder:
             for layer, load in layers.items():
-                save(converted(load(), config.dtype, came_from), folder / f"layer_{layer}")
+                save(converted(config, load()), folder / f"layer_{layer}")
     print(f"wrote {config.out}")
 
 
-def converted(parts: Parts, dtype: str | None, more: Mapping[str, Any]) -> Parts:
-    """In another number format, and with more facts."""
-    parts = parts._replace(metadata=parts.metadata | dict(more))
-    if dtype is None:
+def converted(config: ImportConfig, parts: Parts) -> Parts:
+    """In the number format that is asked for, and with a note of where it comes from."""
+    path, _ = locate(config.source)
+    came_from = {"source": config.source, "format": format_of(path).name, "weights_crc32": weights_crc32(config.source, [parts])}
+    parts = parts._replace(metadata=parts.metadata | {"imported": came_from})
+    if config.dtype is None:
         return parts
-    to = getattr(torch, dtype)
+    to = getattr(torch, config.dtype)
     gate = parts.gate
     if isinstance(gate, Threshold) and gate.theta_f is not None:
         gate = Threshold(gate.theta_f.to(to))

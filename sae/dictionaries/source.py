@@ -11,15 +11,18 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-from sae.dictionaries.formats import format_of, load, sparsify
+import torch
+
+from sae.dictionaries.formats import format_of, load
 from sae.dictionaries.formats.saelens import WEIGHTS
 from sae.dictionaries.formats.tensors import Device, name_of
+from sae.dictionaries.gates import Threshold
 from sae.dictionaries.parts import Layers, Parts
 from sae.disk.checksum import crc32
 from sae.disk.hub import HubFile, download, in_cache, list_folder
@@ -35,6 +38,8 @@ OF_LAYER = re.compile(r"(?:.*_)?(?:layer|W_enc|W_dec)_([0-9]+)\.safetensors")
 """files of a set that has one for each layer"""
 CANONICAL = "canonical"
 SHOWN = 12
+ROWS = 4096
+"""that are copied at a time"""
 
 
 class Source(NamedTuple):
@@ -196,15 +201,18 @@ def read(source: str | Path, device: Device = "cpu") -> Parts | Layers:
     return found[layer]()
 
 
-def weights_crc32(source: str | Path) -> str:
-    """Of the files that hold the dictionary's weights, eight hexadecimal digits: by it the same weights are known elsewhere."""
+def weights_crc32(source: str | Path, parts: Iterable[Parts]) -> str:
+    """Eight hexadecimal digits, by which the same weights are known elsewhere; `parts` are what was read from the source.
+
+    Of a folder of SAELens' layout its file's checksum, otherwise of all tensors.
+    """
     path, layer = locate(source)
-    if path.is_file():
-        return crc32(path)
-    files = [path / WEIGHTS] if (path / WEIGHTS).exists() else sorted(path.glob(f"*/{sparsify.WEIGHTS}"))
-    files = files or sorted(one for one in path.glob("*") if one.name.endswith(ENDINGS)) or sorted(path.glob("checkpoints/*"))
-    if layer is not None:  # layer_3.safetensors, layers.3.mlp/sae.safetensors, 3.pt
-        of_layer = re.compile(rf"(?:.*[._])?{layer}(?:\.[a-z][\w.]*)?")
-        files = [file for file in files if any(map(of_layer.fullmatch, file.relative_to(path).parts))] or files
-    sums = [crc32(file) for file in files]
-    return sums[0] if len(sums) == 1 else f"{zlib.crc32(''.join(sums).encode()):08x}"
+    if layer is None and (path / WEIGHTS).is_file():
+        return crc32(path / WEIGHTS)
+    value = 0
+    for one in parts:
+        gate = one.gate.theta_f if isinstance(one.gate, Threshold) else None
+        for tensor in (one.W_enc_fd, one.b_enc_f, one.W_dec_fo, one.b_dec_o, one.b_in_d, one.W_skip_od, gate):
+            for rows in () if tensor is None else tensor.detach().split(ROWS):
+                value = zlib.crc32(rows.cpu().contiguous().flatten().view(torch.uint8).numpy(), value)  # host sync
+    return f"{value:08x}"

@@ -84,10 +84,10 @@ def asking(what: str) -> Iterator[None]:
     logger.setLevel(logging.ERROR)  # it tells of every retry
     try:
         yield
-    except errors.EntryNotFoundError as error:
-        if not isinstance(error, errors.LocalEntryNotFoundError):
-            raise
+    except errors.LocalEntryNotFoundError as error:  # which is an EntryNotFoundError too
         _refuse(what, error)
+    except errors.EntryNotFoundError:
+        raise InputError(f"there is no {what} on the hub; check its name") from None
     except errors.GatedRepoError:
         raise InputError(f"{what} is given only to those who accept its terms on the hub; do so, then log in (hf auth login)") from None
     except errors.RepositoryNotFoundError:

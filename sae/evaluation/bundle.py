@@ -55,7 +55,7 @@ def evaluate_bundle(config: EvaluationConfig, bundle: Bundle, device: torch.devi
     loss = language_model_loss(text.lm, dictionaries, text.sequences, means, replaced=text.replaced, batch=config.batch, seed=config.seed)
     result = {
         "dictionary": str(config.dictionary),
-        "weights_crc32": weights_crc32(config.dictionary),
+        "weights_crc32": weights_crc32(config.dictionary, [one.parts() for one in dictionaries]),
         "model": made,
         "cache": str(config.cache),
         "split": "held_out",

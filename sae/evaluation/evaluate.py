@@ -64,7 +64,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         )
     result = {
         "dictionary": str(config.dictionary),
-        "weights_crc32": weights_crc32(config.dictionary),
+        "weights_crc32": weights_crc32(config.dictionary, [dictionary.parts()]),
         "d_in": dictionary.d_in,
         "d_sae": dictionary.d_sae,
         "site": cache.site,

@@ -18,6 +18,7 @@ from sae.dictionaries import source
 from sae.dictionaries.bundle import Bundle, load
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.checksum import crc32
+from sae.disk.hub import fetch
 from sae.errors import InputError
 
 COMMIT = "0a1b2c3d4e5f60718293a4b5c6d7e8f901234567"
@@ -153,6 +154,10 @@ def test_the_hubs_refusals_are_sentences(hub, monkeypatch):
     refused("google/other/x", "expected google/other on this machine or on the hub, found it on neither")
     refused(f"{repo}@v3", f"{repo} is on the hub, but not in that revision")
     refused(repo, f"{repo}/ holds no weights of a dictionary; name one of layer_12")
+    with pytest.raises(InputError, match=f"there is no {repo}/layer_12/x.npz on the hub"):
+        fetch(f"hf://{repo}/layer_12/x.npz")
+    with pytest.raises(InputError, match=r"expected a file on the hub, such as .*, got 'hf://a/b'"):
+        fetch("hf://a/b")
     refused(f"{repo}/layer_13", f"there is no layer_13 in {repo} on the hub; name one of layer_12")
     refused(f"{repo}/layer_12/width_16k", "holds no weights of a dictionary; name one of average_l0_82")
     assert Dictionary.load(f"{repo}/layer_12/width_16k/average_l0_82@v2").d_sae == F
@@ -233,12 +238,20 @@ def test_many_files_of_weights_in_one_folder_ask_for_one(hub):
 
 
 def test_weights_are_known_by_their_checksum(tmp_path):
+    def crc_of(name):
+        return source.weights_crc32(name, [Dictionary.load(name).parts()])
+
     folder = write_set(tmp_path / "set")
-    assert source.weights_crc32(folder / "layer_1") == crc32(folder / "layer_1.safetensors")
-    whole = source.weights_crc32(folder)
-    (folder / "config.yaml").touch()
-    assert source.weights_crc32(folder) == whole
-    shutil.copy(folder / "layer_0.safetensors", folder / "layer_2.safetensors")
-    assert source.weights_crc32(folder) != whole
+    assert len({crc_of(folder / f"layer_{layer}") for layer in range(3)}) == 3
+    before = crc_of(folder / "layer_0")
+    shutil.copy(folder / "layer_1.safetensors", folder / "layer_0.safetensors")
+    assert crc_of(folder / "layer_0") == crc_of(folder / "layer_1") != before
     one = scope(tmp_path / "one")
-    assert source.weights_crc32(one) == source.weights_crc32(one / "params.npz") == crc32(one / "params.npz")
+    assert crc_of(one) == crc_of(one / "params.npz")
+    dictionary = Dictionary.load(one)
+    dictionary.save(tmp_path / "ours")
+    assert crc_of(tmp_path / "ours") == crc32(tmp_path / "ours" / "sae_weights.safetensors")
+    for k, parameter in enumerate(dictionary.parameters()):
+        parameter.view(-1)[0] += 1
+        assert source.weights_crc32(one, [dictionary.parts()]) != crc_of(one), k
+        parameter.view(-1)[0] -= 1

@@ -44,6 +44,28 @@ def cached(world):
     return torch.cat([x for x, _ in parts]), np.concatenate([rows for _, rows in parts])
 
 
+def test_a_dictionary_of_another_format(world, tmp_path, capsys):
+    """Named by its folder, the index finds it again, and no other in its place."""
+    dictionary = made(world, gate=Threshold(torch.linspace(0, 0.6, F)))
+    w = {"W_enc": dictionary.W_enc_fd.T, "b_enc": dictionary.b_enc_f, "W_dec": dictionary.W_dec_fo, "b_dec": dictionary.b_dec_o}
+    w = {name: tensor.numpy() for name, tensor in (w | {"threshold": dictionary.gate.theta_f}).items()}
+    source = tmp_path / "scope"
+    source.mkdir()
+    np.savez(source / "params.npz", **w)
+    config = IndexConfig(cache=world.cache, dictionary=str(source), out=tmp_path / "index", device="cpu", model=str(world.model))
+    index = FeatureIndex.open(build_index(config))
+    assert "does not name its site; it is taken to be the cache's, resid_pre.0" in capsys.readouterr().err
+    dictionary.save(tmp_path / "sae")
+    other = FeatureIndex.open(build_index(IndexConfig(cache=world.cache, dictionary=tmp_path / "sae", out=tmp_path / "b", device="cpu")))
+    for j in range(F):
+        np.testing.assert_array_equal(index.feature(j).values, other.feature(j).values)
+    assert torch.equal(index.dictionary().W_dec_fo, dictionary.W_dec_fo)
+    assert torch.equal(index.dictionary(f"{source}/params.npz").W_dec_fo, dictionary.W_dec_fo)
+    np.savez(source / "params.npz", **(w | {"b_enc": w["b_enc"] + 1}))
+    with pytest.raises(InputError, match=r"but the weights in .*scope differ; index it again"):
+        index.dictionary()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind(world, tmp_path, kind):
     dictionary = made(world, **KINDS[kind])

@@ -99,7 +99,7 @@ def load_2(path: Path, device: Device = "cpu") -> Parts:
     w = checked(file, read_weights(file, device), SHAPES, {SKIP: "d o"})
     said, metadata = read_config(file.parent, SKIP in w), facts(file)
     if said:
-        metadata |= {"model_name": said["model_name"], "site": site_of(file, said["hf_hook_point_in"])}
+        metadata |= {"model_name": model_of(said["model_name"]), "site": site_of(file, said["hf_hook_point_in"])}
         if out := said.get("hf_hook_point_out"):
             metadata["site_out"] = site_of(file, out)
     elif found := re.search(r"/(resid_post|attn_out|mlp_out|transcoder)(?:_all)?/layer_([0-9]+)_", name_of(file)):
@@ -123,7 +123,13 @@ def read_config(folder: Path, affine: bool) -> Config | None:
 def facts(file: Path) -> dict[str, Any]:
     """Out of the names of version 2."""
     model = re.search(r"gemma-scope-2-(\w+)-(pt|it)", name_of(file))
-    return {"prepend_bos": True} | ({"model_name": f"google/gemma-3-{model[1]}-{model[2]}"} if model else {})
+    return {"prepend_bos": True} | ({"model_name": model_of(f"gemma-3-{model[1]}-{model[2]}")} if model else {})
+
+
+def model_of(name: str) -> str:
+    """The model's name on the hub, of which some files have an older one; the pretrained one of 270m is called so without -pt."""
+    name = name.removeprefix("google/").replace("gemma-v3", "gemma-3")
+    return "google/" + (name.removesuffix("-pt") if "270m" in name else name)
 
 
 def promised(said: Config | None) -> dict[str, Any]:
@@ -145,7 +151,7 @@ def load_layers(path: Path, device: Device = "cpu") -> Layers:
         layers = [int(layer) for layer in re.findall("[0-9]+", found[0])] if found else []
     if kind not in KINDS or len(layers) != sizes["n"]:
         raise InputError(f"expected config.json in {path}, or folder names, to say of which {sizes['n']} layers this is; {AGAIN}")
-    metadata = facts(first) | ({"model_name": said["model_name"]} if said else {}) | promised(said)
+    metadata = facts(first) | ({"model_name": model_of(said["model_name"])} if said else {}) | promised(said)
     every = {i: path / LAYER_FILES.replace("*", str(i)) for i in range(len(layers))}
     return {layers[i]: partial(load_layer, file, i, layers, KINDS[kind], metadata, device) for i, file in every.items()}
 

@@ -133,7 +133,7 @@ def fill(folder: Path, config: IndexConfig, dictionary: Dictionary, cache: "Acti
     info: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "dictionary": str(config.dictionary),
-        "dictionary_crc32": weights_crc32(config.dictionary),
+        "dictionary_crc32": weights_crc32(config.dictionary, [dictionary.parts()]),
         "cache": str(config.cache),
         "model": cache.manifest["model"],
         "site": cache.site,

@@ -113,7 +113,7 @@ class FeatureIndex:
 
         source = source or self.info["dictionary"]
         dictionary = Dictionary.load(source, device)
-        if weights_crc32(source) != self.info["dictionary_crc32"]:
+        if weights_crc32(source, [dictionary.parts()]) != self.info["dictionary_crc32"]:
             raise InputError(
                 f"expected the dictionary that {self.folder} was built from, but the weights in {source} differ; index it again"
             )

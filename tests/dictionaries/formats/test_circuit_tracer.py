@@ -148,7 +148,7 @@ def test_gemma_scope_2_of_several_layers(tmp_path, kind, told):
         same(outputs[f"{writes}.{layer}"], outs[i])
     last = Dictionary.load(folder / f"layer_{layers[-1]}")
     assert (last.site, last.site_out) == (f"{reads}.{layers[-1]}", f"{writes}.{layers[-1]}")
-    assert last.metadata["model_name"] == "google/gemma-3-270m-pt"
+    assert last.metadata["model_name"] == "google/gemma-3-270m"
 
 
 def test_transcoders_that_lie_elsewhere(tmp_path, monkeypatch):

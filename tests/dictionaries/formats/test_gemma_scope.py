@@ -107,7 +107,7 @@ def test_gemma_scope_2(tmp_path, name, reads, writes, site, site_out, told):
     dictionary = Dictionary.load(write_2(place, w, config if told else None))
     same(dictionary, (acts, out))
     assert (dictionary.site, dictionary.site_out) == (site, site_out)
-    assert dictionary.metadata["model_name"] == ("gemma-v3-1b-it" if told else "google/gemma-3-1b-it")
+    assert dictionary.metadata["model_name"] == "google/gemma-3-1b-it"
 
 
 @pytest.mark.parametrize(
