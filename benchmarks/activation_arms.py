@@ -29,10 +29,10 @@ def forward_passes(settings: dict[str, Any], whole: bool) -> Round:
     """The batches of a harvest with these settings, made beforehand; `whole` for Hugging Face's own forward pass with all layers."""
     import torch
 
-    from sae.activations.harvest import HarvestConfig
-    from sae.activations.plan import plan_pools
-    from sae.activations.settings import cut_text, load_model, make_recorder
-    from sae.activations.tokens import Tokens
+    from sae.activations.harvest.command import HarvestConfig
+    from sae.activations.harvest.plan import plan_pools
+    from sae.activations.harvest.settings import cut_text, load_model, make_recorder
+    from sae.activations.text.tokens import Tokens
     from sae.model.language_model import LanguageModel
 
     config = HarvestConfig(out=Path(settings["folder"]), **settings["harvest"])
@@ -61,7 +61,7 @@ def forward_passes(settings: dict[str, Any], whole: bool) -> Round:
 
 def harvest(settings: dict[str, Any]) -> Round:
     """All of `harvest` but the loading of the model: tokens, forward passes, shuffle, shards on disk, manifest."""
-    from sae.activations import harvest as module
+    from sae.activations.harvest import command as module
 
     config = module.HarvestConfig(out=Path(settings["folder"]) / "harvest", **settings["harvest"])
     lm = module.load_model(config)

@@ -28,11 +28,11 @@ from rounds import OFFLINE, PEERS_PYTHON, ArmFailed, started
 
 from sae.activations.cache import ActivationCache
 from sae.activations.cached import BUFFER_BYTES
-from sae.activations.harvest import HarvestConfig
-from sae.activations.number_formats import row_bytes
+from sae.activations.files.number_formats import row_bytes
+from sae.activations.harvest.command import HarvestConfig
 from sae.activations.shuffle import shuffle_quality
-from sae.activations.text import TextConfig, documents
-from sae.activations.tokens import tokenise
+from sae.activations.text.documents import TextConfig, documents
+from sae.activations.text.tokens import tokenise
 from sae.command_line import run
 from sae.disk.reading import read_json
 from sae.disk.writing import write_json, write_tensors

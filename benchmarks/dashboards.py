@@ -26,9 +26,9 @@ from objective import machine, spread
 from rounds import OFFLINE, PEERS_PYTHON, ArmFailed, started
 
 from sae.activations.cache import ActivationCache
-from sae.activations.harvest import HarvestConfig, harvest
-from sae.activations.text import TextConfig, documents
-from sae.activations.tokens import tokenise
+from sae.activations.harvest.command import HarvestConfig, harvest
+from sae.activations.text.documents import TextConfig, documents
+from sae.activations.text.tokens import tokenise
 from sae.command_line import run
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.reading import read_json

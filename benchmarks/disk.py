@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sae.activations.ledger import FORMAT_VERSION, describe_file
-from sae.activations.number_formats import row_bytes
-from sae.activations.plan import Masks, Pool, plan_pools
-from sae.activations.pools import Recorded, Recorder
-from sae.activations.tokens import Cutter, Part, Tokens
+from sae.activations.files.ledger import FORMAT_VERSION, describe_file
+from sae.activations.files.number_formats import row_bytes
+from sae.activations.harvest.plan import Masks, Pool, plan_pools
+from sae.activations.harvest.pools import Recorded, Recorder
+from sae.activations.text.tokens import Cutter, Part, Tokens
 from sae.disk.writing import require_free_space, write_json, write_tensors
 from sae.errors import InputError
 

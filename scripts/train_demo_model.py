@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from sae.activations.text import TextConfig, documents
+from sae.activations.text.documents import TextConfig, documents
 from sae.command_line import run
 from sae.disk.places import require_folder
 from sae.disk.reading import read_json

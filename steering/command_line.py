@@ -24,13 +24,13 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "cache": Command(
-        "sae.activations.harvest:harvest",
-        "sae.activations.harvest:HarvestConfig",
+        "sae.activations.harvest.command:harvest",
+        "sae.activations.harvest.command:HarvestConfig",
         "Record a language model's activations on text and store them, shuffled, in a cache.",
     ),
     "import": Command(
-        "sae.activations.imports:import_activations",
-        "sae.activations.imports:ImportConfig",
+        "sae.activations.imports.command:import_activations",
+        "sae.activations.imports.command:ImportConfig",
         "Copy activations of SAELens, or plain arrays, into an activation cache.",
     ),
     "import-dictionary": Command(

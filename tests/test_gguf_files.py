@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from tokenizers.pre_tokenizers import ByteLevel
 
-from sae.activations.harvest import HarvestConfig, harvest
+from sae.activations.harvest.command import HarvestConfig, harvest
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 

@@ -32,9 +32,9 @@ def commands() -> dict:
 
     from sae.activations.export import ExportConfig as CacheExportConfig
     from sae.activations.export import export_cache
-    from sae.activations.harvest import HarvestConfig, harvest
-    from sae.activations.imports import ImportConfig, import_activations
-    from sae.activations.settings import RecordingConfig
+    from sae.activations.harvest.command import HarvestConfig, harvest
+    from sae.activations.harvest.settings import RecordingConfig
+    from sae.activations.imports.command import ImportConfig, import_activations
     from sae.evaluation import EvaluationConfig, evaluate
     from sae.features.exports.command import ExportConfig, export_features
     from sae.features.index.build import IndexConfig, build_index
@@ -257,7 +257,7 @@ def test_good_places_are_left_as_they_were(tmp_path):
 def test_the_cache_of_the_datasets_library_is_named_when_it_cannot_be_written(tmp_path, monkeypatch):
     import datasets
 
-    from sae.activations.datasets_errors import told_plainly
+    from sae.activations.text.datasets_errors import told_plainly
 
     (tmp_path / "file").touch()
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')

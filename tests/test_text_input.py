@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae.activations.export import ExportConfig, export_cache
-from sae.activations.harvest import HarvestConfig, harvest
-from sae.activations.text import TextConfig, documents
+from sae.activations.harvest.command import HarvestConfig, harvest
+from sae.activations.text.documents import TextConfig, documents
 from sae.errors import InputError
 from sae.text_input import replace_surrogates, text_list
 from steering.compare.command import CompareConfig, compare_directions

@@ -1,8 +1,6 @@
-"""Activations on disk: harvest them from text, read them back in shuffled batches, lead each one back to its token.
+"""Activations on disk: harvested from text, read back in shuffled batches, each led back to its token.
 
-In: text.py reads texts · tokens.py cuts them into sequences · settings.py says what is recorded · plan.py what is visited when ·
-harvest.py runs the stages · pools.py runs the model · number_formats.py has them on disk · ledger.py remembers what is on disk ·
-writers.py lets several processes make one cache · imports.py takes in other tools' files, which sources.py reads.
-Out: source.py is what training reads · cached.py reads it from a cache, which cache.py opens · live.py computes it ·
-manifest.py checks what is there · describe.py and export.py tell others what is in it · shuffle.py measures how well it is shuffled.
+text/ gives tokens · files/ is what lies in a cache's folder · harvest/ fills it from a model, imports/ from other programs' files ·
+cache.py opens it, or one of its sites · source.py is what training reads: cached.py reads it from a cache, live.py computes it ·
+describe.py and export.py tell others what is in a cache · shuffle.py measures how well it is shuffled.
 """

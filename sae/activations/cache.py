@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.activations.manifest import THEN, check_file, damaged, read_manifest, verify
-from sae.activations.number_formats import FORMATS, decode, shard_layout
-from sae.activations.tokens import SPLITS, Tokens
+from sae.activations.files.manifest import THEN, check_file, damaged, read_manifest, verify
+from sae.activations.files.number_formats import FORMATS, decode, shard_layout
+from sae.activations.text.tokens import SPLITS, Tokens
 from sae.disk.reading import SMALL, Place, layout, map_arrays, read_tensors, require_within
 from sae.errors import InputError
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sae.activations.cache import ActivationCache, Shard
-from sae.activations.massive import sampled, sentence
+from sae.activations.harvest.massive import sampled, sentence
 from sae.activations.source import Batches, Group
 from sae.errors import InputError
 

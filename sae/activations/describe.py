@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from sae.activations.cache import ActivationCache
-from sae.activations.massive import RATIO, is_massive
-from sae.activations.tokens import SPLITS
+from sae.activations.harvest.massive import RATIO, is_massive
+from sae.activations.text.tokens import SPLITS
 from sae.errors import InputError
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from sae.activations.cache import ActivationCache
-from sae.activations.tokens import SPLITS
+from sae.activations.text.tokens import SPLITS
 from sae.disk.folders import fresh_folder
 from sae.disk.places import require_folder
 from sae.disk.writing import require_free_space

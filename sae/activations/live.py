@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.activations.massive import PoolRows, sentence, summary
-from sae.activations.plan import Pool, plan_pools
-from sae.activations.pools import Recorder, sum_of_squares
-from sae.activations.settings import (
+from sae.activations.harvest.massive import PoolRows, sentence, summary
+from sae.activations.harvest.plan import Pool, plan_pools
+from sae.activations.harvest.pools import Recorder, sum_of_squares
+from sae.activations.harvest.settings import (
     RecordingConfig,
     check_recording,
     cut_text,
@@ -24,7 +24,7 @@ from sae.activations.settings import (
     require_tokens,
 )
 from sae.activations.source import Batches, Group
-from sae.activations.tokens import Tokens
+from sae.activations.text.tokens import Tokens
 from sae.errors import InputError
 from sae.progress import progress
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sae.activations.cache import ActivationCache, Shard
 from sae.activations.cached import BLOCKS_PER_BUFFER, BUFFER_BYTES, CachedSource
-from sae.activations.tokens import Tokens
+from sae.activations.text.tokens import Tokens
 
 
 class Mixing(NamedTuple):

@@ -38,7 +38,7 @@ class Comparison(NamedTuple):
 def evaluate_bundle(config: EvaluationConfig, bundle: Bundle, device: torch.device) -> dict[str, Any]:
     """Measures, prints a table, and gives what goes into the file. Raises `InputError` for a set of another model or without sites."""
     from sae.activations.cache import ActivationCache
-    from sae.activations.manifest import read_manifest
+    from sae.activations.files.manifest import read_manifest
 
     if not config.sequences:
         raise InputError("expected --sequences of at least 1 for a set of dictionaries, which is measured in the model itself, got 0")

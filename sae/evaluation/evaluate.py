@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.activations.massive import RATIO, is_massive, share
+from sae.activations.harvest.massive import RATIO, is_massive, share
 from sae.dictionaries.bundle import Bundle, load
 from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.source import locate, weights_crc32

@@ -67,7 +67,7 @@ class EvaluationConfig:
 
 def refuse_training_tokens(folder: Path, cache: "ActivationCache") -> None:
     """Raises `InputError` unless the cache holds tokens out, and when the dictionary's own cache split the same text otherwise."""
-    from sae.activations.manifest import read_manifest
+    from sae.activations.files.manifest import read_manifest
     from sae.training.checkpoint import Record
 
     if not cache.rows("held_out"):

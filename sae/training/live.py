@@ -4,9 +4,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from sae.activations.harvest.settings import RecordingConfig
 from sae.activations.live import LiveSource
-from sae.activations.settings import RecordingConfig
-from sae.activations.text import text_files
+from sae.activations.text.documents import text_files
 from sae.disk.places import require_folder
 from sae.training.config import RunConfig
 from sae.training.trainer import only_site, train_on

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sae.activations.text import TextConfig, check_source
+from sae.activations.text.documents import TextConfig, check_source
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.places import require_folder
 from sae.disk.writing import atomic, write_json

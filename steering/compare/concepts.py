@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from sae.activations.text import TextConfig, documents
+from sae.activations.text.documents import TextConfig, documents
 from sae.disk.reading import read_json
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.activations.text import TextConfig, check_source, documents
-from sae.activations.tokens import tokenise
+from sae.activations.text.documents import TextConfig, check_source, documents
+from sae.activations.text.tokens import tokenise
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from steering.intervention import steered

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from sae.activations.text import TextConfig
+from sae.activations.text.documents import TextConfig
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.places import require_file
 from sae.disk.writing import write_json

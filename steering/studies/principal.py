@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.activations.text import TextConfig
+from sae.activations.text.documents import TextConfig
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.places import require_folder
 from sae.disk.writing import write_json

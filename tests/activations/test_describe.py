@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from sae.activations.cache import ActivationCache
 from sae.activations.describe import DescribeConfig, describe_cache, show_facts
-from sae.activations.imports import ImportConfig, import_activations
+from sae.activations.imports.command import ImportConfig, import_activations
 from sae.errors import InputError
 
 WIDTH = 32

@@ -9,8 +9,8 @@ from live_world import SITE, make_world
 
 from sae.activations.cache import ActivationCache
 from sae.activations.export import ExportConfig, export_cache
-from sae.activations.harvest import HarvestConfig, harvest
-from sae.activations.imports import ImportConfig, import_activations
+from sae.activations.harvest.command import HarvestConfig, harvest
+from sae.activations.imports.command import ImportConfig, import_activations
 from sae.disk.checksum import crc32
 from sae.errors import InputError
 

@@ -9,9 +9,9 @@ from live_world import SITE, make_world
 from safetensors.torch import load_file
 
 from sae.activations.cache import ActivationCache
-from sae.activations.harvest import HarvestConfig, harvest
+from sae.activations.harvest.command import HarvestConfig, harvest
+from sae.activations.harvest.settings import RecordingConfig
 from sae.activations.live import LiveSource
-from sae.activations.settings import RecordingConfig
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.evaluation import EvaluationConfig, evaluate

@@ -9,7 +9,7 @@ from handmade_cache import write_cache
 from sae.activations.cache import ActivationCache
 from sae.activations.cached import CachedSource
 from sae.activations.shuffle import mixing, perfect_mixing, shuffle_quality
-from sae.activations.tokens import Tokens
+from sae.activations.text.tokens import Tokens
 
 LENGTHS = (1, 3, 2, 30, 4, 7, 13, 20)
 DOCUMENT = (0, 1, 1, 2, 3, 4, 5, 5)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sae.activations.cache import ActivationCache
-from sae.activations.tokens import Tokens
+from sae.activations.text.tokens import Tokens
 from sae.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]

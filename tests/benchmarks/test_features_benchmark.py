@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sae.activations.harvest import HarvestConfig, harvest
+from sae.activations.harvest.command import HarvestConfig, harvest
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -50,7 +50,7 @@ def tab(chromium) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Iterator[Site]:
     """Model, dictionary and text as bundled; 12,000 tokens of it indexed."""
-    from sae.activations.harvest import HarvestConfig, harvest
+    from sae.activations.harvest.command import HarvestConfig, harvest
     from sae.features.browser.app import create_app
     from sae.features.browser.serve import parts_of
     from sae.features.index.build import IndexConfig, build_index
@@ -85,7 +85,7 @@ def hostile(tmp_path_factory) -> Iterator[Site]:
     """A corpus, tokens, labels, lists and explanations that all try to be markup."""
     from feature_world import VOCABULARY, one_hot_model, save_dictionary, train_tokenizer
 
-    from sae.activations.harvest import HarvestConfig, harvest
+    from sae.activations.harvest.command import HarvestConfig, harvest
     from sae.features.browser.app import create_app
     from sae.features.explanations.explanation import Explanation
     from sae.features.index.build import IndexConfig, build_index

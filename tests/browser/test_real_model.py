@@ -32,7 +32,7 @@ class Way(NamedTuple):
 @pytest.fixture(scope="module")
 def way(tmp_path_factory) -> Way:
     """English sentences of the bundled concepts harvested, 200 steps of training, evaluation and index."""
-    from sae.activations.harvest import HarvestConfig, harvest
+    from sae.activations.harvest.command import HarvestConfig, harvest
     from sae.evaluation import EvaluationConfig, evaluate
     from sae.features.index.build import IndexConfig, build_index
     from sae.training import TrainingConfig, train

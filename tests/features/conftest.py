@@ -13,7 +13,7 @@ from sae.features.index.reader import FeatureIndex
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> World:
-    from sae.activations.harvest import HarvestConfig, harvest
+    from sae.activations.harvest.command import HarvestConfig, harvest
 
     folder = tmp_path_factory.mktemp("features")
     tokenizer = train_tokenizer(folder / "model")

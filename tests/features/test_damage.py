@@ -21,9 +21,9 @@ from sae.activations.cached import CachedSource
 from sae.activations.describe import DescribeConfig, describe_cache
 from sae.activations.export import ExportConfig as CacheExportConfig
 from sae.activations.export import export_cache
-from sae.activations.harvest import HarvestConfig, harvest
-from sae.activations.imports import ImportConfig, import_activations
-from sae.activations.text import TextConfig, documents
+from sae.activations.harvest.command import HarvestConfig, harvest
+from sae.activations.imports.command import ImportConfig, import_activations
+from sae.activations.text.documents import TextConfig, documents
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.writing import write_json, write_tensors
 from sae.errors import InputError
@@ -94,7 +94,7 @@ def home(world, tmp_path_factory) -> Path:
     write_json(home / "files" / "rows.json", [{"text": "a"}, {"text": "b"}])
     shutil.copy(home / "text.jsonl", home / "files" / "rows.jsonl")
     saelens_folder(home / "saelens")
-    stop_at("sae.activations.harvest._manifest", lambda: harvest(harvest_config(home, home / "begun")))
+    stop_at("sae.activations.harvest.command._manifest", lambda: harvest(harvest_config(home, home / "begun")))
     return home
 
 

@@ -114,7 +114,7 @@ def test_logit_lens_is_the_change_of_the_logits(world):
 
 
 def test_logit_lens_of_the_heads_goes_through_the_output_projection(world, tmp_path):
-    from sae.activations.harvest import HarvestConfig, harvest
+    from sae.activations.harvest.command import HarvestConfig, harvest
     from sae.features.index.lens import folded_unembedding
     from sae.model.language_model import LanguageModel
 

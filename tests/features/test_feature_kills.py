@@ -8,7 +8,7 @@ from kills import changes, contents, killed, limited
 
 from sae.activations.export import ExportConfig as CacheExportConfig
 from sae.activations.export import export_cache
-from sae.activations.imports import ImportConfig, import_activations
+from sae.activations.imports.command import ImportConfig, import_activations
 from sae.disk.arrays import EXPLANATIONS
 from sae.evaluation import EvaluationConfig, evaluate
 from sae.features.explanations.explain import ExplainConfig, explain

@@ -44,7 +44,7 @@ def test_the_order_of_the_parts_does_not_matter(world, tmp_path):
 
 def test_indexes_of_other_text_are_laid_end_to_end(world, tmp_path):
     """The other cache has other documents, and its labels in another order."""
-    from sae.activations.harvest import HarvestConfig, harvest
+    from sae.activations.harvest.command import HarvestConfig, harvest
 
     lines = [json.dumps({"text": f"A zebrafly hums {i} times. ", "domain": ("markup", "birds")[i % 2]}) for i in range(30)]
     (tmp_path / "text.jsonl").write_text("\n".join(lines))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae.activations.text import TextConfig
+from sae.activations.text.documents import TextConfig
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from steering.compare.concepts import (

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from sae.activations.text import TextConfig
+from sae.activations.text.documents import TextConfig
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel

@@ -13,7 +13,7 @@ import tokenizers
 import torch
 import transformers as hf
 
-from sae.activations.harvest import HarvestConfig, harvest
+from sae.activations.harvest.command import HarvestConfig, harvest
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.features.index.build import IndexConfig, build_index

@@ -210,7 +210,7 @@ def choose_tokens(tokens: Any, cache: "ActivationCache", config: IndexConfig) ->
 
     Whole sequences, because a window in which some tokens were not looked at would show a feature as silent where it may not be.
     """
-    from sae.activations.tokens import SPLITS
+    from sae.activations.text.tokens import SPLITS
 
     unknown = [split for split in text_list(config.splits, "splits") if split not in SPLITS]
     if unknown or not config.splits:

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 
-from sae.activations.manifest import SITE, ModelEntry
+from sae.activations.files.manifest import SITE, ModelEntry
 from sae.disk.arrays import open_arrays
 from sae.disk.checksum import crc32
 from sae.disk.reading import SMALL, Arrays, Count, Number, read_json, require, require_starts, require_within

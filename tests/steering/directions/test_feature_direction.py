@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae.activations.harvest import HarvestConfig, harvest
+from sae.activations.harvest.command import HarvestConfig, harvest
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.features.index.build import IndexConfig, build_index

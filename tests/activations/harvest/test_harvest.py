@@ -21,9 +21,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sae.activations.cache import ActivationCache
 from sae.activations.cached import CachedSource
-from sae.activations.harvest import HarvestConfig, harvest
+from sae.activations.harvest.command import HarvestConfig, harvest
 from sae.activations.live import LiveSource
-from sae.activations.tokens import Tokens
+from sae.activations.text.tokens import Tokens
 from sae.disk.reading import read_json
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
@@ -410,7 +410,7 @@ def test_dry_run_says_what_comes_and_writes_nothing(config, capsys):
 
 
 def test_the_command_reports_in_one_sentence(config):
-    script = Path(__file__).resolve().parents[2] / "scripts" / "cache_activations.py"
+    script = Path(__file__).resolve().parents[3] / "scripts" / "cache_activations.py"
     harvest(config)
     harvest(HarvestConfig(out=config.out, verify=True))  # nothing to say
     shard = config.out / SITES[1] / "00001.safetensors"
@@ -439,7 +439,7 @@ def test_real_model_on_real_text(shared, tmp_path):
 def test_a_text_that_cannot_be_used_leaves_its_place_free(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"text": "good enough to begin with"}\n{"text": 5}\n')
     (tmp_path / "good.txt").write_text("A text of some words. " * 50)
-    flags = dict(model=str(Path(__file__).parents[2] / "checkpoints/demo-lm"), sites=("resid_post.0",), tokens=200, device="cpu")
+    flags = dict(model=str(Path(__file__).parents[3] / "checkpoints/demo-lm"), sites=("resid_post.0",), tokens=200, device="cpu")
     for name in ("bad.jsonl", "missing.txt"):
         with pytest.raises(InputError, match=name):
             harvest(HarvestConfig(text=(str(tmp_path / name),), out=tmp_path / "cache", **flags))

@@ -11,8 +11,8 @@ from test_harvest import change, different, in_child
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae.activations.cache import ActivationCache
-from sae.activations.harvest import HarvestConfig, harvest
-from sae.activations.plan import Masks, count_reasons, parse_positions
+from sae.activations.harvest.command import HarvestConfig, harvest
+from sae.activations.harvest.plan import Masks, count_reasons, parse_positions
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 
@@ -96,7 +96,7 @@ def test_reasons_are_counted_the_same_however_many_at_once(config, monkeypatch):
     tokens = stored(harvest(change(config, dtype="bfloat16")), SITES[0])[0].tokens
     masks = Masks(BOS, (EOS, LOUD), 3, 11)
     whole = count_reasons(tokens, masks)
-    monkeypatch.setattr("sae.activations.plan.COUNTED_AT_ONCE", 7)
+    monkeypatch.setattr("sae.activations.harvest.plan.COUNTED_AT_ONCE", 7)
     assert (count_reasons(tokens, masks) == whole).all()
     assert (whole.sum(-1) == np.diff(tokens.sequence_starts)).all()
 

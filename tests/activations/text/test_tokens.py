@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae.activations.plan import Masks, padding, plan_batches, plan_pools
-from sae.activations.text import Document
-from sae.activations.tokens import Cutter, Tokens, is_held_out, tokenise
+from sae.activations.harvest.plan import Masks, padding, plan_batches, plan_pools
+from sae.activations.text.documents import Document
+from sae.activations.text.tokens import Cutter, Tokens, is_held_out, tokenise
 from sae.errors import InputError
 
 BOS = 99

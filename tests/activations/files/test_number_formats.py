@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from sae.activations.cache import ActivationCache
 from sae.activations.cached import CachedSource
-from sae.activations.number_formats import FORMATS, decode, encode, row_bytes, shard_layout, write_shard
+from sae.activations.files.number_formats import FORMATS, decode, encode, row_bytes, shard_layout, write_shard
 from sae.errors import InputError
 
 

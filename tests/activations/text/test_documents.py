@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sae.activations.text import PASSAGE, TextConfig, check_source, documents, text_files
+from sae.activations.text.documents import PASSAGE, TextConfig, check_source, documents, text_files
 from sae.errors import InputError
 
 ROWS = [{"text": "one", "domain": "a", "n": 1}, {"text": "zwei — ü", "domain": "b", "n": 2}, {"text": "", "domain": None, "n": 3}]
@@ -211,7 +211,7 @@ def test_whatever_goes_wrong_in_a_dataset_is_one_sentence(tmp_path, monkeypatch,
 def test_the_first_use_of_the_datasets_library_is_as_quiet_as_later_ones(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.jsonl").write_text('{"text": "one"}\n{"text": "cut')
-    code = f"from sae.activations.text import *; list(documents(TextConfig(dataset={str(tmp_path / 'data')!r}, streaming=True)))"
+    code = f"from sae.activations.text.documents import *; list(documents(TextConfig(dataset={str(tmp_path / 'data')!r}, streaming=True)))"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr
     assert "JSON parse error" in said
     assert "Failed to load" not in said  # the library's own log of it

@@ -22,7 +22,7 @@ from test_harvest_writers import forked
 
 from sae.activations.cache import ActivationCache
 from sae.activations.cached import CachedSource
-from sae.activations.harvest import HarvestConfig, harvest
+from sae.activations.harvest.command import HarvestConfig, harvest
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from sae.activations.ledger import FORMAT_VERSION, ShardEntry, TokenEntry, require_little_endian
-from sae.activations.tokens import SPLITS
+from sae.activations.files.ledger import FORMAT_VERSION, ShardEntry, TokenEntry, require_little_endian
+from sae.activations.text.tokens import SPLITS
 from sae.disk.checksum import crc32
 from sae.disk.reading import Count, LongList, Number, read_json, require
 from sae.errors import InputError

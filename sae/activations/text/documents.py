@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from sae.activations.datasets_errors import told_plainly
+from sae.activations.text.datasets_errors import told_plainly
 from sae.disk.reading import map_arrays, parse_json, require_starts, require_within
 from sae.errors import InputError
 from sae.progress import counted

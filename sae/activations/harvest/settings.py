@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from sae.activations import massive
-from sae.activations.number_formats import FORMATS
-from sae.activations.plan import Masks, parse_positions
-from sae.activations.pools import Recorder
-from sae.activations.text import TextConfig, check_source, documents
-from sae.activations.tokens import Cutter, Part, Tokens, tokenise
+from sae.activations.files.number_formats import FORMATS
+from sae.activations.harvest import massive
+from sae.activations.harvest.plan import Masks, parse_positions
+from sae.activations.harvest.pools import Recorder
+from sae.activations.text.documents import TextConfig, check_source, documents
+from sae.activations.text.tokens import Cutter, Part, Tokens, tokenise
 from sae.errors import InputError
 from sae.text_input import text_list
 

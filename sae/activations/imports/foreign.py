@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.activations.datasets_errors import told_plainly
+from sae.activations.text.datasets_errors import told_plainly
 from sae.disk.reading import layout, one_sentence, require_within
 from sae.errors import InputError
 
@@ -20,7 +20,7 @@ RUN = 1024
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
-class Source(NamedTuple):
+class ForeignRows(NamedTuple):
     what: str
     """kind of source, for the manifest"""
     rows: int
@@ -42,7 +42,7 @@ class Array(NamedTuple):
     read: Callable[[int, int], Tensor]
 
 
-def open_source(paths: tuple[Path, ...], column: str | None, token_ids: Path | None) -> Source:
+def open_source(paths: tuple[Path, ...], column: str | None, token_ids: Path | None) -> ForeignRows:
     """One folder that SAELens' CacheActivationsRunner wrote, or files with an array [n, d] each, taken end to end.
 
     `column` names the hook of a folder, or the tensor of safetensors files, where there are several. Raises `InputError` for anything else.
@@ -56,7 +56,7 @@ def open_source(paths: tuple[Path, ...], column: str | None, token_ids: Path | N
     return _open_arrays(paths, column, token_ids)
 
 
-def _open_saelens(folder: Path, column: str | None) -> Source:
+def _open_saelens(folder: Path, column: str | None) -> ForeignRows:
     """Columns: the hook's name, Array2D [p, d] a row, and mostly token_ids [p]; a row is a sequence."""
     import datasets
 
@@ -87,10 +87,10 @@ def _open_saelens(folder: Path, column: str | None) -> Source:
             ids = np.concatenate([_token_ids(np.asarray(batch["token_ids"])).reshape(-1) for batch in batches])
         if len(ids) != len(dataset) * positions:
             raise InputError(f"expected {positions} token_ids beside each sequence in {folder}, but {len(ids)} came in all; make it again")
-    return Source("saelens", len(dataset) * positions, d_in, positions, read, ids, hook)
+    return ForeignRows("saelens", len(dataset) * positions, d_in, positions, read, ids, hook)
 
 
-def _open_arrays(paths: tuple[Path, ...], column: str | None, token_ids: Path | None) -> Source:
+def _open_arrays(paths: tuple[Path, ...], column: str | None, token_ids: Path | None) -> ForeignRows:
     arrays = [_open_array(path, column, dimensions=2) for path in paths]
     d_in = arrays[0].shape[1]
     for path, array in zip(paths, arrays):
@@ -112,7 +112,7 @@ def _open_arrays(paths: tuple[Path, ...], column: str | None, token_ids: Path | 
             start = last
         return torch.cat(parts)
 
-    return Source("arrays", int(ends[-1]), d_in, RUN, read, _read_ids(token_ids, int(ends[-1])) if token_ids else None)
+    return ForeignRows("arrays", int(ends[-1]), d_in, RUN, read, _read_ids(token_ids, int(ends[-1])) if token_ids else None)
 
 
 def _read_ids(path: Path, rows: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sae.activations.text import Document
+from sae.activations.text.documents import Document
 from sae.disk.reading import map_arrays, require_starts, require_within
 from sae.errors import InputError
 from sae.progress import counted

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.activations.massive import PoolRows, is_massive
-from sae.activations.number_formats import FORMATS, decode, empty, encode, write_shard
-from sae.activations.plan import Masks, Pool, plan_batches
-from sae.activations.tokens import Tokens
+from sae.activations.files.number_formats import FORMATS, decode, empty, encode, write_shard
+from sae.activations.harvest.massive import PoolRows, is_massive
+from sae.activations.harvest.plan import Masks, Pool, plan_batches
+from sae.activations.text.tokens import Tokens
 from sae.errors import InputError
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sae.activations.ledger import FORMAT_VERSION, Ledger, abandon, claim, describe_file, has_size, require_same
-from sae.activations.manifest import read_manifest, verify
-from sae.activations.massive import PoolRows, sentence, summary
-from sae.activations.number_formats import row_bytes
-from sae.activations.plan import REASONS, Pool, count_reasons, count_rows, padding, plan_pools
-from sae.activations.pools import Recorded, Recorder
-from sae.activations.settings import (
+from sae.activations.files.ledger import FORMAT_VERSION, Ledger, abandon, claim, describe_file, has_size, require_same
+from sae.activations.files.manifest import read_manifest, verify
+from sae.activations.files.number_formats import row_bytes
+from sae.activations.harvest.massive import PoolRows, sentence, summary
+from sae.activations.harvest.plan import REASONS, Pool, count_reasons, count_rows, padding, plan_pools
+from sae.activations.harvest.pools import Recorded, Recorder
+from sae.activations.harvest.settings import (
     RecordingConfig,
     check_recording,
     cut_text,
@@ -29,9 +29,9 @@ from sae.activations.settings import (
     model_record,
     require_tokens,
 )
-from sae.activations.text import PASSAGE, text_files
-from sae.activations.tokens import SPLITS, Tokens
-from sae.activations.writers import Writers
+from sae.activations.harvest.writers import Writers
+from sae.activations.text.documents import PASSAGE, text_files
+from sae.activations.text.tokens import SPLITS, Tokens
 from sae.disk.places import require_folder
 from sae.disk.writing import only_writer, require_free_space, write_json, write_tensors
 from sae.errors import InputError

@@ -10,15 +10,15 @@ from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae.activations.cache import ActivationCache
-from sae.activations.imports import ImportConfig, import_activations
-from sae.activations.sources import open_source
+from sae.activations.imports.command import ImportConfig, import_activations
+from sae.activations.imports.foreign import open_source
 from sae.errors import InputError
 from sae.features.index.build import IndexConfig, build_index
 from sae.model.language_model import LanguageModel
 from sae.training import TrainingConfig, train
 
 WIDTH, CONTEXT = 6, 10
-PEERS = Path(__file__).resolve().parents[2] / ".peers" / "bin" / "python"
+PEERS = Path(__file__).resolve().parents[3] / ".peers" / "bin" / "python"
 RUNNER = """
 import sys
 from datasets import Dataset

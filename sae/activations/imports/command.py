@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.activations.ledger import FORMAT_VERSION, claim, describe_file
-from sae.activations.number_formats import FORMATS, decode, encode, row_bytes, write_shard
-from sae.activations.plan import REASONS, Masks, Pool, count_reasons, plan_pools
-from sae.activations.pools import sum_of_squares
-from sae.activations.sources import Source, open_source
-from sae.activations.tokens import PART_TOKENS, Part, Tokens, is_held_out
+from sae.activations.files.ledger import FORMAT_VERSION, claim, describe_file
+from sae.activations.files.number_formats import FORMATS, decode, encode, row_bytes, write_shard
+from sae.activations.harvest.plan import REASONS, Masks, Pool, count_reasons, plan_pools
+from sae.activations.harvest.pools import sum_of_squares
+from sae.activations.imports.foreign import ForeignRows, open_source
+from sae.activations.text.tokens import PART_TOKENS, Part, Tokens, is_held_out
 from sae.disk.places import require_folder
 from sae.disk.writing import only_writer, require_free_space, write_json, write_tensors
 from sae.errors import InputError
@@ -99,7 +99,7 @@ def _check(config: ImportConfig) -> None:
         raise InputError(f"expected --held-out from 0 up to but not including 1, but {config.held_out} came; 0.05 is usual")
 
 
-def _site(config: ImportConfig, source: Source) -> str:
+def _site(config: ImportConfig, source: ForeignRows) -> str:
     from sae.dictionaries.formats.transformer_lens import site_of_hook
     from sae.model.sites import parse_site
 
@@ -111,7 +111,7 @@ def _site(config: ImportConfig, source: Source) -> str:
     raise InputError(f"expected the site of these activations, which {source.hook_name or 'a plain array'} does not tell; give --site")
 
 
-def _model(config: ImportConfig, source: Source, site: str) -> tuple[dict[str, Any], int | None]:
+def _model(config: ImportConfig, source: ForeignRows, site: str) -> tuple[dict[str, Any], int | None]:
     """For the manifest, and the beginning-of-text token; all unknown without --model."""
     if config.model is None:
         return {"name": None, "revision": None, "fingerprint": None, "dtype": None}, None
@@ -126,7 +126,7 @@ def _model(config: ImportConfig, source: Source, site: str) -> tuple[dict[str, A
     return {"name": lm.name, "revision": lm.revision, "fingerprint": lm.fingerprint(), "dtype": None}, lm.bos_id
 
 
-def _say_doubled(source: Source, bos_id: int | None) -> None:
+def _say_doubled(source: ForeignRows, bos_id: int | None) -> None:
     """What was recorded stays as it is, but a text that a chat template began and a tokenizer began again is another text."""
     if bos_id is None or source.ids is None or source.what != "saelens":  # the runs of a plain array are not sequences
         return
@@ -136,7 +136,7 @@ def _say_doubled(source: Source, bos_id: int | None) -> None:
         print(f"{doubled:,} of {len(first_n):,} sequences begin with two beginning-of-text tokens: the model was given both")
 
 
-def _tokens(config: ImportConfig, source: Source) -> Tokens:
+def _tokens(config: ImportConfig, source: ForeignRows) -> Tokens:
     """Each run is a sequence and, since nothing else is known, a document of its own. Unknown ids are zeros that take no memory."""
     starts = np.append(np.arange(0, source.rows, source.run), source.rows)
     runs = len(starts) - 1
@@ -167,7 +167,9 @@ def _write_tokens(folder: Path, tokens: Tokens) -> list[dict[str, Any]]:
     return entries
 
 
-def _write_pools(config: ImportConfig, source: Source, site: str, tokens: Tokens, masks: Masks, pools: list[Pool]) -> list[dict[str, Any]]:
+def _write_pools(
+    config: ImportConfig, source: ForeignRows, site: str, tokens: Tokens, masks: Masks, pools: list[Pool]
+) -> list[dict[str, Any]]:
     shards = []
     with progress("import", sum(pool.rows for pool in pools), "rows") as bar:
         for pool in pools:
@@ -184,7 +186,7 @@ def _write_pools(config: ImportConfig, source: Source, site: str, tokens: Tokens
     return shards
 
 
-def _read_pool(config: ImportConfig, source: Source, tokens: Tokens, masks: Masks, pool: Pool) -> tuple[Tensor, Tensor]:
+def _read_pool(config: ImportConfig, source: ForeignRows, tokens: Tokens, masks: Masks, pool: Pool) -> tuple[Tensor, Tensor]:
     """The pool's kept rows, in the number format as far as it is one of floats, and their global positions; all finite."""
     kind = FORMATS[config.dtype].read
     acts_nd = torch.empty(pool.rows, source.d_in, dtype=kind)
@@ -207,7 +209,7 @@ def _read_pool(config: ImportConfig, source: Source, tokens: Tokens, masks: Mask
     return acts_nd, positions_n
 
 
-def _manifest(config: ImportConfig, source: Source, site: str, model: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
+def _manifest(config: ImportConfig, source: ForeignRows, site: str, model: dict[str, Any], shards: list[dict[str, Any]]) -> dict[str, Any]:
     rows = {split: sum(shard["rows"] for shard in shards if shard["split"] == split) for split in ("train", "held_out")}
     if rows["train"] == 0:
         raise InputError("expected rows to train on, but all are at beginning-of-text tokens; give more, or --keep-bos")

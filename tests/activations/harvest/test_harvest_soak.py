@@ -12,7 +12,7 @@ from live_world import make_world
 from test_harvest import different
 from test_harvest_writers import fork, forked, torchrun, worker
 
-from sae.activations.harvest import HarvestConfig, harvest
+from sae.activations.harvest.command import HarvestConfig, harvest
 
 SOAK = pytest.mark.soak
 SEED = 7

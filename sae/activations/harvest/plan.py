@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sae.activations.tokens import SPLITS, Tokens
+from sae.activations.text.tokens import SPLITS, Tokens
 from sae.errors import InputError
 
 REASONS = ("beginning_of_text", "special_tokens", "outside_positions")

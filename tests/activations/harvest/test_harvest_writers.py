@@ -16,14 +16,14 @@ from live_world import make_world
 from safetensors.torch import load_file, save_file
 from test_harvest import change, different, in_child
 
-from sae.activations import writers
 from sae.activations.cache import ActivationCache
-from sae.activations.harvest import HarvestConfig, device_of, harvest
-from sae.activations.ledger import Ledger
+from sae.activations.files.ledger import Ledger
+from sae.activations.harvest import writers
+from sae.activations.harvest.command import HarvestConfig, device_of, harvest
 from sae.disk.writing import only_writer
 from sae.errors import InputError
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "cache_activations.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "cache_activations.py"
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from sae.activations.cache import ActivationCache
 from sae.activations.cached import BLOCKS_PER_BUFFER, CachedSource
-from sae.activations.harvest import HarvestConfig, harvest
+from sae.activations.harvest.command import HarvestConfig, harvest
+from sae.activations.harvest.settings import RecordingConfig
 from sae.activations.live import LiveSource
-from sae.activations.settings import RecordingConfig
 from sae.errors import InputError
 
 OTHER, NARROW, WIDE = "mlp_out.0", 3, 5
