@@ -4,7 +4,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SHOWN = ("*.md", "docs/*.md", "docs/pictures/*.png", "benchmarks/*.md", "benchmarks/results/*.png", "checkpoints/*/README.md")
+SHOWN = (
+    "*.md",
+    "docs/*.md",
+    "docs/pictures/*.png",
+    "benchmarks/*.md",
+    "benchmarks/results/*.png",
+    "checkpoints/*/README.md",
+    "examples/*.ipynb",
+)
 
 
 def api_pages() -> dict[str, list[str]]:

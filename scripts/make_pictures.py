@@ -20,6 +20,8 @@ from sae.errors import InputError
 class PicturesConfig:
     demo: Path = Path("runs/demo")
     """folder of the demo's results"""
+    comparison: Path | None = None
+    """folder of a comparison (sae compare) whose report becomes comparison.png. Default: that picture stays as it is."""
     out: Path = Path("docs/pictures")
     """where the pictures go"""
     chromium: str = "chromium"
@@ -34,15 +36,18 @@ def make_pictures(config: PicturesConfig) -> None:
     chromium = shutil.which(config.chromium)
     if chromium is None:
         raise InputError(f"expected the browser {config.chromium!r}, which is not installed; give another with --chromium")
+    report = config.comparison and config.comparison / "report.html"
+    if report and not report.exists():
+        raise InputError(f"expected a comparison in {config.comparison}, found no {report.name}; run sae compare first")
     result = json.loads(table.read_text())
     with browser(config.demo / "index") as url:
-        screenshots(config, chromium, url, result["feature"])
+        screenshots(config, chromium, url, result["feature"], report)
     plot(result, config.out / "steering.png")
 
 
 @contextmanager
 def browser(index: Path) -> Iterator[str]:
-    """The feature browser on a free port; gives its address."""
+    """The feature browser on a free port; gives its URL."""
     command = [sys.executable, str(Path(__file__).with_name("browse_features.py")), "--index", str(index), "--port", "0", "--no-open"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -53,7 +58,7 @@ def browser(index: Path) -> Iterator[str]:
             process.terminate()
 
 
-def screenshots(config: PicturesConfig, chromium: str, url: str, feature: int) -> None:
+def screenshots(config: PicturesConfig, chromium: str, url: str, feature: int, report: Path | None) -> None:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -62,7 +67,7 @@ def screenshots(config: PicturesConfig, chromium: str, url: str, feature: int) -
 
         def take(name: str, address: str, act: Any = None, height: int = 900) -> None:
             page.set_viewport_size({"width": 1280, "height": height})
-            page.goto(url + address)
+            page.goto(address)
             if act is not None:
                 act()
             with atomic(config.out / name) as temporary:
@@ -73,11 +78,13 @@ def screenshots(config: PicturesConfig, chromium: str, url: str, feature: int) -
             page.get_by_role("button", name="Write").click()
             page.locator("#run:enabled").wait_for()
 
-        take("features.png", "/?q=fuck%7Cshit&how=fires")
-        take("feature.png", f"/f/{feature}", height=1250)
-        take("prompt.png", "/prompt?order=effect&text=" + "What+the+hell+do+you+think+you+are+doing%3F")
+        take("features.png", url + "/?q=fuck%7Cshit&how=fires")
+        take("feature.png", f"{url}/f/{feature}", height=1250)
+        take("prompt.png", url + "/prompt?order=effect&text=" + "What+the+hell+do+you+think+you+are+doing%3F")
         sampling = "max_new_tokens=60&temperature=0.9&top_p=0.95"
-        take("steer.png", f"/steer?feature={feature}&strength=1&prompt=I+think&{sampling}", write, height=580)
+        take("steer.png", f"{url}/steer?feature={feature}&strength=1&prompt=I+think&{sampling}", write, height=580)
+        if report:
+            take("comparison.png", report.resolve().as_uri(), height=1238)
         window.close()
 
 
