@@ -11,15 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
-from sae.dictionaries.formats.transformer_lens import hook_of_site
-from sae.dictionaries.gates import Threshold, TopK
+from sae.dictionaries.formats.circuit_tracer import CONFIG, HOOKS, THRESHOLD
+from sae.dictionaries.gates import BareTopK, Threshold, TopK
 from sae.dictionaries.parts import Parts
 from sae.disk.writing import atomic, write_tensors
 from sae.errors import InputError
 from sae.model.sites import parse_site
 
-CONFIG = "config.yaml"
-THRESHOLD = "activation_function.threshold"
+NAMES = {site: hook for hook, site in reversed(HOOKS.items())}
+"""circuit-tracer's hooks, from our names of the sites around an MLP"""
 
 
 def save_set(transcoders: Iterable[Parts], folder: Path, model_name: str | None = None) -> int:
@@ -49,11 +49,9 @@ def save_set(transcoders: Iterable[Parts], folder: Path, model_name: str | None 
         text = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in config.items())
         temporary.write_text(text, encoding="utf-8")
     if k is not None:
-        print(
-            "circuit-tracer's TopK has no ReLU, so a token with fewer than k pre-activations above 0 has other activations there; and "
-            f"circuit-tracer heeds k in {CONFIG} only in a repository of the hub: a local folder it takes for ReLU",
-            file=sys.stderr,
-        )
+        print(f"circuit-tracer heeds k in {CONFIG} only in a repository of the hub: a local folder it takes for ReLU", file=sys.stderr)
+    if shared["gate"] == "TopK":
+        print("circuit-tracer's TopK has no ReLU: where fewer than k pre-activations are above 0, it keeps others", file=sys.stderr)
     return len(layers)
 
 
@@ -61,25 +59,25 @@ def describe(parts: Parts, model_name: str | None) -> tuple[int, dict[str, Any]]
     """The layer, and what all layers must share."""
     if parts.site is None or not parts.is_transcoder:
         raise InputError(f"expected a transcoder that names where it reads and writes, got a dictionary at {parts.site or 'no known site'}")
-    (_, layer), (_, layer_out) = parse_site(parts.site), parse_site(str(parts.site_out))
+    (kind, layer), (kind_out, layer_out) = parse_site(parts.site), parse_site(str(parts.site_out))
     d_in, d_out = parts.W_enc_fd.shape[1], parts.W_dec_fo.shape[1]
-    hooks = hook_of_site(parts.site), hook_of_site(parts.site_out)
-    if layer != layer_out or d_in != d_out or None in hooks:
+    if kind not in NAMES or kind_out != "mlp_out" or layer != layer_out or d_in != d_out:
         raise InputError(
-            f"expected a transcoder around a block's MLP, of one width, got one from {parts.site} ({d_in}) to {parts.site_out} ({d_out})"
+            f"expected a transcoder of a block's MLP, of one width, which circuit-tracer replaces, got one from {parts.site} ({d_in}) to "
+            f"{parts.site_out} ({d_out})"
         )
     if parts.frame is not None:
         raise InputError(f"expected a transcoder without a frame, which circuit-tracer has not, got {parts.frame.kind} at {parts.site}")
     gate = parts.gate
-    if type(gate) not in (Threshold, TopK):
+    if type(gate) not in (Threshold, TopK, BareTopK):
         raise InputError(f"expected ReLU, JumpReLU or TopK, which circuit-tracer has, got {type(gate).__name__} at {parts.site}")
     name = model_name or parts.metadata.get("model_name")
     if name is None:
         raise InputError(f"expected the name of the model that the transcoder at {parts.site} is for, found none; give --model-name")
-    facts: dict[str, Any] = {"model_name": name, "d_sae": len(parts.b_enc_f), "k": gate.k if isinstance(gate, TopK) else None}
-    for key, hook in zip(("feature_input_hook", "feature_output_hook"), hooks):
-        facts[key] = str(hook).removeprefix(f"blocks.{layer}.")
-    return layer, facts | {"skip connection": parts.W_skip_od is not None}
+    k = gate.k if isinstance(gate, TopK) else None
+    hooks = {"feature_input_hook": NAMES[kind], "feature_output_hook": NAMES[kind_out]}
+    kinds = {"gate": type(gate).__name__, "k": k, "skip connection": parts.W_skip_od is not None}
+    return layer, {"model_name": name, "width": len(parts.b_enc_f), **hooks, **kinds}
 
 
 def tensors_of(parts: Parts) -> dict[str, Tensor]:

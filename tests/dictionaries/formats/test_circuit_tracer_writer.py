@@ -6,9 +6,10 @@ import torch
 import yaml
 from safetensors.numpy import load_file
 
+from sae.dictionaries.bundle import load
 from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.frames import Frame
-from sae.dictionaries.gates import AbsTopK, Threshold, TopK
+from sae.dictionaries.gates import AbsTopK, BareTopK, GroupMax, Threshold, TopK
 from sae.errors import InputError
 from sae.features.exports.transcoders import TranscodersConfig, export_transcoders
 
@@ -16,7 +17,7 @@ D, F, K = 6, 20, 4
 X = np.random.default_rng(0).normal(size=(9, D)) + 0.2
 
 
-def transcoder(layer, seed=0, gate=None, site="resid_pre", site_out="mlp_out", **rest):
+def transcoder(layer, seed=0, gate=None, site="mlp_in", site_out="mlp_out", **rest):
     g = torch.Generator().manual_seed(10 * seed + layer)
     shapes = ((F, D), (F,), (F, D), (D,))
     metadata = {"model_name": "gpt2", "site": f"{site}.{layer}", "site_out": f"{site_out}.{layer}"} | rest.pop("metadata", {})
@@ -27,7 +28,7 @@ def transcoder(layer, seed=0, gate=None, site="resid_pre", site_out="mlp_out", *
 def exported(tmp_path, *transcoders, **flags):
     for n, made in enumerate(transcoders):
         made.save(tmp_path / f"layer {n}")
-    paths = tuple(tmp_path / f"layer {n}" for n in range(len(transcoders)))
+    paths = tuple(str(tmp_path / f"layer {n}") for n in range(len(transcoders)))
     export_transcoders(TranscodersConfig(dictionaries=paths, out=tmp_path / "set", **flags))
     return tmp_path / "set"
 
@@ -64,23 +65,38 @@ def test_a_set_computes_there_what_it_computes_here(tmp_path, kind):
     folder = exported(tmp_path, *made)
     assert {path.name for path in folder.iterdir()} == {"config.yaml", *(f"layer_{layer}.safetensors" for layer in range(3))}
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    hooks = {"feature_input_hook": "hook_resid_pre", "feature_output_hook": "hook_mlp_out"}
+    hooks = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out"}
     assert config == {"model_kind": "transcoder_set", "model_name": "gpt2", **hooks}
     for one in made:
         acts, out = theirs(folder, int(one.site[-1]), X)
         np.testing.assert_allclose(one.encode(torch.tensor(X)), acts, atol=1e-12)
         np.testing.assert_allclose(one(torch.tensor(X)), out, atol=1e-12)
+    opened = load(folder)  # and by our own reader, from which the set can be written again
+    for one in made:
+        torch.testing.assert_close(opened[int(one.site[-1])](torch.tensor(X)), one(torch.tensor(X)))
+    export_transcoders(TranscodersConfig(dictionaries=(str(folder),), out=tmp_path / "again"))
+    for path in folder.iterdir():
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_topk_is_theirs_where_k_pre_activations_are_above_0(tmp_path, capsys, monkeypatch):
-    made = transcoder(0, gate=TopK(K))
-    monkeypatch.setattr(Dictionary, "load", lambda _: made)  # SAELens has no TopK transcoder, so there is no folder for one
-    export_transcoders(TranscodersConfig(dictionaries=(tmp_path / "any",), out=tmp_path / "set", model_name="Qwen/Qwen3-0.6B"))
+def given(monkeypatch, *made):
+    """As sources, also those for which no format has a folder."""
+    monkeypatch.setattr("sae.features.exports.transcoders.read", lambda source: made[int(source)].parts())
+    return tuple(map(str, range(len(made))))
+
+
+@pytest.mark.parametrize("gate", [TopK, BareTopK])
+def test_topk_is_theirs_up_to_their_lack_of_a_relu(tmp_path, capsys, monkeypatch, gate):
+    made = transcoder(0, gate=gate(15))  # of 20: some of them are below 0
+    export_transcoders(TranscodersConfig(dictionaries=given(monkeypatch, made), out=tmp_path / "set", model_name="Qwen/Qwen3-0.6B"))
     config = yaml.safe_load((tmp_path / "set" / "config.yaml").read_text())
-    assert (config["activation"], config["k"], config["model_name"]) == ("topk", K, "Qwen/Qwen3-0.6B")
+    assert (config["activation"], config["k"], config["model_name"]) == ("topk", 15, "Qwen/Qwen3-0.6B")
     acts, _ = theirs(tmp_path / "set", 0, X)
-    np.testing.assert_allclose(made.encode(torch.tensor(X)), np.maximum(acts, 0), atol=1e-12)
-    assert "no ReLU" in capsys.readouterr().err
+    assert (acts < 0).any()
+    np.testing.assert_allclose(made.encode(torch.tensor(X)), acts if gate is BareTopK else np.maximum(acts, 0), atol=1e-12)
+    said = capsys.readouterr().err
+    assert ("no ReLU" in said) == (gate is TopK)
+    assert "takes for ReLU" in said
 
 
 def test_an_older_set_is_replaced_and_nothing_else(tmp_path):
@@ -94,10 +110,6 @@ def test_an_older_set_is_replaced_and_nothing_else(tmp_path):
         exported(tmp_path, transcoder(0))
 
 
-def autoencoder():
-    return Dictionary.initial(D, F, seed=0)
-
-
 @pytest.mark.parametrize(
     ("made", "message"),
     [
@@ -105,18 +117,19 @@ def autoencoder():
         ([transcoder(1)], "but 0 lack one"),
         ([transcoder(0), transcoder(0, seed=1)], "two for layer 0"),
         ([transcoder(0), transcoder(1, metadata={"model_name": "other"})], "one model_name .* 'gpt2' and, in layer 1, 'other'"),
-        ([transcoder(0), transcoder(1, site="attn_out")], "feature_input_hook"),
+        ([transcoder(0), transcoder(1, site="resid_mid")], "feature_input_hook"),
         ([transcoder(0), transcoder(1, W_skip_od=torch.eye(D, dtype=torch.float64))], "skip connection"),
-        ([transcoder(0, metadata={"site_out": "mlp_out.1"})], r"from resid_pre\.0 .* to mlp_out\.1"),
+        ([transcoder(0, metadata={"site_out": "mlp_out.1"})], r"from mlp_in\.0 .* to mlp_out\.1"),
         ([transcoder(0, frame=Frame("layer_norm", restores=False))], "layer_norm"),
         ([transcoder(0, metadata={"model_name": None})], "--model-name"),
-        ([autoencoder()], "got a dictionary at no known site"),
+        ([Dictionary.initial(D, F, seed=0)], "got a dictionary at no known site"),
+        ([transcoder(0, site="resid_pre")], r"MLP.* got one from resid_pre\.0"),
+        ([], "but 0 lack one"),
+        ([transcoder(0, gate=GroupMax(K))], "GroupMax"),
         ([transcoder(0, gate=AbsTopK(K))], "AbsTopK"),
     ],
 )
 def test_what_circuit_tracer_cannot_compute_is_refused_by_name(tmp_path, monkeypatch, made, message):
-    monkeypatch.setattr(Dictionary, "load", lambda path: made[int(path.name)])
-    paths = tuple(tmp_path / str(n) for n in range(len(made)))
     with pytest.raises(InputError, match=message):
-        export_transcoders(TranscodersConfig(dictionaries=paths, out=tmp_path / "set"))
+        export_transcoders(TranscodersConfig(dictionaries=given(monkeypatch, *made), out=tmp_path / "set"))
     assert not (tmp_path / "set").exists()
