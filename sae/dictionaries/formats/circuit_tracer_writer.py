@@ -11,15 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
-from sae.dictionaries.formats.circuit_tracer import CONFIG, HOOKS, THRESHOLD
+from sae.dictionaries.formats.circuit_tracer import CONFIG, THRESHOLD
+from sae.dictionaries.formats.transformer_lens import hook_of_site
 from sae.dictionaries.gates import BareTopK, Threshold, TopK
 from sae.dictionaries.parts import Parts
 from sae.disk.writing import atomic, write_tensors
 from sae.errors import InputError
 from sae.model.sites import parse_site
 
-NAMES = {site: hook for hook, site in reversed(HOOKS.items())}
-"""circuit-tracer's hooks, from our names of the sites around an MLP"""
+READS = ("resid_mid", "mlp_in_nogain", "mlp_in")
+"""kinds of sites that feed a block's MLP, which circuit-tracer replaces"""
 
 
 def save_set(transcoders: Iterable[Parts], folder: Path, model_name: str | None = None) -> int:
@@ -61,10 +62,10 @@ def describe(parts: Parts, model_name: str | None) -> tuple[int, dict[str, Any]]
         raise InputError(f"expected a transcoder that names where it reads and writes, got a dictionary at {parts.site or 'no known site'}")
     (kind, layer), (kind_out, layer_out) = parse_site(parts.site), parse_site(str(parts.site_out))
     d_in, d_out = parts.W_enc_fd.shape[1], parts.W_dec_fo.shape[1]
-    if kind not in NAMES or kind_out != "mlp_out" or layer != layer_out or d_in != d_out:
+    if kind not in READS or kind_out != "mlp_out" or layer != layer_out or d_in != d_out:
         raise InputError(
-            f"expected a transcoder of a block's MLP, of one width, which circuit-tracer replaces, got one from {parts.site} ({d_in}) to "
-            f"{parts.site_out} ({d_out})"
+            f"expected a transcoder of one width around a block's MLP, which circuit-tracer replaces, got one from {parts.site} ({d_in}) "
+            f"to {parts.site_out} ({d_out})"
         )
     if parts.frame is not None:
         raise InputError(f"expected a transcoder without a frame, which circuit-tracer has not, got {parts.frame.kind} at {parts.site}")
@@ -75,7 +76,8 @@ def describe(parts: Parts, model_name: str | None) -> tuple[int, dict[str, Any]]
     if name is None:
         raise InputError(f"expected the name of the model that the transcoder at {parts.site} is for, found none; give --model-name")
     k = gate.k if isinstance(gate, TopK) else None
-    hooks = {"feature_input_hook": NAMES[kind], "feature_output_hook": NAMES[kind_out]}
+    sites = {"feature_input_hook": parts.site, "feature_output_hook": parts.site_out}
+    hooks = {key: str(hook_of_site(site)).removeprefix(f"blocks.{layer}.") for key, site in sites.items()}
     kinds = {"gate": type(gate).__name__, "k": k, "skip connection": parts.W_skip_od is not None}
     return layer, {"model_name": name, "width": len(parts.b_enc_f), **hooks, **kinds}
 

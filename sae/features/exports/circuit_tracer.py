@@ -60,7 +60,7 @@ def write_circuit_tracer(index: "FeatureIndex", folder: Path, names: Names) -> N
 def feature_record(index: "FeatureIndex", j: int, names: Names) -> dict[str, Any]:
     """One feature as the viewer takes it. Bytes that are no whole character are \\xNN, which the viewer puts together."""
     feature = index.feature(j)
-    values = np.asarray(feature.values, np.float64)
+    values = index.signed_values(j)
     word = index.vocabulary.spelling
     groups = [("Top", index.top_contexts(j, TOP)), ("Random", index.random_contexts(j, TOP))]
     groups += [(f"{bucket.low:.3g} to {bucket.high:.3g}", bucket.contexts) for bucket in index.bucket_contexts(j)]
@@ -75,8 +75,8 @@ def feature_record(index: "FeatureIndex", j: int, names: Names) -> dict[str, Any
         ],
         "top_logits": [word(token) for token, _ in index.lens_tokens(j, LOGITS)],
         "bottom_logits": [word(token) for token, _ in index.lens_tokens(j, LOGITS, bottom=True)],
-        "act_min": 0.0,
-        "act_max": float(feature.columns["max"]),
+        "act_min": min(values.min(initial=0), 0.0),
+        "act_max": max(values.max(initial=0), 0.0),
         "quantile_values": np.quantile(values, np.linspace(0, 1, QUANTILES)).tolist() if len(values) else [],
         "histogram": index.histogram(j)[1].tolist(),
         "activation_frequency": int(feature.columns["count"]) / int(index.info["tokens_scanned"]),

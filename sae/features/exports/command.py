@@ -1,9 +1,12 @@
 """Features carried elsewhere: a folder of pages that opens from file://, and the formats of Neuronpedia, SAEDashboard, circuit-tracer."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from sae.disk.folders import fresh_folder
 from sae.disk.places import require_folder
@@ -91,7 +94,12 @@ def _interchange(config: ExportConfig, index: FeatureIndex, features: Sequence[i
     from sae.features.exports.saedashboard import names_of, write_saedashboard
 
     names = names_of(index, config.model_id, config.source_set)
-    rows = None if config.dictionary is None else index.dictionary(config.dictionary).W_dec_fo.float().numpy()
+    rows = None if config.dictionary is None else vectors(index, config.dictionary)
+    if index.negative is not None:
+        print(
+            f"some activations are below 0; {config.format} gets them with their signs, but its viewer may show only others",
+            file=sys.stderr,
+        )
     if config.format == "circuit-tracer":
         write_circuit_tracer(index, config.out, names)
     else:
@@ -103,3 +111,14 @@ def _interchange(config: ExportConfig, index: FeatureIndex, features: Sequence[i
             else:
                 write_saedashboard(index, folder, features, names, rows)
     print(f"wrote {names.model} {names.source} into {config.out}")
+
+
+def vectors(index: FeatureIndex, source: str) -> np.ndarray:
+    """Decoder rows [f, d] of the index's dictionary. Raises `InputError` where one adds another vector at every token."""
+    dictionary = index.dictionary(source)
+    if dictionary.frame is not None and dictionary.frame.kind != "centred":
+        raise InputError(
+            f"the dictionary in {source} normalises every token ({dictionary.frame.kind}), so that no feature has one vector to "
+            "steer with; leave out --dictionary"
+        )
+    return dictionary.W_dec_fo.float().numpy()

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 BATCH = 1024  # features per file of the folder, as in Neuronpedia's own
 UPLOAD = {"features": 128, "logits": 20, "text": 512, "tokens": 1024, "index": 10**7}  # the most that one upload takes
 NEIGHBOURS = 10
+BOTTOM = "bottom"  # the dataSource by which Neuronpedia shows a context around its lowest value, in red
 PARTS = ("features", "activations", "explanations")
 META = ("model", "release", "sourceset", "source")
 ACTIVATION = (
@@ -99,7 +100,8 @@ def activation_rows(index: "FeatureIndex", j: int, names: Names, creator: str, c
         row |= {"index": str(j), "maxValue": max(values), "maxValueTokenIndex": values.index(max(values)), "minValue": min(values)}
         row |= {"values": values, "dfaValues": [], "lossValues": [], "zQIndices": [], "zKIndices": [], "zValues": []}
         row |= {"binMin": low, "binMax": high, "binContains": contains, "qualifyingTokenIndex": context.centre}
-        yield row | {"creatorId": creator, "createdAt": created, "dataSource": context.label, "dataIndex": str(context.document)}
+        label = BOTTOM if context.value < 0 else context.label
+        yield row | {"creatorId": creator, "createdAt": created, "dataSource": label, "dataIndex": str(context.document)}
 
 
 def explanation_rows(

@@ -54,7 +54,7 @@ class Names(NamedTuple):
     set: str
     """source set, for example res-4k"""
     hook: str
-    """TransformerLens' name of the site"""
+    """TransformerLens' name of the site where its decoder rows are added, as steering vectors"""
 
     @property
     def source(self) -> str:
@@ -62,12 +62,13 @@ class Names(NamedTuple):
 
 
 def names_of(index: "FeatureIndex", model: str | None = None, source_set: str | None = None) -> Names:
-    """From the index's model, site and width, or as given."""
-    kind, layer = parse_site(index.info["site"])
-    short, hook = SHORT_SITES.get(kind, kind.replace("_", "-")), hook_of_site(index.info["site"]) or ""
+    """From the index's model, site and width, or as given. A transcoder is called so, apart from dictionaries of the site that it reads."""
+    site, site_out = index.info["site"], index.info.get("site_out")
+    kind, layer = parse_site(site)
+    short = SHORT_SITES.get(kind, kind.replace("_", "-")) if site_out is None else "transcoder"
     width = f"{index.d_sae // 1000}k" if index.d_sae >= 1000 else str(index.d_sae)
     known = index.info["model"]["name"].rstrip("/").rsplit("/", 1)[-1]
-    return Names(model or known, max(layer, 0), source_set or f"{short}-{width}", hook)
+    return Names(model or known, max(layer, 0), source_set or f"{short}-{width}", hook_of_site(site_out or site) or "")
 
 
 def write_saedashboard(
@@ -101,8 +102,9 @@ def write_saedashboard(
 
 def tables(index: "FeatureIndex", j: int, W_dec_fd: np.ndarray | None = None) -> dict[str, Any]:
     """The fields of a feature that SAEDashboard and Neuronpedia share."""
-    values = np.asarray(index.feature(j).values, np.float64)
-    heights, edges = np.histogram(values, BINS, (0, values.max())) if len(values) and values.max() > 0 else (np.zeros(0), np.zeros(1))
+    values = index.signed_values(j)
+    ends = min(values.min(initial=0), 0.0), max(values.max(initial=0), 0.0)
+    heights, edges = np.histogram(values, BINS, ends) if ends[0] < ends[1] else (np.zeros(0), np.zeros(1))
     logit_edges, logit_heights = index.lens_histogram(j)
     sides = {"pos": index.lens_tokens(j), "neg": index.lens_tokens(j, bottom=True)}
     row: dict[str, Any] = {name: [] for name in TABLES}
@@ -120,7 +122,10 @@ def tables(index: "FeatureIndex", j: int, W_dec_fd: np.ndarray | None = None) ->
 
 
 def examples(index: "FeatureIndex", j: int) -> "Iterator[tuple[float, float, float, Context]]":
-    """Contexts with (bin_min, bin_max, bin_contains): the top ones under -1, the maximum, -1, then a sample of each interval."""
+    """Contexts with (bin_min, bin_max, bin_contains): the top ones under -1, the maximum, -1, then a sample of each interval.
+
+    Intervals are of sizes; where activations may be negative, a context's own values have their signs.
+    """
     for context in index.top_contexts(j, TOP):
         yield -1.0, float(index.columns["max"][j]), -1.0, context
     for bucket in index.bucket_contexts(j):

@@ -36,7 +36,7 @@ class Feature(NamedTuple):
     positions: np.ndarray
     """tokens on which it fires, uint32, ascending"""
     values: np.ndarray
-    """activations there, float16, in the units of the dictionary"""
+    """activations there, float16, in the units of the dictionary; without their signs (see `FeatureIndex.signed_values`)"""
     columns: dict[str, Any]
     """its value (or row) of every column of the index: see docs/features.md"""
 
@@ -131,6 +131,12 @@ class FeatureIndex:
         """Raises `InputError` if `j` is not a feature."""
         low, high = self._bounds(j)
         return Feature(int(j), self.positions[low:high], self.values[low:high], {k: v[j] for k, v in self.columns.items()})
+
+    def signed_values(self, j: int) -> np.ndarray:
+        """The feature's activations with their signs, float64, in the order of its positions."""
+        low, high = self._bounds(j)
+        values = self.values[low:high].astype(np.float64)
+        return values if self.negative is None else np.where(self.negative[low:high], -values, values)
 
     def prefetch(self, j: int) -> None:
         """Asks the system for all that is stored of a feature at once: on a cold disk one wait instead of one for each array."""

@@ -25,11 +25,15 @@ def transcoder(layer, seed=0, gate=None, site="mlp_in", site_out="mlp_out", **re
     return Dictionary(*weights, gate=gate, metadata=metadata, **rest).requires_grad_(False)
 
 
-def exported(tmp_path, *transcoders, **flags):
+def given(tmp_path, transcoders):
+    """Their folders."""
     for n, made in enumerate(transcoders):
         made.save(tmp_path / f"layer {n}")
-    paths = tuple(str(tmp_path / f"layer {n}") for n in range(len(transcoders)))
-    export_transcoders(TranscodersConfig(dictionaries=paths, out=tmp_path / "set", **flags))
+    return tuple(str(tmp_path / f"layer {n}") for n in range(len(transcoders)))
+
+
+def exported(tmp_path, *transcoders, **flags):
+    export_transcoders(TranscodersConfig(dictionaries=given(tmp_path, transcoders), out=tmp_path / "set", **flags))
     return tmp_path / "set"
 
 
@@ -79,16 +83,10 @@ def test_a_set_computes_there_what_it_computes_here(tmp_path, kind):
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
-def given(monkeypatch, *made):
-    """As sources, also those for which no format has a folder."""
-    monkeypatch.setattr("sae.features.exports.transcoders.read", lambda source: made[int(source)].parts())
-    return tuple(map(str, range(len(made))))
-
-
 @pytest.mark.parametrize("gate", [TopK, BareTopK])
-def test_topk_is_theirs_up_to_their_lack_of_a_relu(tmp_path, capsys, monkeypatch, gate):
+def test_topk_is_theirs_up_to_their_lack_of_a_relu(tmp_path, capsys, gate):
     made = transcoder(0, gate=gate(15))  # of 20: some of them are below 0
-    export_transcoders(TranscodersConfig(dictionaries=given(monkeypatch, made), out=tmp_path / "set", model_name="Qwen/Qwen3-0.6B"))
+    exported(tmp_path, made, model_name="Qwen/Qwen3-0.6B")
     config = yaml.safe_load((tmp_path / "set" / "config.yaml").read_text())
     assert (config["activation"], config["k"], config["model_name"]) == ("topk", 15, "Qwen/Qwen3-0.6B")
     acts, _ = theirs(tmp_path / "set", 0, X)
@@ -129,7 +127,7 @@ def test_an_older_set_is_replaced_and_nothing_else(tmp_path):
         ([transcoder(0, gate=AbsTopK(K))], "AbsTopK"),
     ],
 )
-def test_what_circuit_tracer_cannot_compute_is_refused_by_name(tmp_path, monkeypatch, made, message):
+def test_what_circuit_tracer_cannot_compute_is_refused_by_name(tmp_path, made, message):
     with pytest.raises(InputError, match=message):
-        export_transcoders(TranscodersConfig(dictionaries=given(monkeypatch, *made), out=tmp_path / "set"))
+        exported(tmp_path, *made)
     assert not (tmp_path / "set").exists()
