@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sae.disk.writing import jsonable
 from sae.errors import InputError
 from sae.features.browser.serve import parts_of
 from sae.features.index.reader import FeatureIndex
@@ -79,7 +80,7 @@ def steer(config: SteerConfig) -> dict[str, Any]:
     report = compare(lm, vector, config)
     report = {"feature": feature, "max_activation": max_activation, "activation": config.strength * max_activation, **report}
     if config.json:
-        print(json.dumps(report, indent=1, allow_nan=False))
+        print(json.dumps(jsonable(report), indent=1))
     else:
         show(report)
     return report

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sae.device import device_named
 from sae.errors import InputError
 from sae.model.fingerprint import fingerprint_of_files
 from sae.model.gguf_files import Place, forget_packing, mentions, place_of, require_packages, unpacked
@@ -36,7 +37,7 @@ def load_model(
     """Raises `InputError` when it is absent, damaged, lacks weights or is not a causal LM; the arguments are `LanguageModel.load`'s."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    place = None if device_map is not None else _device(device)
+    place = None if device_map is not None else device_named(device)
     wanted = _dtype(dtype)
     if wanted == "auto" and place is not None and place.type == "cpu":
         wanted = torch.float32
@@ -113,18 +114,6 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(found.name, revision=revision, **found.options())
         tokenizer("a")  # a damaged setting may show only now
         return tokenizer
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"expected a device such as auto, cpu, cuda or cuda:1, got {device!r}") from None
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"expected the device {device} to be there, but {torch.cuda.device_count()} CUDA devices are; use cpu or auto")
-    return place
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:

@@ -18,7 +18,7 @@ import torch
 from sae.activations.text import TextConfig, check_source
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.places import require_folder
-from sae.disk.writing import atomic, write_json
+from sae.disk.writing import atomic, jsonable, write_json
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.text_input import text_list
@@ -105,7 +105,7 @@ def compare_directions(config: CompareConfig) -> dict[str, Any]:
         return {}
     entries, broken = measure_arms(bench, arms)
     settings = asdict(config) | {"command": shlex.join(sys.argv), "seconds": round(time.monotonic() - started)}
-    result = plain(
+    result = jsonable(
         {
             "format": FORMAT,
             "concept": asdict(concept),
@@ -180,17 +180,6 @@ def cosines(arms: Sequence[Arm], site: str) -> dict[str, Any]:
 
 def described(scorer: Scorer | None) -> dict[str, Any] | None:
     return None if scorer is None else {name: getattr(scorer, name) for name in ("kind", "describe", "held_out_auroc")}
-
-
-def plain(value: Any) -> Any:
-    """For JSON: numbers that are not finite become null, tuples lists, paths text."""
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
 
 
 def announce(bench: Bench, arms: Sequence[Arm], out: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from sae.activations.text import TextConfig
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.places import require_file
-from sae.disk.writing import write_json
+from sae.disk.writing import jsonable, write_json
 from sae.errors import InputError
 from sae.features.index.lens import folded_unembedding, into_residual, logit_lens
 from sae.model.language_model import LanguageModel
@@ -123,7 +123,7 @@ def effect_map(config: EffectConfig) -> dict[str, Any]:
     if config.vector:
         directions.append((str(config.vector), None, SteeringVector.load(config.vector).unit()))
     mapped = measure_all(lm, dictionary, directions, ruler, config)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    settings = jsonable(asdict(config))
     fitted = effects and {k: v for k, v in effects.provenance.items() if k not in ("features", "prompts")}
     result = {"format": "effect-map-1", "settings": settings, "fitted": fitted, "maps": [], "aims": aims(mapped)}
     result["maps"] = [described(lm, written_fd, m, config.top) for m in mapped]

@@ -18,7 +18,7 @@ from torch import Tensor
 from sae.activations.text import TextConfig
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.places import require_folder
-from sae.disk.writing import write_json
+from sae.disk.writing import jsonable, write_json
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.progress import progress
@@ -157,7 +157,7 @@ def principal_study(config: PrincipalConfig) -> dict[str, Any]:
         found = recovered_labels(fit_nk, fit.label_s, held_nk, held.label_s, len(every.labels))
         recovered = [(every.labels[label], auroc) for label, auroc in found]
     known = {"name": lm.name, "fingerprint": lm.fingerprint()}
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    settings = jsonable(asdict(config))
     result = {"format": "principal-1", "model": known, "settings": settings, "left_out": left_out}
     result |= report(lm.tokenizer, directions, measured, recovered, config.seed)
     write_json(config.out / "principal.json", result)

@@ -14,7 +14,6 @@ import torch
 from sae.disk.places import require_file
 from sae.disk.writing import write_json
 from sae.errors import InputError
-from sae.evaluation.settings import finite
 from sae.model.language_model import LanguageModel, NonFiniteLogits
 from sae.progress import progress
 from sae.statistics import ratio_interval
@@ -82,8 +81,8 @@ def strengths(config: StrengthsConfig) -> list[Row]:
             rows.append(measure(lm, name, direction, strength, words, config))
             bar.advance(len(config.prompts) * config.samples)
     if config.out:
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-        write_json(config.out, {"settings": settings, "feature": feature, "rows": [finite(row._asdict()) for row in rows]})
+        settings = asdict(config)
+        write_json(config.out, {"settings": settings, "feature": feature, "rows": [row._asdict() for row in rows]})
     show(rows, feature, vector.site, config)
     return rows
 

@@ -13,7 +13,7 @@ from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from steering.command_line import main
 from steering.compare.arms import MAKERS, NONE, PROMPTING
-from steering.compare.command import CompareConfig, compare_directions, cosines, fitting, plain
+from steering.compare.command import CompareConfig, compare_directions, cosines, fitting
 
 SITE = "resid_post.1"
 pytestmark = pytest.mark.filterwarnings("ignore:few texts of")
@@ -112,10 +112,6 @@ def test_an_interrupted_run_leaves_no_file(parts, tmp_path):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert not (tmp_path / "out").exists()
-
-
-def test_numbers_that_are_not_finite_become_null():
-    assert plain({"a": [1.0, float("nan"), (float("inf"), Path("x"))], "b": True}) == {"a": [1.0, None, [None, "x"]], "b": True}
 
 
 def test_a_text_longer_than_the_context_loses_its_end(byte_lm):

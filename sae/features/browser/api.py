@@ -4,8 +4,7 @@ import json
 from collections.abc import AsyncIterator, Generator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from sae.disk.writing import jsonable
 from sae.errors import InputError
 from sae.features.browser import screens
 from sae.features.browser.query import PAGE, Query, finite
@@ -58,8 +57,8 @@ def add_api(app: Any, browser: "Browser") -> None:
         reading = await browser.read(request, params, min(1000, max(1, whole("n", params.get("n") or "10"))))
         if reading is None:
             raise InputError("expected a text to read, got none")
-        firings = [[firing._asdict() | {"percentile": _plain(firing.percentile)} for firing in found] for found in reading.firings]
-        return JSONResponse(reading._asdict() | {"firings": firings})
+        firings = [[firing._asdict() for firing in found] for found in reading.firings]
+        return JSONResponse(jsonable(reading._asdict() | {"firings": firings}))
 
     async def body(request: Request) -> dict[str, Any]:
         try:
@@ -107,8 +106,3 @@ async def _events(pieces: Generator[dict[str, Any], None, None]) -> AsyncIterato
         yield f"data: {json.dumps({'error': str(error)})}\n\n"
     finally:
         pieces.close()
-
-
-def _plain(value: float) -> float | None:
-    """A number that JSON can hold."""
-    return value if np.isfinite(value) else None

@@ -6,6 +6,7 @@ from urllib.parse import quote, urlencode
 
 import numpy as np
 
+from sae.disk.writing import jsonable
 from sae.features.browser.query import PAGE, Query
 from sae.features.pages.contexts import number, percent, word_html
 from sae.features.pages.feature import feature_html
@@ -68,7 +69,7 @@ def summary(browser: "Browser", j: int) -> dict[str, Any]:
         "label": note.label,
         "starred": note.starred,
         "explanation": next((explanation.text for explanation in browser.explanations.get(j, ())), ""),
-        **{name: value if np.isfinite(value) else None for name, value in values.items()},
+        **jsonable(values),
         "fires_on": [index.vocabulary.spelling(token) for token, _ in index.top_tokens(j, 3)],
         "promotes": [index.vocabulary.spelling(token) for token, _ in index.lens_tokens(j, 3)],
     }

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae.device import device_named
 from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.source import weights_crc32
 from sae.disk.arrays import ANSWERS, EXPLANATIONS, create, open_arrays, write_arrays
@@ -78,8 +79,7 @@ def build_index(config: IndexConfig) -> Path:
     from sae.model.language_model import LanguageModel
 
     require_folder(config.out)
-    device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
-    dictionary = Dictionary.load(config.dictionary, device)
+    dictionary = Dictionary.load(config.dictionary, device_named(config.device))
     cache = ActivationCache.open(config.cache, dictionary.site, verify=config.verify)
     cache.require_dictionary(dictionary, named=config.model is not None)
     if dictionary.d_sae > MAX_FEATURES:
@@ -202,7 +202,7 @@ def finish(
     write_arrays(folder / "sums.safetensors", sums)
     write_arrays(folder / "tokens.safetensors", {name: text[name] for name in sorted(text)})
     checksums = {name: crc32(folder / f"{name}.safetensors") for name in CHECKED}
-    write_json(folder / "index.json", info | {"tokens_scanned": n_scanned, "fvu": fvu if np.isfinite(fvu) else None, "crc32": checksums})
+    write_json(folder / "index.json", info | {"tokens_scanned": n_scanned, "fvu": fvu, "crc32": checksums})
 
 
 def choose_tokens(tokens: Any, cache: "ActivationCache", config: IndexConfig) -> np.ndarray:
