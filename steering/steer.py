@@ -3,18 +3,20 @@
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from tyro.conf import OmitArgPrefixes
 
 from sae.disk.writing import jsonable
 from sae.errors import InputError
 from sae.features.browser.serve import parts_of
 from sae.features.index.reader import FeatureIndex
 from sae.model.language_model import LanguageModel, NonFiniteLogits
+from sae.model.sampling import Sampling
 from steering.directions.feature import feature_direction, first_found
 from steering.intervention import steered
 from steering.strength.measure import continuation_loss, until_end, word_rate
@@ -53,16 +55,9 @@ class SteerConfig(PartsConfig):
     """1 is the feature's own maximum activation; negative steers away."""
     prompt: str = ""
     """Text to continue."""
-    max_new_tokens: int = 40
-    """Length of each continuation."""
     samples: int = 3
     """Continuations of each kind."""
-    seed: int = 0
-    """Of the sampling; equal seeds give equal text."""
-    temperature: float = 1.0
-    """0 always takes the likeliest token."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that hold this share of the probability."""
+    sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
     positions: Literal["all", "generated"] = "all"
     """Where to add: every position, or only those that choose generated tokens."""
     json: bool = False
@@ -103,17 +98,14 @@ def compare(lm: LanguageModel, vector: SteeringVector, config: SteerConfig) -> d
     ids_sp, mask_sp = lm.encode([config.prompt])
     ids_sp, mask_sp = (x.expand(config.samples, -1) for x in (ids_sp, mask_sp))
     prompt_length = ids_sp.shape[1]
-    settings: dict[str, Any] = dict(
-        max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, seed=config.seed
-    )
-    plain_sp = lm.generate(ids_sp, mask_sp, **settings)
+    plain_sp = lm.generate(ids_sp, mask_sp, **vars(config.sampling))
     positions: dict[str, Any] = {"positions": config.positions}
     if config.positions == "generated":
         positions["prompt_length"] = prompt_length
     failure, steered_sp = None, None
     try:
         with steered(lm, [(vector, config.strength)], **positions):
-            steered_sp = lm.generate(ids_sp, mask_sp, **settings)
+            steered_sp = lm.generate(ids_sp, mask_sp, **vars(config.sampling))
     except (NonFiniteLogits, OverflowError) as error:
         failure = f"no text: {error}; strength {config.strength:g} is more than the model's arithmetic can carry"
     return {

@@ -9,11 +9,12 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tyro.conf import OmitArgPrefixes
 
 from sae.activations.text import TextConfig, check_source
 from sae.dictionaries.dictionary import Dictionary
@@ -21,6 +22,7 @@ from sae.disk.places import require_folder
 from sae.disk.writing import atomic, jsonable, write_json
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
+from sae.model.sampling import Sampling
 from sae.text_input import text_list
 from steering.compare.arms import NONE, Arm, Material, build_arms
 from steering.compare.concepts import Scorer, Texts, concept_texts, load_concept, read_corpus, second_scorer, target_scorer
@@ -57,14 +59,7 @@ class CompareConfig(TextConfig):
     """Texts to continue; every second one chooses the budget, the others score it."""
     samples: int = 4
     """Continuations of each prompt at each strength."""
-    max_new_tokens: int = 40
-    """Length of each continuation."""
-    temperature: float = 1.0
-    """Of the sampling; 0 takes the likeliest token."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that hold this share of the probability."""
-    seed: int = 0
-    """Of the sampling, the splits, the random direction and the intervals."""
+    sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
     device: str = "auto"
     """auto, cpu or cuda."""
     dry_run: bool = False
@@ -80,7 +75,7 @@ def compare_directions(config: CompareConfig) -> dict[str, Any]:
 
     started = time.monotonic()
     refuse_unusable(config)
-    concept = load_concept(config.concept)
+    concept, seed = load_concept(config.concept), config.sampling.seed
     out = config.out or Path(f"comparison-{concept.name.replace(':', '-')}")
     if not config.dry_run:
         require_folder(out)
@@ -91,15 +86,14 @@ def compare_directions(config: CompareConfig) -> dict[str, Any]:
         has = f"one with features 0 to {dictionary.d_sae - 1}" if dictionary else "none"
         raise InputError(f"expected a dictionary that has feature {config.feature}, got {has}; give another --sae or --feature")
     corpus = read_corpus(config, lm) if config.text or config.dataset else None
-    texts = Texts(*([fitting(lm, text) for text in part] for part in concept_texts(concept, corpus, config.seed)))
+    texts = Texts(*([fitting(lm, text) for text in part] for part in concept_texts(concept, corpus, seed)))
     effects = None if config.effects is None else Effects.load(config.effects)
-    drawn = (config.prompts, config.max_new_tokens)
-    material = Material(lm, site, concept, texts, *drawn, dictionary, corpus, effects, config.feature, config.seed)
+    new_tokens = config.sampling.max_new_tokens
+    material = Material(lm, site, concept, texts, config.prompts, new_tokens, dictionary, corpus, effects, config.feature, seed)
     arms = build_arms(material)
-    target, second = target_scorer(concept, texts, config.seed), second_scorer(concept, texts, config.seed)
-    sampling = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    target, second = target_scorer(concept, texts, seed), second_scorer(concept, texts, seed)
     held = (texts.held_positive, texts.held_negative)
-    bench = Bench(lm, config.prompts, config.samples, sampling, config.budgets, target, second, held, config.seed)
+    bench = Bench(lm, config.prompts, config.samples, config.sampling, config.budgets, target, second, held)
     announce(bench, arms, out)
     if config.dry_run:
         return {}
@@ -112,14 +106,14 @@ def compare_directions(config: CompareConfig) -> dict[str, Any]:
             "model": config.model,
             "site": site,
             "sae": config.sae,
-            "seed": config.seed,
+            "seed": seed,
             "settings": settings | {"texts": {name: len(part) for name, part in texts._asdict().items()}},
             "target": described(target),
             "second_target": described(second),
             "arms": entries,
             "broken": broken,
             "cosines": cosines(arms, site),
-            "verdict": verdict(entries, concept.name, target.held_out_auroc, config.seed),
+            "verdict": verdict(entries, concept.name, target.held_out_auroc, seed),
         }
     )
     html = report_html(result)
@@ -145,10 +139,11 @@ def refuse_unusable(config: CompareConfig) -> None:
 
 
 def refuse_long_prompts(lm: LanguageModel, config: CompareConfig) -> None:
+    new_tokens = config.sampling.max_new_tokens
     for prompt in config.prompts:
-        if (length := lm.encode([prompt])[0].shape[1]) + config.max_new_tokens > lm.context:
+        if (length := lm.encode([prompt])[0].shape[1]) + new_tokens > lm.context:
             raise InputError(
-                f"expected prompts that leave room for {config.max_new_tokens} new tokens in the {lm.context} positions of {lm.name!r}, "
+                f"expected prompts that leave room for {new_tokens} new tokens in the {lm.context} positions of {lm.name!r}, "
                 f"got one of {length} tokens, {prompt[:60]!r}; shorten it or ask for fewer new tokens"
             )
 
@@ -188,11 +183,11 @@ def announce(bench: Bench, arms: Sequence[Arm], out: Path) -> None:
         print(f"{arm.method}: " + (f"left out, {arm.left_out}" if arm.left_out else arm.note or "ready"))
     present = [arm for arm in arms if arm.left_out is None]
     levels = sum(len(bench.budgets) if arm.vector else 1 for arm in present)
-    new = bench.sampling["max_new_tokens"]
+    new = bench.sampling.max_new_tokens
     seconds = []
     for tokens in (min(tokens, new) for tokens in (TIMED_TOKENS[0], *TIMED_TOKENS)):  # the first warms up
         started = time.monotonic()
-        continuations(replace(bench, sampling=bench.sampling | {"max_new_tokens": tokens}), arms[0], 0.0, bench.samples)
+        continuations(replace(bench, sampling=replace(bench.sampling, max_new_tokens=tokens)), arms[0], 0.0, bench.samples)
         seconds.append(time.monotonic() - started)
     _, short, long = seconds
     each = long + max(long - short, 0.0) / (TIMED_TOKENS[1] - TIMED_TOKENS[0]) * max(new - TIMED_TOKENS[1], 0)

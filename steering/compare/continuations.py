@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sae.model.language_model import LanguageModel, NonFiniteLogits
+from sae.model.sampling import Sampling
 from sae.progress import progress
 from sae.statistics import Estimate, auroc_estimate, mean_estimate
 from steering.compare.arms import NONE, Arm
@@ -37,14 +38,17 @@ class Bench:
     lm: LanguageModel
     prompts: Sequence[str]
     samples: int
-    sampling: dict[str, Any]
-    """max_new_tokens, temperature, top_p and seed of `lm.generate`"""
+    sampling: Sampling
     budgets: Sequence[float]
     target: Scorer
     second: Scorer | None
     held: tuple[Sequence[str], Sequence[str]]
     """held-out texts, positive and negative"""
-    seed: int
+
+    @property
+    def seed(self) -> int:
+        """of the sampling and of the intervals"""
+        return self.sampling.seed
 
 
 class Continuations(NamedTuple):
@@ -104,7 +108,7 @@ def continuations(bench: Bench, arm: Arm, coefficient: float, samples: int) -> C
     positional = arm.vector is not None and any(d.ndim == 2 for d in arm.vector.directions.values())
     try:
         with steered(lm, [(arm.vector, coefficient)] if arm.vector else [], prompt_length=start if positional else None):
-            new_sn = lm.generate(ids_sp, mask_sp, **bench.sampling)[:, start:]
+            new_sn = lm.generate(ids_sp, mask_sp, **vars(bench.sampling))[:, start:]
     except (NonFiniteLogits, OverflowError) as error:
         return f"no text: {error}"
     plain_sp, plain_mask_sp = (t.repeat_interleave(samples, 0) for t in lm.encode(bench.prompts))

@@ -3,18 +3,20 @@
 s sequences · p positions of the prompt · n new tokens · d model width
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from tyro.conf import OmitArgPrefixes
 
 from sae.disk.places import require_file
 from sae.disk.writing import write_json
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel, NonFiniteLogits
+from sae.model.sampling import Sampling
 from sae.progress import progress
 from sae.statistics import ratio_interval
 from sae.text_input import text_list
@@ -37,11 +39,7 @@ class StrengthsConfig(PartsConfig):
     """texts to continue"""
     samples: int = 24
     """continuations of each prompt at each strength"""
-    max_new_tokens: int = 40
-    """length of each continuation"""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
+    sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
     out: Path | None = None
     """JSON file for the table with every continuation"""
 
@@ -71,8 +69,8 @@ def strengths(config: StrengthsConfig) -> list[Row]:
         require_file(config.out)
     words = read_words(config.words)
     lm, feature, _, vector = load_parts(config)
-    random_d = torch.randn(lm.width(vector.site), generator=torch.Generator().manual_seed(config.seed))
-    random = SteeringVector.at(vector.site, random_d * vector.norm / random_d.norm(), {"method": "random", "seed": config.seed})
+    random_d = torch.randn(lm.width(vector.site), generator=torch.Generator().manual_seed(config.sampling.seed))
+    random = SteeringVector.at(vector.site, random_d * vector.norm / random_d.norm(), {"method": "random", "seed": config.sampling.seed})
     arms = [("none", vector, 0.0)]
     arms += [(name, direction, s) for s in config.strengths for name, direction in (("feature", vector), ("random", random))]
     rows = []
@@ -109,14 +107,7 @@ def measure(lm: LanguageModel, name: str, vector: SteeringVector, strength: floa
         start = ids_sp.shape[1]
         try:
             with steered(lm, [(vector, strength)]):
-                whole_sp = lm.generate(
-                    ids_sp,
-                    mask_sp,
-                    max_new_tokens=config.max_new_tokens,
-                    temperature=config.temperature,
-                    top_p=config.top_p,
-                    seed=config.seed + number,
-                )
+                whole_sp = lm.generate(ids_sp, mask_sp, **vars(config.sampling) | {"seed": config.sampling.seed + number})
         except (NonFiniteLogits, OverflowError):
             failed += 1
             continue
@@ -127,7 +118,7 @@ def measure(lm: LanguageModel, name: str, vector: SteeringVector, strength: floa
             pairs += pairwise(row[:real])
     rate = word_rate(texts, words)
     of_texts = [word_rate([t], words) for t in texts]
-    interval = ratio_interval(np.array([r.found for r in of_texts]), np.array([r.words for r in of_texts]), config.seed)
+    interval = ratio_interval(np.array([r.found for r in of_texts]), np.array([r.words for r in of_texts]), config.sampling.seed)
     distinct = len(set(pairs)) / len(pairs) if pairs else float("nan")
     nats = float(np.mean(losses)) if losses else float("nan")
     return Row(name, strength, rate.found, rate.words, interval, nats, distinct, failed, texts)

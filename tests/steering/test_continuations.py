@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sae.model.language_model import LanguageModel
+from sae.model.sampling import Sampling
 from steering.compare.arms import NONE, PROMPTING, Arm
 from steering.compare.concepts import Scorer
 from steering.compare.continuations import CALIBRATION_SENTENCES, OFF_TOPIC_SENTENCES, Bench, continuations, detection, level, measure_arms
@@ -23,7 +24,7 @@ from steering.vector import SteeringVector
 
 SITE = "resid_post.1"
 PROMPTS = ("one", "two and more", "three", "four is")
-SAMPLING = dict(max_new_tokens=6, temperature=1.0, top_p=1.0, seed=3)
+SAMPLING = Sampling(max_new_tokens=6, seed=3)
 
 
 def letters(texts) -> np.ndarray:
@@ -32,7 +33,7 @@ def letters(texts) -> np.ndarray:
 
 def bench_of(lm: LanguageModel, **changes) -> Bench:
     settings = dict(prompts=PROMPTS, samples=2, sampling=SAMPLING, budgets=(0.1, 0.5), target=Scorer("words", "length", None, letters))
-    return Bench(lm, **(settings | dict(second=None, held=(["aaa", "abab"], ["zzz", "zyzy"]), seed=0) | changes))
+    return Bench(lm, **(settings | dict(second=None, held=(["aaa", "abab"], ["zzz", "zyzy"])) | changes))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_continuations_are_one_batch_steered_everywhere(byte_lm, random_arm):
     found = continuations(bench_of(byte_lm), random_arm, 4.0, 2)
     ids_sp, mask_sp = byte_lm.encode([prompt for prompt in PROMPTS for _ in range(2)])
     with steered(byte_lm, [(random_arm.vector, 4.0)]):
-        whole_sp = byte_lm.generate(ids_sp, mask_sp, **SAMPLING)
+        whole_sp = byte_lm.generate(ids_sp, mask_sp, **vars(SAMPLING))
     expected = [byte_lm.tokenizer.decode(row, skip_special_tokens=True) for row in whole_sp[:, ids_sp.shape[1] :]]
     assert len(found.texts) == 8
     for text, whole in zip(found.texts, expected):

@@ -16,11 +16,12 @@ from sae.errors import InputError
 from sae.features.browser import panels, screens
 from sae.features.browser.guard import Guard, Unfit
 from sae.features.browser.query import Query, finite
-from sae.features.browser.state import LONGEST_PROMPT, Browser, NotThere, Sampling, Steering, digits, sampling, whole
+from sae.features.browser.state import LONGEST_PROMPT, Browser, NotThere, Steering, digits, sampling, whole
 from sae.features.browser.turns import Busy
 from sae.features.index.reader import FeatureIndex
 from sae.features.notes import Notes, NotesUnusable
 from sae.features.pages.assets import STYLE
+from sae.model.sampling import Sampling
 
 if TYPE_CHECKING:
     from sae.dictionaries.dictionary import Dictionary

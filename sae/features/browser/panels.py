@@ -13,7 +13,8 @@ from sae.features.pages.contexts import number, visible, word_html
 
 if TYPE_CHECKING:
     from sae.features.browser.prompt import Firing, Reading
-    from sae.features.browser.state import Browser, Sampling
+    from sae.features.browser.state import Browser
+    from sae.model.sampling import Sampling
 
 ORDERS = {"activation": "activation", "percentile": "percentile of the feature's own activations", "effect": "effect on the loss"}
 STRONGEST = 5  # either end of a steering slider, in maximum activations
