@@ -11,6 +11,7 @@ ROOMS = (
     "sae.errors",
     "sae.device",
     "sae.entries",
+    "sae.html",
     "sae.progress",
     "sae.statistics",
     "sae.streams",

@@ -9,7 +9,7 @@ import numpy as np
 
 from sae.features.browser.prompt import MOST_PAIRS
 from sae.features.browser.screens import alert, name_html, page
-from sae.features.pages.contexts import number, visible, word_html
+from sae.html import number, visible, word_html
 
 if TYPE_CHECKING:
     from sae.features.browser.prompt import Firing, Reading

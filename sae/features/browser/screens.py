@@ -8,8 +8,8 @@ import numpy as np
 
 from sae.disk.writing import jsonable
 from sae.features.browser.query import PAGE, Query
-from sae.features.pages.contexts import number, percent, word_html
 from sae.features.pages.feature import feature_html
+from sae.html import number, percent, word_html
 
 if TYPE_CHECKING:
     from sae.features.browser.state import Browser

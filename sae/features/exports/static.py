@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sae.disk.folders import fresh_folder
 from sae.errors import InputError
 from sae.features.index.reader import FeatureIndex
-from sae.features.pages.feature import document, feature_html
+from sae.features.pages.assets import STYLE
+from sae.features.pages.feature import feature_html
+from sae.html import document
 from sae.progress import progress
 
 if TYPE_CHECKING:
@@ -176,7 +178,7 @@ def _page(heading: str) -> str:
         '<main id="main" tabindex="-1"><noscript>The script app.js shows the features; allow it to run.</noscript></main>\n'
         '<dialog id="keys"></dialog><script src="app.js"></script><script src="stats.js"></script>'
     )
-    return document(heading, body, style, POLICY)
+    return document(heading, body, STYLE + style, POLICY)
 
 
 def _call(name: str, *values: Any) -> str:
