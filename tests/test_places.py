@@ -241,6 +241,13 @@ def test_what_is_no_refusal_of_a_place_is_not_hidden(tmp_path):
     assert "other.txt" in str(sentence(PermissionError(errno.EACCES, "no", str(tmp_path / "b" / "other.txt")), tmp_path / "a" / "f"))
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder of Linux")
+def test_a_folder_in_which_nobody_can_make_files_is_named_as_such():
+    for require in (require_file, require_folder):
+        with pytest.raises(InputError, match="/proc/x would be in a folder in which the system lets nobody make files"):
+            require(Path("/proc/x"))
+
+
 def test_good_places_are_left_as_they_were(tmp_path):
     for path in (tmp_path, tmp_path / "a" / "b", Path("relative/place"), tmp_path / "x.json"):
         require_folder(path)

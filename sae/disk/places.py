@@ -23,6 +23,7 @@ SENTENCES = {
     errno.ELOOP: "{path} leads through symbolic links that go in a circle; mend them or " + ELSEWHERE,
     errno.ENAMETOOLONG: "the name {path} is too long; choose a shorter one",
     errno.ENOENT: "{path} does not exist, or a link on the way to it leads nowhere; check its name",
+    errno.EOPNOTSUPP: "{path} would be in a folder in which the system lets nobody make files; " + ELSEWHERE,
     errno.EIO: "the disk reports an error at {path}; look after it or " + ELSEWHERE,
 }
 
@@ -91,5 +92,7 @@ def _try(folder: Path, name: str) -> None:
     try:
         with tempfile.TemporaryFile(dir=existing):  # where the system allows it, without a name
             pass
+    except FileNotFoundError:  # of a folder that is there, such as /proc
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), str(folder)) from None
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from None

@@ -1,8 +1,10 @@
 """Files that others wrote, or that a disk damaged: JSON and arrays, each held against what is expected of it before anything is used."""
 
+import gzip
 import json
 import math
 import reprlib
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -29,6 +31,8 @@ SMALL = 1 << 25
 """bytes (32 MB) up to which a file's checksum is compared whenever it is opened"""
 LONGEST_HEADER = 100_000_000
 """bytes; the limit of the safetensors library too"""
+LARGEST_UNPACKED = 1 << 30
+"""bytes of a .gz file: a few that unpack to more than fits into memory are no file of ours"""
 MAKE_AGAIN = "make it again"
 
 ITEM_BYTES = {
@@ -81,6 +85,18 @@ def read_bytes(path: Path, what: str) -> bytes:
         raise InputError(f"expected {what} at {path}, which does not exist; check the folder's name") from None
     except (OSError, ValueError) as error:  # a folder, a loop of links, no permission; a name that no file can have
         raise InputError(f"expected {what} at {path}, which cannot be read ({_reason(error)})") from None
+
+
+def read_gzip(path: Path, what: str, then: str) -> bytes:
+    """The unpacked bytes of a .gz file. Raises `InputError` if it is damaged or larger than `LARGEST_UNPACKED`; `then` says what to do."""
+    try:
+        with gzip.open(path) as file:
+            data = file.read(LARGEST_UNPACKED + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"expected {what} in {path}, but it cannot be read ({_reason(error)}); {then}") from None
+    if len(data) > LARGEST_UNPACKED:
+        raise InputError(f"expected {what} in {path}, but it unpacks to more than {LARGEST_UNPACKED >> 20:,} MB; {then}")
+    return data
 
 
 def parse_json(text: str | bytes, what: str, schema: Any = Any) -> Any:
