@@ -41,7 +41,7 @@ class PartsConfig:
     """auto, cpu or cuda."""
 
 
-class Parts(NamedTuple):
+class SteeringParts(NamedTuple):
     lm: LanguageModel
     feature: int
     max_activation: float
@@ -71,17 +71,17 @@ def steer(config: SteerConfig) -> dict[str, Any]:
     """
     if not math.isfinite(config.strength) or config.samples < 1:
         raise InputError(f"expected a finite strength and at least one sample, got {config.strength} and {config.samples}")
-    lm, feature, max_activation, vector = load_parts(config)
-    report = compare(lm, vector, config)
+    lm, feature, max_activation, vector = load_steering_parts(config)
+    report = compare_texts(lm, vector, config)
     report = {"feature": feature, "max_activation": max_activation, "activation": config.strength * max_activation, **report}
     if config.json:
         print(json.dumps(jsonable(report), indent=1))
     else:
-        show(report)
+        print_sides(report)
     return report
 
 
-def load_parts(config: PartsConfig) -> Parts:
+def load_steering_parts(config: PartsConfig) -> SteeringParts:
     """Model, feature and direction, or `InputError` if index, dictionary and model were not made with one another."""
     if (config.feature is None) == (config.search is None):
         raise InputError("expected either --feature or --search, got both or neither; give one of them")
@@ -90,10 +90,10 @@ def load_parts(config: PartsConfig) -> Parts:
     index.feature(feature)  # a wrong number is said before the model is loaded
     lm, dictionary = parts_of(index, config.dictionary, config.model, config.device)
     max_activation = float(index.feature(feature).columns["max"])
-    return Parts(lm, feature, max_activation, feature_direction(dictionary, feature, max_activation, index.info["site"]))
+    return SteeringParts(lm, feature, max_activation, feature_direction(dictionary, feature, max_activation, index.info["site"]))
 
 
-def compare(lm: LanguageModel, vector: SteeringVector, config: SteerConfig) -> dict[str, Any]:
+def compare_texts(lm: LanguageModel, vector: SteeringVector, config: SteerConfig) -> dict[str, Any]:
     """Continuations without and with `strength` times the vector, and what can be measured of both."""
     ids_sp, mask_sp = lm.encode([config.prompt])
     ids_sp, mask_sp = (x.expand(config.samples, -1) for x in (ids_sp, mask_sp))
@@ -113,8 +113,8 @@ def compare(lm: LanguageModel, vector: SteeringVector, config: SteerConfig) -> d
         "relative_to_residual_norm": abs(config.strength) * vector.norm / typical_norm(lm, vector.site, plain_sp, prompt_length),
         "site": vector.site,
         "prompt": config.prompt,
-        "unsteered": described(lm, ids_sp, plain_sp, config.search),
-        "steered": None if steered_sp is None else described(lm, ids_sp, steered_sp, config.search),
+        "unsteered": measured_side(lm, ids_sp, plain_sp, config.search),
+        "steered": None if steered_sp is None else measured_side(lm, ids_sp, steered_sp, config.search),
         "failure": failure,
     }
 
@@ -126,7 +126,7 @@ def typical_norm(lm: LanguageModel, site: str, whole_sp: Tensor, prompt_length: 
     return torch.cat([norm_sp[0, 1:prompt_length], norm_sp[:, prompt_length:][new_sn]]).median().item()  # host sync
 
 
-def described(lm: LanguageModel, prompt_sp: Tensor, whole_sp: Tensor, word: str | None) -> dict[str, Any]:
+def measured_side(lm: LanguageModel, prompt_sp: Tensor, whole_sp: Tensor, word: str | None) -> dict[str, Any]:
     """Continuations as text, their loss under the unsteered model, and, if a word was searched for, how often it comes."""
     from sae.features.index.words import words_of
 
@@ -139,7 +139,7 @@ def described(lm: LanguageModel, prompt_sp: Tensor, whole_sp: Tensor, word: str 
     return report
 
 
-def show(report: dict[str, Any]) -> None:
+def print_sides(report: dict[str, Any]) -> None:
     """The report as text in a terminal: two columns where they fit, else one under the other."""
     from rich.console import Console, Group
     from rich.panel import Panel

@@ -28,7 +28,7 @@ SENTENCES = {
 }
 
 
-def sentence(error: OSError, path: Path | None = None) -> str | None:
+def refusal_sentence(error: OSError, path: Path | None = None) -> str | None:
     """What the operating system refused and what to do; None for what is no matter of files. `path` is where we meant to write."""
     named = _named(error, path)
     if named is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -56,7 +56,7 @@ def writing(path: Path) -> Iterator[None]:
     except BrokenPipeError:  # of a stream, not of a file
         raise
     except OSError as error:
-        text = sentence(error, path)
+        text = refusal_sentence(error, path)
         if error.errno is None or text is None:
             raise
         raise InputError(text) from error

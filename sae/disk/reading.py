@@ -61,7 +61,7 @@ Arrays = Mapping[str, tuple[str, str]]
 name are equal: {"W_dec": ("F32 BF16", "f d"), "offsets": ("I64", "f+1")}."""
 
 
-class Place(NamedTuple):
+class TensorLayout(NamedTuple):
     dtype: str
     """as safetensors writes it, for example "F16" """
     shape: tuple[int, ...]
@@ -129,7 +129,7 @@ def _adapter(schema: Any) -> TypeAdapter:
     return TypeAdapter(schema)
 
 
-def layout(path: Path, what: str, then: str = MAKE_AGAIN) -> tuple[dict[str, Place], dict[str, str]]:
+def layout(path: Path, what: str, then: str = MAKE_AGAIN) -> tuple[dict[str, TensorLayout], dict[str, str]]:
     """Where the tensors of a safetensors file lie, and its metadata; only the header is read.
 
     `what` names the kind of file in the error sentence, and `then` says what to do. Raises `InputError` if the file is missing, cannot
@@ -144,7 +144,7 @@ def layout(path: Path, what: str, then: str = MAKE_AGAIN) -> tuple[dict[str, Pla
         raise InputError(f"expected {what} at {path}, but it is damaged or no safetensors file ({reason}); {then}") from None
 
 
-def _layout(path: Path) -> tuple[dict[str, Place], dict[str, str]]:
+def _layout(path: Path) -> tuple[dict[str, TensorLayout], dict[str, str]]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -163,14 +163,14 @@ def _layout(path: Path) -> tuple[dict[str, Place], dict[str, str]]:
             raise ValueError(f"{name!r} is of an unknown type {dtype!r}")
         if stop - start != math.prod(shape) * ITEM_BYTES[dtype] or math.prod(max(1, n) for n in shape) >= 1 << 59:
             raise ValueError(f"the size of {name!r} in its header is wrong")
-        places[name] = Place(dtype, tuple(shape), 8 + length + start)
+        places[name] = TensorLayout(dtype, tuple(shape), 8 + length + start)
         end = max(end, 8 + length + stop)
     if end != size:
         raise ValueError(f"it has {size} bytes where its header says {end}")
     return places, metadata
 
 
-def require_arrays(places: Mapping[str, Place], schema: Arrays, where: str, then: str = MAKE_AGAIN, **sizes: int) -> dict[str, int]:
+def require_arrays(places: Mapping[str, TensorLayout], schema: Arrays, where: str, then: str = MAKE_AGAIN, **sizes: int) -> dict[str, int]:
     """The named sizes, those given among them, if all arrays of the schema are there and fit it; else `InputError`. Others may be there."""
     for name, (dtypes, shape) in schema.items():
         if name not in places:

@@ -161,7 +161,9 @@ def summarise(sums_sc: np.ndarray, seed: int) -> LanguageModelLoss:
     cross_entropy, kl = dict(zip(ARMS, means[:4].tolist())), dict(zip(ARMS[1:], means[4:].tolist()))
     rng, n = np.random.default_rng(seed), len(sums_sc)
     drawn_rc = resamples(n, RESAMPLES, rng).astype(np.float64) @ sums_sc
-    recovered = {arm: (recovery(totals[1:5], arm), percentile_interval(recovery(drawn_rc[:, 1:5].T, arm))) for arm in ("zero", "mean")}
+    recovered = {
+        arm: (loss_recovered(totals[1:5], arm), percentile_interval(loss_recovered(drawn_rc[:, 1:5].T, arm))) for arm in ("zero", "mean")
+    }
     return LanguageModelLoss(
         sequences=n,
         tokens=int(tokens),
@@ -176,7 +178,7 @@ def summarise(sums_sc: np.ndarray, seed: int) -> LanguageModelLoss:
     )
 
 
-def recovery(cross_entropies: np.ndarray, baseline: str) -> np.ndarray:
+def loss_recovered(cross_entropies: np.ndarray, baseline: str) -> np.ndarray:
     """Loss recovered against an arm, from cross-entropies in the order of `ARMS`; NaN where the baseline does no harm."""
     clean, spliced, *_ = cross_entropies
     worst = cross_entropies[ARMS.index(baseline)]

@@ -65,14 +65,14 @@ def _head(result: Result) -> str:
     facts = {"model": result["model"], "site": result["site"], "dictionary": result["sae"] or "none", "seed": result["seed"]}
     second = result.get("second_target")
     scores = [("Target score", target)] + ([("Beside it", second)] if second else [])
-    told = "".join(
+    scored = "".join(
         f"<p><b>{what}:</b> {escape(score['describe'])} "
         f"<span class='soft'>(AUROC on held-out texts: {figure(score['held_out_auroc'])})</span></p>"
         for what, score in scores
     )
-    listed = "".join(f"<div><dt>{key}</dt><dd>{escape(str(value))}</dd></div>" for key, value in facts.items())
+    pairs = "".join(f"<div><dt>{key}</dt><dd>{escape(str(value))}</dd></div>" for key, value in facts.items())
     description = concept.get("description") or ""
-    return f"<h1>Steering towards {escape(concept['name'])}</h1><p>{escape(description)}</p>{told}<dl class='facts'>{listed}</dl>"
+    return f"<h1>Steering towards {escape(concept['name'])}</h1><p>{escape(description)}</p>{scored}<dl class='facts'>{pairs}</dl>"
 
 
 def _verdict(sentences: Sequence[str]) -> str:
@@ -102,14 +102,14 @@ def _table(result: Result, series: Sequence[Series]) -> str:
     second = bool(result.get("second_target"))
     heads = ["method", "gain, 95 %", "", "target", *["beside it"] * second, "detection AUROC", "budget, nats", "nats per token"]
     heads += ["distinct-2", "longest repeat", "off-topic KL", "top-1 flips"]
-    shown = [(arm, level) for arm in result["arms"] if (level := best_level(arm)) is not None and level["score"] is not None]
-    shown.sort(key=lambda pair: -pair[1]["score"]["gain"]["value"])
-    gains = [level["score"]["gain"] for _, level in shown]
+    scored = [(arm, level) for arm in result["arms"] if (level := best_level(arm)) is not None and level["score"] is not None]
+    scored.sort(key=lambda pair: -pair[1]["score"]["gain"]["value"])
+    gains = [level["score"]["gain"] for _, level in scored]
     span = (min((g["low"] for g in gains), default=0.0), max((g["high"] for g in gains), default=1.0))
-    control = [level["score"]["gain"] for arm, level in shown if arm["kind"] == "control"]
+    control = [level["score"]["gain"] for arm, level in scored if arm["kind"] == "control"]
     colour = {s.method: s.colour for s in series}
     rows = []
-    for arm, level in shown:
+    for arm, level in scored:
         gain, score = level["score"]["gain"], level["score"]
         note = f'<span class="soft">{escape(arm["note"])}</span>' if arm["note"] else ""
         budget = _budget(level) + ("" if level["reached"] else "<small>not reached</small>")
@@ -267,20 +267,20 @@ def _settings(result: Result) -> str:
     settings = dict(result["settings"])
     command = settings.pop("command", None)
     concept = {key: value for key, value in result["concept"].items() if value and key not in ("name", "description")}
-    shown = f"<pre>{escape(command)}</pre>" if command else ""
+    command_line = f"<pre>{escape(command)}</pre>" if command else ""
     return (
-        f"<section><h2>How it was made</h2>{shown}<details><summary>Settings</summary>{_pairs(settings)}</details>"
+        f"<section><h2>How it was made</h2>{command_line}<details><summary>Settings</summary>{_pairs(settings)}</details>"
         f"<details><summary>The concept</summary>{_pairs(concept)}</details></section>"
     )
 
 
 def _pairs(values: dict[str, Any]) -> str:
-    def told(value: Any) -> str:
+    def plain(value: Any) -> str:
         if isinstance(value, dict):
-            return ", ".join(f"{key} {told(entry)}" for key, entry in value.items())
+            return ", ".join(f"{key} {plain(entry)}" for key, entry in value.items())
         if isinstance(value, list | tuple):
             return " · ".join(" / ".join(map(str, entry)) if isinstance(entry, list | tuple) else str(entry) for entry in value)
         return "none" if value is None else str(value)
 
-    items = "".join(f"<dt>{escape(str(key)).replace('_', ' ')}</dt><dd>{visible(told(value))}</dd>" for key, value in values.items())
+    items = "".join(f"<dt>{escape(str(key)).replace('_', ' ')}</dt><dd>{visible(plain(value))}</dd>" for key, value in values.items())
     return f'<dl class="pairs">{items}</dl>'

@@ -23,7 +23,7 @@ from steering.directions.targeted import Effects, fit_effects
 from steering.intervention import Item, Strength, steered
 from steering.strength.measure import until_end
 from steering.strength.neutral import FEW_PROMPTS
-from steering.strength.ruler import Ruler
+from steering.strength.sequences import KLCalibrator
 from steering.studies.measured import consistency
 from steering.vector import SteeringVector
 
@@ -141,7 +141,7 @@ def measure_effects(
     lm: LanguageModel,
     dictionary: Dictionary,
     features: Sequence[int],
-    ruler: Ruler,
+    calibrator: KLCalibrator,
     kl: float,
     prompts: Sequence[str] = FEW_PROMPTS,
     *,
@@ -161,7 +161,7 @@ def measure_effects(
     with progress("measuring effects", len(units), "directions") as bar:
         for first in range(0, len(units), together):
             batch = units[first : first + together]
-            coefficients = [ruler.coefficient(unit, kl).coefficient for unit in batch]
+            coefficients = [calibrator.coefficient(unit, kl).coefficient for unit in batch]
             # a prompt's rollouts stand together: samples of the first direction, then of the second ...
             owner_r = torch.arange(len(batch)).repeat_interleave(samples).repeat(len(prompts))
             terms: list[tuple[Item, Strength]] = [(u, c * (owner_r == i).float()) for i, (u, c) in enumerate(zip(batch, coefficients))]
@@ -176,7 +176,7 @@ def measure_effects(
     return fit_effects(torch.stack(x), torch.stack(y), dictionary.require_site(), provenance)
 
 
-class Aim(NamedTuple):
+class AimScore(NamedTuple):
     """How well a direction moves its feature alone, with 95 % intervals over rollouts."""
 
     feature: Estimate
@@ -185,15 +185,15 @@ class Aim(NamedTuple):
     """feature / others"""
 
     @classmethod
-    def of(cls, found: Effect, feature: int) -> "Aim":
+    def of(cls, found: Effect, feature: int) -> "AimScore":
         on_t, others_t = found.on(feature), found.others(feature)
         with np.errstate(invalid="ignore", divide="ignore"):
             return cls(estimate(on_t), estimate(others_t), estimate(on_t / others_t))
 
 
-def aim_difference(one: Effect, other: Effect, feature: int) -> Aim:
-    """`Aim` of one direction minus that of another, rollouts of the same prompt and seed drawn again together."""
+def aim_difference(one: Effect, other: Effect, feature: int) -> AimScore:
+    """`AimScore` of one direction minus that of another, rollouts of the same prompt and seed drawn again together."""
     on_t, others_t = ([e.on(feature) for e in (one, other)], [e.others(feature) for e in (one, other)])
     with np.errstate(invalid="ignore", divide="ignore"):
         share_t = [a / b for a, b in zip(on_t, others_t)]
-        return Aim(*(estimate(a - b) for a, b in (on_t, others_t, share_t)))
+        return AimScore(*(estimate(a - b) for a, b in (on_t, others_t, share_t)))

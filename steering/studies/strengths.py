@@ -21,7 +21,7 @@ from sae.progress import progress
 from sae.statistics import ratio_interval
 from sae.text_input import text_list
 from steering.intervention import steered
-from steering.steer import PartsConfig, load_parts
+from steering.steer import PartsConfig, load_steering_parts
 from steering.strength.measure import continuation_loss, until_end, word_rate
 from steering.strength.neutral import FEW_PROMPTS
 from steering.vector import SteeringVector
@@ -44,7 +44,7 @@ class StrengthsConfig(PartsConfig):
     """JSON file for the table with every continuation"""
 
 
-class Row(NamedTuple):
+class StrengthRow(NamedTuple):
     direction: str
     """"none", "feature", or "random" for a random direction of the feature's norm"""
     strength: float
@@ -61,14 +61,14 @@ class Row(NamedTuple):
     texts: list[str]
 
 
-def strengths(config: StrengthsConfig) -> list[Row]:
+def strengths(config: StrengthsConfig) -> list[StrengthRow]:
     """Prints the table and gives its rows. Raises `InputError` when the parts do not belong together."""
     if config.samples < 1 or not config.strengths or not text_list(config.prompts, "prompts"):
         raise InputError("expected at least one sample, one strength and one prompt")
     if config.out:
         require_file(config.out)
     words = read_words(config.words)
-    lm, feature, _, vector = load_parts(config)
+    lm, feature, _, vector = load_steering_parts(config)
     random_d = torch.randn(lm.width(vector.site), generator=torch.Generator().manual_seed(config.sampling.seed))
     random = SteeringVector.at(vector.site, random_d * vector.norm / random_d.norm(), {"method": "random", "seed": config.sampling.seed})
     arms = [("none", vector, 0.0)]
@@ -76,12 +76,12 @@ def strengths(config: StrengthsConfig) -> list[Row]:
     rows = []
     with progress("sampling", len(arms) * len(config.prompts) * config.samples, "continuations") as bar:
         for name, direction, strength in arms:
-            rows.append(measure(lm, name, direction, strength, words, config))
+            rows.append(measure_strength(lm, name, direction, strength, words, config))
             bar.advance(len(config.prompts) * config.samples)
     if config.out:
         settings = asdict(config)
         write_json(config.out, {"settings": settings, "feature": feature, "rows": [row._asdict() for row in rows]})
-    show(rows, feature, vector.site, config)
+    print_strengths(rows, feature, vector.site, config)
     return rows
 
 
@@ -96,7 +96,9 @@ def read_words(path: Path) -> list[str]:
     return words
 
 
-def measure(lm: LanguageModel, name: str, vector: SteeringVector, strength: float, words: list[str], config: StrengthsConfig) -> Row:
+def measure_strength(
+    lm: LanguageModel, name: str, vector: SteeringVector, strength: float, words: list[str], config: StrengthsConfig
+) -> StrengthRow:
     """One line of the table: continuations of every prompt with strength · vector added everywhere, the same seeds in every line."""
     texts: list[str] = []
     losses: list[float] = []
@@ -121,10 +123,10 @@ def measure(lm: LanguageModel, name: str, vector: SteeringVector, strength: floa
     interval = ratio_interval(np.array([r.found for r in of_texts]), np.array([r.words for r in of_texts]), config.sampling.seed)
     distinct = len(set(pairs)) / len(pairs) if pairs else float("nan")
     nats = float(np.mean(losses)) if losses else float("nan")
-    return Row(name, strength, rate.found, rate.words, interval, nats, distinct, failed, texts)
+    return StrengthRow(name, strength, rate.found, rate.words, interval, nats, distinct, failed, texts)
 
 
-def show(rows: list[Row], feature: int, site: str, config: StrengthsConfig) -> None:
+def print_strengths(rows: list[StrengthRow], feature: int, site: str, config: StrengthsConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 

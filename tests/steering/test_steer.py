@@ -22,7 +22,7 @@ from sae.model.language_model import LanguageModel
 from sae.model.sampling import Sampling
 from steering.command_line import main
 from steering.intervention import steered
-from steering.steer import SteerConfig, steer
+from steering.steer import SteerConfig, compare_texts, steer
 from steering.vector import SteeringVector
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "damn", "it", "dog", "ran", "far", "away", "hell", "no", "yes", "red", "blue", "green"]
@@ -166,11 +166,9 @@ def test_a_strength_beyond_arithmetic_is_said_in_a_sentence(parts, monkeypatch, 
 
 
 def test_half_precision_that_overflows_is_said_in_a_sentence(parts):
-    from steering.steer import compare
-
     lm = LanguageModel.load(str(parts / "model"), device="cpu", dtype="float16")
     vector = SteeringVector.at("resid_post.0", torch.ones(16))
-    report = compare(lm, vector, config_of(parts, feature=3, strength=1e6))  # above 65,504
+    report = compare_texts(lm, vector, config_of(parts, feature=3, strength=1e6))  # above 65,504
     assert report["steered"] is None
     assert "not finite at new token 1" in report["failure"]
 

@@ -30,7 +30,7 @@ def add_api(app: Any, browser: "Browser") -> None:
             try:
                 await super().__call__(*connection)
             finally:
-                browser.model.go("steer")
+                browser.model.release("steer")
 
     @app.get("/api/feature/{model:path}/{source}/{j}")
     def feature(model: str, source: str, j: int) -> Any:
@@ -44,12 +44,12 @@ def add_api(app: Any, browser: "Browser") -> None:
     async def features(request: Request) -> Any:
         query, page = Query.read(request.query_params), max(1, whole("page", request.query_params.get("page") or "1"))
 
-        def listed() -> Any:
+        def answer() -> Any:
             chosen = browser.tables.features(query)
             shown = chosen[(page - 1) * PAGE : page * PAGE].tolist()
-            return JSONResponse({"total": len(chosen), "page": page, "features": [screens.summary(browser, j) for j in shown]})
+            return JSONResponse({"total": len(chosen), "page": page, "features": [screens.feature_row(browser, j) for j in shown]})
 
-        return await browser.with_list(request, query, listed)
+        return await browser.with_list(request, query, answer)
 
     @app.get("/api/prompt")
     async def prompt(request: Request) -> Any:
@@ -85,12 +85,12 @@ def add_api(app: Any, browser: "Browser") -> None:
         for j, _ in pairs:
             browser.require(j)
         drawn = sampling(value)
-        await browser.model.come("steer", request)
+        await browser.model.wait_for("steer", request)
         try:
             pieces = await run_in_threadpool(browser.steering, prompt, pairs, drawn)
             return Written(_events(pieces), media_type="text/event-stream", headers={"cache-control": "no-store"})
         except BaseException:
-            browser.model.go("steer")
+            browser.model.release("steer")
             raise
 
 

@@ -30,7 +30,7 @@ MOST_PAIRS = 256  # of feature and position whose effect is measured: one pass o
 LOGITS = 1 << 25  # of the copies that run together: 128 MB
 
 
-class Firing(NamedTuple):
+class TokenFeature(NamedTuple):
     """A feature that fires on a token of the text."""
 
     position: int
@@ -49,7 +49,7 @@ class Reading(NamedTuple):
     """of every token; joined, the text"""
     losses: list[float | None]
     """nats of every token given those before it; None for a first one that nothing comes before"""
-    firings: list[list[Firing]]
+    firings: list[list[TokenFeature]]
     """of every token, in the order asked for; empty at beginning-of-text, where the index did not look either"""
     active: int
     """pairs of feature and token that fire, of the tokens and the density asked for"""
@@ -96,10 +96,10 @@ def read_prompt(
         unit = dictionary.unit(h_pd.to(dictionary.W_enc_fd.dtype))
         units_p = [unit] * len(h_pd) if isinstance(unit, float) else unit[:, 0].float().tolist()  # host sync
         effects = _effects(lm, dictionary, dictionary.site_out or site, ids_1p, losses_p, pairs, most_pairs, units_p)
-    firings: list[list[Firing]] = [[] for _ in range(ids_1p.shape[1])]
+    firings: list[list[TokenFeature]] = [[] for _ in range(ids_1p.shape[1])]
     for p, j, a in pairs:
         stored = float(np.float16(abs(a)))  # as the index holds its own
-        firings[p].append(Firing(p, j, a, index.percentile(j, stored), effects.get((p, j))))
+        firings[p].append(TokenFeature(p, j, a, index.percentile(j, stored), effects.get((p, j))))
     size = lm.model.get_input_embeddings().num_embeddings
     return Reading(
         vocabulary(lm.tokenizer, size).texts(ids_1p[0].tolist()),
@@ -110,7 +110,7 @@ def read_prompt(
     )
 
 
-def _key(firing: Firing, order: Order) -> tuple:
+def _key(firing: TokenFeature, order: Order) -> tuple:
     """The greatest first; of equal ones the stronger, then the lower number."""
     value = -np.inf if firing.effect is None else firing.effect
     first = {"activation": abs(firing.activation), "percentile": np.nan_to_num(firing.percentile, nan=2.0), "effect": value}[order]

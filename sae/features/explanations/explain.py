@@ -19,21 +19,23 @@ from sae.disk.writing import only_writer
 from sae.errors import InputError
 from sae.features.explanations.explanation import METHODS, Explanation, write_explanations
 from sae.features.explanations.lookups import (
-    Corpus,
     Explained,
-    Firing,
+    FiringRows,
     Prediction,
+    ScannedText,
     bigram_lookup,
-    describe,
     pattern_lookup,
-    read_corpus,
+    read_scanned_text,
+    rules_text,
     token_lookup,
 )
 from sae.features.index.reader import FeatureIndex
 from sae.progress import progress
-from sae.statistics import percentile_interval, resamples
+from sae.statistics import percentile_interval, ratio, resamples
 
-LOOKUPS: dict[str, Callable[[Corpus, Firing], Explained]] = dict(zip(METHODS, (token_lookup, bigram_lookup, pattern_lookup), strict=True))
+LOOKUPS: dict[str, Callable[[ScannedText, FiringRows], Explained]] = dict(
+    zip(METHODS, (token_lookup, bigram_lookup, pattern_lookup), strict=True)
+)
 DRAWS = 200
 """Bootstrap draws of the held-out documents behind an interval."""
 
@@ -70,11 +72,11 @@ def explain(config: ExplainConfig) -> Path:
     index = FeatureIndex.open(config.index, verify=True)
     require_file(config.index / EXPLANATIONS)
     features = choose(index, config)
-    corpus = read_corpus(index, config.held_out, config.seed)
+    corpus = read_scanned_text(index, config.held_out, config.seed)
     with only_writer(config.index):
         if config.endpoint is None:
             new = explain_by_lookup(index, corpus, features, config.seed)
-            print(summary(new))
+            print(lookup_summary(new))
         else:
             from sae.features.explanations.judge import explain_by_model
 
@@ -97,7 +99,7 @@ def choose(index: FeatureIndex, config: ExplainConfig) -> list[int]:
     return sorted(np.random.default_rng(config.seed).permutation(alive)[: config.sample].tolist())
 
 
-def explain_by_lookup(index: FeatureIndex, corpus: Corpus, features: Sequence[int], seed: int) -> list[Explanation]:
+def explain_by_lookup(index: FeatureIndex, corpus: ScannedText, features: Sequence[int], seed: int) -> list[Explanation]:
     """Token, bigram and pattern of every feature, scored on the held-out documents beside trivial baselines.
 
     The "shuffled" baseline is the explanation of the feature before it in one random round of all that fire: the same for any choice of
@@ -105,7 +107,7 @@ def explain_by_lookup(index: FeatureIndex, corpus: Corpus, features: Sequence[in
     """
     alive = np.random.default_rng(seed).permutation(np.flatnonzero(index.columns["count"]))
     before = dict(zip(alive.tolist(), np.roll(alive, 1).tolist()))
-    scorer = Scorer(corpus, seed)
+    scorer = PredictionScorer(corpus, seed)
     last: tuple[int, dict[str, Explained]] = (-1, {})
 
     def lookups(j: int) -> dict[str, Explained]:
@@ -128,17 +130,17 @@ def explain_by_lookup(index: FeatureIndex, corpus: Corpus, features: Sequence[in
                 if theirs:
                     beside["shuffled"] = point(scorer.score(held, theirs[method].prediction, intervals=False))
                 token = token or point(scores)
-                text = describe(rules, index.vocabulary) if len(learn.rows) else "never fires in the documents learned from"
+                text = rules_text(rules, index.vocabulary) if len(learn.rows) else "never fires in the documents learned from"
                 found.append(Explanation(j, method, text, scores, beside))
             last = (j, mine)
             bar.advance(1)
     return found
 
 
-class Scorer:
+class PredictionScorer:
     """Scores predictions over all scanned tokens of the held-out documents, firing or not; only the non-zero ones are touched."""
 
-    def __init__(self, corpus: Corpus, seed: int, draws: int = DRAWS):
+    def __init__(self, corpus: ScannedText, seed: int, draws: int = DRAWS):
         held = np.flatnonzero(corpus.held_n)
         documents, inverse = np.unique(corpus.document_n[held], return_inverse=True)
         self.document_n = np.full(len(corpus.held_n), -1, np.int32)
@@ -148,7 +150,7 @@ class Scorer:
         n = len(documents)
         self.draws_rd = resamples(n, draws, np.random.default_rng(seed)).astype(np.float64)
 
-    def score(self, held: Firing, prediction: Prediction, *, intervals: bool = True) -> dict[str, Any]:
+    def score(self, held: FiringRows, prediction: Prediction, *, intervals: bool = True) -> dict[str, Any]:
         """precision, recall and F1 of firing, Pearson correlation of the activations, with bootstrap intervals (95 %) over documents.
 
         None where a score is not defined: F1 and recall of a feature that never fires there, a correlation with a constant.
@@ -182,10 +184,6 @@ class Scorer:
         return scores
 
 
-def ratio(a: Any, b: Any) -> np.ndarray:
-    return np.divide(a, b, out=np.full(np.shape(b), np.nan), where=np.asarray(b) > 0)
-
-
 def f1(sums: np.ndarray) -> np.ndarray:
     """Of sums [..., 8] over tokens: tokens, hits, predicted, firing, p, p², p·a, a, a²; undefined where the feature never fires."""
     return np.where(sums[..., 3] > 0, ratio(2 * sums[..., 1], sums[..., 2] + sums[..., 3]), np.nan)
@@ -199,7 +197,7 @@ def correlation(sums: np.ndarray) -> np.ndarray:
     return ratio(n * pa - p * a, np.sqrt(varies_p * varies_a))
 
 
-def trivial(corpus: Corpus, learn: Firing, held: Firing) -> dict[str, Any]:
+def trivial(corpus: ScannedText, learn: FiringRows, held: FiringRows) -> dict[str, Any]:
     """What no explanation is needed for: firing on every token, and at random as often as in the learning documents (expected values)."""
     n = int(corpus.held_n.sum())
     density, rate = len(held.rows) / n, len(learn.rows) / max(len(corpus.held_n) - n, 1)
@@ -221,7 +219,7 @@ def rounded(value: Any) -> float | None:
     return round(float(value), 4) if np.isfinite(value) else None
 
 
-def summary(explanations: Sequence[Explanation]) -> str:
+def lookup_summary(explanations: Sequence[Explanation]) -> str:
     """A table: quartiles over the features that fire in the held-out documents, of each method and of what it is compared with."""
     rows: dict[str, list[tuple[Any, Any]]] = {}
     for e in explanations:

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from sae.disk.reading import parse_json, read_bytes, read_gzip
 from sae.disk.writing import atomic
 from sae.errors import InputError
-from sae.features.exports.saedashboard import Names, encoded, examples, names_of, tables
+from sae.features.exports.saedashboard import Names, encoded, example_rows, names_of, tables
 from sae.progress import progress
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def feature_row(index: "FeatureIndex", j: int, names: Names, creator: str, creat
 
 
 def activation_rows(index: "FeatureIndex", j: int, names: Names, creator: str, created: str) -> Iterator[dict[str, Any]]:
-    for n, (low, high, contains, context) in enumerate(examples(index, j)):
+    for n, (low, high, contains, context) in enumerate(example_rows(index, j)):
         values = context.values.tolist()
         row: dict[str, Any] = dict.fromkeys(ACTIVATION)
         row |= {"id": _identity(index, "activation", j, n), "tokens": context.texts, "modelId": names.model, "layer": names.source}
@@ -170,7 +170,7 @@ def _upload(index: "FeatureIndex", j: int, explanations: "Sequence[Explanation]"
             for e in explanations
         ]
     row["activations"] = []
-    for low, high, contains, context in examples(index, j):
+    for low, high, contains, context in example_rows(index, j):
         activation: dict[str, Any] = {"tokens": context.texts[: UPLOAD["tokens"]], "values": context.values.tolist()[: UPLOAD["tokens"]]}
         if contains >= 0:
             activation |= {"quantileMin": low, "quantileMax": high, "quantileFraction": contains}
