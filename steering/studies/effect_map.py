@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from sae.activations.text import TextConfig
-from sae.dictionaries.dictionary import Dictionary
 from sae.disk.places import require_file
 from sae.disk.writing import jsonable, write_json
 from sae.errors import InputError
 from sae.features.index.lens import folded_unembedding, into_residual, logit_lens
 from sae.model.language_model import LanguageModel
+from sae.model.sampling import Sampling
 from sae.progress import progress
 from sae.statistics import Estimate
 from sae.text_input import text_list
@@ -26,11 +26,11 @@ from steering.studies.effects import (
     SAMPLES,
     AimScore,
     Effect,
+    Rollouts,
     aim_difference,
     effect,
     feature_rows,
     measure_effects,
-    rollout_activations,
 )
 from steering.studies.principal import alive_features
 from steering.vector import SteeringVector
@@ -109,9 +109,8 @@ def effect_map(config: EffectConfig) -> dict[str, Any]:
         if len(alive) < config.fit:
             raise InputError(f"expected {config.fit} features that fire on the text, found {len(alive)}; lower --fit")
         chosen = np.random.default_rng(config.seed).choice(alive, config.fit, replace=False).tolist()
-        effects = measure_effects(
-            lm, dictionary, chosen, calibrator, config.kl, config.prompts, new_tokens=config.new_tokens, seed=config.seed + 10_000
-        )
+        sampling = Sampling(max_new_tokens=config.new_tokens, seed=config.seed + 10_000)
+        effects = measure_effects(Rollouts(lm, dictionary, config.prompts, 1, sampling), chosen, calibrator, config.kl)
         effects.save(config.effects)  # type: ignore[arg-type]
     elif config.effects:
         effects = Effects.load(config.effects)
@@ -122,7 +121,9 @@ def effect_map(config: EffectConfig) -> dict[str, Any]:
         directions += [(f"targeted {j}", j, targeted_direction(effects, j, config.bias_weight)) for j in config.feature]
     if config.vector:
         directions.append((str(config.vector), None, SteeringVector.load(config.vector).unit()))
-    mapped = measure_all(lm, dictionary, directions, calibrator, config)
+    sampling = Sampling(max_new_tokens=config.new_tokens, seed=config.seed)
+    rollouts = Rollouts(lm, dictionary, config.prompts, config.samples, sampling)
+    mapped = measure_all(rollouts, directions, calibrator, config.kl)
     settings = jsonable(asdict(config))
     fitted = effects and {k: v for k, v in effects.provenance.items() if k not in ("features", "prompts")}
     result = {"format": "effect-map-1", "settings": settings, "fitted": fitted, "maps": [], "aims": aims(mapped)}
@@ -146,23 +147,17 @@ def check(config: EffectConfig) -> None:
 
 
 def measure_all(
-    lm: LanguageModel,
-    dictionary: Dictionary,
-    directions: list[tuple[str, int | None, SteeringVector]],
-    calibrator: KLCalibrator,
-    config: EffectConfig,
+    rollouts: Rollouts, directions: list[tuple[str, int | None, SteeringVector]], calibrator: KLCalibrator, kl: float
 ) -> list[MappedDirection]:
     """The effect of every unit direction at the budget, against the same unsteered rollouts."""
-    settings = {"samples": config.samples, "new_tokens": config.new_tokens, "seed": config.seed}
     mapped: list[MappedDirection] = []
     if not directions:
         return mapped
-    unsteered_rf = rollout_activations(lm, dictionary, [], config.prompts, **settings)
+    unsteered_rf = rollouts.activations([])
     with progress("mapping", len(directions), "directions") as bar:
         for name, feature, unit in directions:
-            found = calibrator.coefficient(unit, config.kl)
-            measured = effect(lm, dictionary, unit, found.coefficient, config.prompts, unsteered_rf=unsteered_rf, **settings)
-            mapped.append(MappedDirection(name, feature, measured, found.reached))
+            found = calibrator.coefficient(unit, kl)
+            mapped.append(MappedDirection(name, feature, effect(rollouts, unit, found.coefficient, unsteered_rf), found.reached))
             bar.advance(1)
     return mapped
 

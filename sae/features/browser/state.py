@@ -11,7 +11,7 @@ from sae.features.notes import Notes
 from sae.model.sampling import Sampling
 
 if TYPE_CHECKING:
-    from fastapi import Request
+    from starlette.requests import Request
 
     from sae.dictionaries.dictionary import Dictionary
     from sae.features.browser.prompt import Reading
@@ -64,7 +64,7 @@ class Browser:
         """The prompt of an address, when the model is free; None without one."""
         from starlette.concurrency import run_in_threadpool
 
-        from sae.features.browser.prompt import read_prompt
+        from sae.features.browser.prompt import Selection, read_prompt
 
         text = params.get("text", "")
         if not text:
@@ -78,17 +78,21 @@ class Browser:
         positions = [whole("t", part) for part in params.get("t", "").split(",") if part] or None
         density_max = finite("density_max", density) if density else None
         async with self.model.turn("prompt", request):
-            return await run_in_threadpool(
-                read_prompt,
-                self.lm,
-                self.dictionary,
-                self.index,
-                text,
-                order=order,
-                positions=positions,
-                n=n,
-                density_max=density_max,
-            )
+            selection = Selection(order, positions, n, density_max)
+            return await run_in_threadpool(read_prompt, self.lm, self.dictionary, self.index, text, selection)
+
+
+def browser_of(request: "Request") -> Browser:
+    return request.app.state.browser
+
+
+def feature_of(request: "Request") -> int:
+    """The feature that the path names. Raises `NotThere` for one that does not exist."""
+    text = request.path_params["j"]
+    if digits(text.removeprefix("-")) is None:
+        raise NotThere(f"expected a whole number in the address, got {text[:40]!r}")
+    browser_of(request).require(int(text))
+    return int(text)
 
 
 def sampling(params: Any) -> Sampling:

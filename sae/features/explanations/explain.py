@@ -9,7 +9,7 @@ write explanations too (judge.py); nothing is sent without `--endpoint`. All sta
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -137,6 +137,22 @@ def explain_by_lookup(index: FeatureIndex, corpus: ScannedText, features: Sequen
     return found
 
 
+class Sums(NamedTuple):
+    """Over tokens, of a feature's activations a and predicted ones p; each a number, or one for every draw of the documents."""
+
+    tokens: np.ndarray
+    hits: np.ndarray
+    """predicted to fire, and firing"""
+    predicted: np.ndarray
+    """to fire"""
+    firing: np.ndarray
+    p: np.ndarray
+    pp: np.ndarray
+    pa: np.ndarray
+    a: np.ndarray
+    aa: np.ndarray
+
+
 class PredictionScorer:
     """Scores predictions over all scanned tokens of the held-out documents, firing or not; only the non-zero ones are touched."""
 
@@ -167,34 +183,33 @@ class PredictionScorer:
         parts += [(of_prediction, p), (of_prediction, p * p), (of_prediction, p * truth)]
         parts += [(of_truth, held.values), (of_truth, held.values**2)]
         sums_dk = np.stack([self.rows_d, *(np.bincount(at, weight, n) for at, weight in parts)], axis=1)
-        total = sums_dk.sum(0)
+        total = Sums(*sums_dk.sum(0))
         scores: dict[str, Any] = {
             "f1": rounded(f1(total)),
-            "precision": rounded(ratio(total[1], total[2])),
-            "recall": rounded(ratio(total[1], total[3])),
+            "precision": rounded(ratio(total.hits, total.predicted)),
+            "recall": rounded(ratio(total.hits, total.firing)),
             "correlation": rounded(correlation(total)),
         }
         if intervals:
-            drawn_rk = self.draws_rd @ sums_dk
-            for name, values in (("f1", f1(drawn_rk)), ("correlation", correlation(drawn_rk))):
+            drawn = Sums(*(self.draws_rd @ sums_dk).T)
+            for name, values in (("f1", f1(drawn)), ("correlation", correlation(drawn))):
                 low, high = percentile_interval(values)
                 known = scores[name] is not None and np.isfinite(low)
                 scores[f"{name}_interval"] = [rounded(low), rounded(high)] if known else None
-            scores |= {"firing_tokens": int(total[3]), "tokens": int(total[0]), "documents": n}
+            scores |= {"firing_tokens": int(total.firing), "tokens": int(total.tokens), "documents": n}
         return scores
 
 
-def f1(sums: np.ndarray) -> np.ndarray:
-    """Of sums [..., 8] over tokens: tokens, hits, predicted, firing, p, p², p·a, a, a²; undefined where the feature never fires."""
-    return np.where(sums[..., 3] > 0, ratio(2 * sums[..., 1], sums[..., 2] + sums[..., 3]), np.nan)
+def f1(s: Sums) -> np.ndarray:
+    """Of predicting to fire; undefined where the feature never fires."""
+    return np.where(s.firing > 0, ratio(2 * s.hits, s.predicted + s.firing), np.nan)
 
 
-def correlation(sums: np.ndarray) -> np.ndarray:
-    """Pearson correlation of prediction and activation over all tokens, from their sums; undefined where one of them is constant."""
-    n, p, pp, pa, a, aa = (sums[..., k] for k in (0, 4, 5, 6, 7, 8))
-    varies_p, varies_a = n * pp - p * p, n * aa - a * a
-    varies_p, varies_a = np.where(varies_p > 1e-12 * n * pp, varies_p, 0), np.where(varies_a > 1e-12 * n * aa, varies_a, 0)
-    return ratio(n * pa - p * a, np.sqrt(varies_p * varies_a))
+def correlation(s: Sums) -> np.ndarray:
+    """Pearson correlation of prediction and activation over all tokens; undefined where one of them is constant."""
+    n, varies_p, varies_a = s.tokens, s.tokens * s.pp - s.p * s.p, s.tokens * s.aa - s.a * s.a
+    varies_p, varies_a = np.where(varies_p > 1e-12 * n * s.pp, varies_p, 0), np.where(varies_a > 1e-12 * n * s.aa, varies_a, 0)
+    return ratio(n * s.pa - s.p * s.a, np.sqrt(varies_p * varies_a))
 
 
 def trivial(corpus: ScannedText, learn: FiringRows, held: FiringRows) -> dict[str, Any]:

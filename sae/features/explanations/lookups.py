@@ -58,6 +58,17 @@ class Rule(NamedTuple):
     """of the feature's activation in the learning documents"""
 
 
+class Patterns(NamedTuple):
+    """Those of one shape that were chosen."""
+
+    shape: tuple[int, ...]
+    groups: np.ndarray
+    value: np.ndarray
+    """the activation that each predicts"""
+    explains: np.ndarray
+    """the activation of the learning documents that is its own"""
+
+
 class Explained(NamedTuple):
     rules: list[Rule]
     """strongest first"""
@@ -216,7 +227,7 @@ def pattern_lookup(corpus: ScannedText, learn: FiringRows) -> Explained:
     Predicted is the mean activation of the strongest pattern that matches; firing is predicted wherever one does.
     """
     rest = np.arange(len(learn.rows))
-    found: list[tuple[tuple[int, ...], np.ndarray, np.ndarray, np.ndarray]] = []  # shape, groups, value, activation it explains
+    found: list[Patterns] = []
     for level in LEVELS:
         best, chosen, groups_of = np.zeros(len(rest)), np.full(len(rest), -1), []
         for i, shape in enumerate(level):
@@ -231,12 +242,12 @@ def pattern_lookup(corpus: ScannedText, learn: FiringRows) -> Explained:
             groups, inverse, value = groups_of[i]
             explains = np.bincount(inverse[chosen == i], learn.values[rest[chosen == i]], len(groups))
             kept = np.unique(inverse[chosen == i])
-            found.append((shape, groups[kept], value[kept], explains[kept]))
+            found.append(Patterns(shape, groups[kept], value[kept], explains[kept]))
         rest = rest[chosen < 0]
-    rules = [rule for shape, groups, _, mass in found for rule in _rules(corpus, shape, groups, mass, mass > 0, learn)]
-    matches = [corpus.shapes[shape].held_rows(groups) for shape, groups, _, _ in found]
+    rules = [rule for p in found for rule in _rules(corpus, p.shape, p.groups, p.explains, p.explains > 0, learn)]
+    matches = [corpus.shapes[p.shape].held_rows(p.groups) for p in found]
     rows = np.concatenate([rows for rows, _ in matches])
-    values = np.concatenate([np.repeat(value, counts) for (_, _, value, _), (_, counts) in zip(found, matches)])
+    values = np.concatenate([np.repeat(p.value, counts) for p, (_, counts) in zip(found, matches)])
     order = np.lexsort((-values, rows))
     order = order[np.diff(rows[order], prepend=-1) > 0]
     return Explained(sorted(rules, key=lambda rule: -rule.share), Prediction(rows[order], values[order], np.ones(len(order), bool)))
