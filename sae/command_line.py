@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sae.disk.places import sentence
+from sae.disk.places import refusal_sentence
 from sae.errors import InputError
 from sae.streams import lasting_streams
 from sae.text_input import replace_surrogates
@@ -26,7 +26,7 @@ def run(function: Callable[[Any], Any], config_class: type, description: str) ->
         except InputError as error:
             fail(str(error))
         except OSError as error:
-            text = sentence(error)
+            text = refusal_sentence(error)
             if text is None:
                 raise
             fail(text)

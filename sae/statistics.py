@@ -18,6 +18,11 @@ Estimate = dict[str, Any]
 """{"value", "low", "high"}: a number and the ends of its 95 % interval; None for what is not finite, which JSON does not have"""
 
 
+def ratio(a: np.ndarray | float, b: np.ndarray | float) -> np.ndarray:
+    """a / b, NaN where b is 0: a constant has no variance to explain, and what never fires no precision."""
+    return np.divide(a, b, out=np.full(np.shape(b), np.nan), where=np.asarray(b) != 0)[()]
+
+
 def resamples(n: int, rounds: int, rng: np.random.Generator) -> np.ndarray:
     """How often each of `n` things is drawn in each round when `n` are drawn with replacement, int64 [r, n]."""
     return rng.multinomial(n, np.full(n, 1 / n), rounds)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from sae.activations.text.documents import TextConfig, documents
 from sae.command_line import run
+from sae.device import device_named
 from sae.disk.places import require_folder
 from sae.disk.reading import read_json
 from sae.disk.writing import atomic, write_json
@@ -246,7 +247,7 @@ def train(config: DemoModelConfig) -> None:
         print(f"{config.out} is already complete; remove its training.json to train it again")
         return
     torch.manual_seed(config.seed)
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_named(config.device)
     texts = read_domains(config.corpora, "train")
     tokenizer = make_tokenizer(config, texts)
     model = make_model(config, tokenizer).to(device)

@@ -17,12 +17,12 @@ from sae.dictionaries.gates import Threshold
 from sae.errors import InputError
 from sae.model.hooks import Edit
 from sae.model.language_model import LanguageModel, NonFiniteLogits
-from steering.positions import Place, Positions, listed_positions
+from steering.positions import PositionMask, Positions, listed_positions
 from steering.vector import SteeringVector
 
 OPERATIONS = ("add", "rotate", "clamp", "ablate")
 
-once = lru_cache(maxsize=8)
+cached = lru_cache(maxsize=8)
 """of what a pass needs on its device, in its dtype and for its rows: prepared at the first pass of a generation, not at every one"""
 
 
@@ -77,7 +77,7 @@ def steered(
     0, or at those of a list of its length. `prompt_length` is the prompt's columns with its padding, `ids_sp.shape[1]`: "prompt",
     "generated" and "last" need it; the others, "all" excepted, then end with the prompt. Every choice is the same with a KV cache.
 
-    Raises `InputError` for a site the model lacks, another width, what an operation or place cannot mean, and (in the pass) for more
+    Raises `InputError` for a site the model lacks, another width, what an operation or positions cannot mean, and (in the pass) for more
     positions than the model's context; `OverflowError` where the sum's norm overflows, because a model would then not fail but say anything
     at all; `NonFiniteLogits` at the end if a generation inside met logits that were not finite.
     """
@@ -90,11 +90,11 @@ def steered(
         per_position = any(term.is_positional for term in terms)
         if positions == "all" and prompt_length is not None and not per_position:
             raise InputError(f'expected no prompt_length with positions "all", got {prompt_length}')
-        place = Place(lm, positions if isinstance(positions, str) else "listed", prompt_length, listed)
+        mask = PositionMask(lm, positions if isinstance(positions, str) else "listed", prompt_length, listed)
         if operation in ("add", "rotate"):
-            edits[site] = _adding(site, terms, place, operation == "rotate")
+            edits[site] = _adding(site, terms, mask, operation == "rotate")
         else:
-            edits[site] = _setting(site, terms, place, operation == "ablate")
+            edits[site] = _setting(site, terms, mask, operation == "ablate")
     with _reporting(lm), lm.edited(edits), lm.edited(_notes([t.own for terms in by_site.values() for t in terms if t.own])):
         yield
 
@@ -219,27 +219,27 @@ def _feature_term(item: DictionaryFeature, strength_s: Tensor) -> _Term:
     return _Term(row_d, strength_s, d.W_enc_fd[j].float().to(strength_s.device), bias.item(), threshold)  # host sync
 
 
-def _adding(site: str, terms: list[_Term], place: Place, rotate: bool) -> Edit:
-    """Adds Σ c·v where `place` says, and directions per position where they belong; other positions keep every bit."""
+def _adding(site: str, terms: list[_Term], mask: PositionMask, rotate: bool) -> Edit:
+    """Adds Σ c·v where `mask` says, and directions per position where they belong; other positions keep every bit."""
     positional = any(term.is_positional for term in terms)
     zero_11d = terms[0].direction.new_zeros(1, 1, terms[0].direction.shape[-1])
-    table_std, spot = _table(site, terms, place) if positional else (zero_11d, place)
-    flat = [t for t in terms if not t.is_positional and (place.listed is None or not positional)]
+    table_std, spot = _table(site, terms, mask) if positional else (zero_11d, mask)
+    flat = [t for t in terms if not t.is_positional and (mask.listed is None or not positional)]
     fixed_s1d = sum((t.strength_s[:, None, None] * t.direction for t in flat), start=zero_11d)
     for delta in (fixed_s1d, table_std):
         _refuse_overflow(site, delta)
 
-    @once
+    @cached
     def fixed(device: torch.device, dtype: torch.dtype, rows: int) -> Tensor:
         return _of_rows(fixed_s1d.to(device, dtype), rows)
 
-    @once
+    @cached
     def table(device: torch.device, rows: int) -> Tensor:
         return _of_rows(table_std.to(device), rows).expand(rows, -1, -1)
 
     def add(value_rpd: Tensor) -> Tensor:
         rows, device = len(value_rpd), value_rpd.device
-        where = place.of(value_rpd) if flat else False
+        where = mask.of(value_rpd) if flat else False
         at = spot.of(value_rpd) if positional else False
         if where is False and at is False:
             return value_rpd
@@ -255,18 +255,18 @@ def _adding(site: str, terms: list[_Term], place: Place, rotate: bool) -> Edit:
     return add
 
 
-def _table(site: str, terms: list[_Term], place: Place) -> tuple[Tensor, Place]:
-    """Σ c·v for each of the first t positions, [1 or s, t, d], and the place of those that have one."""
-    if place.name not in ("all", "listed"):
-        raise InputError(f'one direction per position at {site} needs positions "all" or a list of as many positions, got {place.name!r}')
-    listed = place.listed or list(range(max(len(t.direction) for t in terms if t.is_positional)))
-    if place.prompt_length is not None and max(listed) >= place.prompt_length:
-        raise InputError(f"expected a prompt at least as long as the {len(listed)} directions at {site}, got {place.prompt_length} columns")
+def _table(site: str, terms: list[_Term], mask: PositionMask) -> tuple[Tensor, PositionMask]:
+    """Σ c·v for each of the first t positions, [1 or s, t, d], and the mask of those that have one."""
+    if mask.name not in ("all", "listed"):
+        raise InputError(f'one direction per position at {site} needs positions "all" or a list of as many positions, got {mask.name!r}')
+    listed = mask.listed or list(range(max(len(t.direction) for t in terms if t.is_positional)))
+    if mask.prompt_length is not None and max(listed) >= mask.prompt_length:
+        raise InputError(f"expected a prompt at least as long as the {len(listed)} directions at {site}, got {mask.prompt_length} columns")
     total: Tensor | float = 0.0
     for term in terms:
-        if not term.is_positional and place.listed is None:
+        if not term.is_positional and mask.listed is None:
             continue  # that one is added everywhere
-        own = listed if place.listed is not None else listed[: len(term.direction)]
+        own = listed if mask.listed is not None else listed[: len(term.direction)]
         rows_pd = term.direction if term.is_positional else term.direction.expand(len(own), -1)
         if len(rows_pd) != len(own):
             raise InputError(f"expected as many positions as the {len(rows_pd)} directions at {site}, got {len(own)}")
@@ -274,7 +274,7 @@ def _table(site: str, terms: list[_Term], place: Place) -> tuple[Tensor, Place]:
         table_td[own] = rows_pd
         total = total + term.strength_s[:, None, None] * table_td
     assert isinstance(total, Tensor)
-    return total, Place(place.lm, "listed", place.prompt_length, listed)
+    return total, PositionMask(mask.lm, "listed", mask.prompt_length, listed)
 
 
 def _rotated(value_rpd: Tensor, delta: Tensor) -> Tensor:
@@ -285,30 +285,30 @@ def _rotated(value_rpd: Tensor, delta: Tensor) -> Tensor:
     return (moved * (length / new_length.clamp_min(torch.finfo(torch.float32).tiny))).to(value_rpd.dtype)
 
 
-def _setting(site: str, terms: list[_Term], place: Place, ablate: bool) -> Edit:
+def _setting(site: str, terms: list[_Term], mask: PositionMask, ablate: bool) -> Edit:
     """h + Σ_k (target_k − a_k)·write_k, with a = z where z = read·h + bias is above the threshold for most features, and a = read·h of a
     vector, all of the same h."""
     if any(term.is_positional for term in terms):
         raise InputError(f"one direction per position at {site} can be added or rotated to, not clamped or ablated")
     has_features = any(t.read_d is not None for t in terms)
-    floor_k = torch.tensor([-torch.inf if t.read_d is None else t.threshold for t in terms], device=place.lm.device)
+    floor_k = torch.tensor([-torch.inf if t.read_d is None else t.threshold for t in terms], device=mask.lm.device)
     own = [(k, term.own) for k, term in enumerate(terms) if term.own]
     length_k = torch.stack([torch.ones_like(t.strength_s[0]) if t.read_d is not None else t.direction.norm() for t in terms])
     vectors = iter(_orthonormal([t.direction for t in terms if t.read_d is None], ablate))
     pairs = [(t.read_d, t.direction) if t.read_d is not None else (unit_d := next(vectors), unit_d) for t in terms]
     read_kd, write_kd = (torch.stack([pair[i] for pair in pairs]) for i in (0, 1))
-    bias_k = torch.tensor([t.bias for t in terms], device=place.lm.device)
+    bias_k = torch.tensor([t.bias for t in terms], device=mask.lm.device)
     sequences = max(len(t.strength_s) for t in terms)
     strength_s1k = torch.stack([t.strength_s.expand(sequences) for t in terms], dim=-1)[:, None]
     strength_s1k = -strength_s1k if ablate else strength_s1k * length_k
     _refuse_overflow(site, strength_s1k @ write_kd)
 
-    @once
+    @cached
     def prepared(device: torch.device, rows: int) -> tuple[Tensor, ...]:
         return *(t.to(device) for t in (read_kd, write_kd, bias_k, floor_k)), _of_rows(strength_s1k.to(device), rows)
 
     def change(value_rpd: Tensor) -> Tensor:
-        where = place.of(value_rpd)
+        where = mask.of(value_rpd)
         if where is False:
             return value_rpd
         read, write, bias, floor, strength = prepared(value_rpd.device, len(value_rpd))

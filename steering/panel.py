@@ -14,9 +14,9 @@ from torch import Tensor
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.features.browser.serve import BrowseConfig, serve
-from sae.features.browser.state import Sampling
 from sae.features.index.reader import FeatureIndex
 from sae.model.language_model import LanguageModel, NonFiniteLogits
+from sae.model.sampling import Sampling
 from sae.model.vocabulary import Vocabulary, vocabulary
 from steering.directions.feature import feature_direction
 from steering.intervention import steered
@@ -63,7 +63,7 @@ def make_steering(
 def _both_sides(
     lm: LanguageModel, vocab: Vocabulary, ids_sp: Tensor, mask_sp: Tensor, vectors: list[Any], sampling: Sampling
 ) -> Generator[dict[str, Any], None, None]:
-    streams = {side: lm.stream(ids_sp, mask_sp, **sampling._asdict()) for side in SIDES}
+    streams = {side: lm.stream(ids_sp, mask_sp, **vars(sampling)) for side in SIDES}
     decoders = {side: codecs.getincrementaldecoder("utf-8")("replace") for side in SIDES}
     new: dict[str, list[Tensor]] = {side: [] for side in SIDES}
     while streams:

@@ -43,7 +43,7 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-class Place:
+class PositionMask:
     """Which positions of a pass are steered."""
 
     def __init__(self, lm: LanguageModel, name: str, prompt_length: int | None, listed: list[int] | None):

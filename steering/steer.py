@@ -3,17 +3,20 @@
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from tyro.conf import OmitArgPrefixes
 
+from sae.disk.writing import jsonable
 from sae.errors import InputError
 from sae.features.browser.serve import parts_of
 from sae.features.index.reader import FeatureIndex
 from sae.model.language_model import LanguageModel, NonFiniteLogits
+from sae.model.sampling import Sampling
 from steering.directions.feature import feature_direction, first_found
 from steering.intervention import steered
 from steering.strength.measure import continuation_loss, until_end, word_rate
@@ -38,7 +41,7 @@ class PartsConfig:
     """auto, cpu or cuda."""
 
 
-class Parts(NamedTuple):
+class SteeringParts(NamedTuple):
     lm: LanguageModel
     feature: int
     max_activation: float
@@ -52,16 +55,9 @@ class SteerConfig(PartsConfig):
     """1 is the feature's own maximum activation; negative steers away."""
     prompt: str = ""
     """Text to continue."""
-    max_new_tokens: int = 40
-    """Length of each continuation."""
     samples: int = 3
     """Continuations of each kind."""
-    seed: int = 0
-    """Of the sampling; equal seeds give equal text."""
-    temperature: float = 1.0
-    """0 always takes the likeliest token."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that hold this share of the probability."""
+    sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
     positions: Literal["all", "generated"] = "all"
     """Where to add: every position, or only those that choose generated tokens."""
     json: bool = False
@@ -75,17 +71,17 @@ def steer(config: SteerConfig) -> dict[str, Any]:
     """
     if not math.isfinite(config.strength) or config.samples < 1:
         raise InputError(f"expected a finite strength and at least one sample, got {config.strength} and {config.samples}")
-    lm, feature, max_activation, vector = load_parts(config)
-    report = compare(lm, vector, config)
+    lm, feature, max_activation, vector = load_steering_parts(config)
+    report = compare_texts(lm, vector, config)
     report = {"feature": feature, "max_activation": max_activation, "activation": config.strength * max_activation, **report}
     if config.json:
-        print(json.dumps(report, indent=1, allow_nan=False))
+        print(json.dumps(jsonable(report), indent=1))
     else:
-        show(report)
+        print_sides(report)
     return report
 
 
-def load_parts(config: PartsConfig) -> Parts:
+def load_steering_parts(config: PartsConfig) -> SteeringParts:
     """Model, feature and direction, or `InputError` if index, dictionary and model were not made with one another."""
     if (config.feature is None) == (config.search is None):
         raise InputError("expected either --feature or --search, got both or neither; give one of them")
@@ -94,25 +90,22 @@ def load_parts(config: PartsConfig) -> Parts:
     index.feature(feature)  # a wrong number is said before the model is loaded
     lm, dictionary = parts_of(index, config.dictionary, config.model, config.device)
     max_activation = float(index.feature(feature).columns["max"])
-    return Parts(lm, feature, max_activation, feature_direction(dictionary, feature, max_activation, index.info["site"]))
+    return SteeringParts(lm, feature, max_activation, feature_direction(dictionary, feature, max_activation, index.info["site"]))
 
 
-def compare(lm: LanguageModel, vector: SteeringVector, config: SteerConfig) -> dict[str, Any]:
+def compare_texts(lm: LanguageModel, vector: SteeringVector, config: SteerConfig) -> dict[str, Any]:
     """Continuations without and with `strength` times the vector, and what can be measured of both."""
     ids_sp, mask_sp = lm.encode([config.prompt])
     ids_sp, mask_sp = (x.expand(config.samples, -1) for x in (ids_sp, mask_sp))
     prompt_length = ids_sp.shape[1]
-    settings: dict[str, Any] = dict(
-        max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p, seed=config.seed
-    )
-    plain_sp = lm.generate(ids_sp, mask_sp, **settings)
+    plain_sp = lm.generate(ids_sp, mask_sp, **vars(config.sampling))
     positions: dict[str, Any] = {"positions": config.positions}
     if config.positions == "generated":
         positions["prompt_length"] = prompt_length
     failure, steered_sp = None, None
     try:
         with steered(lm, [(vector, config.strength)], **positions):
-            steered_sp = lm.generate(ids_sp, mask_sp, **settings)
+            steered_sp = lm.generate(ids_sp, mask_sp, **vars(config.sampling))
     except (NonFiniteLogits, OverflowError) as error:
         failure = f"no text: {error}; strength {config.strength:g} is more than the model's arithmetic can carry"
     return {
@@ -120,8 +113,8 @@ def compare(lm: LanguageModel, vector: SteeringVector, config: SteerConfig) -> d
         "relative_to_residual_norm": abs(config.strength) * vector.norm / typical_norm(lm, vector.site, plain_sp, prompt_length),
         "site": vector.site,
         "prompt": config.prompt,
-        "unsteered": described(lm, ids_sp, plain_sp, config.search),
-        "steered": None if steered_sp is None else described(lm, ids_sp, steered_sp, config.search),
+        "unsteered": measured_side(lm, ids_sp, plain_sp, config.search),
+        "steered": None if steered_sp is None else measured_side(lm, ids_sp, steered_sp, config.search),
         "failure": failure,
     }
 
@@ -133,7 +126,7 @@ def typical_norm(lm: LanguageModel, site: str, whole_sp: Tensor, prompt_length: 
     return torch.cat([norm_sp[0, 1:prompt_length], norm_sp[:, prompt_length:][new_sn]]).median().item()  # host sync
 
 
-def described(lm: LanguageModel, prompt_sp: Tensor, whole_sp: Tensor, word: str | None) -> dict[str, Any]:
+def measured_side(lm: LanguageModel, prompt_sp: Tensor, whole_sp: Tensor, word: str | None) -> dict[str, Any]:
     """Continuations as text, their loss under the unsteered model, and, if a word was searched for, how often it comes."""
     from sae.features.index.words import words_of
 
@@ -146,7 +139,7 @@ def described(lm: LanguageModel, prompt_sp: Tensor, whole_sp: Tensor, word: str 
     return report
 
 
-def show(report: dict[str, Any]) -> None:
+def print_sides(report: dict[str, Any]) -> None:
     """The report as text in a terminal: two columns where they fit, else one under the other."""
     from rich.console import Console, Group
     from rich.panel import Panel

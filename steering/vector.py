@@ -113,8 +113,8 @@ class SteeringVector:
         for site, direction in self.directions.items():
             along = other.directions.get(site)
             if along is None or along.shape not in (direction.shape, direction.shape[-1:]):
-                came = "none" if along is None else f"shape {tuple(along.shape)}"
-                raise InputError(f"expected a direction at {site} to project out of shape {tuple(direction.shape)}, got {came}")
+                got = "none" if along is None else f"shape {tuple(along.shape)}"
+                raise InputError(f"expected a direction at {site} to project out of shape {tuple(direction.shape)}, got {got}")
             length = along.double().norm(dim=-1, keepdim=True)
             if not (length > 0).all():  # host sync
                 raise InputError(f"expected a direction to project out at {site}, got a zero one, which has no component along it")

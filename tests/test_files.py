@@ -5,7 +5,9 @@ import resource
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -24,6 +26,11 @@ def test_a_failure_while_writing_leaves_what_was_there(tmp_path):
         raise RuntimeError("half way")
     assert json.loads(path.read_text()) == [1]
     assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
+
+
+def test_numbers_that_json_cannot_hold_become_null_and_paths_text(tmp_path):
+    write_json(tmp_path / "f.json", {"a": [1.0, float("nan"), (float("inf"), Path("x"))], "b": True, "c": np.float64("nan")})
+    assert json.loads((tmp_path / "f.json").read_text()) == {"a": [1.0, None, [None, "x"]], "b": True, "c": None}
 
 
 def test_tensors_come_back_and_others_may_read_the_file(tmp_path):

@@ -21,7 +21,7 @@ from steering.directions.pca import principal_directions_of_texts
 from steering.directions.texts import activations_of_texts
 from steering.strength.calibration import calibrate, encode_cut
 from steering.strength.measure import listed_words, word_rate
-from steering.studies.effects import rollout_activations
+from steering.studies.effects import Rollouts
 from steering.studies.truthfulqa import answer_log_probs
 from steering.vector import SteeringVector
 
@@ -447,7 +447,7 @@ def test_a_string_is_no_list_of_strings(byte_lm):
         "tuning_texts": [lambda: fit_iti(byte_lm, pair, [0, 1], tuning_texts="ab")],
         "words": [lambda: word_rate(pair, "think"), lambda: listed_words("think")],
         "answers": [lambda: answer_log_probs(byte_lm, "I", "think")],
-        "prompts": [lambda: rollout_activations(byte_lm, None, [], "I think", samples=1, new_tokens=1, seed=0)],
+        "prompts": [lambda: Rollouts(byte_lm, None, "I think").activations([])],
     }
     for name, tries in calls.items():
         for call in tries:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae.disk.places import SENTENCES, require_file, require_folder, sentence, writing
+from sae.disk.places import SENTENCES, refusal_sentence, require_file, require_folder, writing
 from sae.disk.writing import atomic, only_writer, write_json, write_tensors
 from sae.errors import InputError
 
@@ -236,9 +236,18 @@ def test_every_refusal_names_the_place_and_what_to_do(number, tmp_path, monkeypa
 def test_what_is_no_refusal_of_a_place_is_not_hidden(tmp_path):
     with pytest.raises(BrokenPipeError), writing(tmp_path / "f"):
         raise BrokenPipeError(errno.EPIPE, "a stream's")
-    assert sentence(OSError("a library's own")) is None
-    assert sentence(ConnectionRefusedError(errno.ECONNREFUSED, "refused")) is None
-    assert "other.txt" in str(sentence(PermissionError(errno.EACCES, "no", str(tmp_path / "b" / "other.txt")), tmp_path / "a" / "f"))
+    assert refusal_sentence(OSError("a library's own")) is None
+    assert refusal_sentence(ConnectionRefusedError(errno.ECONNREFUSED, "refused")) is None
+    assert "other.txt" in str(
+        refusal_sentence(PermissionError(errno.EACCES, "no", str(tmp_path / "b" / "other.txt")), tmp_path / "a" / "f")
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder of Linux")
+def test_a_folder_in_which_nobody_can_make_files_is_named_as_such():
+    for require in (require_file, require_folder):
+        with pytest.raises(InputError, match="/proc/x would be in a folder in which the system lets nobody make files"):
+            require(Path("/proc/x"))
 
 
 def test_good_places_are_left_as_they_were(tmp_path):

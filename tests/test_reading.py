@@ -1,5 +1,6 @@
 """One reader for JSON and one for arrays: what fits comes back as it is, anything else is one sentence; checksums see every bit."""
 
+import gzip
 import json
 import zlib
 from pathlib import Path
@@ -13,10 +14,22 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from typing_extensions import NotRequired, TypedDict
 
+from sae.disk import reading
 from sae.disk.checksum import crc32, is_intact
-from sae.disk.reading import Count, LongList, Number, layout, map_arrays, parse_json, read_json, read_tensors
+from sae.disk.reading import Count, LongList, Number, layout, map_arrays, parse_json, read_gzip, read_json, read_tensors
 from sae.disk.writing import write_tensors
 from sae.errors import InputError
+
+
+def test_a_small_file_that_unpacks_to_more_than_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "LARGEST_UNPACKED", 1 << 20)
+    path = tmp_path / "f.gz"
+    path.write_bytes(gzip.compress(bytes(1 << 20)))
+    assert read_gzip(path, "rows", "fetch it again") == bytes(1 << 20)
+    for data, sentence in ((gzip.compress(bytes((1 << 20) + 1)), "unpacks to more than 1 MB; fetch"), (b"no gzip", "cannot be read")):
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=f"expected rows in .*{sentence}"):
+            read_gzip(path, "rows", "fetch it again")
 
 
 class Part(TypedDict):

@@ -16,7 +16,7 @@ from torch import Tensor
 from sae.activations.files.manifest import THEN, check_file, damaged, read_manifest, verify
 from sae.activations.files.number_formats import FORMATS, decode, shard_layout
 from sae.activations.text.tokens import SPLITS, Tokens
-from sae.disk.reading import SMALL, Place, layout, map_arrays, read_tensors, require_within
+from sae.disk.reading import SMALL, TensorLayout, layout, map_arrays, read_tensors, require_within
 from sae.errors import InputError
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class ActivationCache:
         made = self.manifest["model"]
         dictionary.require_model(made["name"], made["fingerprint"], named=named)
 
-    def _places(self, shard: Shard) -> dict[str, Place]:
+    def _places(self, shard: Shard) -> dict[str, TensorLayout]:
         """Where the shard's tensors lie; raises `InputError` if the file is not what the manifest says."""
         places, _ = layout(shard.path, "a cache's shard", THEN)
         expected = shard_layout(self.manifest["dtype"], shard.rows, self.d_in)

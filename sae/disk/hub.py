@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from sae.disk.places import sentence
+from sae.disk.places import refusal_sentence
 from sae.errors import InputError
 
 
@@ -103,7 +103,7 @@ def asking(what: str) -> Iterator[None]:
 
 
 def _refuse(what: str, error: Exception) -> None:
-    if isinstance(error, OSError) and error.errno is not None and (text := sentence(error)):
+    if isinstance(error, OSError) and error.errno is not None and (text := refusal_sentence(error)):
         raise InputError(text) from None
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     reason = "HF_HUB_OFFLINE is set" if offline else " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__

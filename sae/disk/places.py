@@ -23,11 +23,12 @@ SENTENCES = {
     errno.ELOOP: "{path} leads through symbolic links that go in a circle; mend them or " + ELSEWHERE,
     errno.ENAMETOOLONG: "the name {path} is too long; choose a shorter one",
     errno.ENOENT: "{path} does not exist, or a link on the way to it leads nowhere; check its name",
+    errno.EOPNOTSUPP: "{path} would be in a folder in which the system lets nobody make files; " + ELSEWHERE,
     errno.EIO: "the disk reports an error at {path}; look after it or " + ELSEWHERE,
 }
 
 
-def sentence(error: OSError, path: Path | None = None) -> str | None:
+def refusal_sentence(error: OSError, path: Path | None = None) -> str | None:
     """What the operating system refused and what to do; None for what is no matter of files. `path` is where we meant to write."""
     named = _named(error, path)
     if named is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -55,7 +56,7 @@ def writing(path: Path) -> Iterator[None]:
     except BrokenPipeError:  # of a stream, not of a file
         raise
     except OSError as error:
-        text = sentence(error, path)
+        text = refusal_sentence(error, path)
         if error.errno is None or text is None:
             raise
         raise InputError(text) from error
@@ -91,5 +92,7 @@ def _try(folder: Path, name: str) -> None:
     try:
         with tempfile.TemporaryFile(dir=existing):  # where the system allows it, without a name
             pass
+    except FileNotFoundError:  # of a folder that is there, such as /proc
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), str(folder)) from None
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(folder)) from None

@@ -1,8 +1,10 @@
 """Files that others wrote, or that a disk damaged: JSON and arrays, each held against what is expected of it before anything is used."""
 
+import gzip
 import json
 import math
 import reprlib
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -29,6 +31,8 @@ SMALL = 1 << 25
 """bytes (32 MB) up to which a file's checksum is compared whenever it is opened"""
 LONGEST_HEADER = 100_000_000
 """bytes; the limit of the safetensors library too"""
+LARGEST_UNPACKED = 1 << 30
+"""bytes of a .gz file: a few that unpack to more than fits into memory are no file of ours"""
 MAKE_AGAIN = "make it again"
 
 ITEM_BYTES = {
@@ -57,7 +61,7 @@ Arrays = Mapping[str, tuple[str, str]]
 name are equal: {"W_dec": ("F32 BF16", "f d"), "offsets": ("I64", "f+1")}."""
 
 
-class Place(NamedTuple):
+class TensorLayout(NamedTuple):
     dtype: str
     """as safetensors writes it, for example "F16" """
     shape: tuple[int, ...]
@@ -81,6 +85,18 @@ def read_bytes(path: Path, what: str) -> bytes:
         raise InputError(f"expected {what} at {path}, which does not exist; check the folder's name") from None
     except (OSError, ValueError) as error:  # a folder, a loop of links, no permission; a name that no file can have
         raise InputError(f"expected {what} at {path}, which cannot be read ({_reason(error)})") from None
+
+
+def read_gzip(path: Path, what: str, then: str) -> bytes:
+    """The unpacked bytes of a .gz file. Raises `InputError` if it is damaged or larger than `LARGEST_UNPACKED`; `then` says what to do."""
+    try:
+        with gzip.open(path) as file:
+            data = file.read(LARGEST_UNPACKED + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"expected {what} in {path}, but it cannot be read ({_reason(error)}); {then}") from None
+    if len(data) > LARGEST_UNPACKED:
+        raise InputError(f"expected {what} in {path}, but it unpacks to more than {LARGEST_UNPACKED >> 20:,} MB; {then}")
+    return data
 
 
 def parse_json(text: str | bytes, what: str, schema: Any = Any) -> Any:
@@ -113,7 +129,7 @@ def _adapter(schema: Any) -> TypeAdapter:
     return TypeAdapter(schema)
 
 
-def layout(path: Path, what: str, then: str = MAKE_AGAIN) -> tuple[dict[str, Place], dict[str, str]]:
+def layout(path: Path, what: str, then: str = MAKE_AGAIN) -> tuple[dict[str, TensorLayout], dict[str, str]]:
     """Where the tensors of a safetensors file lie, and its metadata; only the header is read.
 
     `what` names the kind of file in the error sentence, and `then` says what to do. Raises `InputError` if the file is missing, cannot
@@ -128,7 +144,7 @@ def layout(path: Path, what: str, then: str = MAKE_AGAIN) -> tuple[dict[str, Pla
         raise InputError(f"expected {what} at {path}, but it is damaged or no safetensors file ({reason}); {then}") from None
 
 
-def _layout(path: Path) -> tuple[dict[str, Place], dict[str, str]]:
+def _layout(path: Path) -> tuple[dict[str, TensorLayout], dict[str, str]]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -147,14 +163,14 @@ def _layout(path: Path) -> tuple[dict[str, Place], dict[str, str]]:
             raise ValueError(f"{name!r} is of an unknown type {dtype!r}")
         if stop - start != math.prod(shape) * ITEM_BYTES[dtype] or math.prod(max(1, n) for n in shape) >= 1 << 59:
             raise ValueError(f"the size of {name!r} in its header is wrong")
-        places[name] = Place(dtype, tuple(shape), 8 + length + start)
+        places[name] = TensorLayout(dtype, tuple(shape), 8 + length + start)
         end = max(end, 8 + length + stop)
     if end != size:
         raise ValueError(f"it has {size} bytes where its header says {end}")
     return places, metadata
 
 
-def require_arrays(places: Mapping[str, Place], schema: Arrays, where: str, then: str = MAKE_AGAIN, **sizes: int) -> dict[str, int]:
+def require_arrays(places: Mapping[str, TensorLayout], schema: Arrays, where: str, then: str = MAKE_AGAIN, **sizes: int) -> dict[str, int]:
     """The named sizes, those given among them, if all arrays of the schema are there and fit it; else `InputError`. Others may be there."""
     for name, (dtypes, shape) in schema.items():
         if name not in places:

@@ -14,10 +14,11 @@ from torch import Tensor
 from sae.dictionaries.bundle import Bundle
 from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.source import weights_crc32
+from sae.disk.writing import jsonable
 from sae.errors import InputError
 from sae.evaluation.language_model_loss import LanguageModelLoss, batches, language_model_loss, padded
 from sae.evaluation.reconstruction import ReconstructionMetrics
-from sae.evaluation.settings import EvaluationConfig, Text, finite, held_out_text, refuse_training_tokens
+from sae.evaluation.settings import EvaluationConfig, Text, held_out_text, refuse_training_tokens
 from sae.evaluation.splice import Splice, require_widths
 from sae.progress import progress
 
@@ -71,11 +72,10 @@ def evaluate_bundle(config: EvaluationConfig, bundle: Bundle, device: torch.devi
             }
             for layer, dictionary, fired_f in zip(layers, dictionaries, comparison.fired)
         },
-        "sites": {
-            site: finite({name: getattr(one, name) for name in ("fvu", "mse", "cosine", "norm_ratio")}) for site, one in found.items()
-        },
-        "language_model": finite(loss._asdict()),
+        "sites": {site: {name: getattr(one, name) for name in ("fvu", "mse", "cosine", "norm_ratio")} for site, one in found.items()},
+        "language_model": loss._asdict(),
     }
+    result = jsonable(result)
     print_tables(config, result, loss)
     return result
 

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from sae.activations.harvest.massive import RATIO, is_massive, share
+from sae.device import device_named
 from sae.dictionaries.bundle import Bundle, load
 from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.source import locate, weights_crc32
 from sae.disk.places import require_file
-from sae.disk.writing import write_json
+from sae.disk.writing import jsonable, write_json
 from sae.errors import InputError
 from sae.evaluation.bundle import evaluate_bundle
 from sae.evaluation.language_model_loss import ARMS, LanguageModelLoss, language_model_loss
-from sae.evaluation.reconstruction import Reconstruction, ReconstructionMetrics, measure
-from sae.evaluation.settings import EvaluationConfig, finite, held_out_text, refuse_training_tokens
+from sae.evaluation.reconstruction import Reconstruction, ReconstructionMetrics, add_reconstruction
+from sae.evaluation.settings import EvaluationConfig, held_out_text, refuse_training_tokens
 from sae.progress import progress
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         raise InputError(f"expected --out for the numbers of {config.dictionary}, which is no folder of this machine; give a file's name")
     out = config.out or folder / "evaluation.json"
     require_file(out)
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = device_named(config.device)
     dictionary = load(config.dictionary, device)
     if isinstance(dictionary, Bundle):
         result = evaluate_bundle(config, dictionary, device)
@@ -73,12 +74,13 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         "cache": str(config.cache),
         "split": "held_out",
         "seed": config.seed,
-        "reconstruction": describe(reconstruction),
-        "massive_rows": massive and massive._asdict() | {"without": describe(massive.without)},
-        "language_model": finite(loss._asdict()) if loss else None,
+        "reconstruction": reconstruction_facts(reconstruction),
+        "massive_rows": massive and massive._asdict() | {"without": reconstruction_facts(massive.without)},
+        "language_model": loss._asdict() if loss else None,
     }
+    result = jsonable(result)
     write_json(out, result)
-    print_table(config, cache, reconstruction, massive, loss)
+    print_evaluation(config, cache, reconstruction, massive, loss)
     return result
 
 
@@ -105,7 +107,7 @@ def reconstruct(dictionary: Dictionary, cache: "ActivationCache", rows: int) -> 
             massive_b = massive_n[bar.done : bar.done + len(x_bd)]
             for rows_b, metrics in ((~massive_b, usual), (massive_b, massive)):
                 chosen = slice(None) if rows_b.all() else rows_b
-                measure(dictionary, x_bd[chosen], metrics, y_bo[chosen])
+                add_reconstruction(dictionary, x_bd[chosen], metrics, y_bo[chosen])
             bar.advance(len(x_bd))
     without = usual.result()
     if not massive.rows:
@@ -124,17 +126,17 @@ def held_out(cache: "ActivationCache", rows: int) -> Iterator[Tensor]:
         yield from x_nd.split(READ_ROWS)
 
 
-def describe(reconstruction: Reconstruction) -> dict[str, Any]:
+def reconstruction_facts(reconstruction: Reconstruction) -> dict[str, Any]:
     """For the file: density as a histogram in half decades, without the mean row."""
     edges = [-math.inf, *np.arange(-6, 0.01, 0.5).tolist()]
     density_f = reconstruction.density_f.numpy()
     counts, _ = np.histogram(np.log10(density_f[density_f > 0]), edges)
     values = {k: v for k, v in reconstruction._asdict().items() if k not in ("density_f", "mean_d")}
     histogram = {"log10_upper_edges": edges[1:], "features": counts.tolist()}
-    return finite(values) | {"density_histogram": histogram}
+    return values | {"density_histogram": histogram}
 
 
-def print_table(
+def print_evaluation(
     config: EvaluationConfig, cache: "ActivationCache", r: Reconstruction, massive: MassiveRows | None, loss: LanguageModelLoss | None
 ) -> None:
     from rich.console import Console

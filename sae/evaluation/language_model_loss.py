@@ -32,6 +32,22 @@ TABLE_BYTES = 1 << 28
 RESAMPLES = 1000
 
 
+class Sums(NamedTuple):
+    """What `batch_sums` sums over the next tokens of a sequence, or their sums over several."""
+
+    tokens: np.ndarray
+    cross_entropy: np.ndarray
+    """[..., 4], in the order of `ARMS`"""
+    kl: np.ndarray
+    """[..., 3], in the order of `ARMS` but for clean"""
+    replaced: np.ndarray
+    """positions"""
+
+    @classmethod
+    def of(cls, sums_xc: np.ndarray) -> "Sums":
+        return cls(sums_xc[..., 0], sums_xc[..., 1:5], sums_xc[..., 5:8], sums_xc[..., 8])
+
+
 class LanguageModelLoss(NamedTuple):
     sequences: int
     tokens: int
@@ -96,8 +112,7 @@ def batches(
 def batch_sums(
     lm: "LanguageModel", dictionaries: Sequence[Dictionary], rows: Sequence[tuple[np.ndarray, np.ndarray]], means: Mapping[str, Tensor]
 ) -> np.ndarray:
-    """Of rows of ids and whether they are replaced, sums over each one's next tokens, float64 [s, 9]: their count, four cross-entropies
-    and three KLs (order of `ARMS`); then its replaced positions."""
+    """Of rows of ids and whether they are replaced, the sums over each one's next tokens, float64 [s, 9], which `Sums.of` takes apart."""
     ids_sp, mask_sp, replaced_sp = (t_sp.to(lm.device) for t_sp in padded(rows))
 
     def there(site: str, x_spd: Tensor, y_spd: Tensor) -> Tensor:
@@ -156,29 +171,29 @@ def summarise(sums_sc: np.ndarray, seed: int) -> LanguageModelLoss:
     """Means per token from the sums of `batch_sums`; the intervals draw whole sequences, since tokens of one are not independent."""
     if not np.isfinite(sums_sc).all():
         raise InputError("expected finite losses, found NaN or infinity; check the model and the dictionary")
-    totals = sums_sc.sum(0)
-    tokens, means = totals[0], totals[1:8] / totals[0]
-    cross_entropy, kl = dict(zip(ARMS, means[:4].tolist())), dict(zip(ARMS[1:], means[4:].tolist()))
+    total = Sums.of(sums_sc.sum(0))
+    cross_entropy = dict(zip(ARMS, (total.cross_entropy / total.tokens).tolist()))
+    kl = dict(zip(ARMS[1:], (total.kl / total.tokens).tolist()))
     rng, n = np.random.default_rng(seed), len(sums_sc)
-    drawn_rc = resamples(n, RESAMPLES, rng).astype(np.float64) @ sums_sc
-    recovered = {arm: (recovery(totals[1:5], arm), percentile_interval(recovery(drawn_rc[:, 1:5].T, arm))) for arm in ("zero", "mean")}
+    drawn = Sums.of(resamples(n, RESAMPLES, rng).astype(np.float64) @ sums_sc)
+    recovered = {arm: float(loss_recovered(total.cross_entropy, arm)) for arm in ("zero", "mean")}
+    intervals = {arm: percentile_interval(loss_recovered(drawn.cross_entropy, arm)) for arm in recovered}
     return LanguageModelLoss(
         sequences=n,
-        tokens=int(tokens),
-        replaced=int(totals[8]),
+        tokens=int(total.tokens),
+        replaced=int(total.replaced),
         cross_entropy=cross_entropy,
         kl=kl,
-        loss_recovered=float(recovered["zero"][0]),
-        loss_recovered_interval=recovered["zero"][1],
-        loss_recovered_mean=float(recovered["mean"][0]),
-        loss_recovered_mean_interval=recovered["mean"][1],
+        loss_recovered=recovered["zero"],
+        loss_recovered_interval=intervals["zero"],
+        loss_recovered_mean=recovered["mean"],
+        loss_recovered_mean_interval=intervals["mean"],
         kl_recovered=1 - kl["spliced"] / kl["zero"] if kl["zero"] else float("nan"),
     )
 
 
-def recovery(cross_entropies: np.ndarray, baseline: str) -> np.ndarray:
-    """Loss recovered against an arm, from cross-entropies in the order of `ARMS`; NaN where the baseline does no harm."""
-    clean, spliced, *_ = cross_entropies
-    worst = cross_entropies[ARMS.index(baseline)]
+def loss_recovered(cross_entropy: np.ndarray, baseline: str) -> np.ndarray:
+    """Loss recovered against an arm, from cross-entropies [..., 4] in the order of `ARMS`; NaN where the baseline does no harm."""
+    clean, spliced, worst = (cross_entropy[..., ARMS.index(arm)] for arm in ("clean", "spliced", baseline))
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(worst == clean, np.nan, (worst - spliced) / (worst - clean))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
+from sae.statistics import ratio
 
 DENSE_ABOVE = 0.1
 """a feature that fires on a larger share of rows than this counts as dense"""
@@ -109,21 +110,21 @@ class ReconstructionMetrics:
         centred, mean_square = self.centred.item(), self.mean_d.square().sum().item()  # host sync
         if not all(map(torch.isfinite, (self.sums.sum(), self.centred))):
             raise InputError(f"expected finite activations and reconstructions, found NaN or infinity among {n:,} rows; check the cache")
-        fvu = ratio(error, centred)
+        fvu = float(ratio(error, centred))
         cumulative = self.l0_histogram.cumsum(0).cpu()  # host sync
         density_f = (self.fired_f / n).cpu().double()  # host sync
         return Reconstruction(
             rows=n,
             fvu=fvu,
             explained_variance=1 - fvu,
-            explained_second_moment=1 - ratio(error, centred + n * mean_square),
+            explained_second_moment=1 - float(ratio(error, centred + n * mean_square)),
             mse=error / n,
             l0=self.fired_f.sum().item() / n,  # host sync
             l0_percentiles={str(q): int((cumulative < q / 100 * n).sum()) for q in (5, 25, 50, 75, 95)},
             l1=(self.activity_f @ self.decoder_norm_f.double()).item() / n,  # host sync
             cosine=cosine / n,
-            norm_ratio=ratio(x_hat_norm, x_norm),
-            relative_bias=ratio(x_hat_square, product),
+            norm_ratio=float(ratio(x_hat_norm, x_norm)),
+            relative_bias=float(ratio(x_hat_square, product)),
             dead=int((density_f == 0).sum()),
             dense=int((density_f > DENSE_ABOVE).sum()),
             density_f=density_f,
@@ -131,13 +132,8 @@ class ReconstructionMetrics:
         )
 
 
-def ratio(a: float, b: float) -> float:
-    """a / b, NaN where b is 0 (a constant input has no variance to explain)."""
-    return a / b if b else float("nan")
-
-
 @torch.no_grad()
-def measure(
+def add_reconstruction(
     dictionary: Dictionary, x_bd: Tensor, metrics: ReconstructionMetrics | None = None, y_bo: Tensor | None = None
 ) -> ReconstructionMetrics:
     """Adds the rows `x_bd` to `metrics` (new ones if None), a chunk at a time so that [rows, f] never exists for large f.

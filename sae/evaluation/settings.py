@@ -1,6 +1,5 @@
 """What an evaluation is made with: its settings, and held-out text of an activation cache that no training saw."""
 
-import math
 import os
 import sys
 from dataclasses import dataclass
@@ -128,8 +127,3 @@ def held_out_text(config: EvaluationConfig, cache: "ActivationCache", device: to
         stored_n[cache.read(shard)[1].numpy()] = True
     spans = [slice(*tokens.sequence_starts[[i, i + 1]]) for i in chosen]
     return Text(lm, [np.asarray(tokens.ids[span]) for span in spans], [stored_n[span] for span in spans])
-
-
-def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: an undefined ratio becomes null."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

@@ -349,8 +349,8 @@ def _checked(name: str, value: Any) -> Any:
             raise InputError(f"expected true or false as starred, got {value!r}")
         return value
     if not isinstance(value, str) or len(value) > LONGEST[name]:
-        came = f"{len(value):,} characters" if isinstance(value, str) else f"{value!r}"
-        raise InputError(f"expected a {name} of at most {LONGEST[name]:,} characters, got {came}")
+        got = f"{len(value):,} characters" if isinstance(value, str) else f"{value!r}"
+        raise InputError(f"expected a {name} of at most {LONGEST[name]:,} characters, got {got}")
     value, _ = replace_surrogates(value.replace("\r\n", "\n").strip())
     if name == "name":
         value = unicodedata.normalize("NFC", value)  # a list has one name however its accents are typed

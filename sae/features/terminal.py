@@ -54,11 +54,11 @@ def list_features(config: ListConfig) -> None:
     features, found, heading = select(index, config)
     one = len(config.feature) == 1
     if config.json:
-        print(json.dumps([describe(index, j, found.get(j), config.top if one else 1) for j in features], indent=1))
+        print(json.dumps([feature_facts(index, j, found.get(j), config.top if one else 1) for j in features], indent=1))
     elif one:
         print_feature(index, features[0], config.top, config.seed)
     else:
-        print_table(index, features, found, heading)
+        print_features(index, features, found, heading)
     if config.html is not None:
         from sae.features.pages.feature import write_pages
 
@@ -89,7 +89,7 @@ def select(index: FeatureIndex, config: ListConfig) -> tuple[list[int], dict[int
     return order.tolist(), {}, f"Features by {column}"
 
 
-def describe(index: FeatureIndex, j: int, hit: Any, n: int) -> dict[str, Any]:
+def feature_facts(index: FeatureIndex, j: int, hit: Any, n: int) -> dict[str, Any]:
     """One feature as plain JSON values."""
     columns = index.feature(j).columns
     word = index.vocabulary.spelling
@@ -107,7 +107,7 @@ def describe(index: FeatureIndex, j: int, hit: Any, n: int) -> dict[str, Any]:
     }
 
 
-def print_table(index: FeatureIndex, features: list[int], found: dict[int, Any], heading: str) -> None:
+def print_features(index: FeatureIndex, features: list[int], found: dict[int, Any], heading: str) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from sae.errors import InputError
 
 
-class Place(NamedTuple):
+class ModelLocation(NamedTuple):
     """Where transformers finds a model."""
 
     name: str
@@ -20,7 +20,7 @@ class Place(NamedTuple):
         return {} if self.gguf is None else {"gguf_file": self.gguf}
 
 
-def place_of(name: str) -> Place:
+def locate_model(name: str) -> ModelLocation:
     """`model.gguf`, `folder` with one such file and no config.json, and `owner/repository/model.gguf` on the hub are GGUF files.
 
     Raises `InputError` for a file that does not exist, for a folder of several, and where a package is lacking.
@@ -29,9 +29,9 @@ def place_of(name: str) -> Place:
     if name.endswith(".gguf") and not path.is_dir():
         parts = name.split("/")
         if path.is_file():
-            place = Place(str(path.parent), path.name)
+            place = ModelLocation(str(path.parent), path.name)
         elif len(parts) > 2 and not name.startswith(("/", ".", "~")):
-            place = Place("/".join(parts[:2]), "/".join(parts[2:]))
+            place = ModelLocation("/".join(parts[:2]), "/".join(parts[2:]))
         else:
             raise InputError(f"expected a GGUF file at {name}, which does not exist; check its path")
     else:
@@ -39,7 +39,7 @@ def place_of(name: str) -> Place:
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
             raise InputError(f"expected one model in the folder {name}, found {len(files)} GGUF files ({names}); name one, as {files[0]}")
-        place = Place(name, files[0].name if files else None)
+        place = ModelLocation(name, files[0].name if files else None)
     if place.gguf is not None:
         require_packages(("gguf", "accelerate"), "GGUF files")
     return place
@@ -67,7 +67,7 @@ def forget_packing(model: Any) -> None:
         del model.config.quantization_config
 
 
-def mentions(place: Place, revision: str | None, key: bytes) -> bool:
+def mentions(place: ModelLocation, revision: str | None, key: bytes) -> bool:
     """Whether a GGUF file has a field or tensor of that name: names stand in it as they are."""
     from transformers.utils import cached_file
 

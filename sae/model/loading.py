@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sae.device import device_named
 from sae.errors import InputError
 from sae.model.fingerprint import fingerprint_of_files
-from sae.model.gguf_files import Place, forget_packing, mentions, place_of, require_packages, unpacked
+from sae.model.gguf_files import ModelLocation, forget_packing, locate_model, mentions, require_packages, unpacked
 from sae.model.sites import parse_site
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -36,11 +37,11 @@ def load_model(
     """Raises `InputError` when it is absent, damaged, lacks weights or is not a causal LM; the arguments are `LanguageModel.load`'s."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    place = None if device_map is not None else _device(device)
+    place = None if device_map is not None else device_named(device)
     wanted = _dtype(dtype)
     if wanted == "auto" and place is not None and place.type == "cpu":
         wanted = torch.float32
-    found = place_of(name)
+    found = locate_model(name)
     if quantize and found.gguf:
         raise InputError(f"expected a model in safetensors files to quantize, got the GGUF file {name}; load it without quantize")
     options: dict[str, Any] = _eight_bits(quantize) if quantize else {}
@@ -104,7 +105,7 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
     """None for a folder that has no tokenizer files, and for a GGUF file without a vocabulary."""
     from transformers import AutoTokenizer
 
-    folder, found = Path(name), place_of(name)
+    folder, found = Path(name), locate_model(name)
     if not found.gguf and folder.is_dir() and not any((folder / file).exists() for file in TOKENIZER_FILES):
         return None
     with _one_sentence(name, "a tokenizer", found), _quiet():
@@ -113,18 +114,6 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(found.name, revision=revision, **found.options())
         tokenizer("a")  # a damaged setting may show only now
         return tokenizer
-
-
-def _device(device: str | torch.device) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise InputError(f"expected a device such as auto, cpu, cuda or cuda:1, got {device!r}") from None
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"expected the device {device} to be there, but {torch.cuda.device_count()} CUDA devices are; use cpu or auto")
-    return place
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
@@ -137,7 +126,7 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 @contextmanager
-def _one_sentence(name: str, what: str, found: Place) -> Iterator[None]:
+def _one_sentence(name: str, what: str, found: ModelLocation) -> Iterator[None]:
     if not found.gguf and not Path(name).exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
         raise InputError(f"expected {what} in the folder {name}, which does not exist; check its path")
     try:

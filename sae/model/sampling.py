@@ -1,12 +1,28 @@
-"""The next token from logits, without sorting the vocabulary, and what a token costs.
+"""How text is drawn: the settings, the next token from logits without sorting the vocabulary, and what a token costs.
 
 s sequences · v vocabulary
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 BLOCK = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How text is drawn."""  # shown by --help; `lm.generate(ids_sp, **vars(sampling))` takes it
+
+    max_new_tokens: int = 40
+    """Length of each continuation."""
+    temperature: float = 1.0
+    """0 always takes the likeliest token."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this share of the probability."""
+    seed: int = 0
+    """Seed of everything that is drawn; equal seeds give equal text."""
 
 
 def sample(logits_sv: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

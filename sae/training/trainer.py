@@ -17,6 +17,7 @@ from torch import Tensor
 from sae.activations.cache import ActivationCache
 from sae.activations.cached import CachedSource
 from sae.activations.source import Source
+from sae.device import device_named
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.places import require_folder
 from sae.disk.reading import read_json
@@ -46,7 +47,7 @@ def train(config: TrainingConfig) -> list[Path]:
 def train_on(source: Source, config: RunConfig, settings: dict[str, Any]) -> list[Path]:
     """`train` on rows from anywhere. `settings` decide the result: a run in the folder is resumed only if it has the same ones."""
     site = only_site(source.widths)
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    device = device_named(config.device)
     folders = [config.out if len(config.l1) == 1 else config.out / f"l1_{l1:g}" for l1 in config.l1]
     drawn = config.steps * config.batch_size
     print(

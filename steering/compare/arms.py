@@ -18,7 +18,7 @@ from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import parse_site
 from sae.statistics import auroc
-from steering.compare.concepts import Concept, Corpus, Texts
+from steering.compare.concepts import Concept, LabelledTexts, Texts
 from steering.directions.actadd import actadd
 from steering.directions.diffmean import diffmean
 from steering.directions.feature import by_output_score, feature_direction
@@ -52,7 +52,7 @@ class Arm(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Material:
+class ArmInputs:
     """What directions are made of. No direction sees the texts that are held out or that the classifier learns from."""
 
     lm: LanguageModel
@@ -63,7 +63,7 @@ class Material:
     max_new_tokens: int
     """that are to follow the prompts"""
     dictionary: Dictionary | None = None
-    corpus: Corpus | None = None
+    corpus: LabelledTexts | None = None
     effects: Effects | None = None
     """of the dictionary's rows, fitted before"""
     feature: int | None = None
@@ -104,7 +104,7 @@ class Material:
         return by_output_score(self.lm, self.dictionary, candidates, highest, self.site)  # type: ignore[arg-type]
 
 
-def build_arms(material: Material) -> list[Arm]:
+def build_arms(material: ArmInputs) -> list[Arm]:
     """All arms; those whose inputs are missing say so in `left_out`. What a method warns about is in its note, and is warned again."""
     arms = [Arm(NONE, "baseline"), _prompting(material)]
     for method, (kind, make) in MAKERS.items():
@@ -115,14 +115,14 @@ def build_arms(material: Material) -> list[Arm]:
                 arm = Arm(method, kind, vector.unit(), strongest)
             except InputError as error:
                 arm, note = Arm(method, kind, left_out=str(error)), None
-        told = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
-        for sentence in told:
+        warned = [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+        for sentence in warned:
             warnings.warn(f"{method}: {sentence}", stacklevel=2)
-        arms.append(arm._replace(note="; ".join([note, *told] if note else told) or None))
+        arms.append(arm._replace(note="; ".join([note, *warned] if note else warned) or None))
     return arms
 
 
-def _prompting(m: Material) -> Arm:
+def _prompting(m: ArmInputs) -> Arm:
     prefix = (m.concept.prompt or "").strip()
     if not prefix:
         return Arm(PROMPTING, "baseline", left_out=f"the concept {m.concept.name} has no prompt to put before")
@@ -134,18 +134,22 @@ def _prompting(m: Material) -> Arm:
     return Arm(PROMPTING, "baseline", prefix=f"{prefix} ", note=f"before every prompt: {prefix}")
 
 
-Made = tuple[SteeringVector, float | None, str | None]
+class NewArm(NamedTuple):
+    vector: SteeringVector
+    strongest: float | None = None
+    """see `Arm`"""
+    note: str | None = None
 
 
-def _random(m: Material) -> Made:
-    return random_direction(m.lm.width(m.site), m.site, m.seed), None, None
+def _random(m: ArmInputs) -> NewArm:
+    return NewArm(random_direction(m.lm.width(m.site), m.site, m.seed))
 
 
-def _shuffled(m: Material) -> Made:
-    return shuffled_labels(*m.fit_means, m.site, m.seed), None, None
+def _shuffled(m: ArmInputs) -> NewArm:
+    return NewArm(shuffled_labels(*m.fit_means, m.site, m.seed))
 
 
-def _best_features(m: Material) -> list[int]:
+def _best_features(m: ArmInputs) -> list[int]:
     auroc_f, highest_f = m.features
     best = [int(j) for j in np.argsort(-auroc_f, kind="stable")[:CANDIDATES] if auroc_f[j] > 0.5 and highest_f[j] > 0]
     if not best:
@@ -153,45 +157,45 @@ def _best_features(m: Material) -> list[int]:
     return best
 
 
-def _feature_given(m: Material) -> Made:
+def _feature_given(m: ArmInputs) -> NewArm:
     if m.feature is None:
         raise InputError("no feature was named")
     auroc_f, highest_f = m.features
     highest = float(highest_f[m.feature])
     vector = feature_direction(m.dictionary, m.feature, highest or 1.0, m.site)  # type: ignore[arg-type]
     made = _feature(m, vector, f"AUROC {auroc_f[m.feature]:.2f}")
-    return made if highest else (vector, None, f"feature {m.feature}: it never fires on the texts to fit")
+    return made if highest else NewArm(vector, note=f"feature {m.feature}: it never fires on the texts to fit")
 
 
-def _feature_auroc(m: Material) -> Made:
+def _feature_auroc(m: ArmInputs) -> NewArm:
     j = _best_features(m)[0]
     auroc_f, highest_f = m.features
     return _feature(m, feature_direction(m.dictionary, j, float(highest_f[j]), m.site), f"AUROC {auroc_f[j]:.2f}")  # type: ignore[arg-type]
 
 
-def _feature_output(m: Material) -> Made:
+def _feature_output(m: ArmInputs) -> NewArm:
     vector = m.output_feature
     j, scores = vector.provenance["feature"], vector.provenance["output_scores"]
     return _feature(m, vector, f"AUROC {m.features[0][j]:.2f}, output score {scores[str(j)]:.3f}, the highest of {len(scores)} by AUROC")
 
 
-def _targeted(m: Material) -> Made:
+def _targeted(m: ArmInputs) -> NewArm:
     if m.effects is None:
         raise InputError("no fitted effects were given")
     feature = m.output_feature.provenance["feature"]
     d_sae = m.dictionary.d_sae  # type: ignore[union-attr]
     if (m.effects.site, m.effects.M_df.shape[1]) != (m.site, d_sae):
-        came = f"{m.effects.site} and {m.effects.M_df.shape[1]}"
-        raise InputError(f"expected effects at {m.site} on the dictionary's {d_sae} features, got them at {came}")
-    return targeted_direction(m.effects, feature), None, f"aimed at feature {feature}, the one by output score"
+        theirs = f"{m.effects.site} and {m.effects.M_df.shape[1]}"
+        raise InputError(f"expected effects at {m.site} on the dictionary's {d_sae} features, got them at {theirs}")
+    return NewArm(targeted_direction(m.effects, feature), note=f"aimed at feature {feature}, the one by output score")
 
 
-def _feature(m: Material, vector: SteeringVector, said: str) -> Made:
+def _feature(m: ArmInputs, vector: SteeringVector, said: str) -> NewArm:
     """A feature's own length is that of its maximum activation on the fit texts."""
-    return vector, vector.norm, f"feature {vector.provenance['feature']}: {said} on the texts to fit"
+    return NewArm(vector, vector.norm, f"feature {vector.provenance['feature']}: {said} on the texts to fit")
 
 
-def _actadd(m: Material) -> Made:
+def _actadd(m: ArmInputs) -> NewArm:
     if not m.concept.prompt_pairs:
         raise InputError(f"the concept {m.concept.name} has no pair of prompts")
     kind, layer = parse_site(m.site)
@@ -202,19 +206,19 @@ def _actadd(m: Material) -> Made:
     rows, columns = len(next(iter(vector.directions.values()))), m.lm.encode(m.prompts)[0].shape[1]
     if rows > columns:
         raise InputError(f"its prompts have {rows} tokens, more than the longest prompt to continue, {columns}")
-    return vector, None, f"{pair[0]!r} minus {pair[1]!r}, added once at the first {rows} tokens"
+    return NewArm(vector, note=f"{pair[0]!r} minus {pair[1]!r}, added once at the first {rows} tokens")
 
 
-def _diffmean(m: Material) -> Made:
-    return diffmean(*m.fit_means, m.site), None, None
+def _diffmean(m: ArmInputs) -> NewArm:
+    return NewArm(diffmean(*m.fit_means, m.site))
 
 
-def _pca(m: Material) -> Made:
+def _pca(m: ArmInputs) -> NewArm:
     vector = pca_of_differences(*m.fit_means, m.site, seed=m.seed)
-    return vector, None, f"{vector.provenance['explained_share']:.0%} of the differences' squared length"
+    return NewArm(vector, note=f"{vector.provenance['explained_share']:.0%} of the differences' squared length")
 
 
-def _principal(m: Material) -> Made:
+def _principal(m: ArmInputs) -> NewArm:
     """The component of a plain batch, with its sign, that tells the texts to fit apart best."""
     plain = [*m.texts.fit_positive, *m.texts.fit_negative]
     if m.corpus is not None:
@@ -228,25 +232,22 @@ def _principal(m: Material) -> Made:
     auroc_k = auroc((pos_td @ unit_dk).numpy(), (neg_td @ unit_dk).numpy())
     best = int(np.abs(auroc_k - 0.5).argmax())
     sign = 1 if auroc_k[best] >= 0.5 else -1
-    told = max(auroc_k[best], 1 - auroc_k[best])
-    return (
-        sign * components[best],
-        None,
-        f"{'+-'[sign < 0]}component {best + 1} of {len(plain)} texts: AUROC {told:.2f} on the texts to fit",
-    )
+    reached = max(auroc_k[best], 1 - auroc_k[best])
+    note = f"{'+-'[sign < 0]}component {best + 1} of {len(plain)} texts: AUROC {reached:.2f} on the texts to fit"
+    return NewArm(sign * components[best], note=note)
 
 
-def _iti(m: Material) -> Made:
+def _iti(m: ArmInputs) -> NewArm:
     pos, neg = m.texts.fit_positive, m.texts.fit_negative
     counts = [len(side) for side in m.fit]
     groups = [i for count in counts for i in range(count)] if counts[0] == counts[1] else None
     heads = max(4, round(HEADS * m.lm.n_layers * m.lm.model.config.get_text_config().num_attention_heads))
     vector = fit_iti(m.lm, [*pos, *neg], [1] * len(pos) + [0] * len(neg), groups=groups, heads=heads, seed=m.seed)
     named = ", ".join(f"{head['layer']}.{head['head']}" for head in vector.provenance["heads"])
-    return vector, None, f"heads (layer.head) {named}; at all positions, where it was published for generated ones"
+    return NewArm(vector, note=f"heads (layer.head) {named}; at all positions, where it was published for generated ones")
 
 
-MAKERS: dict[str, tuple[Kind, Callable[[Material], Made]]] = {
+MAKERS: dict[str, tuple[Kind, Callable[[ArmInputs], NewArm]]] = {
     RANDOM: ("control", _random),
     SHUFFLED: ("control", _shuffled),
     "SAE feature named": ("method", _feature_given),

@@ -9,23 +9,25 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tyro.conf import OmitArgPrefixes
 
 from sae.activations.text.documents import TextConfig, check_source
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.places import require_folder
-from sae.disk.writing import atomic, write_json
+from sae.disk.writing import atomic, jsonable, write_json
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
+from sae.model.sampling import Sampling
 from sae.text_input import text_list
-from steering.compare.arms import NONE, Arm, Material, build_arms
-from steering.compare.concepts import Scorer, Texts, concept_texts, load_concept, read_corpus, second_scorer, target_scorer
-from steering.compare.continuations import Bench, continuations, measure_arms
-from steering.compare.scores import verdict
+from steering.compare.arms import NONE, Arm, ArmInputs, build_arms
+from steering.compare.concepts import Texts, TextScore, concept_texts, load_concept, read_labelled_texts, second_score, target_score
+from steering.compare.continuations import ComparisonSetup, continuations, measure_arms
+from steering.compare.scores import comparison_verdict, estimate_text
 from steering.dictionary import load_dictionary
 from steering.directions.targeted import Effects
 from steering.strength.neutral import PROMPTS
@@ -57,14 +59,7 @@ class CompareConfig(TextConfig):
     """Texts to continue; every second one chooses the budget, the others score it."""
     samples: int = 4
     """Continuations of each prompt at each strength."""
-    max_new_tokens: int = 40
-    """Length of each continuation."""
-    temperature: float = 1.0
-    """Of the sampling; 0 takes the likeliest token."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that hold this share of the probability."""
-    seed: int = 0
-    """Of the sampling, the splits, the random direction and the intervals."""
+    sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
     device: str = "auto"
     """auto, cpu or cuda."""
     dry_run: bool = False
@@ -80,7 +75,7 @@ def compare_directions(config: CompareConfig) -> dict[str, Any]:
 
     started = time.monotonic()
     refuse_unusable(config)
-    concept = load_concept(config.concept)
+    concept, seed = load_concept(config.concept), config.sampling.seed
     out = config.out or Path(f"comparison-{concept.name.replace(':', '-')}")
     if not config.dry_run:
         require_folder(out)
@@ -90,43 +85,42 @@ def compare_directions(config: CompareConfig) -> dict[str, Any]:
     if config.feature is not None and not (dictionary and 0 <= config.feature < dictionary.d_sae):
         has = f"one with features 0 to {dictionary.d_sae - 1}" if dictionary else "none"
         raise InputError(f"expected a dictionary that has feature {config.feature}, got {has}; give another --sae or --feature")
-    corpus = read_corpus(config, lm) if config.text or config.dataset else None
-    texts = Texts(*([fitting(lm, text) for text in part] for part in concept_texts(concept, corpus, config.seed)))
+    corpus = read_labelled_texts(config, lm) if config.text or config.dataset else None
+    texts = Texts(*([fitting(lm, text) for text in part] for part in concept_texts(concept, corpus, seed)))
     effects = None if config.effects is None else Effects.load(config.effects)
-    drawn = (config.prompts, config.max_new_tokens)
-    material = Material(lm, site, concept, texts, *drawn, dictionary, corpus, effects, config.feature, config.seed)
+    new_tokens = config.sampling.max_new_tokens
+    material = ArmInputs(lm, site, concept, texts, config.prompts, new_tokens, dictionary, corpus, effects, config.feature, seed)
     arms = build_arms(material)
-    target, second = target_scorer(concept, texts, config.seed), second_scorer(concept, texts, config.seed)
-    sampling = {name: getattr(config, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    target, second = target_score(concept, texts, seed), second_score(concept, texts, seed)
     held = (texts.held_positive, texts.held_negative)
-    bench = Bench(lm, config.prompts, config.samples, sampling, config.budgets, target, second, held, config.seed)
-    announce(bench, arms, out)
+    setup = ComparisonSetup(lm, config.prompts, config.samples, config.sampling, config.budgets, target, second, held)
+    announce(setup, arms, out)
     if config.dry_run:
         return {}
-    entries, broken = measure_arms(bench, arms)
+    entries, broken = measure_arms(setup, arms)
     settings = asdict(config) | {"command": shlex.join(sys.argv), "seconds": round(time.monotonic() - started)}
-    result = plain(
+    result = jsonable(
         {
             "format": FORMAT,
             "concept": asdict(concept),
             "model": config.model,
             "site": site,
             "sae": config.sae,
-            "seed": config.seed,
+            "seed": seed,
             "settings": settings | {"texts": {name: len(part) for name, part in texts._asdict().items()}},
-            "target": described(target),
-            "second_target": described(second),
+            "target": score_facts(target),
+            "second_target": score_facts(second),
             "arms": entries,
             "broken": broken,
             "cosines": cosines(arms, site),
-            "verdict": verdict(entries, concept.name, target.held_out_auroc, config.seed),
+            "verdict": comparison_verdict(entries, concept.name, target.held_out_auroc, seed),
         }
     )
     html = report_html(result)
     write_json(out / "comparison.json", result)
     with atomic(out / "report.html") as temporary:
         temporary.write_text(html, encoding="utf-8")
-    show(result, out)
+    print_comparison(result, out)
     return result
 
 
@@ -145,10 +139,11 @@ def refuse_unusable(config: CompareConfig) -> None:
 
 
 def refuse_long_prompts(lm: LanguageModel, config: CompareConfig) -> None:
+    new_tokens = config.sampling.max_new_tokens
     for prompt in config.prompts:
-        if (length := lm.encode([prompt])[0].shape[1]) + config.max_new_tokens > lm.context:
+        if (length := lm.encode([prompt])[0].shape[1]) + new_tokens > lm.context:
             raise InputError(
-                f"expected prompts that leave room for {config.max_new_tokens} new tokens in the {lm.context} positions of {lm.name!r}, "
+                f"expected prompts that leave room for {new_tokens} new tokens in the {lm.context} positions of {lm.name!r}, "
                 f"got one of {length} tokens, {prompt[:60]!r}; shorten it or ask for fewer new tokens"
             )
 
@@ -178,42 +173,31 @@ def cosines(arms: Sequence[Arm], site: str) -> dict[str, Any]:
     return {"methods": [method for method, _ in there], "matrix": (units_kd @ units_kd.T).tolist()}
 
 
-def described(scorer: Scorer | None) -> dict[str, Any] | None:
+def score_facts(scorer: TextScore | None) -> dict[str, Any] | None:
     return None if scorer is None else {name: getattr(scorer, name) for name in ("kind", "describe", "held_out_auroc")}
 
 
-def plain(value: Any) -> Any:
-    """For JSON: numbers that are not finite become null, tuples lists, paths text."""
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return str(value) if isinstance(value, Path) else value
-
-
-def announce(bench: Bench, arms: Sequence[Arm], out: Path) -> None:
+def announce(setup: ComparisonSetup, arms: Sequence[Arm], out: Path) -> None:
     """What will be done; the time is guessed from short continuations without steering."""
     for arm in arms:
         print(f"{arm.method}: " + (f"left out, {arm.left_out}" if arm.left_out else arm.note or "ready"))
     present = [arm for arm in arms if arm.left_out is None]
-    levels = sum(len(bench.budgets) if arm.vector else 1 for arm in present)
-    new = bench.sampling["max_new_tokens"]
+    levels = sum(len(setup.budgets) if arm.vector else 1 for arm in present)
+    new = setup.sampling.max_new_tokens
     seconds = []
     for tokens in (min(tokens, new) for tokens in (TIMED_TOKENS[0], *TIMED_TOKENS)):  # the first warms up
         started = time.monotonic()
-        continuations(replace(bench, sampling=bench.sampling | {"max_new_tokens": tokens}), arms[0], 0.0, bench.samples)
+        continuations(replace(setup, sampling=replace(setup.sampling, max_new_tokens=tokens)), arms[0], 0.0, setup.samples)
         seconds.append(time.monotonic() - started)
     _, short, long = seconds
     each = long + max(long - short, 0.0) / (TIMED_TOKENS[1] - TIMED_TOKENS[0]) * max(new - TIMED_TOKENS[1], 0)
     minutes = each * levels * ABOVE_SAMPLING / 60
-    texts = len(bench.prompts) * bench.samples
+    texts = len(setup.prompts) * setup.samples
     print(f"{levels} strengths of {len(present)} arms, {texts} continuations of {new} tokens each: about {minutes:.1f} minutes", flush=True)
     print(f"comparison.json and report.html go into {out}")
 
 
-def show(result: dict[str, Any], out: Path) -> None:
+def print_comparison(result: dict[str, Any], out: Path) -> None:
     """The best strength of each arm, then the verdict."""
     from rich.console import Console
     from rich.table import Table
@@ -230,7 +214,7 @@ def show(result: dict[str, Any], out: Path) -> None:
         table.add_row(
             arm["method"],
             "" if best["budget"] is None else f"{best['budget']:g}" + ", not reached" * (not level["reached"]),
-            "" if arm["method"] == NONE else _told(best["gain"]),
+            "" if arm["method"] == NONE else estimate_text(best["gain"], ".3g"),
             "" if arm["detection_auroc"] is None else f"{arm['detection_auroc']['value']:.2f}",
             f"{level['nats_per_token']['value']:.2f}",
             "" if level["distinct_2"] is None else f"{level['distinct_2']:.2f}",
@@ -243,7 +227,3 @@ def show(result: dict[str, Any], out: Path) -> None:
             print(f"left out: {arm['method']}, {arm['left_out']}")
     print("\n".join(result["verdict"]))
     print(f"everything is in {out / 'comparison.json'}, to look at in {out / 'report.html'}")
-
-
-def _told(estimate: dict[str, float]) -> str:
-    return f"{estimate['value']:.3g} ({estimate['low']:.3g} to {estimate['high']:.3g})"

@@ -59,7 +59,7 @@ class Concept:
             text_list(getattr(self, name), name)
 
 
-class Corpus(NamedTuple):
+class LabelledTexts(NamedTuple):
     """The beginnings of documents, one text each."""
 
     texts: list[str]
@@ -78,7 +78,7 @@ class Texts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Scorer:
+class TextScore:
     """How much of a concept is in a text."""
 
     kind: Literal["words", "classifier"]
@@ -114,7 +114,7 @@ def load_concept(name_or_path: str) -> Concept:
     return _parse(value, path)
 
 
-def read_corpus(config: TextConfig, lm: LanguageModel) -> Corpus:
+def read_labelled_texts(config: TextConfig, lm: LanguageModel) -> LabelledTexts:
     """The first `LENGTH` characters, whole words, of each document that has `SHORTEST`; token ids are read by the model's tokenizer."""
     texts: list[str] = []
     labels: list[str | None] = []
@@ -125,10 +125,10 @@ def read_corpus(config: TextConfig, lm: LanguageModel) -> Corpus:
         if len(text) >= SHORTEST:
             texts.append(text)
             labels.append(label)
-    return Corpus(texts, labels)
+    return LabelledTexts(texts, labels)
 
 
-def concept_texts(concept: Concept, corpus: Corpus | None, seed: int) -> Texts:
+def concept_texts(concept: Concept, corpus: LabelledTexts | None, seed: int) -> Texts:
     """The concept's own texts, and `LABEL_TEXTS` documents of its label against as many of the other labels, each in one of the parts.
 
     Own texts that are as many on both sides are divided in pairs, so that what a pair is about is not in two parts. The other labels
@@ -153,31 +153,31 @@ def concept_texts(concept: Concept, corpus: Corpus | None, seed: int) -> Texts:
     return Texts(*parts)
 
 
-def target_scorer(concept: Concept, texts: Texts, seed: int) -> Scorer:
+def target_score(concept: Concept, texts: Texts, seed: int) -> TextScore:
     """Counts the concept's words if it has a list, else a classifier of its texts. Raises `InputError` if it has neither."""
     if concept.words:
-        return word_scorer(concept, texts)
+        return word_score(concept, texts)
     if not (texts.classifier_positive and texts.classifier_negative):
         raise InputError(f"expected words or contrast texts to score {concept.name!r} by, found neither; add them to its file")
-    return classifier_scorer(texts, seed)
+    return classifier_score(texts, seed)
 
 
-def second_scorer(concept: Concept, texts: Texts, seed: int) -> Scorer | None:
+def second_score(concept: Concept, texts: Texts, seed: int) -> TextScore | None:
     """The classifier of a concept whose target is its words, to see more than the list; None where there is no second score."""
-    return classifier_scorer(texts, seed) if concept.words and texts.classifier_positive and texts.classifier_negative else None
+    return classifier_score(texts, seed) if concept.words and texts.classifier_positive and texts.classifier_negative else None
 
 
-def word_scorer(concept: Concept, texts: Texts) -> Scorer:
+def word_score(concept: Concept, texts: Texts) -> TextScore:
     """Listed words per 1,000 words of each text, 0 for a text without words."""
 
     def score(scored: Sequence[str]) -> np.ndarray:
         return np.array([1000 * word_rate([text], concept.words).rate for text in scored])
 
     describe = f"words per 1,000 that are among the {len(concept.words)} listed for {concept.name}"
-    return Scorer("words", describe, _auroc(score, texts), score)
+    return TextScore("words", describe, _auroc(score, texts), score)
 
 
-def classifier_scorer(texts: Texts, seed: int) -> Scorer:
+def classifier_score(texts: Texts, seed: int) -> TextScore:
     """Mean probability by logistic regression on tf-idf of words (1–2) and of characters within words (1–4), both sides weighted equally.
 
     It learns from the classifier's part alone, which no direction was fitted on.
@@ -198,7 +198,7 @@ def classifier_scorer(texts: Texts, seed: int) -> Scorer:
         return model.predict_proba(list(scored))[:, 1] if len(scored) else np.zeros(0)
 
     describe = f"probability by a bag-of-words classifier that learned from {len(positive)} positive and {len(negative)} negative texts"
-    return Scorer("classifier", describe, _auroc(score, texts), score)
+    return TextScore("classifier", describe, _auroc(score, texts), score)
 
 
 def _parse(value: Any, path: Path) -> Concept:
@@ -251,7 +251,7 @@ def _beginning(text: str) -> str:
     return text[: LENGTH + 1].rsplit(maxsplit=1)[0] if any(map(str.isspace, text[: LENGTH + 1])) else text[:LENGTH]
 
 
-def _label_texts(concept: Concept, corpus: Corpus | None, rng: np.random.Generator, taken: set[str]) -> list[list[str]]:
+def _label_texts(concept: Concept, corpus: LabelledTexts | None, rng: np.random.Generator, taken: set[str]) -> list[list[str]]:
     """As many texts of the label as of the others, none of them twice; the others in turns, so that any stretch has all of them."""
     by_label: dict[str, list[str]] = {}
     for i in rng.permutation(len(corpus.texts)) if corpus else ():
@@ -279,9 +279,11 @@ def _warn_if_few(concept: Concept, parts: list[list[str]]) -> None:
         return
     unequal = any(a != b for a, b in zip(sizes[::2], sizes[1::2]))
     if min(sizes) < TINY or unequal:
-        told = ", ".join(f"{what} {a} and {b}" for what, a, b in zip(("to fit", "for the classifier", "held out"), sizes[::2], sizes[1::2]))
+        counts = ", ".join(
+            f"{what} {a} and {b}" for what, a, b in zip(("to fit", "for the classifier", "held out"), sizes[::2], sizes[1::2])
+        )
         said = "unequally many" if unequal else "few"
-        warnings.warn(f"{said} texts of {concept.name}, positive and negative: {told}; intervals will be wide", stacklevel=3)
+        warnings.warn(f"{said} texts of {concept.name}, positive and negative: {counts}; intervals will be wide", stacklevel=3)
 
 
 def _auroc(score: Callable[[Sequence[str]], np.ndarray], texts: Texts) -> float | None:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from sae.model.language_model import LanguageModel, NonFiniteLogits
+from sae.model.sampling import Sampling
 from sae.progress import progress
 from sae.statistics import Estimate, auroc_estimate, mean_estimate
 from steering.compare.arms import NONE, Arm
-from steering.compare.concepts import Scorer
+from steering.compare.concepts import TextScore
 from steering.compare.scores import choose_best, distinct_2, longest_repeat
 from steering.directions.texts import activations_of_texts
 from steering.intervention import steered
@@ -31,20 +32,23 @@ BROKEN_PROMPTS = 3
 
 
 @dataclass(frozen=True)
-class Bench:
+class ComparisonSetup:
     """What every arm is measured with."""
 
     lm: LanguageModel
     prompts: Sequence[str]
     samples: int
-    sampling: dict[str, Any]
-    """max_new_tokens, temperature, top_p and seed of `lm.generate`"""
+    sampling: Sampling
     budgets: Sequence[float]
-    target: Scorer
-    second: Scorer | None
+    target: TextScore
+    second: TextScore | None
     held: tuple[Sequence[str], Sequence[str]]
     """held-out texts, positive and negative"""
-    seed: int
+
+    @property
+    def seed(self) -> int:
+        """of the sampling and of the intervals"""
+        return self.sampling.seed
 
 
 class Continuations(NamedTuple):
@@ -55,15 +59,15 @@ class Continuations(NamedTuple):
     """per token of each prompt's continuations, under the unsteered model after the plain prompt"""
 
 
-def measure_arms(bench: Bench, arms: Sequence[Arm]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure_arms(setup: ComparisonSetup, arms: Sequence[Arm]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The entries of all arms, and the samples of broken text, as plain values. The first arm is the one without steering."""
-    ids_sp, mask_sp = encode_cut(bench.lm, OFF_TOPIC_SENTENCES)
-    unsteered_nv = log_probs(bench.lm, ids_sp, mask_sp)
+    ids_sp, mask_sp = encode_cut(setup.lm, OFF_TOPIC_SENTENCES)
+    unsteered_nv = log_probs(setup.lm, ids_sp, mask_sp)
     entries: list[dict[str, Any]] = []
     broken: list[dict[str, Any]] = []
     none_p = np.zeros(0)
     present = [arm for arm in arms if arm.left_out is None]
-    total = sum(len(bench.budgets) + 1 if arm.vector else 1 for arm in present)
+    total = sum(len(setup.budgets) + 1 if arm.vector else 1 for arm in present)
     with progress("comparing", total, "strengths") as bar:
         for arm in arms:
             entry: dict[str, Any] = {"method": arm.method, "kind": arm.kind, "note": arm.note, "left_out": arm.left_out}
@@ -71,43 +75,43 @@ def measure_arms(bench: Bench, arms: Sequence[Arm]) -> tuple[list[dict[str, Any]
             entries.append(entry)
             if arm.left_out is not None:
                 continue
-            *calibrations, breaking = _strengths(bench, arm)
+            *calibrations, breaking = _strengths(setup, arm)
             for calibration in calibrations:
-                continued = continuations(bench, arm, calibration.coefficient, bench.samples)
+                continued = continuations(setup, arm, calibration.coefficient, setup.samples)
                 if arm.method == NONE:
-                    none_p = _by_prompt(bench, bench.target.score(continued.texts))  # type: ignore[union-attr]
-                off_topic = _off_topic(bench.lm, arm, calibration.coefficient, (ids_sp, mask_sp), unsteered_nv)
-                entry["levels"].append(level(bench, calibration, continued, off_topic, none_p))
+                    none_p = _by_prompt(setup, setup.target.score(continued.texts))  # type: ignore[union-attr]
+                off_topic = _off_topic(setup.lm, arm, calibration.coefficient, (ids_sp, mask_sp), unsteered_nv)
+                entry["levels"].append(level(setup, calibration, continued, off_topic, none_p))
                 bar.advance(1, arm=arm.method)
             if arm.vector is not None:
-                broken.append(_broken(bench, arm, breaking))
+                broken.append(_broken(setup, arm, breaking))
                 bar.advance(1)
-            entry |= {"detection_auroc": detection(bench, arm.vector), "best": choose_best(entry["levels"])}
+            entry |= {"detection_auroc": detection_auroc(setup, arm.vector), "best": choose_best(entry["levels"])}
     return entries, broken
 
 
-def _strengths(bench: Bench, arm: Arm) -> list[Calibration]:
+def _strengths(setup: ComparisonSetup, arm: Arm) -> list[Calibration]:
     """One for each budget and one that breaks the text; a baseline has but one, and none that breaks."""
     if arm.vector is None:
         return [Calibration(0.0, 0.0, 0.0, 0.0, None, True, True)] * 2
-    budgets = [*bench.budgets, BROKEN_FACTOR * max(bench.budgets)]
-    return calibrate(bench.lm, arm.vector, budgets, CALIBRATION_SENTENCES, strongest=arm.strongest)
+    budgets = [*setup.budgets, BROKEN_FACTOR * max(setup.budgets)]
+    return calibrate(setup.lm, arm.vector, budgets, CALIBRATION_SENTENCES, strongest=arm.strongest)
 
 
-def continuations(bench: Bench, arm: Arm, coefficient: float, samples: int) -> Continuations | str:
+def continuations(setup: ComparisonSetup, arm: Arm, coefficient: float, samples: int) -> Continuations | str:
     """All prompts in one left-padded batch, each `samples` times, of one seed for every arm; or the sentence why there is no text."""
-    lm = bench.lm
+    lm = setup.lm
     bos = lm.tokenizer.bos_token or ""  # a prompt that brings its own has it before the prefix, as all have
-    texts = [arm.prefix + prompt.removeprefix(bos) for prompt in bench.prompts]
+    texts = [arm.prefix + prompt.removeprefix(bos) for prompt in setup.prompts]
     ids_sp, mask_sp = (t.repeat_interleave(samples, 0) for t in lm.encode(texts))
     start = ids_sp.shape[1]
     positional = arm.vector is not None and any(d.ndim == 2 for d in arm.vector.directions.values())
     try:
         with steered(lm, [(arm.vector, coefficient)] if arm.vector else [], prompt_length=start if positional else None):
-            new_sn = lm.generate(ids_sp, mask_sp, **bench.sampling)[:, start:]
+            new_sn = lm.generate(ids_sp, mask_sp, **vars(setup.sampling))[:, start:]
     except (NonFiniteLogits, OverflowError) as error:
         return f"no text: {error}"
-    plain_sp, plain_mask_sp = (t.repeat_interleave(samples, 0) for t in lm.encode(bench.prompts))
+    plain_sp, plain_mask_sp = (t.repeat_interleave(samples, 0) for t in lm.encode(setup.prompts))
     nats_p = [
         continuation_loss(lm, ids, new, mask)
         for ids, new, mask in zip(plain_sp.split(samples), new_sn.split(samples), plain_mask_sp.split(samples))
@@ -118,7 +122,7 @@ def continuations(bench: Bench, arm: Arm, coefficient: float, samples: int) -> C
 
 
 def level(
-    bench: Bench, calibration: Calibration, continued: Continuations | str, off_topic: Divergence, none_p: np.ndarray
+    setup: ComparisonSetup, calibration: Calibration, continued: Continuations | str, off_topic: Divergence, none_p: np.ndarray
 ) -> dict[str, Any]:
     """One strength of an arm. Gains are over no steering on the same prompts; all but "choose" is of the scoring half."""
     entry: dict[str, Any] = calibration._asdict() | {"budget": calibration.budget or None}
@@ -126,33 +130,33 @@ def level(
     if isinstance(continued, str):
         names = ("choose", "score", "nats_per_token", "distinct_2", "longest_repeat")
         return entry | dict.fromkeys(names) | {"failure": continued, "texts": []}
-    target_s = bench.target.score(continued.texts)
-    target_p = _by_prompt(bench, target_s)
+    target_s = setup.target.score(continued.texts)
+    target_p = _by_prompt(setup, target_s)
     gain_p = target_p - none_p
     second = None
-    if bench.second is not None:
-        second = mean_estimate(_by_prompt(bench, bench.second.score(continued.texts))[1::2], bench.seed)
-    half_s = [HALVES[number // bench.samples % 2] for number in range(len(continued.texts))]
+    if setup.second is not None:
+        second = mean_estimate(_by_prompt(setup, setup.second.score(continued.texts))[1::2], setup.seed)
+    half_s = [HALVES[number // setup.samples % 2] for number in range(len(continued.texts))]
     scored = [row for row, half in zip(continued.tokens, half_s) if half == "score"]
     return entry | {
         "choose": {"target": float(target_p[::2].mean()), "gain": float(gain_p[::2].mean())},
         "score": {
-            "target": mean_estimate(target_p[1::2], bench.seed),
-            "gain": mean_estimate(gain_p[1::2], bench.seed),
+            "target": mean_estimate(target_p[1::2], setup.seed),
+            "gain": mean_estimate(gain_p[1::2], setup.seed),
             "second_target": second,
         },
-        "nats_per_token": mean_estimate(continued.nats_p[1::2], bench.seed),
+        "nats_per_token": mean_estimate(continued.nats_p[1::2], setup.seed),
         "distinct_2": distinct_2(scored),
         "longest_repeat": float(np.mean([longest_repeat(row) for row in scored])),
         "texts": [
-            {"prompt": bench.prompts[number // bench.samples], "half": half, "text": text, "target": float(target)}
+            {"prompt": setup.prompts[number // setup.samples], "half": half, "text": text, "target": float(target)}
             for number, (text, half, target) in enumerate(zip(continued.texts, half_s, target_s))
         ],
     }
 
 
-def _by_prompt(bench: Bench, value_s: np.ndarray) -> np.ndarray:
-    return value_s.reshape(-1, bench.samples).mean(1)
+def _by_prompt(setup: ComparisonSetup, value_s: np.ndarray) -> np.ndarray:
+    return value_s.reshape(-1, setup.samples).mean(1)
 
 
 def _off_topic(lm: LanguageModel, arm: Arm, coefficient: float, batch: tuple[Tensor, Tensor], unsteered_nv: Tensor) -> Divergence:
@@ -171,25 +175,25 @@ def _off_topic(lm: LanguageModel, arm: Arm, coefficient: float, batch: tuple[Ten
     return divergence(unsteered_nv, torch.cat(parts))
 
 
-def _broken(bench: Bench, arm: Arm, breaking: Calibration) -> dict[str, Any]:
+def _broken(setup: ComparisonSetup, arm: Arm, breaking: Calibration) -> dict[str, Any]:
     """The first prompts, continued at a strength that breaks the text."""
-    continued = continuations(bench, arm, breaking.coefficient, 1)
+    continued = continuations(setup, arm, breaking.coefficient, 1)
     entry = {"method": arm.method, **breaking._asdict(), "failure": continued if isinstance(continued, str) else None}
     texts = [] if isinstance(continued, str) else continued.texts
-    shown = list(zip(bench.prompts, texts))[:BROKEN_PROMPTS]
+    shown = list(zip(setup.prompts, texts))[:BROKEN_PROMPTS]
     return entry | {"texts": [{"prompt": prompt, "text": text} for prompt, text in shown]}
 
 
-def detection(bench: Bench, vector: SteeringVector | None) -> Estimate | None:
+def detection_auroc(setup: ComparisonSetup, vector: SteeringVector | None) -> Estimate | None:
     """AUROC over held-out texts of the mean projection of their tokens; None for directions per position and where there are no texts."""
-    if vector is None or any(d.ndim == 2 for d in vector.directions.values()) or not all(bench.held):
+    if vector is None or any(d.ndim == 2 for d in vector.directions.values()) or not all(setup.held):
         return None
 
     def projected(texts: Sequence[str]) -> np.ndarray:
         total_t = np.zeros(len(texts))
         for site, direction in vector.directions.items():
-            rows = activations_of_texts(bench.lm, texts, site)
+            rows = activations_of_texts(setup.lm, texts, site)
             total_t += [(x_nd.mean(0) @ direction.cpu()).item() for x_nd in rows]  # host sync
         return total_t
 
-    return auroc_estimate(projected(bench.held[0]), projected(bench.held[1]), bench.seed)
+    return auroc_estimate(projected(setup.held[0]), projected(setup.held[1]), setup.seed)

@@ -3,12 +3,11 @@
 `report_html` takes the dictionary that comparison.json holds (steering/compare/command.py) and looks nothing up by itself.
 """
 
-import math
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from sae.features.pages.feature import visible
+from sae.html import document, figure, visible
 from steering.compare.report_plot import Series, marker, pareto_svg, series_of, whisker_svg
 from steering.compare.report_style import STYLE
 from steering.strength.measure import listed_words
@@ -40,29 +39,14 @@ def report_html(result: Result) -> str:
         f".pareto:has(.l{i}:hover) .series:not(.s{i}),.pareto:has(.l{i}:focus) .series:not(.s{i}){{opacity:.09}}"
         for i in range(len(series))
     )
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(f"Steering towards {name}")}</title>'
-        f"<style>{STYLE}{isolate}</style></head>\n<body>{body}</body></html>\n"
-    )
+    return document(f"Steering towards {name}", body, STYLE + isolate, POLICY)
 
 
-def number(value: float | None, signed: bool = False) -> str:
-    """Three digits, "–" for none."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if value and (abs(value) < 0.001 or abs(value) >= 1e5):
-        text = f"{value:.1e}"
-    else:
-        text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
-    return ("+" if signed and value > 0 else "") + text.replace("-", "−")
-
-
-def estimate(value: dict[str, float] | None, signed: bool = False) -> str:
+def estimate_cell(value: dict[str, float] | None, signed: bool = False) -> str:
     """A mean over its 95 % interval, for a cell."""
     if value is None:
         return "–"
-    return f"{number(value['value'], signed)}<small>{number(value['low'], signed)} to {number(value['high'], signed)}</small>"
+    return f"{figure(value['value'], signed)}<small>{figure(value['low'], signed)} to {figure(value['high'], signed)}</small>"
 
 
 def best_level(arm: dict[str, Any]) -> dict[str, Any] | None:
@@ -81,14 +65,14 @@ def _head(result: Result) -> str:
     facts = {"model": result["model"], "site": result["site"], "dictionary": result["sae"] or "none", "seed": result["seed"]}
     second = result.get("second_target")
     scores = [("Target score", target)] + ([("Beside it", second)] if second else [])
-    told = "".join(
+    scored = "".join(
         f"<p><b>{what}:</b> {escape(score['describe'])} "
-        f"<span class='soft'>(AUROC on held-out texts: {number(score['held_out_auroc'])})</span></p>"
+        f"<span class='soft'>(AUROC on held-out texts: {figure(score['held_out_auroc'])})</span></p>"
         for what, score in scores
     )
-    listed = "".join(f"<div><dt>{key}</dt><dd>{escape(str(value))}</dd></div>" for key, value in facts.items())
+    pairs = "".join(f"<div><dt>{key}</dt><dd>{escape(str(value))}</dd></div>" for key, value in facts.items())
     description = concept.get("description") or ""
-    return f"<h1>Steering towards {escape(concept['name'])}</h1><p>{escape(description)}</p>{told}<dl class='facts'>{listed}</dl>"
+    return f"<h1>Steering towards {escape(concept['name'])}</h1><p>{escape(description)}</p>{scored}<dl class='facts'>{pairs}</dl>"
 
 
 def _verdict(sentences: Sequence[str]) -> str:
@@ -118,22 +102,23 @@ def _table(result: Result, series: Sequence[Series]) -> str:
     second = bool(result.get("second_target"))
     heads = ["method", "gain, 95 %", "", "target", *["beside it"] * second, "detection AUROC", "budget, nats", "nats per token"]
     heads += ["distinct-2", "longest repeat", "off-topic KL", "top-1 flips"]
-    shown = [(arm, level) for arm in result["arms"] if (level := best_level(arm)) is not None and level["score"] is not None]
-    shown.sort(key=lambda pair: -pair[1]["score"]["gain"]["value"])
-    gains = [level["score"]["gain"] for _, level in shown]
+    scored = [(arm, level) for arm in result["arms"] if (level := best_level(arm)) is not None and level["score"] is not None]
+    scored.sort(key=lambda pair: -pair[1]["score"]["gain"]["value"])
+    gains = [level["score"]["gain"] for _, level in scored]
     span = (min((g["low"] for g in gains), default=0.0), max((g["high"] for g in gains), default=1.0))
-    control = [level["score"]["gain"] for arm, level in shown if arm["kind"] == "control"]
+    control = [level["score"]["gain"] for arm, level in scored if arm["kind"] == "control"]
     colour = {s.method: s.colour for s in series}
     rows = []
-    for arm, level in shown:
+    for arm, level in scored:
         gain, score = level["score"]["gain"], level["score"]
         note = f'<span class="soft">{escape(arm["note"])}</span>' if arm["note"] else ""
         budget = _budget(level) + ("" if level["reached"] else "<small>not reached</small>")
-        cells = [estimate(score["target"]), *[estimate(score["second_target"])] * second, estimate(arm["detection_auroc"]), budget]
-        cells += [estimate(level["nats_per_token"]), number(level["distinct_2"]), number(level["longest_repeat"])]
-        cells += [number(level["off_topic_kl"]), number(level["top1_flips"])]
+        estimates = [score["target"], *[score["second_target"]] * second, arm["detection_auroc"]]
+        cells = [*map(estimate_cell, estimates), budget, estimate_cell(level["nats_per_token"])]
+        cells += [figure(level[name]) for name in ("distinct_2", "longest_repeat", "off_topic_kl", "top1_flips")]
         rows.append(
-            f'<tr class="{escape(arm["kind"])}"><td class="m">{escape(arm["method"])}{note}</td><td class="n">{estimate(gain, True)}</td>'
+            f'<tr class="{escape(arm["kind"])}"><td class="m">{escape(arm["method"])}{note}</td>'
+            f'<td class="n">{estimate_cell(gain, True)}</td>'
             f'<td class="w" style="--c:{colour.get(arm["method"], "var(--baseline)")}">{whisker_svg(gain, span, control)}</td>'
             + "".join(f'<td class="n">{cell}</td>' for cell in cells)
             + "</tr>"
@@ -202,9 +187,9 @@ def _shared_prompts(levels: Sequence[dict[str, Any]]) -> list[str]:
 def _strength(level: dict[str, Any], before: str = "") -> str:
     if not level["coefficient"]:
         return "without a direction"
-    rho = f", ρ {number(level['rho'])}" if level.get("rho") is not None else ""
+    rho = f", ρ {figure(level['rho'])}" if level.get("rho") is not None else ""
     reached = "" if level.get("reached", True) else " (not reached)"
-    return f"{before}{_budget(level)} nats{reached}, coefficient {number(level['coefficient'])}{rho}"
+    return f"{before}{_budget(level)} nats{reached}, coefficient {figure(level['coefficient'])}{rho}"
 
 
 def _sample(level: dict[str, Any], prompt: str, pattern: Any) -> str:
@@ -213,7 +198,7 @@ def _sample(level: dict[str, Any], prompt: str, pattern: Any) -> str:
     for found in pattern.finditer(text["text"]) if pattern else ():
         pieces += [visible(text["text"][end : found.start()]), f"<mark>{visible(found[0])}</mark>"]
         end = found.end()
-    score = f' <span class="t">target {number(text["target"])}</span>' if text.get("target") is not None else ""
+    score = f' <span class="t">target {figure(text["target"])}</span>' if text.get("target") is not None else ""
     return f"<b>{visible(prompt)}</b>{''.join(pieces)}{visible(text['text'][end:])}{score}"
 
 
@@ -258,14 +243,14 @@ def _all_levels(result: Result) -> str:
         for level in arm["levels"]:
             choose, score = level["choose"] or {}, level["score"] or {}
             reached = "" if level["reached"] else "<small>not reached</small>"
-            cells = [_budget(level), number(level["kl"]) + reached]
-            cells += [number(level.get(key)) for key in ("off_topic_kl", "coefficient", "rho", "max_activations")]
-            cells += [number(choose.get("gain"), True), estimate(score.get("gain"), True), estimate(score.get("target"))]
+            cells = [_budget(level), figure(level["kl"]) + reached]
+            cells += [figure(level.get(key)) for key in ("off_topic_kl", "coefficient", "rho", "max_activations")]
+            cells += [figure(choose.get("gain"), True), estimate_cell(score.get("gain"), True), estimate_cell(score.get("target"))]
             cells += [
-                estimate(level["nats_per_token"]),
-                number(level["distinct_2"]),
-                number(level["longest_repeat"]),
-                number(level["top1_flips"]),
+                estimate_cell(level["nats_per_token"]),
+                figure(level["distinct_2"]),
+                figure(level["longest_repeat"]),
+                figure(level["top1_flips"]),
             ]
             chosen = ' class="chosen"' if level is best_level(arm) and len(arm["levels"]) > 1 else ""
             name = escape(arm["method"]) + (f"<small>{escape(level['failure'])}</small>" if level["failure"] else "")
@@ -282,20 +267,20 @@ def _settings(result: Result) -> str:
     settings = dict(result["settings"])
     command = settings.pop("command", None)
     concept = {key: value for key, value in result["concept"].items() if value and key not in ("name", "description")}
-    shown = f"<pre>{escape(command)}</pre>" if command else ""
+    command_line = f"<pre>{escape(command)}</pre>" if command else ""
     return (
-        f"<section><h2>How it was made</h2>{shown}<details><summary>Settings</summary>{_pairs(settings)}</details>"
+        f"<section><h2>How it was made</h2>{command_line}<details><summary>Settings</summary>{_pairs(settings)}</details>"
         f"<details><summary>The concept</summary>{_pairs(concept)}</details></section>"
     )
 
 
 def _pairs(values: dict[str, Any]) -> str:
-    def told(value: Any) -> str:
+    def plain(value: Any) -> str:
         if isinstance(value, dict):
-            return ", ".join(f"{key} {told(entry)}" for key, entry in value.items())
+            return ", ".join(f"{key} {plain(entry)}" for key, entry in value.items())
         if isinstance(value, list | tuple):
             return " · ".join(" / ".join(map(str, entry)) if isinstance(entry, list | tuple) else str(entry) for entry in value)
         return "none" if value is None else str(value)
 
-    items = "".join(f"<dt>{escape(str(key)).replace('_', ' ')}</dt><dd>{visible(told(value))}</dd>" for key, value in values.items())
+    items = "".join(f"<dt>{escape(str(key)).replace('_', ' ')}</dt><dd>{visible(plain(value))}</dd>" for key, value in values.items())
     return f'<dl class="pairs">{items}</dl>'

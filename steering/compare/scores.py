@@ -53,7 +53,7 @@ def choose_best(levels: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return {"budget": best["budget"], "gain": best["score"]["gain"]}
 
 
-def verdict(arms: Sequence[dict[str, Any]], concept: str, held_out_auroc: float | None, seed: int = 0) -> list[str]:
+def comparison_verdict(arms: Sequence[dict[str, Any]], concept: str, held_out_auroc: float | None, seed: int = 0) -> list[str]:
     """One sentence for each method, then what they amount to.
 
     A method steers towards the concept when, at the budget chosen on the one half of the prompts, the interval of its gain on the other
@@ -72,12 +72,12 @@ def verdict(arms: Sequence[dict[str, Any]], concept: str, held_out_auroc: float 
         if gain["low"] > 0 and not lost:
             steering.append((gain["value"], method, own_p))
             against = f", more than {' and '.join(controls)}" if controls else ", but there was no control to compare with"
-            sentences.append(f"{method} steers towards {concept}: {_told(gain)} at {best[method]['budget']:g} nat{against}.")
+            sentences.append(f"{method} steers towards {concept}: {estimate_text(gain)} at {best[method]['budget']:g} nat{against}.")
         else:
             reason = "the interval includes 0" if gain["low"] <= 0 <= gain["high"] else "the gain is below 0"
             if gain["low"] > 0:
                 reason = f"it is not more than {' and '.join(lost)}"
-            sentences.append(f"{method}: no evidence that it steers towards {concept}, {_told(gain)}; {reason}.")
+            sentences.append(f"{method}: no evidence that it steers towards {concept}, {estimate_text(gain)}; {reason}.")
     return sentences + _summary(steering, best, held_out_auroc, seed)
 
 
@@ -90,13 +90,13 @@ def _summary(
         (_, first, first_p), (_, second, second_p) = ranked[:2]
         ahead = mean_estimate(first_p - second_p, seed)
         clear = "is ahead of" if ahead["low"] > 0 else "cannot be told from"
-        sentences.append(f"{first} gained most and {clear} {second}, the next: a difference of {_told(ahead)}.")
+        sentences.append(f"{first} gained most and {clear} {second}, the next: a difference of {estimate_text(ahead)}.")
     elif not ranked:
         sentences.append("No direction steers towards the concept at these budgets.")
     if PROMPTING in best:
         gain = best[PROMPTING]["score"]["gain"]
         sentences.append(
-            f"Plain prompting, for comparison: {_told(gain)}, with an off-topic KL of {best[PROMPTING]['off_topic_kl']:.2g} nat."
+            f"Plain prompting, for comparison: {estimate_text(gain)}, with an off-topic KL of {best[PROMPTING]['off_topic_kl']:.2g} nat."
         )
     if held_out_auroc is not None and held_out_auroc < CLEAR:
         sentences.append(f"The target score itself is weak: AUROC {held_out_auroc:.2f} on held-out texts of the concept.")
@@ -109,5 +109,5 @@ def _best_level(arm: dict[str, Any]) -> dict[str, Any] | None:
     return next(level for level in arm["levels"] if level["budget"] == arm["best"]["budget"])
 
 
-def _told(estimate: Estimate) -> str:
-    return f"{estimate['value']:+.3g} ({estimate['low']:+.3g} to {estimate['high']:+.3g})"
+def estimate_text(estimate: Estimate, form: str = "+.3g") -> str:
+    return f"{estimate['value']:{form}} ({estimate['low']:{form}} to {estimate['high']:{form}})"

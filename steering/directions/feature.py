@@ -15,7 +15,8 @@ from sae.model.language_model import LanguageModel
 from steering.intervention import DictionaryFeature, steered
 from steering.vector import SteeringVector
 
-NEUTRAL_PROMPT = "From my experience,"
+PROMPT, FACTOR, TOKENS = "From my experience,", 10.0, 20
+"""of the output score"""
 
 
 def feature_direction(dictionary: Dictionary, feature: int, max_activation: float, site: str | None = None) -> SteeringVector:
@@ -67,9 +68,9 @@ def output_scores(
     max_activations: Sequence[float],
     site: str | None = None,
     *,
-    prompt: str = NEUTRAL_PROMPT,
-    factor: float = 10.0,
-    tokens: int = 20,
+    prompt: str = PROMPT,
+    factor: float = FACTOR,
+    tokens: int = TOKENS,
 ) -> list[float]:
     """S_out = (1 − min rank / |V|) · max p for each feature: how much of its own tokens it makes the model say.
 
@@ -99,14 +100,10 @@ def by_output_score(
     features: Sequence[int],
     max_activations: Sequence[float],
     site: str | None = None,
-    *,
-    prompt: str = NEUTRAL_PROMPT,
-    factor: float = 10.0,
-    tokens: int = 20,
 ) -> SteeringVector:
     """`feature_direction` of the feature with the highest of `output_scores`, the first of equal ones; all scores are in its provenance."""
-    scores = output_scores(lm, dictionary, features, max_activations, site, prompt=prompt, factor=factor, tokens=tokens)
+    scores = output_scores(lm, dictionary, features, max_activations, site)
     best = max(range(len(scores)), key=scores.__getitem__)
     vector = feature_direction(dictionary, features[best], max_activations[best], site)
-    chosen = {"output_scores": {str(j): score for j, score in zip(features, scores)}, "prompt": prompt, "factor": factor, "tokens": tokens}
+    chosen = {"output_scores": {str(j): score for j, score in zip(features, scores)}, "prompt": PROMPT, "factor": FACTOR, "tokens": TOKENS}
     return SteeringVector.at(vector.site, vector.direction_d, vector.provenance | {"model": lm.name} | chosen)

@@ -24,7 +24,7 @@ TOLERANCE = 0.03  # relative, of a KL that counts as the budget
 EVALUATIONS = 30
 
 
-class Found(NamedTuple):
+class KLSearch(NamedTuple):
     """What `coefficient_for_kl` gives."""
 
     coefficient: float
@@ -69,7 +69,7 @@ def coefficient_for_kl(
     most: float = math.inf,
     tolerance: float = TOLERANCE,
     evaluations: int = EVALUATIONS,
-) -> Found:
+) -> KLSearch:
     """The coefficient c > 0 with `kl_at(c)` = `budget`, by few evaluations of it.
 
     KL is about c²/2 · v'Fv near 0, so a first step assumes slope 2 of log KL in log c; once the budget lies between two coefficients,
@@ -88,7 +88,7 @@ def coefficient_for_kl(
         kl = math.inf if math.isnan(kl) else kl
         tried.append((coefficient, kl))
         if abs(kl / budget - 1) <= tolerance:
-            return Found(coefficient, kl, True, _monotone(tried, budget), tried)
+            return KLSearch(coefficient, kl, True, _monotone(tried, budget), tried)
         point = (math.log(coefficient), math.log(kl / budget) if kl > 0 else -math.inf)
         now = 1 if kl > budget else -1
         if now > 0:
@@ -107,7 +107,7 @@ def coefficient_for_kl(
             coefficient = min(most, coefficient * max(guess, factor) ** -side)
             factor = min(factor**2, 16.0)
     best = min(tried, key=lambda pair: (math.isinf(pair[1]), pair[1] > budget, abs(pair[1] - budget), pair[0]))
-    return Found(*best, False, _monotone(tried, budget), tried)
+    return KLSearch(*best, False, _monotone(tried, budget), tried)
 
 
 def _between(low: tuple[float, float], high: tuple[float, float]) -> float:

@@ -8,29 +8,29 @@ import numpy as np
 import torch
 
 from sae.activations.text.documents import TextConfig
-from sae.dictionaries.dictionary import Dictionary
 from sae.disk.places import require_file
-from sae.disk.writing import write_json
+from sae.disk.writing import jsonable, write_json
 from sae.errors import InputError
 from sae.features.index.lens import folded_unembedding, into_residual, logit_lens
 from sae.model.language_model import LanguageModel
+from sae.model.sampling import Sampling
 from sae.progress import progress
 from sae.statistics import Estimate
 from sae.text_input import text_list
 from steering.dictionary import load_dictionary
 from steering.directions.targeted import Effects, targeted_direction
 from steering.strength.neutral import FEW_PROMPTS
-from steering.strength.ruler import Ruler, read_sequences, site_activations
+from steering.strength.sequences import KLCalibrator, read_sequences, site_activations
 from steering.studies.effects import (
     NEW_TOKENS,
     SAMPLES,
-    Aim,
+    AimScore,
     Effect,
+    Rollouts,
     aim_difference,
     effect,
     feature_rows,
     measure_effects,
-    rollout_activations,
 )
 from steering.studies.principal import alive_features
 from steering.vector import SteeringVector
@@ -76,7 +76,7 @@ class EffectConfig(TextConfig):
     """auto, cpu or cuda."""
 
 
-class Mapped(NamedTuple):
+class MappedDirection(NamedTuple):
     """One direction that was measured."""
 
     name: str
@@ -102,16 +102,15 @@ def effect_map(config: EffectConfig) -> dict[str, Any]:
     documents = read_sequences(
         lm, config, config.calibration_documents + (ALIVE_DOCUMENTS if config.fit else 0), config.length, config.seed
     )
-    ruler = Ruler(lm, documents.part(0, config.calibration_documents), site)
+    calibrator = KLCalibrator(lm, documents.part(0, config.calibration_documents), site)
     effects = None
     if config.fit:
         alive, _ = alive_features(dictionary, site_activations(lm, documents, site).flatten(0, 1))
         if len(alive) < config.fit:
             raise InputError(f"expected {config.fit} features that fire on the text, found {len(alive)}; lower --fit")
         chosen = np.random.default_rng(config.seed).choice(alive, config.fit, replace=False).tolist()
-        effects = measure_effects(
-            lm, dictionary, chosen, ruler, config.kl, config.prompts, new_tokens=config.new_tokens, seed=config.seed + 10_000
-        )
+        sampling = Sampling(max_new_tokens=config.new_tokens, seed=config.seed + 10_000)
+        effects = measure_effects(Rollouts(lm, dictionary, config.prompts, 1, sampling), chosen, calibrator, config.kl)
         effects.save(config.effects)  # type: ignore[arg-type]
     elif config.effects:
         effects = Effects.load(config.effects)
@@ -122,14 +121,16 @@ def effect_map(config: EffectConfig) -> dict[str, Any]:
         directions += [(f"targeted {j}", j, targeted_direction(effects, j, config.bias_weight)) for j in config.feature]
     if config.vector:
         directions.append((str(config.vector), None, SteeringVector.load(config.vector).unit()))
-    mapped = measure_all(lm, dictionary, directions, ruler, config)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    sampling = Sampling(max_new_tokens=config.new_tokens, seed=config.seed)
+    rollouts = Rollouts(lm, dictionary, config.prompts, config.samples, sampling)
+    mapped = measure_all(rollouts, directions, calibrator, config.kl)
+    settings = jsonable(asdict(config))
     fitted = effects and {k: v for k, v in effects.provenance.items() if k not in ("features", "prompts")}
     result = {"format": "effect-map-1", "settings": settings, "fitted": fitted, "maps": [], "aims": aims(mapped)}
-    result["maps"] = [described(lm, written_fd, m, config.top) for m in mapped]
+    result["maps"] = [strongest_effects(lm, written_fd, m, config.top) for m in mapped]
     if config.out:
         write_json(config.out, result)
-    show(result)
+    print_effects(result)
     return result
 
 
@@ -146,41 +147,35 @@ def check(config: EffectConfig) -> None:
 
 
 def measure_all(
-    lm: LanguageModel,
-    dictionary: Dictionary,
-    directions: list[tuple[str, int | None, SteeringVector]],
-    ruler: Ruler,
-    config: EffectConfig,
-) -> list[Mapped]:
+    rollouts: Rollouts, directions: list[tuple[str, int | None, SteeringVector]], calibrator: KLCalibrator, kl: float
+) -> list[MappedDirection]:
     """The effect of every unit direction at the budget, against the same unsteered rollouts."""
-    settings = {"samples": config.samples, "new_tokens": config.new_tokens, "seed": config.seed}
-    mapped: list[Mapped] = []
+    mapped: list[MappedDirection] = []
     if not directions:
         return mapped
-    unsteered_rf = rollout_activations(lm, dictionary, [], config.prompts, **settings)
+    unsteered_rf = rollouts.activations([])
     with progress("mapping", len(directions), "directions") as bar:
         for name, feature, unit in directions:
-            found = ruler.coefficient(unit, config.kl)
-            measured = effect(lm, dictionary, unit, found.coefficient, config.prompts, unsteered_rf=unsteered_rf, **settings)
-            mapped.append(Mapped(name, feature, measured, found.reached))
+            found = calibrator.coefficient(unit, kl)
+            mapped.append(MappedDirection(name, feature, effect(rollouts, unit, found.coefficient, unsteered_rf), found.reached))
             bar.advance(1)
     return mapped
 
 
-def aims(mapped: list[Mapped]) -> list[dict[str, Any]]:
+def aims(mapped: list[MappedDirection]) -> list[dict[str, Any]]:
     """For each feature how well its row aims, its targeted direction, and the second minus the first."""
     rows, found = {m.feature: m for m in mapped if m.name.startswith("feature")}, []
     for m in mapped:
         if m.feature is None or not m.name.startswith("targeted"):
             continue
         row = rows[m.feature]
-        aimed = {"row": Aim.of(row.effect, m.feature), "targeted": Aim.of(m.effect, m.feature)}
+        aimed = {"row": AimScore.of(row.effect, m.feature), "targeted": AimScore.of(m.effect, m.feature)}
         aimed["difference"] = aim_difference(m.effect, row.effect, m.feature)
         found.append({"feature": m.feature} | {k: v._asdict() for k, v in aimed.items()})
     return found
 
 
-def described(lm: LanguageModel, written_fd: torch.Tensor, mapped: Mapped, top: int) -> dict[str, Any]:
+def strongest_effects(lm: LanguageModel, written_fd: torch.Tensor, mapped: MappedDirection, top: int) -> dict[str, Any]:
     """The features that rise and fall most, each with its interval and what its own row makes the model say."""
     y_f, low_f, high_f = mapped.effect.map()
     surely = int(((low_f > 0) | (high_f < 0)).sum())
@@ -204,7 +199,7 @@ def described(lm: LanguageModel, written_fd: torch.Tensor, mapped: Mapped, top: 
     return known | {"moved": surely, "moved_by_chance": by_chance} | (own or {}) | ends
 
 
-def show(result: dict[str, Any]) -> None:
+def print_effects(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -7,6 +7,7 @@ counts and not the vector itself (SAE-TS: Chalnev, Siu and Conmy 2024, arXiv 241
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
+from sae.model.sampling import Sampling
 from sae.progress import progress
 from sae.statistics import ENDS, Estimate, data_and_resamples, estimate
 from sae.text_input import text_list
@@ -23,7 +25,7 @@ from steering.directions.targeted import Effects, fit_effects
 from steering.intervention import Item, Strength, steered
 from steering.strength.measure import until_end
 from steering.strength.neutral import FEW_PROMPTS
-from steering.strength.ruler import Ruler
+from steering.strength.sequences import KLCalibrator
 from steering.studies.measured import consistency
 from steering.vector import SteeringVector
 
@@ -63,56 +65,46 @@ class Effect(NamedTuple):
         return np.sqrt(np.maximum(squared_t, 0))
 
 
-def effect(
-    lm: LanguageModel,
-    dictionary: Dictionary,
-    vector: SteeringVector,
-    coefficient: float,
-    prompts: Sequence[str] = FEW_PROMPTS,
-    *,
-    samples: int = SAMPLES,
-    new_tokens: int = NEW_TOKENS,
-    seed: int = 0,
-    unsteered_rf: Tensor | None = None,
-) -> Effect:
-    """Adds `coefficient * vector` everywhere while `samples` texts of each prompt are written, and compares them with unsteered ones.
+@dataclass(frozen=True)
+class Rollouts:
+    """Texts that the model writes and whose activations are read: the same prompts and seeds for every direction."""
 
-    `unsteered_rf` is `rollout_activations` with nothing added and the same settings, for those who measure several directions. Raises
-    `NonFiniteLogits` where the model cannot speak any more.
+    lm: LanguageModel
+    dictionary: Dictionary
+    prompts: Sequence[str] = FEW_PROMPTS
+    samples: int = SAMPLES
+    """texts of each prompt"""
+    sampling: Sampling = field(default_factory=lambda: Sampling(max_new_tokens=NEW_TOKENS))
+
+    @torch.no_grad()
+    def activations(self, vectors: Sequence[tuple[Item, Strength]]) -> Tensor:
+        """Mean activation of every feature over each rollout's new tokens, [r, f] on the CPU; rollouts of one prompt stand together.
+
+        The vectors act while the text is written, not while it is read.
+        """
+        prompts = text_list(self.prompts, "prompts")
+        if self.samples < 1 or not prompts:
+            raise InputError(f"expected at least one prompt and one sample of each, got {len(prompts)} and {self.samples}")
+        ids_sp, mask_sp = (x.repeat_interleave(self.samples, dim=0) for x in self.lm.encode(prompts))
+        start, parts = ids_sp.shape[1], []
+        for number, (ids, mask) in enumerate(zip(ids_sp.split(ROWS), mask_sp.split(ROWS))):
+            with steered(self.lm, vectors):
+                whole_rp = self.lm.generate(ids, mask, **vars(self.sampling) | {"seed": self.sampling.seed + number})
+            parts.append(read_rollouts(self.lm, self.dictionary, whole_rp, mask, start))
+        return torch.cat(parts)
+
+
+def effect(rollouts: Rollouts, vector: SteeringVector, coefficient: float, unsteered_rf: Tensor | None = None) -> Effect:
+    """Adds `coefficient * vector` everywhere while the texts are written, and compares them with unsteered ones.
+
+    `unsteered_rf` is `rollouts.activations([])`, for those who measure several directions. Raises `NonFiniteLogits` where the model
+    cannot speak any more.
     """
-    settings = {"samples": samples, "new_tokens": new_tokens, "seed": seed}
     if unsteered_rf is None:
-        unsteered_rf = rollout_activations(lm, dictionary, [], prompts, **settings)
-    steered_rf = rollout_activations(lm, dictionary, [(vector, coefficient)], prompts, **settings)
-    weight_tr = data_and_resamples(len(steered_rf), np.random.default_rng(seed), rounds=1000)
+        unsteered_rf = rollouts.activations([])
+    steered_rf = rollouts.activations([(vector, coefficient)])
+    weight_tr = data_and_resamples(len(steered_rf), np.random.default_rng(rollouts.sampling.seed), rounds=1000)
     return Effect(coefficient, steered_rf - unsteered_rf, weight_tr)
-
-
-@torch.no_grad()
-def rollout_activations(
-    lm: LanguageModel,
-    dictionary: Dictionary,
-    vectors: Sequence[tuple[Item, Strength]],
-    prompts: Sequence[str],
-    *,
-    samples: int,
-    new_tokens: int,
-    seed: int,
-) -> Tensor:
-    """Mean activation of every feature over each rollout's new tokens, [r, f] on the CPU; rollouts of one prompt stand together.
-
-    The vectors act while the text is written, not while it is read.
-    """
-    prompts = text_list(prompts, "prompts")
-    if samples < 1 or not prompts:
-        raise InputError(f"expected at least one prompt and one sample of each, got {len(prompts)} and {samples}")
-    ids_sp, mask_sp = (x.repeat_interleave(samples, dim=0) for x in lm.encode(prompts))
-    start, parts = ids_sp.shape[1], []
-    for number, (ids, mask) in enumerate(zip(ids_sp.split(ROWS), mask_sp.split(ROWS))):
-        with steered(lm, vectors):
-            whole_rp = lm.generate(ids, mask, max_new_tokens=new_tokens, seed=seed + number)
-        parts.append(read_rollouts(lm, dictionary, whole_rp, mask, start))
-    return torch.cat(parts)
 
 
 def read_rollouts(lm: LanguageModel, dictionary: Dictionary, whole_rp: Tensor, mask_rp: Tensor, start: int) -> Tensor:
@@ -137,46 +129,35 @@ def feature_rows(dictionary: Dictionary, features: Sequence[int]) -> list[Steeri
     return [SteeringVector.at(dictionary.require_site(), rows_fd[j], {"method": "feature", "feature": int(j)}).unit() for j in features]
 
 
-def measure_effects(
-    lm: LanguageModel,
-    dictionary: Dictionary,
-    features: Sequence[int],
-    ruler: Ruler,
-    kl: float,
-    prompts: Sequence[str] = FEW_PROMPTS,
-    *,
-    samples: int = 1,
-    new_tokens: int = NEW_TOKENS,
-    seed: int = 0,
-) -> Effects:
+def measure_effects(rollouts: Rollouts, features: Sequence[int], calibrator: KLCalibrator, kl: float) -> Effects:
     """`fit_effects` of the decoder rows of `features`, each added at `kl` nats per token.
 
     One rollout of each prompt suffices, since many directions are fitted together. Several share a batch, each acting on its own rows.
     """
-    settings = {"samples": samples, "new_tokens": new_tokens}
-    base_f = rollout_activations(lm, dictionary, [], prompts, samples=SAMPLES, new_tokens=new_tokens, seed=seed).mean(0)
+    dictionary, samples, seed = rollouts.dictionary, rollouts.samples, rollouts.sampling.seed
+    base_f = replace(rollouts, samples=SAMPLES).activations([]).mean(0)
     units = feature_rows(dictionary, features)
-    together = max(1, ROWS // (len(prompts) * samples))
+    together = max(1, ROWS // (len(rollouts.prompts) * samples))
     x, y = [], []
     with progress("measuring effects", len(units), "directions") as bar:
         for first in range(0, len(units), together):
             batch = units[first : first + together]
-            coefficients = [ruler.coefficient(unit, kl).coefficient for unit in batch]
+            coefficients = [calibrator.coefficient(unit, kl).coefficient for unit in batch]
             # a prompt's rollouts stand together: samples of the first direction, then of the second ...
-            owner_r = torch.arange(len(batch)).repeat_interleave(samples).repeat(len(prompts))
+            owner_r = torch.arange(len(batch)).repeat_interleave(samples).repeat(len(rollouts.prompts))
             terms: list[tuple[Item, Strength]] = [(u, c * (owner_r == i).float()) for i, (u, c) in enumerate(zip(batch, coefficients))]
             terms = [(batch[0], coefficients[0])] if len(batch) == 1 else terms  # which may then take several passes
-            acts_rf = rollout_activations(
-                lm, dictionary, terms, prompts, samples=samples * len(batch), new_tokens=new_tokens, seed=seed + 1 + first
-            )
+            sampling = replace(rollouts.sampling, seed=seed + 1 + first)
+            acts_rf = replace(rollouts, samples=samples * len(batch), sampling=sampling).activations(terms)
             x += [c * unit.direction_d for unit, c in zip(batch, coefficients)]
             y += [acts_rf[owner_r == i].mean(0) - base_f for i in range(len(batch))]
             bar.advance(len(batch))
-    provenance = {"model": lm.name, "kl": kl, "features": [int(j) for j in features], "prompts": list(prompts), "seed": seed, **settings}
+    provenance = {"model": rollouts.lm.name, "kl": kl, "features": [int(j) for j in features], "prompts": list(rollouts.prompts)}
+    provenance |= {"seed": seed, "samples": samples, "new_tokens": rollouts.sampling.max_new_tokens}
     return fit_effects(torch.stack(x), torch.stack(y), dictionary.require_site(), provenance)
 
 
-class Aim(NamedTuple):
+class AimScore(NamedTuple):
     """How well a direction moves its feature alone, with 95 % intervals over rollouts."""
 
     feature: Estimate
@@ -185,15 +166,15 @@ class Aim(NamedTuple):
     """feature / others"""
 
     @classmethod
-    def of(cls, found: Effect, feature: int) -> "Aim":
+    def of(cls, found: Effect, feature: int) -> "AimScore":
         on_t, others_t = found.on(feature), found.others(feature)
         with np.errstate(invalid="ignore", divide="ignore"):
             return cls(estimate(on_t), estimate(others_t), estimate(on_t / others_t))
 
 
-def aim_difference(one: Effect, other: Effect, feature: int) -> Aim:
-    """`Aim` of one direction minus that of another, rollouts of the same prompt and seed drawn again together."""
+def aim_difference(one: Effect, other: Effect, feature: int) -> AimScore:
+    """`AimScore` of one direction minus that of another, rollouts of the same prompt and seed drawn again together."""
     on_t, others_t = ([e.on(feature) for e in (one, other)], [e.others(feature) for e in (one, other)])
     with np.errstate(invalid="ignore", divide="ignore"):
         share_t = [a / b for a, b in zip(on_t, others_t)]
-        return Aim(*(estimate(a - b) for a, b in (on_t, others_t, share_t)))
+        return AimScore(*(estimate(a - b) for a, b in (on_t, others_t, share_t)))

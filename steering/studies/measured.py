@@ -19,7 +19,7 @@ class Direction(NamedTuple):
     unit: SteeringVector
 
 
-class Side(NamedTuple):
+class OneSign(NamedTuple):
     """One sign of a direction, at the coefficient of the budget."""
 
     coefficient: float
@@ -36,9 +36,9 @@ class Side(NamedTuple):
     """ids, the most raised first"""
 
 
-class Measured(NamedTuple):
-    plus: Side
-    minus: Side
+class DirectionResult(NamedTuple):
+    plus: OneSign
+    minus: OneSign
     linearity_s: np.ndarray
 
     @property

@@ -18,7 +18,7 @@ from torch import Tensor
 from sae.activations.text.documents import TextConfig
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.places import require_folder
-from sae.disk.writing import write_json
+from sae.disk.writing import jsonable, write_json
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.progress import progress
@@ -28,8 +28,8 @@ from steering.directions.pca import principal_directions
 from steering.directions.random import random_direction, random_in_span
 from steering.intervention import steered
 from steering.strength.calibration import divergence, log_probs
-from steering.strength.ruler import Ruler, Sequences, read_sequences, site_activations
-from steering.studies.measured import COMPONENT, IN_SPAN, IN_SPAN_WEIGHTED, RANDOM, TOP, Direction, Measured, Side
+from steering.strength.sequences import KLCalibrator, Sequences, read_sequences, site_activations
+from steering.studies.measured import COMPONENT, IN_SPAN, IN_SPAN_WEIGHTED, RANDOM, TOP, Direction, DirectionResult, OneSign
 from steering.vector import SteeringVector
 
 FEATURE, FEATURE_OF_LABEL, DIFFMEAN = "feature", "feature of a label", "difference of means"
@@ -100,11 +100,13 @@ def recovered_labels(fit_nk: np.ndarray, fit_label_n: np.ndarray, held_nk: np.nd
 
 
 @torch.no_grad()
-def measure(lm: LanguageModel, unit: SteeringVector, prompts: Sequences, unsteered_spv: Tensor, ruler: Ruler, kl: float) -> Measured:
+def measure_direction(
+    lm: LanguageModel, unit: SteeringVector, prompts: Sequences, unsteered_spv: Tensor, calibrator: KLCalibrator, kl: float
+) -> DirectionResult:
     """Both sides of a unit direction at `kl` nats per token. Raises `InputError` if no coefficient gives finite predictions."""
     sides, changes = [], []
     for sign in (1, -1):
-        found = ruler.coefficient(unit, kl, sign)
+        found = calibrator.coefficient(unit, kl, sign)
         with steered(lm, [(unit, sign * found.coefficient)]):
             steered_spv = predictions(lm, prompts)
         change_spv = steered_spv - unsteered_spv
@@ -115,10 +117,10 @@ def measure(lm: LanguageModel, unit: SteeringVector, prompts: Sequences, unsteer
         v = change_spv.shape[-1]
         kl_here = divergence(unsteered_spv.reshape(-1, v), steered_spv.reshape(-1, v)).kl
         top = mean_v.topk(min(TOP, v)).indices.tolist()  # host sync
-        rho = found.coefficient / ruler.typical_norm
-        sides.append(Side(found.coefficient, rho, found.reached, kl_here, pair_cosines(change_spv), effective_tokens(mean_v), top))
+        rho = found.coefficient / calibrator.typical_norm
+        sides.append(OneSign(found.coefficient, rho, found.reached, kl_here, pair_cosines(change_spv), effective_tokens(mean_v), top))
         changes.append(change_spv)
-    return Measured(sides[0], sides[1], linearity(*changes))
+    return DirectionResult(sides[0], sides[1], linearity(*changes))
 
 
 def predictions(lm: LanguageModel, sequences: Sequences) -> Tensor:
@@ -132,7 +134,7 @@ def principal_study(config: PrincipalConfig) -> dict[str, Any]:
 
     Raises `InputError` for text, model and dictionary that do not belong together.
     """
-    from steering.studies.principal_report import report, show
+    from steering.studies.principal_report import print_principal, report
 
     if min(config.components, config.prompts, config.fit_documents, config.held_documents) < 2 or config.random < 4:
         raise InputError("expected at least 2 components, 4 random directions, and 2 prompts, fitting and held-out documents")
@@ -144,11 +146,11 @@ def principal_study(config: PrincipalConfig) -> dict[str, Any]:
     fit, held, calibration, prompts = (every.part(sum(counts[:i]), n) for i, n in enumerate(counts))
     fit_npd, held_npd = site_activations(lm, fit, config.site), site_activations(lm, held, config.site)
     directions, left_out = all_directions(config, fit, fit_npd, dictionary)
-    ruler, unsteered_spv = Ruler(lm, calibration, config.site), predictions(lm, prompts)
+    calibrator, unsteered_spv = KLCalibrator(lm, calibration, config.site), predictions(lm, prompts)
     measured = []
     with progress("measuring", len(directions), "directions") as bar:
         for direction in directions:
-            measured.append(measure(lm, direction.unit, prompts, unsteered_spv, ruler, config.kl))
+            measured.append(measure_direction(lm, direction.unit, prompts, unsteered_spv, calibrator, config.kl))
             bar.advance(1, group=direction.group)
     recovered = None
     if every.labels:
@@ -157,11 +159,11 @@ def principal_study(config: PrincipalConfig) -> dict[str, Any]:
         found = recovered_labels(fit_nk, fit.label_s, held_nk, held.label_s, len(every.labels))
         recovered = [(every.labels[label], auroc) for label, auroc in found]
     known = {"name": lm.name, "fingerprint": lm.fingerprint()}
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    settings = jsonable(asdict(config))
     result = {"format": "principal-1", "model": known, "settings": settings, "left_out": left_out}
     result |= report(lm.tokenizer, directions, measured, recovered, config.seed)
     write_json(config.out / "principal.json", result)
-    show(result)
+    print_principal(result)
     return result
 
 

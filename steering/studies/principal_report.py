@@ -13,13 +13,13 @@ from steering.studies.measured import (
     IN_SPAN,
     IN_SPAN_WEIGHTED,
     Direction,
-    Measured,
-    Side,
+    DirectionResult,
+    OneSign,
     consistency,
 )
 
 
-class Beats(NamedTuple):
+class AgainstRandom(NamedTuple):
     """One direction against a random group."""
 
     difference_r: np.ndarray
@@ -33,7 +33,7 @@ class Beats(NamedTuple):
         return percentile_interval(self.difference_r[1:])[0] > 0
 
 
-def beats(consistency_kr: np.ndarray, others_kr: np.ndarray, weight_rk: np.ndarray) -> list[Beats]:
+def beats(consistency_kr: np.ndarray, others_kr: np.ndarray, weight_rk: np.ndarray) -> list[AgainstRandom]:
     """Each direction's consistency minus the mean of a random group, prompts and the group's members drawn again together."""
     mean_r = _mean(others_kr, weight_rk)
     return [_beats(own_r, own_r - mean_r, others_kr) for own_r in consistency_kr]
@@ -49,9 +49,9 @@ def chance(others_kr: np.ndarray, weight_rk: np.ndarray) -> float:
     return passed / len(others_kr)
 
 
-def _beats(own_r: np.ndarray, difference_r: np.ndarray, others_kr: np.ndarray) -> Beats:
+def _beats(own_r: np.ndarray, difference_r: np.ndarray, others_kr: np.ndarray) -> AgainstRandom:
     p = (1 + (~(difference_r[1:] > 0)).sum()) / len(difference_r)  # a round without two different prompts shows nothing
-    return Beats(difference_r, float(p), float((others_kr[:, 0] < own_r[0]).mean()))
+    return AgainstRandom(difference_r, float(p), float((others_kr[:, 0] < own_r[0]).mean()))
 
 
 def holm(p_k: list[float], level: float = 0.025) -> list[bool]:
@@ -65,7 +65,7 @@ def holm(p_k: list[float], level: float = 0.025) -> list[bool]:
 
 
 def report(
-    tokenizer: Any, directions: list[Direction], measured: list[Measured], recovered: list[tuple[str, float]] | None, seed: int
+    tokenizer: Any, directions: list[Direction], measured: list[DirectionResult], recovered: list[tuple[str, float]] | None, seed: int
 ) -> dict[str, Any]:
     """Every number as plain values: `groups`, `components_against`, `verdict`, `directions`.
 
@@ -102,7 +102,7 @@ def report(
     against = {
         name: _against(rows, consistency_kr, members[COMPONENT], members[name], weight_of[name]) for name in (IN_SPAN, IN_SPAN_WEIGHTED)
     }
-    return {"groups": groups, "components_against": against, "verdict": verdict(groups, against), "directions": rows}
+    return {"groups": groups, "components_against": against, "verdict": principal_verdict(groups, against), "directions": rows}
 
 
 def _mean(values_kr: np.ndarray, weight_rk: np.ndarray) -> np.ndarray:
@@ -113,7 +113,7 @@ def _mean(values_kr: np.ndarray, weight_rk: np.ndarray) -> np.ndarray:
 
 def _group(
     name: str,
-    measured: list[Measured],
+    measured: list[DirectionResult],
     aurocs: list[float] | None,
     curves: dict[str, np.ndarray],
     weight_rk: np.ndarray,
@@ -133,7 +133,7 @@ def _group(
     return known | means | {"consistency_above_random_in_span": above}
 
 
-def _side(tokenizer: Any, side: Side, weight_rs: np.ndarray) -> dict[str, Any]:
+def _side(tokenizer: Any, side: OneSign, weight_rs: np.ndarray) -> dict[str, Any]:
     known = {k: v for k, v in side._asdict().items() if k not in ("cosine_ss", "top_tokens")}
     tokens = side.top_tokens if tokenizer is None else [tokenizer.decode([i]) for i in side.top_tokens]
     return known | {"consistency": estimate(consistency(side.cosine_ss, weight_rs)), "top_tokens": tokens}
@@ -167,7 +167,7 @@ def _against(
     }
 
 
-def verdict(groups: list[dict[str, Any]], against: dict[str, Any]) -> list[str]:
+def principal_verdict(groups: list[dict[str, Any]], against: dict[str, Any]) -> list[str]:
     """The answer in sentences, each by a rule."""
     sentences = []
     for name, found in against.items():
@@ -187,7 +187,7 @@ def verdict(groups: list[dict[str, Any]], against: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def show(result: dict[str, Any]) -> None:
+def print_principal(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -3,24 +3,25 @@
 s sequences · p positions of the prompt · n new tokens · d model width
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from tyro.conf import OmitArgPrefixes
 
 from sae.disk.places import require_file
 from sae.disk.writing import write_json
 from sae.errors import InputError
-from sae.evaluation.settings import finite
 from sae.model.language_model import LanguageModel, NonFiniteLogits
+from sae.model.sampling import Sampling
 from sae.progress import progress
 from sae.statistics import ratio_interval
 from sae.text_input import text_list
 from steering.intervention import steered
-from steering.steer import PartsConfig, load_parts
+from steering.steer import PartsConfig, load_steering_parts
 from steering.strength.measure import continuation_loss, until_end, word_rate
 from steering.strength.neutral import FEW_PROMPTS
 from steering.vector import SteeringVector
@@ -38,16 +39,12 @@ class StrengthsConfig(PartsConfig):
     """texts to continue"""
     samples: int = 24
     """continuations of each prompt at each strength"""
-    max_new_tokens: int = 40
-    """length of each continuation"""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
+    sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
     out: Path | None = None
     """JSON file for the table with every continuation"""
 
 
-class Row(NamedTuple):
+class StrengthRow(NamedTuple):
     direction: str
     """"none", "feature", or "random" for a random direction of the feature's norm"""
     strength: float
@@ -64,27 +61,27 @@ class Row(NamedTuple):
     texts: list[str]
 
 
-def strengths(config: StrengthsConfig) -> list[Row]:
+def strengths(config: StrengthsConfig) -> list[StrengthRow]:
     """Prints the table and gives its rows. Raises `InputError` when the parts do not belong together."""
     if config.samples < 1 or not config.strengths or not text_list(config.prompts, "prompts"):
         raise InputError("expected at least one sample, one strength and one prompt")
     if config.out:
         require_file(config.out)
     words = read_words(config.words)
-    lm, feature, _, vector = load_parts(config)
-    random_d = torch.randn(lm.width(vector.site), generator=torch.Generator().manual_seed(config.seed))
-    random = SteeringVector.at(vector.site, random_d * vector.norm / random_d.norm(), {"method": "random", "seed": config.seed})
+    lm, feature, _, vector = load_steering_parts(config)
+    random_d = torch.randn(lm.width(vector.site), generator=torch.Generator().manual_seed(config.sampling.seed))
+    random = SteeringVector.at(vector.site, random_d * vector.norm / random_d.norm(), {"method": "random", "seed": config.sampling.seed})
     arms = [("none", vector, 0.0)]
     arms += [(name, direction, s) for s in config.strengths for name, direction in (("feature", vector), ("random", random))]
     rows = []
     with progress("sampling", len(arms) * len(config.prompts) * config.samples, "continuations") as bar:
         for name, direction, strength in arms:
-            rows.append(measure(lm, name, direction, strength, words, config))
+            rows.append(measure_strength(lm, name, direction, strength, words, config))
             bar.advance(len(config.prompts) * config.samples)
     if config.out:
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-        write_json(config.out, {"settings": settings, "feature": feature, "rows": [finite(row._asdict()) for row in rows]})
-    show(rows, feature, vector.site, config)
+        settings = asdict(config)
+        write_json(config.out, {"settings": settings, "feature": feature, "rows": [row._asdict() for row in rows]})
+    print_strengths(rows, feature, vector.site, config)
     return rows
 
 
@@ -99,7 +96,9 @@ def read_words(path: Path) -> list[str]:
     return words
 
 
-def measure(lm: LanguageModel, name: str, vector: SteeringVector, strength: float, words: list[str], config: StrengthsConfig) -> Row:
+def measure_strength(
+    lm: LanguageModel, name: str, vector: SteeringVector, strength: float, words: list[str], config: StrengthsConfig
+) -> StrengthRow:
     """One line of the table: continuations of every prompt with strength · vector added everywhere, the same seeds in every line."""
     texts: list[str] = []
     losses: list[float] = []
@@ -110,14 +109,7 @@ def measure(lm: LanguageModel, name: str, vector: SteeringVector, strength: floa
         start = ids_sp.shape[1]
         try:
             with steered(lm, [(vector, strength)]):
-                whole_sp = lm.generate(
-                    ids_sp,
-                    mask_sp,
-                    max_new_tokens=config.max_new_tokens,
-                    temperature=config.temperature,
-                    top_p=config.top_p,
-                    seed=config.seed + number,
-                )
+                whole_sp = lm.generate(ids_sp, mask_sp, **vars(config.sampling) | {"seed": config.sampling.seed + number})
         except (NonFiniteLogits, OverflowError):
             failed += 1
             continue
@@ -128,13 +120,13 @@ def measure(lm: LanguageModel, name: str, vector: SteeringVector, strength: floa
             pairs += pairwise(row[:real])
     rate = word_rate(texts, words)
     of_texts = [word_rate([t], words) for t in texts]
-    interval = ratio_interval(np.array([r.found for r in of_texts]), np.array([r.words for r in of_texts]), config.seed)
+    interval = ratio_interval(np.array([r.found for r in of_texts]), np.array([r.words for r in of_texts]), config.sampling.seed)
     distinct = len(set(pairs)) / len(pairs) if pairs else float("nan")
     nats = float(np.mean(losses)) if losses else float("nan")
-    return Row(name, strength, rate.found, rate.words, interval, nats, distinct, failed, texts)
+    return StrengthRow(name, strength, rate.found, rate.words, interval, nats, distinct, failed, texts)
 
 
-def show(rows: list[Row], feature: int, site: str, config: StrengthsConfig) -> None:
+def print_strengths(rows: list[StrengthRow], feature: int, site: str, config: StrengthsConfig) -> None:
     from rich.console import Console
     from rich.table import Table
 

@@ -115,6 +115,21 @@ def test_a_request_that_never_arrives_whole_is_let_go(site, monkeypatch):
     assert notes.all() == before
 
 
+def test_more_connections_than_the_server_holds_get_a_sentence(site):
+    port, _ = site
+    with contextlib.ExitStack() as held:
+        for _ in range(connection_module.MOST_CONNECTIONS):
+            held.enter_context(socket.create_connection(("127.0.0.1", port)))
+        reply = answer(port)  # without having asked
+        assert status(reply) == 503
+        assert connection_module.FULL in json.loads(reply.partition(b"\r\n\r\n")[2])["error"]
+    for _ in range(100):  # when they are closed, there is room again
+        if status(answer(port, b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")) == 200:
+            return
+        time.sleep(0.02)
+    pytest.fail("no room after the others were closed")
+
+
 def test_a_text_takes_longer_than_a_head_may(site, monkeypatch):
     port, _ = site
     monkeypatch.setattr(connection_module, "HEAD_SECONDS", 0.2)

@@ -6,7 +6,7 @@ from browser_world import FEATURE
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
-from sae.features.browser.state import Sampling
+from sae.model.sampling import Sampling
 
 SETTINGS = Sampling(max_new_tokens=16, temperature=0.9, top_p=0.95, seed=5)
 PROMPT = "I think 🦓"

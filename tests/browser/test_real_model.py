@@ -143,12 +143,20 @@ def test_every_page_opens_in_a_browser(way, site, tab):
 
 def test_steering_moves_text_in_proportion_to_its_strength(way, capsys):
     from sae.features.index.reader import FeatureIndex
+    from sae.model.sampling import Sampling
     from steering.steer import SteerConfig, steer
 
     feature = int(FeatureIndex.open(way.folder / "index").search("wine", 1)[0].feature)
     said = {
         strength: steer(
-            SteerConfig(index=way.folder / "index", feature=feature, strength=strength, prompt="I think", max_new_tokens=12, device="cpu")
+            SteerConfig(
+                index=way.folder / "index",
+                feature=feature,
+                strength=strength,
+                prompt="I think",
+                sampling=Sampling(max_new_tokens=12),
+                device="cpu",
+            )
         )
         for strength in (0.0, 1.5)
     }
@@ -158,6 +166,7 @@ def test_steering_moves_text_in_proportion_to_its_strength(way, capsys):
 
 
 def test_directions_are_compared_at_equal_kl(way, tab, capsys, monkeypatch):
+    from sae.model.sampling import Sampling
     from steering.compare import continuations
     from steering.compare.command import CompareConfig, compare_directions
 
@@ -173,7 +182,7 @@ def test_directions_are_compared_at_equal_kl(way, tab, capsys, monkeypatch):
             budgets=(0.3,),
             prompts=prompts,
             samples=2,
-            max_new_tokens=8,
+            sampling=Sampling(max_new_tokens=8),
             device="cpu",
         )
     )

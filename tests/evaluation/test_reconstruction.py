@@ -9,7 +9,7 @@ import torch
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.evaluation import reconstruction
-from sae.evaluation.reconstruction import ReconstructionMetrics, measure
+from sae.evaluation.reconstruction import ReconstructionMetrics, add_reconstruction
 
 
 def random_dictionary(d: int, f: int, seed: int = 0) -> Dictionary:
@@ -46,7 +46,7 @@ def by_numpy(x, dictionary):
 def test_every_metric_equals_numpy_in_float64(dtype):
     dictionary = random_dictionary(12, 40)
     x_bd = (torch.randn(301, 12) * 2 + 3).to(dtype)
-    result = measure(dictionary, x_bd).result()._asdict()
+    result = add_reconstruction(dictionary, x_bd).result()._asdict()
     for name, expected in by_numpy(x_bd, dictionary).items():
         np.testing.assert_allclose(np.asarray(result[name], dtype=np.float64), expected, rtol=2e-5, atol=1e-7, err_msg=name)
 
@@ -92,9 +92,9 @@ def test_halved_reconstruction_shows_as_shrinkage():
 def test_chunks_and_merges_give_the_numbers_of_one_pass(monkeypatch):
     dictionary = random_dictionary(6, 20)
     x_bd = torch.randn(257, 6) + 100
-    whole = measure(dictionary, x_bd).result()
+    whole = add_reconstruction(dictionary, x_bd).result()
     monkeypatch.setattr(reconstruction, "CHUNK_BYTES", 4 * 20 * 7)  # seven rows at a time
-    first, second = measure(dictionary, x_bd[:31]), measure(dictionary, x_bd[31:])
+    first, second = add_reconstruction(dictionary, x_bd[:31]), add_reconstruction(dictionary, x_bd[31:])
     second.merge(first)
     for name, value in second.result()._asdict().items():
         expected = getattr(whole, name)

@@ -6,7 +6,7 @@ import torch
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.entries import Entries
-from sae.features.index.contribution import ErrorSums, carried, contributions, exact_sums, number
+from sae.features.index.contribution import ErrorSums, carried, contributions, exact_sums, whole_number
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_sums_are_the_same_in_any_order_and_any_parts():
         parts = [exact_sums(values[part], group[part], 7) for part in np.array_split(order, 9)]
         np.testing.assert_array_equal(carried(np.sum(parts, axis=0)), whole)
     for g in range(7):
-        assert number(whole[:, g]) / 2.0**36 == pytest.approx(values[group == g].sum(), rel=1e-9, abs=1e-6)
+        assert whole_number(whole[:, g]) / 2.0**36 == pytest.approx(values[group == g].sum(), rel=1e-9, abs=1e-6)
 
 
 def test_activations_that_do_not_vary_have_no_fvu(problem):

@@ -9,9 +9,9 @@ import pytest
 from letters import RULES, by_rules, texts
 
 from sae.errors import InputError
-from sae.features.explanations.explain import ExplainConfig, Scorer, explain, explain_by_lookup
+from sae.features.explanations.explain import ExplainConfig, PredictionScorer, explain, explain_by_lookup
 from sae.features.explanations.explanation import Explanation, read_explanations, write_explanations
-from sae.features.explanations.lookups import Firing, Prediction, read_corpus
+from sae.features.explanations.lookups import FiringRows, Prediction, read_scanned_text
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def dense_case(corpus, seed):
     guess[held] = np.where(rng.random(len(held)) < 0.7, truth[held], rng.exponential(size=len(held)) * (rng.random(len(held)) < 0.3))
     fires[held] = (guess[held] > 0) & (rng.random(len(held)) < 0.8)
     rows, firing = np.flatnonzero(guess), np.flatnonzero(truth)
-    return truth, guess, fires, Firing(firing, truth[firing]), Prediction(rows, guess[rows], fires[rows])
+    return truth, guess, fires, FiringRows(firing, truth[firing]), Prediction(rows, guess[rows], fires[rows])
 
 
 def by_definition(truth, guess, fires):
@@ -46,9 +46,9 @@ def by_definition(truth, guess, fires):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_scores_equal_the_definitions_over_all_held_out_tokens(index, seed):
-    corpus = read_corpus(index, 0.3, 0)
+    corpus = read_scanned_text(index, 0.3, 0)
     truth, guess, fires, held, prediction = dense_case(corpus, seed)
-    scores = Scorer(corpus, 0).score(held, prediction)
+    scores = PredictionScorer(corpus, 0).score(held, prediction)
     h = corpus.held_n
     for name, value in by_definition(truth[h], guess[h], fires[h]).items():
         assert scores[name] == pytest.approx(value, abs=6e-5)
@@ -60,9 +60,9 @@ def test_scores_equal_the_definitions_over_all_held_out_tokens(index, seed):
 
 
 def test_interval_equals_drawing_whole_documents(index):
-    corpus = read_corpus(index, 0.3, 0)
+    corpus = read_scanned_text(index, 0.3, 0)
     truth, guess, fires, held, prediction = dense_case(corpus, 7)
-    scorer = Scorer(corpus, 0, draws=30)
+    scorer = PredictionScorer(corpus, 0, draws=30)
     scores = scorer.score(held, prediction)
     documents = np.unique(corpus.document_n[corpus.held_n])
     drawn = []
@@ -74,11 +74,11 @@ def test_interval_equals_drawing_whole_documents(index):
 
 
 def test_scores_that_are_not_defined_are_none(index):
-    corpus = read_corpus(index, 0.3, 0)
+    corpus = read_scanned_text(index, 0.3, 0)
     rows = np.flatnonzero(corpus.held_n)[:3]
-    none, some = Firing(np.zeros(0, int), np.zeros(0)), Firing(rows, np.ones(3))
+    none, some = FiringRows(np.zeros(0, int), np.zeros(0)), FiringRows(rows, np.ones(3))
     silent, loud = Prediction(*none, np.zeros(0, bool)), Prediction(rows, np.ones(3), np.ones(3, bool))
-    scorer = Scorer(corpus, 0)
+    scorer = PredictionScorer(corpus, 0)
     assert (scorer.score(none, silent)["f1"], scorer.score(none, silent)["precision"]) == (None, None)
     assert (scorer.score(none, loud)["f1"], scorer.score(none, loud)["precision"]) == (None, 0)
     assert (scorer.score(some, silent)["f1"], scorer.score(some, silent)["recall"]) == (0, 0)
@@ -87,14 +87,14 @@ def test_scores_that_are_not_defined_are_none(index):
 
 
 def test_a_prediction_on_a_learned_document_is_refused(index):
-    corpus = read_corpus(index, 0.3, 0)
+    corpus = read_scanned_text(index, 0.3, 0)
     row = np.flatnonzero(~corpus.held_n)[:1]
     with pytest.raises(AssertionError, match="learned from"):
-        Scorer(corpus, 0).score(Firing(row, np.ones(1)), Prediction(row, np.ones(1), np.ones(1, bool)))
+        PredictionScorer(corpus, 0).score(FiringRows(row, np.ones(1)), Prediction(row, np.ones(1), np.ones(1, bool)))
 
 
 def test_known_rules_score_as_they_must_beside_their_baselines(index):
-    found = {(e.feature, e.method): e for e in explain_by_lookup(index, read_corpus(index, 0.3, 0), range(len(RULES)), 0)}
+    found = {(e.feature, e.method): e for e in explain_by_lookup(index, read_scanned_text(index, 0.3, 0), range(len(RULES)), 0)}
     names = [rule.__name__ for rule in RULES]
 
     def f1(rule, method):
@@ -121,7 +121,7 @@ def test_known_rules_score_as_they_must_beside_their_baselines(index):
 
 
 def test_random_baseline_is_the_mean_of_drawn_ones(index):
-    corpus = read_corpus(index, 0.3, 0)
+    corpus = read_scanned_text(index, 0.3, 0)
     found = explain_by_lookup(index, corpus, [0], 0)[0]
     learn, held = corpus.firing(index, 0)
     rate, rows = len(learn.rows) / (~corpus.held_n).sum(), np.flatnonzero(corpus.held_n)

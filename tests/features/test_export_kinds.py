@@ -11,7 +11,7 @@ import torch
 from feature_world import VOCABULARY
 
 from sae.activations.cache import ActivationCache
-from sae.activations.harvest import HarvestConfig, harvest
+from sae.activations.harvest.command import HarvestConfig, harvest
 from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.frames import Frame
 from sae.dictionaries.gates import AbsTopK, Threshold, TopK

@@ -19,8 +19,10 @@ from sae.errors import InputError
 from sae.features.index.build import IndexConfig, build_index
 from sae.features.index.reader import Context, FeatureIndex
 from sae.features.notes import Note
-from sae.features.pages.contexts import row_html, visible
-from sae.features.pages.feature import FeatureView, document, feature_html, write_pages
+from sae.features.pages.assets import STYLE
+from sae.features.pages.contexts import row_html
+from sae.features.pages.feature import POLICY, FeatureView, feature_html, write_pages
+from sae.html import document, visible
 from sae.model.vocabulary import Vocabulary
 
 TAGS = {
@@ -103,7 +105,7 @@ def test_a_feature_that_fires_on_every_token_still_has_a_page_under_100_kb(world
     build_index(IndexConfig(cache=world.cache, dictionary=tmp_path / "dictionary", out=tmp_path / "index", device="cpu"))
     index = FeatureIndex.open(tmp_path / "index")
     assert index.columns["density"][0] == 1
-    page = document("Feature 0", feature_html(index, 0, notes={0: Note("l" * 200, "&" * 5_000, True)}))
+    page = document("Feature 0", feature_html(index, 0, notes={0: Note("l" * 200, "&" * 5_000, True)}), STYLE, POLICY)
     intervals = page[page.index("By interval") :].split("<h3>")[1:]
     assert len(page.encode()) < 100_000
     assert [part.count('<div class="row"') for part in intervals] == [2] * 12  # 4, as of other features, would not fit
@@ -203,7 +205,7 @@ def test_a_notebook_shows_the_page_in_a_frame_of_its_own(world):
 def test_a_page_stays_small_when_every_token_is_long_and_fires(world, monkeypatch):
     long = Vocabulary(["🦓🪰&<'\"".encode()] * 420, np.zeros(420, bool))
     monkeypatch.setattr(world.index, "vocabulary", long)
-    assert len(document("x", feature_html(world.index, 4)).encode()) < 100_000
+    assert len(document("x", feature_html(world.index, 4), STYLE, POLICY).encode()) < 100_000
 
 
 def test_a_missing_feature_is_refused_before_anything_is_written(world, tmp_path):

@@ -13,8 +13,17 @@ from letters import PIECES, by_rules, token_c
 from sae.errors import InputError
 from sae.features.explanations.explain import ExplainConfig, explain
 from sae.features.explanations.explanation import read_explanations
-from sae.features.explanations.judge import Endpoint, Log, NoAnswer, _content, detection, explain_by_model, explain_one, parse_answers
-from sae.features.explanations.lookups import read_corpus
+from sae.features.explanations.judge import (
+    Endpoint,
+    Log,
+    NoAnswer,
+    _content,
+    detection_scores,
+    explain_by_model,
+    explain_one,
+    parse_answers,
+)
+from sae.features.explanations.lookups import read_scanned_text
 from sae.features.index.build import IndexConfig, build_index
 
 
@@ -82,7 +91,7 @@ def index():
 
 @pytest.fixture(scope="module")
 def corpus(index):
-    return read_corpus(index, 0.3, 0)
+    return read_scanned_text(index, 0.3, 0)
 
 
 def config(server, tmp_path, **flags):
@@ -302,7 +311,7 @@ def test_answers_are_read_from_their_list(text, n, answers):
 
 
 def test_detection_without_any_answer_is_none():
-    scores, baselines = detection(np.array([True, False]), [None, None])
+    scores, baselines = detection_scores(np.array([True, False]), [None, None])
     assert (scores["accuracy"], scores["answered"]) == (None, 0)
     assert baselines["always_yes"]["accuracy"] is None
 

@@ -16,10 +16,10 @@ from sae.features.explanations.lookups import (
     MIN_FIRINGS,
     Rule,
     bigram_lookup,
-    describe,
     divide,
     pattern_lookup,
-    read_corpus,
+    read_scanned_text,
+    rules_text,
     token_lookup,
 )
 from sae.model.vocabulary import Vocabulary
@@ -41,10 +41,10 @@ def index():
     ],
 )
 def test_known_rules_are_found_and_predict_every_held_out_token(index, rule, text):
-    corpus = read_corpus(index, 0.3, 0)
+    corpus = read_scanned_text(index, 0.3, 0)
     learn, held = corpus.firing(index, [r.__name__ for r in RULES].index(rule))
     rules, prediction = pattern_lookup(corpus, learn)
-    assert describe(rules, index.vocabulary) == text
+    assert rules_text(rules, index.vocabulary) == text
     assert sorted(prediction.rows) == sorted(held.rows)
     assert prediction.fires.all()
 
@@ -52,16 +52,16 @@ def test_known_rules_are_found_and_predict_every_held_out_token(index, rule, tex
 def test_first_position_of_sequences_without_a_beginning_token():
     sequences = [s[1:] for s in texts()]
     index = index_of(sequences, [np.array([float(i == 0) for s in sequences for i in range(len(s))])])
-    corpus = read_corpus(index, 0.3, 0)
+    corpus = read_scanned_text(index, 0.3, 0)
     learn, held = corpus.firing(index, 0)
     rules, prediction = pattern_lookup(corpus, learn)
-    assert describe(rules, index.vocabulary) == 'fires after "⟨start⟩" (100 % of activation)'
+    assert rules_text(rules, index.vocabulary) == 'fires after "⟨start⟩" (100 % of activation)'
     assert sorted(prediction.rows) == sorted(held.rows)
 
 
 @pytest.mark.parametrize("lookup", [token_lookup, bigram_lookup, pattern_lookup])
 def test_nothing_is_learned_from_held_out_documents(index, lookup):
-    corpus = read_corpus(index, 0.3, 0)
+    corpus = read_scanned_text(index, 0.3, 0)
     assert not set(corpus.document_n[corpus.held_n]) & set(corpus.document_n[~corpus.held_n])
     held_tokens = np.zeros(len(index.tokens["ids"]), bool)
     held_tokens[corpus.positions[corpus.held_n]] = True
@@ -69,7 +69,7 @@ def test_nothing_is_learned_from_held_out_documents(index, lookup):
     true = np.array([rule(s, i) for rule in RULES for s in sequences for i in range(len(s))]).reshape(len(RULES), -1)
     noise = np.random.default_rng(1).uniform(1, 9, true.shape) * (np.random.default_rng(2).random(true.shape) < 0.3)
     other = index_of(sequences, list(np.where(held_tokens, noise, true)))
-    other_corpus = read_corpus(other, 0.3, 0)
+    other_corpus = read_scanned_text(other, 0.3, 0)
     for j in range(len(RULES)):
         rules, prediction = lookup(corpus, corpus.firing(index, j)[0])
         rules_too, prediction_too = lookup(other_corpus, other_corpus.firing(other, j)[0])
@@ -81,7 +81,7 @@ def test_nothing_is_learned_from_held_out_documents(index, lookup):
 def test_documents_of_several_sequences_are_not_parted():
     sequences = texts(40)
     index = index_of(sequences, [np.ones(sum(map(len, sequences)))], documents=[i // 4 for i in range(40)])
-    corpus = read_corpus(index, 0.5, 3)
+    corpus = read_scanned_text(index, 0.5, 3)
     assert len(set(corpus.document_n[corpus.held_n])) == 5
     assert not set(corpus.document_n[corpus.held_n]) & set(corpus.document_n[~corpus.held_n])
 
@@ -134,7 +134,7 @@ def table(rows, shape):
 @settings(max_examples=60, deadline=None)
 @given(worlds())
 def test_lookups_equal_brute_force(index):
-    corpus = read_corpus(index, 0.4, 0)
+    corpus = read_scanned_text(index, 0.4, 0)
     learn, _ = corpus.firing(index, 0)
     rows = rows_by_hand(index, corpus)
     unigrams, bigrams = table(rows, (0,)), table(rows, (0, 1))
@@ -152,7 +152,7 @@ def test_lookups_equal_brute_force(index):
 @settings(max_examples=60, deadline=None)
 @given(worlds())
 def test_patterns_equal_brute_force(index):
-    corpus = read_corpus(index, 0.4, 0)
+    corpus = read_scanned_text(index, 0.4, 0)
     learn, _ = corpus.firing(index, 0)
     rows = rows_by_hand(index, corpus)
     tables = {shape: table(rows, shape) for level in LEVELS for shape in level}
@@ -182,10 +182,10 @@ def test_patterns_equal_brute_force(index):
 def test_text_is_plain_and_holds_nothing_that_steers():
     vocabulary = Vocabulary([b"<script>", "\u202e".encode(), b"\n", b'"', b"*", b"\xf0\x9f", b"\xa6\x93", b" of"], np.zeros(8, bool))
     rules = [Rule((t,), 0.1) for t in range(5)] + [Rule((5, 6), 0.2), Rule((7, None, 7), 0.1), Rule((7, None, None), 0.001)]
-    text = describe(rules, vocabulary)
+    text = rules_text(rules, vocabulary)
     assert text == (
         'fires on "<script>", "\\u202e", "\\n", "\\"", "\\*" (50 % of activation); on the end of "🦓", " of * of" (30 %); '
         'after " of *" (under 1 %)'
     )
     assert text.isprintable()
-    assert describe([Rule((7,), 0.1)] * 8, vocabulary).endswith('" of" and 2 more (80 % of activation)')
+    assert rules_text([Rule((7,), 0.1)] * 8, vocabulary).endswith('" of" and 2 more (80 % of activation)')

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sae.errors import InputError
-from sae.features.browser.prompt import read_prompt
+from sae.features.browser.prompt import Selection, read_prompt
 from sae.model.language_model import LanguageModel
 
 TEXT = "The low zebra 🦓 sat."
@@ -26,7 +26,7 @@ def activations(world, lm) -> np.ndarray:
 
 
 def test_every_active_feature_comes_with_its_activation_strongest_first(world, lm):
-    reading = read_prompt(lm, world.dictionary, world.index, TEXT, n=40)
+    reading = read_prompt(lm, world.dictionary, world.index, TEXT, Selection(n=40))
     acts = activations(world, lm)
     assert "".join(reading.texts[1:]) == TEXT
     assert reading.firings[0] == []  # beginning-of-text, which the index never looked at
@@ -40,7 +40,7 @@ def test_every_active_feature_comes_with_its_activation_strongest_first(world, l
 
 
 def test_percentiles_are_shares_of_the_features_own_activations(world, lm, dense):
-    reading = read_prompt(lm, world.dictionary, world.index, TEXT, n=40, order="percentile")
+    reading = read_prompt(lm, world.dictionary, world.index, TEXT, Selection(n=40, order="percentile"))
     scanned = np.asarray(world.index.tokens["scanned"])
     for found in reading.firings[1:]:
         shares = [f.percentile for f in found]
@@ -53,7 +53,7 @@ def test_percentiles_are_shares_of_the_features_own_activations(world, lm, dense
 
 def test_the_effect_is_the_rise_of_all_later_losses_without_the_feature(world, lm):
     """Against a float64 copy of the model that is given the changed embedding directly, one pair at a time."""
-    reading = read_prompt(lm, world.dictionary, world.index, TEXT, n=40, order="effect", most_pairs=10_000)
+    reading = read_prompt(lm, world.dictionary, world.index, TEXT, Selection(n=40, order="effect", most_pairs=10_000))
     ids, acts = ids_of(lm), activations(world, lm)
     exact = LanguageModel.load(str(world.model), device="cpu", dtype="float64").model
     plain = torch.eye(lm.d_model, dtype=torch.float64)[ids]
@@ -82,7 +82,7 @@ def test_the_effect_is_the_rise_of_all_later_losses_without_the_feature(world, l
 
 
 def test_of_too_many_pairs_those_with_the_longest_vectors_are_measured(world, lm):
-    reading = read_prompt(lm, world.dictionary, world.index, TEXT, n=40, order="effect", most_pairs=9)
+    reading = read_prompt(lm, world.dictionary, world.index, TEXT, Selection(n=40, order="effect", most_pairs=9))
     acts = activations(world, lm)[:-1]
     acts[0] = 0
     lengths = acts * world.dictionary.W_dec_fo.norm(dim=-1).numpy()
@@ -95,10 +95,10 @@ def test_of_too_many_pairs_those_with_the_longest_vectors_are_measured(world, lm
 
 
 def test_chosen_tokens_and_dense_features(world, lm):
-    only = read_prompt(lm, world.dictionary, world.index, TEXT, n=40, positions=[2, 0, 99])
+    only = read_prompt(lm, world.dictionary, world.index, TEXT, Selection(n=40, positions=[2, 0, 99]))
     assert [p for p, found in enumerate(only.firings) if found] == [2]
-    assert only.firings[2] == read_prompt(lm, world.dictionary, world.index, TEXT, n=40).firings[2]
-    sparse = read_prompt(lm, world.dictionary, world.index, TEXT, n=40, density_max=0.3)
+    assert only.firings[2] == read_prompt(lm, world.dictionary, world.index, TEXT, Selection(n=40)).firings[2]
+    sparse = read_prompt(lm, world.dictionary, world.index, TEXT, Selection(n=40, density_max=0.3))
     assert all(world.index.columns["density"][f.feature] <= 0.3 for found in sparse.firings for f in found)
     assert sparse.active < read_prompt(lm, world.dictionary, world.index, TEXT).active
 
@@ -107,4 +107,4 @@ def test_unusable_text_is_refused(world, lm):
     with pytest.raises(InputError, match="at most 32 tokens"):
         read_prompt(lm, world.dictionary, world.index, "low " * 40)
     with pytest.raises(InputError, match="order"):
-        read_prompt(lm, world.dictionary, world.index, TEXT, order="beauty")  # type: ignore[arg-type]
+        read_prompt(lm, world.dictionary, world.index, TEXT, Selection(order="beauty"))  # type: ignore[arg-type]

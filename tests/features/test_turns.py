@@ -42,12 +42,12 @@ def test_kinds_alternate_and_each_keeps_its_order():
                 done.append(f"{kind} {number}")
                 await settle()
 
-        await turns.come("prompt", Client())
+        await turns.wait_for("prompt", Client())
         tasks = [asyncio.create_task(work("prompt", i)) for i in range(5)]
         await settle()
         tasks += [asyncio.create_task(work("steer", i)) for i in range(3)]
         await settle()
-        turns.go("prompt")
+        turns.release("prompt")
         await asyncio.gather(*tasks)
         return done
 
@@ -60,16 +60,16 @@ def test_a_full_queue_and_a_long_wait_are_sentences(monkeypatch):
 
     async def main() -> None:
         turns = Turns("the model", "prompt", "steer")
-        await turns.come("prompt", Client())
-        waiting = [asyncio.create_task(turns.come("prompt", Client())) for _ in range(2)]
+        await turns.wait_for("prompt", Client())
+        waiting = [asyncio.create_task(turns.wait_for("prompt", Client())) for _ in range(2)]
         await settle()
         with pytest.raises(Busy, match="the model is busy and 2 others wait"):
-            await turns.come("prompt", Client())
+            await turns.wait_for("prompt", Client())
         with pytest.raises(Busy, match="still at work for others"):  # the other kind has a queue of its own
-            await turns.come("steer", Client())
+            await turns.wait_for("steer", Client())
         assert {type(result) for result in await asyncio.gather(*waiting, return_exceptions=True)} == {Busy}
-        turns.go("prompt")
-        await turns.come("steer", Client())  # free again
+        turns.release("prompt")
+        await turns.wait_for("steer", Client())  # free again
 
     run(main())
 
@@ -77,14 +77,14 @@ def test_a_full_queue_and_a_long_wait_are_sentences(monkeypatch):
 def test_who_leaves_gives_the_place_up():
     async def main() -> None:
         turns, client = Turns("the model", "prompt", "steer"), Client()
-        await turns.come("prompt", Client())
-        left = asyncio.create_task(turns.come("prompt", client))
-        after = asyncio.create_task(turns.come("prompt", Client()))
+        await turns.wait_for("prompt", Client())
+        left = asyncio.create_task(turns.wait_for("prompt", client))
+        after = asyncio.create_task(turns.wait_for("prompt", Client()))
         await settle()
         client.gone.set()
         with pytest.raises(ClientDisconnect):
             await left
-        turns.go("prompt")
+        turns.release("prompt")
         await asyncio.wait_for(after, 1)
 
     run(main())
@@ -122,7 +122,7 @@ def test_whatever_happens_one_works_at_a_time_and_the_turn_is_never_lost(seed, m
         assert {type(result) for result in results} <= {type(None), Busy, ClientDisconnect, RuntimeError, asyncio.CancelledError}
         assert most == 1
         for kind in ("prompt", "steer"):  # nobody is waited for any more
-            await asyncio.wait_for(turns.come(kind, Client()), 1)
-            turns.go(kind)
+            await asyncio.wait_for(turns.wait_for(kind, Client()), 1)
+            turns.release(kind)
 
     run(main())

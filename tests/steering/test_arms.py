@@ -9,8 +9,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from sae.dictionaries.dictionary import Dictionary
-from steering.compare.arms import MAKERS, NONE, PROMPTING, RANDOM, SHUFFLED, Material, build_arms
-from steering.compare.concepts import Concept, Corpus, Texts
+from steering.compare.arms import MAKERS, NONE, PROMPTING, RANDOM, SHUFFLED, ArmInputs, build_arms
+from steering.compare.concepts import Concept, LabelledTexts, Texts
 from steering.directions.targeted import Effects, targeted_direction
 from steering.directions.texts import activations_of_texts
 
@@ -34,9 +34,9 @@ def dictionary(byte_lm) -> Dictionary:
     return Dictionary.autoencoder(W_enc_fd, b_enc_f, W_dec_fd, torch.zeros(32), {"site": SITE})
 
 
-def material(lm, **changes) -> Material:
+def material(lm, **changes) -> ArmInputs:
     settings = dict(site=SITE, concept=CONCEPT, texts=TEXTS, prompts=PROMPTS, max_new_tokens=8) | changes
-    return Material(lm, **settings)
+    return ArmInputs(lm, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +152,6 @@ def test_few_texts_are_warned_about_with_an_interval_and_noted(byte_lm):
 
 
 def test_the_plain_batch_has_no_text_that_is_tested_on(byte_lm):
-    corpus = Corpus([*TEXTS.held_positive, *TEXTS.held_negative, *(f"plain text number {i}" for i in range(40))], [None] * 42)
+    corpus = LabelledTexts([*TEXTS.held_positive, *TEXTS.held_negative, *(f"plain text number {i}" for i in range(40))], [None] * 42)
     found = next(arm for arm in build_arms(material(byte_lm, corpus=corpus)) if arm.method == "principal direction")
     assert "of 40 texts" in found.note

@@ -11,9 +11,10 @@ import torch
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
+from sae.model.sampling import Sampling
 from steering.command_line import main
 from steering.compare.arms import MAKERS, NONE, PROMPTING
-from steering.compare.command import CompareConfig, compare_directions, cosines, fitting, plain
+from steering.compare.command import CompareConfig, compare_directions, cosines, fitting
 
 SITE = "resid_post.1"
 pytestmark = pytest.mark.filterwarnings("ignore:few texts of")
@@ -50,7 +51,7 @@ def config_of(parts: Path, **changes) -> CompareConfig:
         budgets=(0.1, 0.5),
         prompts=("one", "two", "three of", "four"),
         samples=2,
-        max_new_tokens=8,
+        sampling=Sampling(max_new_tokens=8),
         device="cpu",
     )
     return CompareConfig(**(settings | changes))
@@ -107,15 +108,11 @@ def test_an_interrupted_run_leaves_no_file(parts, tmp_path):
     signal.setitimer(signal.ITIMER_REAL, 1.5)
     try:
         with pytest.raises(KeyboardInterrupt):
-            compare_directions(config_of(parts, out=tmp_path / "out", samples=100, max_new_tokens=200))
+            compare_directions(config_of(parts, out=tmp_path / "out", samples=100, sampling=Sampling(max_new_tokens=200)))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert not (tmp_path / "out").exists()
-
-
-def test_numbers_that_are_not_finite_become_null():
-    assert plain({"a": [1.0, float("nan"), (float("inf"), Path("x"))], "b": True}) == {"a": [1.0, None, [None, "x"]], "b": True}
 
 
 def test_a_text_longer_than_the_context_loses_its_end(byte_lm):

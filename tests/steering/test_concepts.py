@@ -17,14 +17,14 @@ from steering.compare.concepts import (
     LABEL_TEXTS,
     LENGTH,
     Concept,
-    Corpus,
+    LabelledTexts,
     Texts,
     concept_texts,
     load_concept,
-    read_corpus,
-    second_scorer,
+    read_labelled_texts,
+    second_score,
     shipped_concepts,
-    target_scorer,
+    target_score,
 )
 from steering.strength.measure import word_rate
 
@@ -36,9 +36,9 @@ def own(n: int, name: str = "mine", **more) -> Concept:
     return Concept(name, positive=tuple(f"yes {i}" for i in range(n)), negative=tuple(f"no {i}" for i in range(n)), **more)
 
 
-def corpus_of(**counts: int) -> Corpus:
+def corpus_of(**counts: int) -> LabelledTexts:
     pairs = [(f"document {i} of {label}, long enough to read", label) for label, n in counts.items() for i in range(n)]
-    return Corpus([text for text, _ in pairs], [label for _, label in pairs])
+    return LabelledTexts([text for text, _ in pairs], [label for _, label in pairs])
 
 
 def quietly(*args) -> Texts:
@@ -124,7 +124,7 @@ def test_byte_order_marks_of_a_concept_and_its_words_are_no_text(tmp_path):
 
 
 def test_a_corpus_with_a_label_of_its_own_for_every_document_is_told_in_short():
-    corpus = Corpus([f"text {i} of a corpus" for i in range(500)], [f"label {i:03}" for i in range(500)])
+    corpus = LabelledTexts([f"text {i} of a corpus" for i in range(500)], [f"label {i:03}" for i in range(500)])
     with pytest.raises(InputError, match=r"label 000, label 001.* label 019 and 480 more") as raised:
         concept_texts(Concept("x", label="none"), corpus, 0)
     assert "label 020" not in str(raised.value)
@@ -163,7 +163,7 @@ def test_other_labels_have_equal_shares_in_every_part():
 
 def test_a_document_that_comes_twice_is_used_once():
     corpus = corpus_of(a=40, b=40)
-    doubled = Corpus(corpus.texts * 2, corpus.labels * 2)
+    doubled = LabelledTexts(corpus.texts * 2, corpus.labels * 2)
     every = [text for part in quietly(Concept("label:a", label="a"), doubled, 0) for text in part]
     assert len(every) == len(set(every)) == 80
 
@@ -187,13 +187,13 @@ def test_few_texts_warn_with_their_numbers_and_missing_ones_are_refused():
 
 
 def test_words_are_counted_per_thousand():
-    scorer = target_scorer(Concept("x", words=("damn", "hell")), Texts([], [], [], [], [], []), 0)
+    scorer = target_score(Concept("x", words=("damn", "hell")), Texts([], [], [], [], [], []), 0)
     assert scorer.kind == "words"
     assert scorer.held_out_auroc is None
     np.testing.assert_allclose(scorer.score(["Damn it to hell", "damned", "", "no no no"]), [500, 0, 0, 0])
     texts = Texts([], [], [], [], ["damn", "damn it"], ["well", "damn it all"])
     # four pairs: 1000 and 500 against 0 and 333, all won
-    assert target_scorer(Concept("x", words=("damn",)), texts, 0).held_out_auroc == 1.0
+    assert target_score(Concept("x", words=("damn",)), texts, 0).held_out_auroc == 1.0
 
 
 def test_classifier_learns_from_its_own_part_alone():
@@ -201,42 +201,42 @@ def test_classifier_learns_from_its_own_part_alone():
         return [f"the {word} number {i} was here" for i in range(n)]
 
     texts = Texts(part("wrong", 9), part("also", 9), part("cat", 30), part("dog", 30), ["a cat came", "two cat"], ["a dog came", "two dog"])
-    scorer = target_scorer(own(2), texts, 0)
+    scorer = target_score(own(2), texts, 0)
     assert scorer.kind == "classifier"
     assert scorer.held_out_auroc == 1.0
     assert "30 positive and 30 negative" in scorer.describe
     p = scorer.score(["cat", "dog", "wrong"])
     assert p[0] > 0.9 > 0.1 > p[1]
-    other = target_scorer(own(2), texts._replace(fit_positive=["x"], fit_negative=["y"]), 0)
+    other = target_score(own(2), texts._replace(fit_positive=["x"], fit_negative=["y"]), 0)
     np.testing.assert_array_equal(other.score(["cat", "dog", "wrong"]), p)
     assert scorer.score([]).shape == (0,)
 
 
 def test_second_score_is_the_classifier_of_a_concept_with_words():
     texts = quietly(own(50), None, 0)
-    assert second_scorer(own(50), texts, 0) is None
-    second = second_scorer(own(50, words=("yes",)), texts, 0)
+    assert second_score(own(50), texts, 0) is None
+    second = second_score(own(50, words=("yes",)), texts, 0)
     assert second is not None
     assert second.kind == "classifier"
-    assert second_scorer(Concept("x", words=("a",)), Texts([], [], [], [], [], []), 0) is None
+    assert second_score(Concept("x", words=("a",)), Texts([], [], [], [], [], []), 0) is None
     with pytest.raises(InputError, match="neither"):
-        target_scorer(Concept("x", prompt_pairs=(("a", "b"),)), Texts([], [], [], [], [], []), 0)
+        target_score(Concept("x", prompt_pairs=(("a", "b"),)), Texts([], [], [], [], [], []), 0)
 
 
 def test_score_says_little_of_shuffled_labels_and_much_of_the_bundled_bible():
     lm = LanguageModel.load(str(DEMO), device="cpu")
-    corpus = read_corpus(TextConfig(text=(str(DEMO / "tokens.safetensors"),)), lm)
+    corpus = read_labelled_texts(TextConfig(text=(str(DEMO / "tokens.safetensors"),)), lm)
     assert len(corpus.texts) > 10_000
     assert max(map(len, corpus.texts)) <= LENGTH
     assert not any("<|" in text for text in corpus.texts)
     assert {"bible", "wine_reviews", "python_code"} <= set(corpus.labels)
     texts = concept_texts(load_concept("bible"), corpus, 0)
-    second = second_scorer(load_concept("bible"), texts, 0)
+    second = second_score(load_concept("bible"), texts, 0)
     assert second is not None
     assert second.held_out_auroc > 0.9
     mixed = np.random.default_rng(0).permutation(texts.classifier_positive + texts.classifier_negative).tolist()
     half = len(mixed) // 2
-    shuffled = second_scorer(load_concept("bible"), texts._replace(classifier_positive=mixed[:half], classifier_negative=mixed[half:]), 0)
+    shuffled = second_score(load_concept("bible"), texts._replace(classifier_positive=mixed[:half], classifier_negative=mixed[half:]), 0)
     assert shuffled is not None
     assert 0.25 < shuffled.held_out_auroc < 0.75
 
@@ -245,6 +245,6 @@ def test_long_documents_are_cut_at_a_word_and_short_ones_left_out(tmp_path):
     documents = ["word " * 400, "too short", "x" * 1000, "  just long enough to be read  "]
     (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"text": text, "kind": "k"}) for text in documents))
     lm = LanguageModel.load(str(DEMO), device="cpu")
-    corpus = read_corpus(TextConfig(text=(str(tmp_path / "c.jsonl"),), label_field="kind"), lm)
+    corpus = read_labelled_texts(TextConfig(text=(str(tmp_path / "c.jsonl"),), label_field="kind"), lm)
     assert corpus.labels == ["k", "k", "k"]
     assert corpus.texts == ["word " * 47 + "word", "x" * LENGTH, "just long enough to be read"]

@@ -8,17 +8,18 @@ import torch
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
+from sae.model.sampling import Sampling
 from sae.statistics import data_and_resamples
 from steering.directions.random import random_direction
 from steering.directions.targeted import Effects
 from steering.intervention import steered
 from steering.studies.effect_map import EffectConfig, effect_map
-from steering.studies.effects import Effect, aim_difference, effect, feature_rows, rollout_activations
+from steering.studies.effects import Effect, Rollouts, aim_difference, effect, feature_rows
 from steering.vector import SteeringVector
 
 SITE = "resid_post.1"
 PROMPTS = ("ab", "a longer one")
-SETTINGS = {"samples": 3, "new_tokens": 6, "seed": 4}
+SAMPLING = Sampling(max_new_tokens=6, seed=4)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def made(difference_rf: torch.Tensor, rounds: int = 400) -> Effect:
 
 def test_rollouts_are_read_by_the_unsteered_model_up_to_their_end(byte_lm, dictionary):
     vector = 40 * random_direction(32, SITE, 1)
-    found_rf = rollout_activations(byte_lm, dictionary, [(vector, 1.0)], PROMPTS, **SETTINGS)
+    found_rf = Rollouts(byte_lm, dictionary, PROMPTS, 3, SAMPLING).activations([(vector, 1.0)])
     ids_sp, mask_sp = (x.repeat_interleave(3, dim=0) for x in byte_lm.encode(PROMPTS))
     with steered(byte_lm, [(vector, 1.0)]):
         whole_rp = byte_lm.generate(ids_sp, mask_sp, max_new_tokens=6, seed=4)
@@ -49,20 +50,20 @@ def test_rollouts_are_read_by_the_unsteered_model_up_to_their_end(byte_lm, dicti
 def test_a_direction_acts_on_its_own_rows_alone(byte_lm, dictionary):
     own_r = torch.tensor([0.0, 1, 0, 1, 0, 0])
     vector = 40 * random_direction(32, SITE, 1)
-    plain_rf = rollout_activations(byte_lm, dictionary, [], PROMPTS, **SETTINGS)
-    found_rf = rollout_activations(byte_lm, dictionary, [(vector, own_r)], PROMPTS, **SETTINGS)
+    plain_rf = Rollouts(byte_lm, dictionary, PROMPTS, 3, SAMPLING).activations([])
+    found_rf = Rollouts(byte_lm, dictionary, PROMPTS, 3, SAMPLING).activations([(vector, own_r)])
     assert ((found_rf != plain_rf).any(1) == own_r.bool()).all()
 
 
 def test_no_steering_has_no_effect_and_some_has_the_mean_difference(byte_lm, dictionary):
     vector = random_direction(32, SITE, 1)
-    y_f, low_f, high_f = effect(byte_lm, dictionary, vector, 0.0, PROMPTS, **SETTINGS).map()
+    y_f, low_f, high_f = effect(Rollouts(byte_lm, dictionary, PROMPTS, 3, SAMPLING), vector, 0.0).map()
     assert not y_f.any()
     assert not low_f.any()
     assert not high_f.any()
-    found = effect(byte_lm, dictionary, vector, 60.0, PROMPTS, **SETTINGS)
-    steered_rf = rollout_activations(byte_lm, dictionary, [(vector, 60.0)], PROMPTS, **SETTINGS)
-    plain_rf = rollout_activations(byte_lm, dictionary, [], PROMPTS, **SETTINGS)
+    found = effect(Rollouts(byte_lm, dictionary, PROMPTS, 3, SAMPLING), vector, 60.0)
+    steered_rf = Rollouts(byte_lm, dictionary, PROMPTS, 3, SAMPLING).activations([(vector, 60.0)])
+    plain_rf = Rollouts(byte_lm, dictionary, PROMPTS, 3, SAMPLING).activations([])
     torch.testing.assert_close(found.map()[0], steered_rf.mean(0) - plain_rf.mean(0), atol=1e-5, rtol=0)
 
 

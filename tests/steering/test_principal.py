@@ -18,14 +18,14 @@ from sae.model.language_model import LanguageModel
 from sae.statistics import data_and_resamples
 from steering.directions.random import random_direction
 from steering.strength.calibration import kl_per_token
-from steering.strength.ruler import Ruler, Sequences, read_sequences, site_activations
+from steering.strength.sequences import KLCalibrator, Sequences, read_sequences, site_activations
 from steering.studies.measured import consistency
 from steering.studies.principal import (
     PrincipalConfig,
     effective_tokens,
     label_aurocs,
     linearity,
-    measure,
+    measure_direction,
     pair_cosines,
     predictions,
     principal_study,
@@ -49,7 +49,7 @@ def test_a_linear_read_out_is_perfectly_consistent_and_linear():
     ids_sp = torch.randint(2, 60, (5, 9), generator=torch.Generator().manual_seed(0))
     prompts = Sequences(ids_sp, np.full(5, -1), [], 3)
     unit = random_direction(16, "resid_post.1", 7)
-    found = measure(lm, unit, prompts, predictions(lm, prompts), Ruler(lm, prompts, unit.site), 0.3)
+    found = measure_direction(lm, unit, prompts, predictions(lm, prompts), KLCalibrator(lm, prompts, unit.site), 0.3)
     assert consistency(found.plus.cosine_ss, np.ones((1, 5)))[0] == pytest.approx(1, abs=1e-4)
     assert found.linearity_s == pytest.approx(np.ones(5), abs=1e-4)
     change_v = found.plus.coefficient * (lm.model.get_output_embeddings().weight @ unit.direction_d)
@@ -61,9 +61,12 @@ def test_a_linear_read_out_is_perfectly_consistent_and_linear():
 
 def test_the_coefficient_reaches_the_budget(byte_lm):
     ids_sp = torch.randint(1, 250, (6, 20), generator=torch.Generator().manual_seed(1))
-    ruler, unit = Ruler(byte_lm, Sequences(ids_sp, np.full(6, -1), [], 5), "resid_post.1"), random_direction(32, "resid_post.1", 2)
+    calibrator, unit = (
+        KLCalibrator(byte_lm, Sequences(ids_sp, np.full(6, -1), [], 5), "resid_post.1"),
+        random_direction(32, "resid_post.1", 2),
+    )
     for sign in (1, -1):
-        found = ruler.coefficient(unit, 0.3, sign)
+        found = calibrator.coefficient(unit, 0.3, sign)
         assert found.reached
         kl = kl_per_token(byte_lm, ids_sp, torch.ones_like(ids_sp), [(unit, sign * found.coefficient)])
         assert kl == pytest.approx(0.3, rel=0.04)

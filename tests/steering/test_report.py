@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steering.compare.report import number, report_html
+from sae.html import figure
+from steering.compare.report import report_html
 from steering.compare.report_plot import ticks
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'></style></title>"
@@ -209,7 +210,7 @@ def test_numbers_texts_reasons_and_verdict_are_there():
     assert "no text: the logits are not finite" in page.text
     assert "compare --concept curse_words" in page.text
     best = next(arm for arm in result["arms"] if arm["method"] == "DiffMean")["best"]
-    assert number(best["gain"]["value"], signed=True) in page.text
+    assert figure(best["gain"]["value"], signed=True) in page.text
     assert "the the the fuck" in page.text  # the broken strength
     assert "the logits are not finite" in page.text
     assert "not reached" in page.text
@@ -258,7 +259,7 @@ def test_comparison_without_words_second_score_cosines_or_any_text():
      (float("nan"), False, "–"), (1e-5, False, "1.0e−05"), (99.96, False, "100")],
 )  # fmt: skip
 def test_number(value, signed, text):
-    assert number(value, signed) == text
+    assert figure(value, signed) == text
 
 
 @given(st.floats(-1e4, 1e4), st.floats(1e-6, 1e5))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sae.statistics import mean_estimate
 from steering.compare.arms import NONE, PROMPTING, RANDOM, SHUFFLED
-from steering.compare.scores import choose_best, distinct_2, longest_repeat, per_prompt, verdict
+from steering.compare.scores import choose_best, comparison_verdict, distinct_2, longest_repeat, per_prompt
 
 rows = st.lists(st.integers(0, 3), max_size=20)
 
@@ -84,7 +84,7 @@ def test_the_verdict_by_rule():
         arm("away", "method", level(0.3, noisy(-5), noisy(-5), none)),
         {"method": "missing", "kind": "method", "levels": [], "best": None},
     ]
-    said = verdict(arms, "cats", 0.6)
+    said = comparison_verdict(arms, "cats", 0.6)
     by_method = {
         name: next((s for s in said if s.startswith(name)), None) for name in ("strong", "fair", "as good", "nothing", "away", "missing")
     }
@@ -105,8 +105,8 @@ def test_two_equal_methods_cannot_be_told_apart_and_none_is_said():
     rng = np.random.default_rng(1)
     none = [0.0] * 30
     one, other = (arm(name, "method", level(0.3, [5.0] * 30, list(rng.normal(5, 3, 30)), none)) for name in ("one", "other"))
-    said = verdict([one, other], "cats", 0.9)
+    said = comparison_verdict([one, other], "cats", 0.9)
     assert any("cannot be told from" in s for s in said)
     assert "but there was no control" in said[0]
     idle = arm("idle", "method", level(0.3, none, list(rng.normal(0, 3, 30)), none))
-    assert "No direction steers towards the concept at these budgets." in verdict([idle], "cats", 0.9)
+    assert "No direction steers towards the concept at these budgets." in comparison_verdict([idle], "cats", 0.9)

@@ -19,9 +19,10 @@ from sae.errors import InputError
 from sae.features.index.build import IndexConfig, build_index
 from sae.features.index.reader import FeatureIndex
 from sae.model.language_model import LanguageModel
+from sae.model.sampling import Sampling
 from steering.command_line import main
 from steering.intervention import steered
-from steering.steer import SteerConfig, steer
+from steering.steer import SteerConfig, compare_texts, steer
 from steering.vector import SteeringVector
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "damn", "it", "dog", "ran", "far", "away", "hell", "no", "yes", "red", "blue", "green"]
@@ -76,19 +77,19 @@ def parts(tmp_path_factory) -> Path:
     return folder
 
 
-def config_of(parts: Path, **settings) -> SteerConfig:
-    return SteerConfig(index=parts / "index", prompt="the cat", max_new_tokens=12, device="cpu", **settings)
+def config_of(parts: Path, sampling: Sampling = Sampling(max_new_tokens=12), **settings) -> SteerConfig:  # noqa: B008 (it is frozen)
+    return SteerConfig(index=parts / "index", prompt="the cat", sampling=sampling, device="cpu", **settings)
 
 
 def test_report_is_what_the_parts_give_when_used_by_hand(parts):
-    report = steer(config_of(parts, feature=3, strength=-2.5, samples=2, seed=7, positions="generated", temperature=0.8, top_p=0.9))
+    settings = dict(max_new_tokens=12, seed=7, temperature=0.8, top_p=0.9)
+    report = steer(config_of(parts, Sampling(**settings), feature=3, strength=-2.5, samples=2, positions="generated"))
     lm = LanguageModel.load(str(parts / "model"), device="cpu")
     highest = float(FeatureIndex.open(parts / "index").feature(3).values.max())
     row_d = Dictionary.load(parts / "sae").W_dec_fo[3]
     assert report["max_activation"] == pytest.approx(highest, rel=1e-3)
     assert report["activation"] == pytest.approx(-2.5 * highest, rel=1e-3)
     ids_sp = torch.tensor([[0, 1, 2]] * 2)  # <s> the cat
-    settings = dict(max_new_tokens=12, seed=7, temperature=0.8, top_p=0.9)
     plain = lm.generate(ids_sp, **settings)
     with steered(lm, [SteeringVector.at("resid_post.0", -2.5 * report["max_activation"] * row_d)], positions="generated", prompt_length=3):
         changed = lm.generate(ids_sp, **settings)
@@ -165,11 +166,9 @@ def test_a_strength_beyond_arithmetic_is_said_in_a_sentence(parts, monkeypatch, 
 
 
 def test_half_precision_that_overflows_is_said_in_a_sentence(parts):
-    from steering.steer import compare
-
     lm = LanguageModel.load(str(parts / "model"), device="cpu", dtype="float16")
     vector = SteeringVector.at("resid_post.0", torch.ones(16))
-    report = compare(lm, vector, config_of(parts, feature=3, strength=1e6))  # above 65,504
+    report = compare_texts(lm, vector, config_of(parts, feature=3, strength=1e6))  # above 65,504
     assert report["steered"] is None
     assert "not finite at new token 1" in report["failure"]
 
@@ -185,7 +184,7 @@ def test_half_precision_that_overflows_is_said_in_a_sentence(parts):
         (dict(search="zebra"), "zebra"),
         (dict(feature=1, strength=float("nan")), "finite strength"),
         (dict(feature=1, samples=0), "at least one sample"),
-        (dict(feature=1, top_p=2.0), "top_p"),
+        (dict(feature=1, sampling=Sampling(top_p=2.0)), "top_p"),
     ],
 )
 def test_unusable_settings(parts, settings, sentence):

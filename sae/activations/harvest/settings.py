@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sae.activations.files.number_formats import FORMATS
@@ -88,6 +89,8 @@ def load_model(config: RecordingConfig) -> "LanguageModel":
     """The model up to its deepest site, checked to have the sites."""
     from sae.model.language_model import LanguageModel
 
+    if config.model == RecordingConfig.model and not Path(config.model).exists():
+        raise InputError(f"expected --model: {config.model}, the default, is only there in a checkout of this project; name another model")
     lm = LanguageModel.load(
         config.model,
         device=config.device,

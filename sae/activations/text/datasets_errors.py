@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sae.disk.places import sentence
+from sae.disk.places import refusal_sentence
 from sae.errors import InputError
 
 LONGEST = 300
@@ -39,7 +39,7 @@ def _refuse_cache(cause: BaseException) -> None:
     if isinstance(cause, OSError) and isinstance(cause.filename, str) and cause.errno:
         refused = Path(cause.filename)
         if refused in (cache, *cache.parents) or cache in refused.parents:
-            raise InputError(f"{sentence(cause, cache)}, with HF_HOME: datasets keeps its copies there") from None
+            raise InputError(f"{refusal_sentence(cause, cache)}, with HF_HOME: datasets keeps its copies there") from None
 
 
 def _cause(error: BaseException) -> BaseException:

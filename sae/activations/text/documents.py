@@ -49,7 +49,8 @@ class Document(NamedTuple):
 
 
 def documents(config: TextConfig) -> Iterator[Document]:
-    """All documents of the source, in order. Halves of surrogate pairs become U+FFFD; a line on stderr counts the documents with some.
+    """All documents of the source, in order; one of blanks alone is empty. Halves of surrogate pairs become U+FFFD, and a line on stderr
+    counts the documents with some.
 
     Raises `InputError` for a file that is missing, damaged, binary or without the field asked for.
     """
@@ -58,7 +59,7 @@ def documents(config: TextConfig) -> Iterator[Document]:
         for content, label in _read(config):
             halves = 0
             if isinstance(content, str):
-                content, halves = replace_surrogates(content)
+                content, halves = ("", 0) if content.isspace() else replace_surrogates(content)
             if label is not None:
                 label, more = replace_surrogates(label)
                 halves += more

@@ -1,11 +1,14 @@
 """A connection to the server that is closed when no whole request comes over it: uvicorn itself waits for ever."""
 
 import asyncio
+import json
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 20.0  # for the head of a request to arrive whole, from the first of its bytes
+MOST_CONNECTIONS = 100  # open at a time; a web browser opens about six
+FULL = f"expected at most {MOST_CONNECTIONS} open connections, but more are open; close some windows or programs that use this server"
 
 
 class Connection(H11Protocol):
@@ -15,6 +18,11 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        if len(self.connections) > MOST_CONNECTIONS:
+            body = json.dumps({"error": FULL}).encode()
+            head = "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length:"
+            transport.write(f"{head} {len(body)}\r\n\r\n".encode() + body)
+            return transport.close()  # after what was written
         self._watch()
 
     def data_received(self, data: bytes) -> None:

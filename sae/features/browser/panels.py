@@ -9,11 +9,12 @@ import numpy as np
 
 from sae.features.browser.prompt import MOST_PAIRS
 from sae.features.browser.screens import alert, name_html, page
-from sae.features.pages.contexts import number, visible, word_html
+from sae.html import number, visible, word_html
 
 if TYPE_CHECKING:
-    from sae.features.browser.prompt import Firing, Reading
-    from sae.features.browser.state import Browser, Sampling
+    from sae.features.browser.prompt import Reading, TokenFeature
+    from sae.features.browser.state import Browser
+    from sae.model.sampling import Sampling
 
 ORDERS = {"activation": "activation", "percentile": "percentile of the feature's own activations", "effect": "effect on the loss"}
 STRONGEST = 5  # either end of a steering slider, in maximum activations
@@ -80,7 +81,7 @@ def _ranking(browser: "Browser", reading: "Reading", chosen: Sequence[int], orde
     firings = [firing for p in chosen if 0 <= p < len(reading.firings) for firing in reading.firings[p]]
     firings.sort(key=lambda f: -(f.effect if f.effect is not None else -np.inf) if order == "effect" else -getattr(f, order))
 
-    def effect(firing: "Firing") -> str:
+    def effect(firing: "TokenFeature") -> str:
         text = "–" if firing.effect is None else f"{firing.effect:+.3f}"
         return f'<td class="num">{text}</td>' if order == "effect" else ""
 
@@ -95,17 +96,17 @@ def _ranking(browser: "Browser", reading: "Reading", chosen: Sequence[int], orde
     return f'<section class="scroll"><table class="ranking"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></section>'
 
 
-def _percentile(firing: "Firing") -> str:
+def _percentile(firing: "TokenFeature") -> str:
     return "" if np.isnan(firing.percentile) else f"{100 * firing.percentile:.1f}"
 
 
-def _ranked(firing: "Firing", order: str) -> str:
+def _ranked(firing: "TokenFeature", order: str) -> str:
     if order == "effect":
         return "–" if firing.effect is None else f"{firing.effect:+.2f}"
     return _percentile(firing) if order == "percentile" else number(firing.activation)
 
 
-def _values(firing: "Firing") -> str:
+def _values(firing: "TokenFeature") -> str:
     effect = "" if firing.effect is None else f", effect {firing.effect:+.3f} nats"
     return f"activation {number(firing.activation)}, percentile {_percentile(firing)}{effect}"
 

@@ -30,7 +30,7 @@ MOST_PAIRS = 256  # of feature and position whose effect is measured: one pass o
 LOGITS = 1 << 25  # of the copies that run together: 128 MB
 
 
-class Firing(NamedTuple):
+class TokenFeature(NamedTuple):
     """A feature that fires on a token of the text."""
 
     position: int
@@ -49,12 +49,34 @@ class Reading(NamedTuple):
     """of every token; joined, the text"""
     losses: list[float | None]
     """nats of every token given those before it; None for a first one that nothing comes before"""
-    firings: list[list[Firing]]
+    firings: list[list[TokenFeature]]
     """of every token, in the order asked for; empty at beginning-of-text, where the index did not look either"""
     active: int
     """pairs of feature and token that fire, of the tokens and the density asked for"""
     measured: int
     """of those, the ones whose effect was measured"""
+
+
+class Selection(NamedTuple):
+    """Which features of a text are given, and in what order."""
+
+    order: Order = "activation"
+    positions: list[int] | None = None
+    """of the tokens, beginning-of-text counted if the model has one; None for all"""
+    n: int = 10
+    """features of each token"""
+    density_max: float | None = None
+    """denser features are left out"""
+    most_pairs: int = MOST_PAIRS
+    """of feature and token whose effect is measured, when effects decide the order"""
+
+
+class Active(NamedTuple):
+    """A feature on a token, before anything else is known of it."""
+
+    position: int
+    feature: int
+    activation: float
 
 
 @torch.no_grad()
@@ -63,18 +85,14 @@ def read_prompt(
     dictionary: Dictionary,
     index: FeatureIndex,
     text: str,
-    *,
-    order: Order = "activation",
-    positions: list[int] | None = None,
-    n: int = 10,
-    density_max: float | None = None,
-    most_pairs: int = MOST_PAIRS,
+    selection: Selection = Selection(),  # noqa: B008 (it is frozen)
 ) -> Reading:
-    """The `n` first features of every token of `text`, or of those at `positions`, beginning-of-text counted if the model has one.
+    """The selected features of every token of `text`.
 
-    Features denser than `density_max` are left out. Effects are measured only when they decide the order, and of no more than
-    `most_pairs` pairs: those that add the longest vectors, a·‖W_dec[j]‖. Raises `InputError` for a text longer than the context.
+    Effects are measured of those pairs of feature and token that add the longest vectors, a·‖W_dec[j]‖. Raises `InputError` for a text
+    longer than the context.
     """
+    order, positions, n, density_max, most_pairs = selection
     if order not in ORDERS:
         raise InputError(f"expected an order out of {', '.join(ORDERS)}, got {order!r}")
     ids_1p, _ = lm.encode([text])
@@ -87,19 +105,22 @@ def read_prompt(
     acts_pf = dictionary.encode(h_pd).float()
     if not torch.isfinite(acts_pf).all():  # host sync
         raise InputError("the dictionary's activations on this text are not finite; its weights or the model's are damaged")
-    pairs = [(p, j, acts_pf[p, j].item()) for p in chosen for j in acts_pf[p].nonzero()[:, 0].tolist()]  # host sync
+    pairs = [Active(p, j, acts_pf[p, j].item()) for p in chosen for j in acts_pf[p].nonzero()[:, 0].tolist()]  # host sync
     if density_max is not None:
-        pairs = [pair for pair in pairs if index.columns["density"][pair[1]] <= density_max]
+        pairs = [pair for pair in pairs if index.columns["density"][pair.feature] <= density_max]
     losses_p = _losses(lm, ids_1p)[0]
     effects: dict[tuple[int, int], float] = {}
     if order == "effect":
         unit = dictionary.unit(h_pd.to(dictionary.W_enc_fd.dtype))
         units_p = [unit] * len(h_pd) if isinstance(unit, float) else unit[:, 0].float().tolist()  # host sync
-        effects = _effects(lm, dictionary, dictionary.site_out or site, ids_1p, losses_p, pairs, most_pairs, units_p)
-    firings: list[list[Firing]] = [[] for _ in range(ids_1p.shape[1])]
+        added = [pair._replace(activation=pair.activation * units_p[pair.position]) for pair in pairs if pair.position < len(losses_p)]
+        norm_f = dictionary.norms().float().tolist()
+        longest = sorted(added, key=lambda pair: -abs(pair.activation) * norm_f[pair.feature])[:most_pairs]
+        effects = _effects(lm, dictionary, dictionary.site_out or site, ids_1p, losses_p, longest)
+    firings: list[list[TokenFeature]] = [[] for _ in range(ids_1p.shape[1])]
     for p, j, a in pairs:
         stored = float(np.float16(abs(a)))  # as the index holds its own
-        firings[p].append(Firing(p, j, a, index.percentile(j, stored), effects.get((p, j))))
+        firings[p].append(TokenFeature(p, j, a, index.percentile(j, stored), effects.get((p, j))))
     size = lm.model.get_input_embeddings().num_embeddings
     return Reading(
         vocabulary(lm.tokenizer, size).texts(ids_1p[0].tolist()),
@@ -110,7 +131,7 @@ def read_prompt(
     )
 
 
-def _key(firing: Firing, order: Order) -> tuple:
+def _key(firing: TokenFeature, order: Order) -> tuple:
     """The greatest first; of equal ones the stronger, then the lower number."""
     value = -np.inf if firing.effect is None else firing.effect
     first = {"activation": abs(firing.activation), "percentile": np.nan_to_num(firing.percentile, nan=2.0), "effect": value}[order]
@@ -126,28 +147,18 @@ def _losses(lm: LanguageModel, ids_sp: Tensor) -> Tensor:
 
 
 def _effects(
-    lm: LanguageModel,
-    dictionary: Dictionary,
-    site: str,
-    ids_1p: Tensor,
-    losses_p: Tensor,
-    pairs: list[tuple[int, int, float]],
-    most: int,
-    units_p: list[float],
+    lm: LanguageModel, dictionary: Dictionary, site: str, ids_1p: Tensor, losses_p: Tensor, pairs: list[Active]
 ) -> dict[tuple[int, int], float]:
     """(position, feature) -> nats by which the later tokens' loss rises without the feature there; `site`: where it writes."""
     length = ids_1p.shape[1]
-    norm_f = dictionary.norms().float().tolist()
-    added = [(p, j, a * units_p[p]) for p, j, a in pairs if p < length - 1]
-    longest = sorted(added, key=lambda pair: -abs(pair[2]) * norm_f[pair[1]])[:most]
     vocabulary_size = lm.model.get_output_embeddings().weight.shape[0]
     size = max(1, LOGITS // (length * vocabulary_size))
     effects = {}
-    for low in range(0, len(longest), size):
-        part = longest[low : low + size]
-        row_s, position_s = torch.arange(len(part)), torch.tensor([p for p, _, _ in part])
-        act_s = torch.tensor([a for _, _, a in part])
-        taken_sd = act_s[:, None] * dictionary.rows([j for _, j, _ in part]).float().cpu()
+    for low in range(0, len(pairs), size):
+        part = pairs[low : low + size]
+        row_s, position_s = torch.arange(len(part)), torch.tensor([pair.position for pair in part])
+        act_s = torch.tensor([pair.activation for pair in part])
+        taken_sd = act_s[:, None] * dictionary.rows([pair.feature for pair in part]).float().cpu()
 
         def without(value_spd: Tensor) -> Tensor:
             changed_spd = value_spd.clone()

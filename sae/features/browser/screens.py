@@ -6,9 +6,10 @@ from urllib.parse import quote, urlencode
 
 import numpy as np
 
+from sae.disk.writing import jsonable
 from sae.features.browser.query import PAGE, Query
-from sae.features.pages.contexts import number, percent, word_html
 from sae.features.pages.feature import feature_html
+from sae.html import number, percent, word_html
 
 if TYPE_CHECKING:
     from sae.features.browser.state import Browser
@@ -27,7 +28,11 @@ COLUMNS = {
     "fvu_contribution": "FVU without it", "top_token": "fires on",
 }  # fmt: skip
 WORDS = ("label", "top_token")  # columns of text: sorted from the front, and not aligned as numbers
-WAYS = {"text": "in labels, explanations and top tokens", "fires": "features that fire on the word", "promotes": "that promote the word"}
+SEARCHES = {
+    "text": "in labels, explanations and top tokens",
+    "fires": "features that fire on the word",
+    "promotes": "that promote the word",
+}
 
 MATCHES = {"fires": "F1 of its firing on the word", "promotes": "what one unit of its activation adds to the word's logit"}
 
@@ -59,7 +64,7 @@ def refusal(sentence: str) -> str:
     return page("Not possible", f"<h1>That is not possible</h1>{alert(sentence)}")
 
 
-def summary(browser: "Browser", j: int) -> dict[str, Any]:
+def feature_row(browser: "Browser", j: int) -> dict[str, Any]:
     """A row of the table as plain values."""
     index, note = browser.index, browser.notes.get(j)
     values = {name: float(index.columns[name][j]) for name in ("density", "max", "mean", "fvu_contribution")}
@@ -68,7 +73,7 @@ def summary(browser: "Browser", j: int) -> dict[str, Any]:
         "label": note.label,
         "starred": note.starred,
         "explanation": next((explanation.text for explanation in browser.explanations.get(j, ())), ""),
-        **{name: value if np.isfinite(value) else None for name, value in values.items()},
+        **jsonable(values),
         "fires_on": [index.vocabulary.spelling(token) for token, _ in index.top_tokens(j, 3)],
         "promotes": [index.vocabulary.spelling(token) for token, _ in index.lens_tokens(j, 3)],
     }
@@ -128,7 +133,7 @@ def _changed(query: Query, **changes: str) -> str:
 
 
 def _table_row(browser: "Browser", query: Query, j: int, at: int) -> str:
-    facts = summary(browser, j)
+    facts = feature_row(browser, j)
     kind, name = ("label", facts["label"]) if facts["label"] else ("soft", facts["explanation"])
     fires, promotes = (" ".join(f"<code>{word_html(text)}</code>" for text in facts[which]) for which in ("fires_on", "promotes"))
     fvu = "" if facts["fvu_contribution"] is None else f"{facts['fvu_contribution']:+.2g}"
@@ -159,11 +164,11 @@ def _filters(query: Query) -> str:
     def check(name: str, title: str) -> str:
         return f'<label><input type="checkbox" name="{name}" value="1"{" checked" if getattr(query, name) else ""}> {title}</label>'
 
-    ways = "".join(f'<option value="{way}"{" selected" if way == query.how else ""}>{title}</option>' for way, title in WAYS.items())
-    listed = f'<input type="hidden" name="list" value="{escape(query.list)}">' if query.list else ""
-    return f"""<form action="/" class="filters">{listed}
+    options = "".join(f'<option value="{how}"{" selected" if how == query.how else ""}>{title}</option>' for how, title in SEARCHES.items())
+    hidden = f'<input type="hidden" name="list" value="{escape(query.list)}">' if query.list else ""
+    return f"""<form action="/" class="filters">{hidden}
 <p><input type="search" name="q" value="{escape(query.q)}" placeholder="search, or one|two" aria-label="search for">
-<select name="how" aria-label="where">{ways}</select></p>
+<select name="how" aria-label="where">{options}</select></p>
 <p>{field("density_min", "density from")}{field("density_max", "to")}{field("max_min", "max from")}{field("max_max", "to")}
 {field("fvu_min", "FVU without it from")}{field("fvu_max", "to")}{field("token", "top token has")}{field("label", "label has")}
 {check("starred", "starred")}{check("labelled", "labelled")}{check("dead", "dead too")}
@@ -209,11 +214,11 @@ def _editor(browser: "Browser", j: int, address: str) -> str:
     return f'<form method="post" action="{address}" class="editor"><button class="keep">Keep</button>\n{star}\n{fields}</form>'
 
 
-def _fields(label: str, note: str, listed: str, beside: str = "") -> str:
+def _fields(label: str, note: str, list_name: str, beside: str = "") -> str:
     return f"""<label>Label <input data-key="e" name="label" value="{escape(label)}" maxlength="200" size="40"></label>
 <label>Note <textarea name="note" rows="{min(6, 1 + note.count(chr(10)))}" cols="50" maxlength="10000">
 {escape(note)}</textarea></label>
-<span><label>List <input name="list" list="lists" value="{escape(listed)}" maxlength="100"></label>{beside}</span>"""
+<span><label>List <input name="list" list="lists" value="{escape(list_name)}" maxlength="100"></label>{beside}</span>"""
 
 
 def unsaved(j: int, address: str, given: dict[str, str], sentence: str) -> str:

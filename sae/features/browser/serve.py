@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
-from sae.features.browser.app import create_app
 from sae.features.browser.state import Steering
 from sae.features.index.reader import FeatureIndex
 from sae.features.notes import Notes
@@ -49,6 +48,8 @@ def serve(config: BrowseConfig, make_steering: Callable[[LanguageModel, Dictiona
 
     Raises `InputError` for parts that do not belong together, or a port that is taken.
     """
+    from sae.features.browser.app import create_app
+
     index = FeatureIndex.open(config.index, verify=config.verify)
     with listening(config.port) as listener:  # before the model is loaded: a taken port and a damaged file are said at once
         notes = Notes.open(config.notes, index)

@@ -1,16 +1,17 @@
 """What the server's routes share: the index with its notes, model and queues, and how they read parameters."""
 
 from collections.abc import Callable, Generator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from sae.errors import InputError
 from sae.features.browser.query import Query, Tables, finite
 from sae.features.browser.turns import Turns
 from sae.features.index.reader import FeatureIndex
 from sae.features.notes import Notes
+from sae.model.sampling import Sampling
 
 if TYPE_CHECKING:
-    from fastapi import Request
+    from starlette.requests import Request
 
     from sae.dictionaries.dictionary import Dictionary
     from sae.features.browser.prompt import Reading
@@ -18,15 +19,6 @@ if TYPE_CHECKING:
 LONGEST_PROMPT = 2_000  # characters
 MOST_STEERED = 8  # features together
 T = TypeVar("T")
-
-
-class Sampling(NamedTuple):
-    """How a text is drawn."""
-
-    max_new_tokens: int = 40
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 Steering: TypeAlias = Callable[[str, Sequence[tuple[int, float]], Sampling], Generator[dict[str, Any], None, None]]
@@ -72,7 +64,7 @@ class Browser:
         """The prompt of an address, when the model is free; None without one."""
         from starlette.concurrency import run_in_threadpool
 
-        from sae.features.browser.prompt import read_prompt
+        from sae.features.browser.prompt import Selection, read_prompt
 
         text = params.get("text", "")
         if not text:
@@ -86,23 +78,27 @@ class Browser:
         positions = [whole("t", part) for part in params.get("t", "").split(",") if part] or None
         density_max = finite("density_max", density) if density else None
         async with self.model.turn("prompt", request):
-            return await run_in_threadpool(
-                read_prompt,
-                self.lm,
-                self.dictionary,
-                self.index,
-                text,
-                order=order,
-                positions=positions,
-                n=n,
-                density_max=density_max,
-            )
+            selection = Selection(order, positions, n, density_max)
+            return await run_in_threadpool(read_prompt, self.lm, self.dictionary, self.index, text, selection)
+
+
+def browser_of(request: "Request") -> Browser:
+    return request.app.state.browser
+
+
+def feature_of(request: "Request") -> int:
+    """The feature that the path names. Raises `NotThere` for one that does not exist."""
+    text = request.path_params["j"]
+    if digits(text.removeprefix("-")) is None:
+        raise NotThere(f"expected a whole number in the address, got {text[:40]!r}")
+    browser_of(request).require(int(text))
+    return int(text)
 
 
 def sampling(params: Any) -> Sampling:
     """From an address or a body. Raises `InputError` for values that cannot be sampled with."""
     default = Sampling()
-    given = {name: params.get(name) for name in Sampling._fields if params.get(name) not in (None, "")}
+    given = {name: params.get(name) for name in vars(default) if params.get(name) not in (None, "")}
     tokens, seed = (whole(name, str(given.get(name, getattr(default, name)))) for name in ("max_new_tokens", "seed"))
     temperature, top_p = (finite(name, str(given.get(name, getattr(default, name)))) for name in ("temperature", "top_p"))
     if not (1 <= tokens <= 1000 and 0 <= temperature <= 10 and 0 < top_p <= 1 and 0 <= seed < 1 << 32):
@@ -110,7 +106,7 @@ def sampling(params: Any) -> Sampling:
             "expected 1 to 1000 new tokens, a temperature from 0 to 10, top_p above 0 and up to 1, and a seed from 0 to 2^32 - 1, "
             f"got {tokens}, {temperature:g}, {top_p:g} and {seed}"
         )
-    return Sampling(tokens, temperature, top_p, seed)
+    return Sampling(max_new_tokens=tokens, temperature=temperature, top_p=top_p, seed=seed)
 
 
 def digits(text: str) -> int | None:

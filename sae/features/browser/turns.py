@@ -26,14 +26,14 @@ class Turns:
 
     @asynccontextmanager
     async def turn(self, kind: str, request: Any) -> AsyncIterator[None]:
-        await self.come(kind, request)
+        await self.wait_for(kind, request)
         try:
             yield
         finally:
-            self.go(kind)
+            self.release(kind)
 
-    async def come(self, kind: str, request: Any) -> None:
-        """Waits for a turn, which the caller must end with `go`.
+    async def wait_for(self, kind: str, request: Any) -> None:
+        """Waits for a turn, which the caller must end with `release`.
 
         Raises `Busy` if too many wait already or the turn does not come in time, and `ClientDisconnect` if the one who asked has left.
         """
@@ -56,14 +56,14 @@ class Turns:
                 )
         except BaseException:
             if mine.done():  # the turn came in the same moment
-                self.go(kind)
+                self.release(kind)
             else:
                 waiting.remove(mine)
             raise
         finally:
             leaving.cancel()
 
-    def go(self, kind: str) -> None:
+    def release(self, kind: str) -> None:
         """Ends a turn: the next one is of another kind if any such waits."""
         kinds = list(self._waiting)
         after = kinds.index(kind) + 1

@@ -9,7 +9,7 @@ write explanations too (judge.py); nothing is sent without `--endpoint`. All sta
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,21 +19,23 @@ from sae.disk.writing import only_writer
 from sae.errors import InputError
 from sae.features.explanations.explanation import METHODS, Explanation, write_explanations
 from sae.features.explanations.lookups import (
-    Corpus,
     Explained,
-    Firing,
+    FiringRows,
     Prediction,
+    ScannedText,
     bigram_lookup,
-    describe,
     pattern_lookup,
-    read_corpus,
+    read_scanned_text,
+    rules_text,
     token_lookup,
 )
 from sae.features.index.reader import FeatureIndex
 from sae.progress import progress
-from sae.statistics import percentile_interval, resamples
+from sae.statistics import percentile_interval, ratio, resamples
 
-LOOKUPS: dict[str, Callable[[Corpus, Firing], Explained]] = dict(zip(METHODS, (token_lookup, bigram_lookup, pattern_lookup), strict=True))
+LOOKUPS: dict[str, Callable[[ScannedText, FiringRows], Explained]] = dict(
+    zip(METHODS, (token_lookup, bigram_lookup, pattern_lookup), strict=True)
+)
 DRAWS = 200
 """Bootstrap draws of the held-out documents behind an interval."""
 
@@ -70,11 +72,11 @@ def explain(config: ExplainConfig) -> Path:
     index = FeatureIndex.open(config.index, verify=True)
     require_file(config.index / EXPLANATIONS)
     features = choose(index, config)
-    corpus = read_corpus(index, config.held_out, config.seed)
+    corpus = read_scanned_text(index, config.held_out, config.seed)
     with only_writer(config.index):
         if config.endpoint is None:
             new = explain_by_lookup(index, corpus, features, config.seed)
-            print(summary(new))
+            print(lookup_summary(new))
         else:
             from sae.features.explanations.judge import explain_by_model
 
@@ -97,7 +99,7 @@ def choose(index: FeatureIndex, config: ExplainConfig) -> list[int]:
     return sorted(np.random.default_rng(config.seed).permutation(alive)[: config.sample].tolist())
 
 
-def explain_by_lookup(index: FeatureIndex, corpus: Corpus, features: Sequence[int], seed: int) -> list[Explanation]:
+def explain_by_lookup(index: FeatureIndex, corpus: ScannedText, features: Sequence[int], seed: int) -> list[Explanation]:
     """Token, bigram and pattern of every feature, scored on the held-out documents beside trivial baselines.
 
     The "shuffled" baseline is the explanation of the feature before it in one random round of all that fire: the same for any choice of
@@ -105,7 +107,7 @@ def explain_by_lookup(index: FeatureIndex, corpus: Corpus, features: Sequence[in
     """
     alive = np.random.default_rng(seed).permutation(np.flatnonzero(index.columns["count"]))
     before = dict(zip(alive.tolist(), np.roll(alive, 1).tolist()))
-    scorer = Scorer(corpus, seed)
+    scorer = PredictionScorer(corpus, seed)
     last: tuple[int, dict[str, Explained]] = (-1, {})
 
     def lookups(j: int) -> dict[str, Explained]:
@@ -128,17 +130,33 @@ def explain_by_lookup(index: FeatureIndex, corpus: Corpus, features: Sequence[in
                 if theirs:
                     beside["shuffled"] = point(scorer.score(held, theirs[method].prediction, intervals=False))
                 token = token or point(scores)
-                text = describe(rules, index.vocabulary) if len(learn.rows) else "never fires in the documents learned from"
+                text = rules_text(rules, index.vocabulary) if len(learn.rows) else "never fires in the documents learned from"
                 found.append(Explanation(j, method, text, scores, beside))
             last = (j, mine)
             bar.advance(1)
     return found
 
 
-class Scorer:
+class Sums(NamedTuple):
+    """Over tokens, of a feature's activations a and predicted ones p; each a number, or one for every draw of the documents."""
+
+    tokens: np.ndarray
+    hits: np.ndarray
+    """predicted to fire, and firing"""
+    predicted: np.ndarray
+    """to fire"""
+    firing: np.ndarray
+    p: np.ndarray
+    pp: np.ndarray
+    pa: np.ndarray
+    a: np.ndarray
+    aa: np.ndarray
+
+
+class PredictionScorer:
     """Scores predictions over all scanned tokens of the held-out documents, firing or not; only the non-zero ones are touched."""
 
-    def __init__(self, corpus: Corpus, seed: int, draws: int = DRAWS):
+    def __init__(self, corpus: ScannedText, seed: int, draws: int = DRAWS):
         held = np.flatnonzero(corpus.held_n)
         documents, inverse = np.unique(corpus.document_n[held], return_inverse=True)
         self.document_n = np.full(len(corpus.held_n), -1, np.int32)
@@ -148,7 +166,7 @@ class Scorer:
         n = len(documents)
         self.draws_rd = resamples(n, draws, np.random.default_rng(seed)).astype(np.float64)
 
-    def score(self, held: Firing, prediction: Prediction, *, intervals: bool = True) -> dict[str, Any]:
+    def score(self, held: FiringRows, prediction: Prediction, *, intervals: bool = True) -> dict[str, Any]:
         """precision, recall and F1 of firing, Pearson correlation of the activations, with bootstrap intervals (95 %) over documents.
 
         None where a score is not defined: F1 and recall of a feature that never fires there, a correlation with a constant.
@@ -165,41 +183,36 @@ class Scorer:
         parts += [(of_prediction, p), (of_prediction, p * p), (of_prediction, p * truth)]
         parts += [(of_truth, held.values), (of_truth, held.values**2)]
         sums_dk = np.stack([self.rows_d, *(np.bincount(at, weight, n) for at, weight in parts)], axis=1)
-        total = sums_dk.sum(0)
+        total = Sums(*sums_dk.sum(0))
         scores: dict[str, Any] = {
             "f1": rounded(f1(total)),
-            "precision": rounded(ratio(total[1], total[2])),
-            "recall": rounded(ratio(total[1], total[3])),
+            "precision": rounded(ratio(total.hits, total.predicted)),
+            "recall": rounded(ratio(total.hits, total.firing)),
             "correlation": rounded(correlation(total)),
         }
         if intervals:
-            drawn_rk = self.draws_rd @ sums_dk
-            for name, values in (("f1", f1(drawn_rk)), ("correlation", correlation(drawn_rk))):
+            drawn = Sums(*(self.draws_rd @ sums_dk).T)
+            for name, values in (("f1", f1(drawn)), ("correlation", correlation(drawn))):
                 low, high = percentile_interval(values)
                 known = scores[name] is not None and np.isfinite(low)
                 scores[f"{name}_interval"] = [rounded(low), rounded(high)] if known else None
-            scores |= {"firing_tokens": int(total[3]), "tokens": int(total[0]), "documents": n}
+            scores |= {"firing_tokens": int(total.firing), "tokens": int(total.tokens), "documents": n}
         return scores
 
 
-def ratio(a: Any, b: Any) -> np.ndarray:
-    return np.divide(a, b, out=np.full(np.shape(b), np.nan), where=np.asarray(b) > 0)
+def f1(s: Sums) -> np.ndarray:
+    """Of predicting to fire; undefined where the feature never fires."""
+    return np.where(s.firing > 0, ratio(2 * s.hits, s.predicted + s.firing), np.nan)
 
 
-def f1(sums: np.ndarray) -> np.ndarray:
-    """Of sums [..., 8] over tokens: tokens, hits, predicted, firing, p, p², p·a, a, a²; undefined where the feature never fires."""
-    return np.where(sums[..., 3] > 0, ratio(2 * sums[..., 1], sums[..., 2] + sums[..., 3]), np.nan)
+def correlation(s: Sums) -> np.ndarray:
+    """Pearson correlation of prediction and activation over all tokens; undefined where one of them is constant."""
+    n, varies_p, varies_a = s.tokens, s.tokens * s.pp - s.p * s.p, s.tokens * s.aa - s.a * s.a
+    varies_p, varies_a = np.where(varies_p > 1e-12 * n * s.pp, varies_p, 0), np.where(varies_a > 1e-12 * n * s.aa, varies_a, 0)
+    return ratio(n * s.pa - s.p * s.a, np.sqrt(varies_p * varies_a))
 
 
-def correlation(sums: np.ndarray) -> np.ndarray:
-    """Pearson correlation of prediction and activation over all tokens, from their sums; undefined where one of them is constant."""
-    n, p, pp, pa, a, aa = (sums[..., k] for k in (0, 4, 5, 6, 7, 8))
-    varies_p, varies_a = n * pp - p * p, n * aa - a * a
-    varies_p, varies_a = np.where(varies_p > 1e-12 * n * pp, varies_p, 0), np.where(varies_a > 1e-12 * n * aa, varies_a, 0)
-    return ratio(n * pa - p * a, np.sqrt(varies_p * varies_a))
-
-
-def trivial(corpus: Corpus, learn: Firing, held: Firing) -> dict[str, Any]:
+def trivial(corpus: ScannedText, learn: FiringRows, held: FiringRows) -> dict[str, Any]:
     """What no explanation is needed for: firing on every token, and at random as often as in the learning documents (expected values)."""
     n = int(corpus.held_n.sum())
     density, rate = len(held.rows) / n, len(learn.rows) / max(len(corpus.held_n) - n, 1)
@@ -221,7 +234,7 @@ def rounded(value: Any) -> float | None:
     return round(float(value), 4) if np.isfinite(value) else None
 
 
-def summary(explanations: Sequence[Explanation]) -> str:
+def lookup_summary(explanations: Sequence[Explanation]) -> str:
     """A table: quartiles over the features that fire in the held-out documents, of each method and of what it is compared with."""
     rows: dict[str, list[tuple[Any, Any]]] = {}
     for e in explanations:

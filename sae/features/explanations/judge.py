@@ -27,7 +27,7 @@ from sae.disk.arrays import ANSWERS
 from sae.disk.places import writing
 from sae.disk.reading import Count, Number, require
 from sae.errors import InputError
-from sae.features.explanations.lookups import Corpus, Firing
+from sae.features.explanations.lookups import FiringRows, ScannedText
 from sae.features.index.reader import Context, FeatureIndex
 from sae.progress import counted, progress
 from sae.statistics import wilson_interval
@@ -142,7 +142,7 @@ def _content(body: bytes) -> str:
     return text
 
 
-def explain_by_model(index: FeatureIndex, corpus: Corpus, features: Sequence[int], config: "ExplainConfig") -> list["Explanation"]:
+def explain_by_model(index: FeatureIndex, corpus: ScannedText, features: Sequence[int], config: "ExplainConfig") -> list["Explanation"]:
     """An explanation and its detection score for every feature that fires.
 
     Each feature's answer is appended to a log in the index's folder at once; a run that was stopped goes on after the last whole line,
@@ -182,7 +182,7 @@ def explain_by_model(index: FeatureIndex, corpus: Corpus, features: Sequence[int
     return found
 
 
-def explain_one(index: FeatureIndex, corpus: Corpus, j: int, endpoint: Endpoint, seed: int) -> "Explanation":
+def explain_one(index: FeatureIndex, corpus: ScannedText, j: int, endpoint: Endpoint, seed: int) -> "Explanation":
     """Raises `NoAnswer` when no explanation comes; a failed detection request is counted in the scores."""
     from sae.features.explanations.explanation import Explanation
 
@@ -201,7 +201,7 @@ def explain_one(index: FeatureIndex, corpus: Corpus, j: int, endpoint: Endpoint,
     for low in range(0, len(tested), PER_REQUEST):
         part = tested[low : low + PER_REQUEST]
         try:
-            excerpts = "\n".join(f"{i}. {plain(context)}" for i, context in enumerate(part, 1))
+            excerpts = "\n".join(f"{i}. {excerpt(context)}" for i, context in enumerate(part, 1))
             answers = parse_answers(endpoint.ask(DETECT.format(text=text, n=len(part)), excerpts), len(part))
         except NoAnswer as error:
             failures[str(error)] += 1
@@ -209,12 +209,12 @@ def explain_one(index: FeatureIndex, corpus: Corpus, j: int, endpoint: Endpoint,
         else:
             failures["unparsable"] += answers is None
         said += answers or [None] * len(part)
-    scores, baselines = detection(truth, said)
+    scores, baselines = detection_scores(truth, said)
     return Explanation(j, f"model:{endpoint.model}", text, scores | {"failed_requests": dict(+failures)}, baselines)
 
 
 def learning_contexts(
-    index: FeatureIndex, corpus: Corpus, j: int, learn: Firing, rng: np.random.Generator
+    index: FeatureIndex, corpus: ScannedText, j: int, learn: FiringRows, rng: np.random.Generator
 ) -> tuple[list[Context], list[Context]]:
     """The strongest contexts of the documents to learn from, and a sample of the others; one per document."""
     documents: set[int] = set()
@@ -233,7 +233,9 @@ def learning_contexts(
     return take(np.argsort(-learn.values, kind="stable"), TOP), take(rng.permutation(len(learn.rows)), SAMPLED)
 
 
-def test_contexts(index: FeatureIndex, corpus: Corpus, j: int, held: Firing, rng: np.random.Generator) -> tuple[list[Context], np.ndarray]:
+def test_contexts(
+    index: FeatureIndex, corpus: ScannedText, j: int, held: FiringRows, rng: np.random.Generator
+) -> tuple[list[Context], np.ndarray]:
     """Held-out contexts in random order and whether the feature fires in each: equally many of both, each around a random token."""
     firing = [context_at(index, corpus, j, int(row)) for row in rng.permutation(held.rows)[: TESTED // 2]]
     silent: list[Context] = []
@@ -249,11 +251,11 @@ def test_contexts(index: FeatureIndex, corpus: Corpus, j: int, held: Firing, rng
     return [(firing + silent)[i] for i in order], np.repeat([True, False], len(silent))[order]
 
 
-def context_at(index: FeatureIndex, corpus: Corpus, j: int, row: int) -> Context:
+def context_at(index: FeatureIndex, corpus: ScannedText, j: int, row: int) -> Context:
     return index.context(index.feature(j), int(corpus.positions[row]), BEFORE, AFTER)
 
 
-def plain(context: Context, marked: bool = False) -> str:
+def excerpt(context: Context, marked: bool = False) -> str:
     """The excerpt on one line; with `marked`, tokens on which the feature fires stand between << and >>."""
     parts = [f"<<{text}>>" if marked and value else text for text, value in zip(context.texts, context.values)]
     return "".join(parts).replace(">><<", "").replace("\n", "↵")
@@ -263,7 +265,7 @@ def examples_text(top: Sequence[Context], sampled: Sequence[Context]) -> str:
     strongest = max(float(abs(context.values).max()) for context in top)
 
     def lines(contexts: Sequence[Context]) -> str:
-        return "\n".join(f"({10 * float(abs(c.values).max()) / max(strongest, 1e-30):.0f}) {plain(c, marked=True)}" for c in contexts)
+        return "\n".join(f"({10 * float(abs(c.values).max()) / max(strongest, 1e-30):.0f}) {excerpt(c, marked=True)}" for c in contexts)
 
     return f"TOP\n{lines(top)}\n\nSAMPLED\n{lines(sampled) or '(no others)'}"
 
@@ -277,7 +279,7 @@ def parse_answers(text: str, n: int) -> list[int | None] | None:
     return None
 
 
-def detection(truth: np.ndarray, said: Sequence[int | None]) -> tuple[dict[str, Any], dict[str, Any]]:
+def detection_scores(truth: np.ndarray, said: Sequence[int | None]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Scores of the answers that came, and of saying always no and always yes to the same contexts; None without any answer."""
     answered = np.array([answer is not None for answer in said], bool)
     actual, yes = truth[answered], np.array([answer == 1 for answer in said if answer is not None], bool)

@@ -30,7 +30,7 @@ LISTED = 6
 """Rules of one kind written out in an explanation's text."""
 
 
-class Firing(NamedTuple):
+class FiringRows(NamedTuple):
     """A feature's non-zero activations in one part of the documents."""
 
     rows: np.ndarray
@@ -56,6 +56,17 @@ class Rule(NamedTuple):
     """oldest first, the firing token last; None for any token, -1 for before the text begins"""
     share: float
     """of the feature's activation in the learning documents"""
+
+
+class Patterns(NamedTuple):
+    """Those of one shape that were chosen."""
+
+    shape: tuple[int, ...]
+    groups: np.ndarray
+    value: np.ndarray
+    """the activation that each predicts"""
+    explains: np.ndarray
+    """the activation of the learning documents that is its own"""
 
 
 class Explained(NamedTuple):
@@ -84,7 +95,7 @@ class Shape:
 
 
 @dataclass
-class Corpus:
+class ScannedText:
     """The scanned tokens of an index, their documents divided into those to learn from and held-out ones."""
 
     positions: np.ndarray
@@ -99,12 +110,12 @@ class Corpus:
     """tokens at offset 0, 1, ... before every row, int64 [n] each; -1 before its sequence begins"""
     shapes: dict[tuple[int, ...], Shape]
 
-    def firing(self, index: FeatureIndex, j: int) -> tuple[Firing, Firing]:
+    def firing(self, index: FeatureIndex, j: int) -> tuple[FiringRows, FiringRows]:
         """The feature's activations in the learning documents, and in the held-out ones."""
         feature = index.feature(j)
         rows, values = self.row_of[feature.positions], feature.values.astype(np.float64)
         held = self.held_n[rows]
-        return Firing(rows[~held], values[~held]), Firing(rows[held], values[held])
+        return FiringRows(rows[~held], values[~held]), FiringRows(rows[held], values[held])
 
 
 def divide(documents: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -118,7 +129,7 @@ def divide(documents: np.ndarray, share: float, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(documents)[:n])
 
 
-def read_corpus(index: FeatureIndex, share: float, seed: int) -> Corpus:
+def read_scanned_text(index: FeatureIndex, share: float, seed: int) -> ScannedText:
     """Divides the index's documents and groups its scanned tokens by what stands before them; raises `InputError` as `divide`."""
     tokens = index.tokens
     ids, starts = np.asarray(tokens["ids"], np.int64), np.asarray(tokens["sequence_starts"])
@@ -131,7 +142,7 @@ def read_corpus(index: FeatureIndex, share: float, seed: int) -> Corpus:
     longest = max(offset for level in LEVELS for shape in level for offset in shape)
     context = [np.where(positions - d >= starts[sequence], ids[np.maximum(positions - d, 0)], -1) for d in range(longest + 1)]
     shapes = {shape: group_rows(shape, context, held_n) for level in LEVELS for shape in level}
-    return Corpus(positions, row_of, document_n, held_n, context, shapes)
+    return ScannedText(positions, row_of, document_n, held_n, context, shapes)
 
 
 def group_rows(shape: tuple[int, ...], context: list[np.ndarray], held_n: np.ndarray) -> Shape:
@@ -152,7 +163,7 @@ def spans(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
 
 
-def token_lookup(corpus: Corpus, learn: Firing) -> Explained:
+def token_lookup(corpus: ScannedText, learn: FiringRows) -> Explained:
     """Predicts E[activation | token], as if every token had been seen once more without the feature (a token seen once proves little).
 
     Firing is predicted for tokens whose firing rate reaches the cut with the best F1 on the learning documents, each of their rows
@@ -168,7 +179,7 @@ def token_lookup(corpus: Corpus, learn: Firing) -> Explained:
     return Explained(_rules(corpus, TOKEN, groups, mass, rate >= cut, learn), prediction)
 
 
-def bigram_lookup(corpus: Corpus, learn: Firing) -> Explained:
+def bigram_lookup(corpus: ScannedText, learn: FiringRows) -> Explained:
     """Predicts E[activation | token before, token], as if every bigram had been seen once more with what `token_lookup` predicts.
 
     A bigram never seen thus falls back to its token. The cut is chosen as in `token_lookup`.
@@ -207,7 +218,7 @@ def best_cut(rate: np.ndarray, positives: np.ndarray, total: np.ndarray) -> floa
     return float(rate[best]) if len(f1) and f1[best] > 0 else 0.5
 
 
-def pattern_lookup(corpus: Corpus, learn: Firing) -> Explained:
+def pattern_lookup(corpus: ScannedText, learn: FiringRows) -> Explained:
     """The shortest patterns that keep half of the activation, in the manner of N2G (Foote et al. 2023), learned from the corpus itself.
 
     For every token on which the feature fired: the shape with the fewest tokens whose group, at its *other* occurrences, keeps `KEEP` of
@@ -216,7 +227,7 @@ def pattern_lookup(corpus: Corpus, learn: Firing) -> Explained:
     Predicted is the mean activation of the strongest pattern that matches; firing is predicted wherever one does.
     """
     rest = np.arange(len(learn.rows))
-    found: list[tuple[tuple[int, ...], np.ndarray, np.ndarray, np.ndarray]] = []  # shape, groups, value, activation it explains
+    found: list[Patterns] = []
     for level in LEVELS:
         best, chosen, groups_of = np.zeros(len(rest)), np.full(len(rest), -1), []
         for i, shape in enumerate(level):
@@ -231,18 +242,18 @@ def pattern_lookup(corpus: Corpus, learn: Firing) -> Explained:
             groups, inverse, value = groups_of[i]
             explains = np.bincount(inverse[chosen == i], learn.values[rest[chosen == i]], len(groups))
             kept = np.unique(inverse[chosen == i])
-            found.append((shape, groups[kept], value[kept], explains[kept]))
+            found.append(Patterns(shape, groups[kept], value[kept], explains[kept]))
         rest = rest[chosen < 0]
-    rules = [rule for shape, groups, _, mass in found for rule in _rules(corpus, shape, groups, mass, mass > 0, learn)]
-    matches = [corpus.shapes[shape].held_rows(groups) for shape, groups, _, _ in found]
+    rules = [rule for p in found for rule in _rules(corpus, p.shape, p.groups, p.explains, p.explains > 0, learn)]
+    matches = [corpus.shapes[p.shape].held_rows(p.groups) for p in found]
     rows = np.concatenate([rows for rows, _ in matches])
-    values = np.concatenate([np.repeat(value, counts) for (_, _, value, _), (_, counts) in zip(found, matches)])
+    values = np.concatenate([np.repeat(p.value, counts) for p, (_, counts) in zip(found, matches)])
     order = np.lexsort((-values, rows))
     order = order[np.diff(rows[order], prepend=-1) > 0]
     return Explained(sorted(rules, key=lambda rule: -rule.share), Prediction(rows[order], values[order], np.ones(len(order), bool)))
 
 
-def _rules(corpus: Corpus, shape: tuple, groups: np.ndarray, mass: np.ndarray, kept: np.ndarray, learn: Firing) -> list[Rule]:
+def _rules(corpus: ScannedText, shape: tuple, groups: np.ndarray, mass: np.ndarray, kept: np.ndarray, learn: FiringRows) -> list[Rule]:
     """The kept groups that fired, strongest first."""
     kept = kept & (mass > 0)
     order = np.argsort(-mass[kept], kind="stable")
@@ -254,7 +265,7 @@ def _rules(corpus: Corpus, shape: tuple, groups: np.ndarray, mass: np.ndarray, k
     return [Rule(spelled, float(s)) for spelled, s in zip(zip(*tokens), share)]
 
 
-def describe(rules: list[Rule], vocabulary: Vocabulary) -> str:
+def rules_text(rules: list[Rule], vocabulary: Vocabulary) -> str:
     """One line of plain text: `fires on " fuck", " shit" (93 % of activation); after " the" (2 %)`. Not HTML: escape it there."""
     kinds = {
         "on": [rule for rule in rules if len(rule.tokens) == 1],

@@ -7,16 +7,14 @@ every feature, and the end. An index holds one site; exporting each layer's into
 import gzip
 import json
 import struct
-import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from typing_extensions import TypedDict
 
-from sae.disk.reading import Count, parse_json
+from sae.disk.reading import Count, parse_json, read_gzip
 from sae.disk.writing import atomic, only_writer, remove_leftovers
-from sae.errors import InputError
 from sae.features.exports.saedashboard import Names
 from sae.progress import progress
 
@@ -100,10 +98,6 @@ def cantor_pair(layer: int, j: int) -> int:
 def _layers(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
-    then = "choose another --out"
-    try:
-        data = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"expected circuit-tracer's list of layers in {path}, but it cannot be read ({error}); {then}") from None
+    data = read_gzip(path, "circuit-tracer's list of layers", "choose another --out")
     layers = parse_json(data, f"circuit-tracer's list of layers in {path}", dict[str, Layer] | list[Layer])
     return layers if isinstance(layers, dict) else {str(layer): entry for layer, entry in enumerate(layers)}

@@ -7,7 +7,6 @@ Neuronpedia names a dictionary by a model and a source such as 2-res-4k, and a f
 import gzip
 import hashlib
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from typing_extensions import TypedDict
 
-from sae.disk.reading import parse_json
+from sae.disk.reading import parse_json, read_bytes, read_gzip
 from sae.disk.writing import atomic
 from sae.errors import InputError
-from sae.features.exports.saedashboard import Names, encoded, examples, names_of, tables
+from sae.features.exports.saedashboard import Names, encoded, example_rows, names_of, tables
 from sae.progress import progress
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def feature_row(index: "FeatureIndex", j: int, names: Names, creator: str, creat
 
 
 def activation_rows(index: "FeatureIndex", j: int, names: Names, creator: str, created: str) -> Iterator[dict[str, Any]]:
-    for n, (low, high, contains, context) in enumerate(examples(index, j)):
+    for n, (low, high, contains, context) in enumerate(example_rows(index, j)):
         values = context.values.tolist()
         row: dict[str, Any] = dict.fromkeys(ACTIVATION)
         row |= {"id": _identity(index, "activation", j, n), "tokens": context.texts, "modelId": names.model, "layer": names.source}
@@ -173,7 +172,7 @@ def _upload(index: "FeatureIndex", j: int, explanations: "Sequence[Explanation]"
             for e in explanations
         ]
     row["activations"] = []
-    for low, high, contains, context in examples(index, j):
+    for low, high, contains, context in example_rows(index, j):
         activation: dict[str, Any] = {"tokens": context.texts[: UPLOAD["tokens"]], "values": context.values.tolist()[: UPLOAD["tokens"]]}
         if contains >= 0:
             activation |= {"quantileMin": low, "quantileMax": high, "quantileFraction": contains}
@@ -281,10 +280,11 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _read_rows(path: Path, schema: Any) -> list[dict[str, Any]]:
+    what = "rows of JSON"
+    data = read_gzip(path, what, "fetch it again") if path.suffix == ".gz" else read_bytes(path, what)
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(f"expected rows of JSON in {path}, but it cannot be read ({error}); fetch it again") from None
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"expected {what} in {path}, but it cannot be read ({error}); fetch it again") from None
     lines = enumerate(text.split("\n"), 1)
     return [parse_json(line, f"a row in line {number} of {path}", schema) for number, line in lines if line.strip()]

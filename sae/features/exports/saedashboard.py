@@ -94,7 +94,7 @@ def write_saedashboard(
                 row = {"feature_index": int(j)} | tables(index, j, W_dec_fd)
                 row |= {"n_prompts_total": prompts, "n_tokens_in_prompt": longest, "dataset": ""}
                 row["vector"] = [] if W_dec_fd is None else W_dec_fd[j].tolist()
-                rows.append(row | {"activations": [_activation(*example) for example in examples(index, j)]})
+                rows.append(row | {"activations": [_activation(*example) for example in example_rows(index, j)]})
                 bar.advance(1)
             batch = {"model_id": names.model, "layer": names.layer, "sae_set": names.set, "sae_id_suffix": None, "features": rows}
             _write(folder / f"batch-{n}.json", batch)
@@ -121,7 +121,7 @@ def tables(index: "FeatureIndex", j: int, W_dec_fd: np.ndarray | None = None) ->
     return row
 
 
-def examples(index: "FeatureIndex", j: int) -> "Iterator[tuple[float, float, float, Context]]":
+def example_rows(index: "FeatureIndex", j: int) -> "Iterator[tuple[float, float, float, Context]]":
     """Contexts with (bin_min, bin_max, bin_contains): the top ones under -1, the maximum, -1, then a sample of each interval.
 
     Intervals are of sizes; where activations may be negative, a context's own values have their signs.
@@ -143,18 +143,18 @@ class Activation(TypedDict):
     values: list[float]
 
 
-class Row(TypedDict):
+class FeatureRow(TypedDict):
     """And `TABLES`."""
 
     feature_index: Count
     activations: LongList[Activation]
 
 
-class Batch(TypedDict):
+class FeatureBatch(TypedDict):
     model_id: str
     layer: int | str
     sae_set: str
-    features: LongList[Row]
+    features: LongList[FeatureRow]
 
 
 class SAEDashboardFolder(NamedTuple):
@@ -172,7 +172,7 @@ def read_saedashboard(folder: str | Path) -> SAEDashboardFolder:
     paths = sorted(folder.glob("batch-*.json"), key=lambda path: (len(path.name), path.name))
     if not paths:
         raise InputError(f"expected SAEDashboard's batch-0.json and so on in {folder}, but there are none; check the folder's name")
-    batches = {path.stem: read_json(path, "a batch of SAEDashboard", Batch) for path in paths}
+    batches = {path.stem: read_json(path, "a batch of SAEDashboard", FeatureBatch) for path in paths}
     for name, batch in batches.items():
         missing = [key for row in batch["features"] for key in TABLES if key not in row]
         if missing:

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sae.disk.folders import fresh_folder
 from sae.errors import InputError
 from sae.features.index.reader import FeatureIndex
-from sae.features.pages.feature import document, feature_html
+from sae.features.pages.assets import STYLE
+from sae.features.pages.feature import feature_html
+from sae.html import document
 from sae.progress import progress
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ LIKERS = 50  # features listed for a token
 LEVEL = 6  # of compression
 
 
-class Shard(NamedTuple):
+class PageShard(NamedTuple):
     """What one process renders at a time."""
 
     number: int
@@ -64,7 +66,7 @@ def export_static(
     for j in features:
         index.feature(j)
     shards = [
-        Shard(
+        PageShard(
             low // SHARD,
             part,
             {j: notes[j] for j in part if j in notes},
@@ -91,7 +93,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _rendered(index: FeatureIndex, shards: list[Shard], processes: int) -> Iterator[tuple[Shard, str]]:
+def _rendered(index: FeatureIndex, shards: list[PageShard], processes: int) -> Iterator[tuple[PageShard, str]]:
     linked = {j for shard in shards for j in shard.features}
     if processes <= 1:
         yield from ((shard, _render(index, linked, shard)) for shard in shards)
@@ -112,11 +114,11 @@ def _open(folder: Path, linked: set[int]) -> None:
     _mine = FeatureIndex.open(folder), linked
 
 
-def _render_here(shard: Shard) -> str:
+def _render_here(shard: PageShard) -> str:
     return _render(*_mine, shard)
 
 
-def _render(index: FeatureIndex, linked: set[int], shard: Shard) -> str:
+def _render(index: FeatureIndex, linked: set[int], shard: PageShard) -> str:
     def link(j: int) -> str | None:
         return f"#/f/{j}" if j in linked else None
 
@@ -176,7 +178,7 @@ def _page(heading: str) -> str:
         '<main id="main" tabindex="-1"><noscript>The script app.js shows the features; allow it to run.</noscript></main>\n'
         '<dialog id="keys"></dialog><script src="app.js"></script><script src="stats.js"></script>'
     )
-    return document(heading, body, style, POLICY)
+    return document(heading, body, STYLE + style, POLICY)
 
 
 def _call(name: str, *values: Any) -> str:

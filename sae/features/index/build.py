@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae.device import device_named
 from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.source import weights_crc32
 from sae.disk.arrays import ANSWERS, EXPLANATIONS, create, open_arrays, write_arrays
@@ -78,8 +79,7 @@ def build_index(config: IndexConfig) -> Path:
     from sae.model.language_model import LanguageModel
 
     require_folder(config.out)
-    device = "cuda" if config.device == "auto" and torch.cuda.is_available() else config.device.replace("auto", "cpu")
-    dictionary = Dictionary.load(config.dictionary, device)
+    dictionary = Dictionary.load(config.dictionary, device_named(config.device))
     cache = ActivationCache.open(config.cache, dictionary.site, verify=config.verify)
     cache.require_dictionary(dictionary, named=config.model is not None)
     if dictionary.d_sae > MAX_FEATURES:
@@ -87,7 +87,7 @@ def build_index(config: IndexConfig) -> Path:
     model = LanguageModel.load(config.model or cache.model_name(), device="cpu")
     cache.require_model(model)
     with replacing_index(config.out) as folder:
-        fill(folder, config, dictionary, cache, model)
+        write_index(folder, config, dictionary, cache, model)
     print(f"indexed {dictionary.d_sae:,} features in {config.out}")
     return config.out
 
@@ -105,7 +105,7 @@ def replacing_index(out: Path) -> Iterator[Path]:
         )
 
 
-def fill(folder: Path, config: IndexConfig, dictionary: Dictionary, cache: "ActivationCache", model: "LanguageModel") -> None:
+def write_index(folder: Path, config: IndexConfig, dictionary: Dictionary, cache: "ActivationCache", model: "LanguageModel") -> None:
     """Writes the files of an index into the empty `folder`."""
     from sae.model.vocabulary import vocabulary
 
@@ -113,7 +113,7 @@ def fill(folder: Path, config: IndexConfig, dictionary: Dictionary, cache: "Acti
     wanted = choose_tokens(tokens, cache, config)
     spool, scanned, sums = spool_activations(folder, dictionary, cache, wanted, config.splits)
     text = {name: np.asarray(getattr(tokens, name)) for name in TEXT}
-    columns, details = derive(folder, spool.paths, dictionary.d_sae, text, signed=dictionary.gate.signed)
+    columns, details = derive_columns(folder, spool.paths, dictionary.d_sae, text, signed=dictionary.gate.signed)
     for run in spool.paths:
         run.unlink()
     columns["decoder_norm"] = dictionary.W_dec_fo.float().norm(dim=-1).cpu().numpy()  # host sync
@@ -152,10 +152,10 @@ def fill(folder: Path, config: IndexConfig, dictionary: Dictionary, cache: "Acti
         "piece_lengths": np.array([len(p) for p in vocab.pieces], np.int32),
         "piece_special": vocab.special,
     }
-    finish(folder, info, columns, details, sums, text)
+    write_final_files(folder, info, columns, details, sums, text)
 
 
-def derive(
+def derive_columns(
     folder: Path, runs: list[Path], d_sae: int, text: dict[str, np.ndarray], shifts: list[int] | None = None, signed: bool = False
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Merges the runs into records.safetensors and makes what follows from the activations alone: columns, and the rows of details."""
@@ -185,7 +185,7 @@ def derive(
     return columns, details
 
 
-def finish(
+def write_final_files(
     folder: Path,
     info: dict[str, Any],
     columns: dict[str, np.ndarray],
@@ -202,7 +202,7 @@ def finish(
     write_arrays(folder / "sums.safetensors", sums)
     write_arrays(folder / "tokens.safetensors", {name: text[name] for name in sorted(text)})
     checksums = {name: crc32(folder / f"{name}.safetensors") for name in CHECKED}
-    write_json(folder / "index.json", info | {"tokens_scanned": n_scanned, "fvu": fvu if np.isfinite(fvu) else None, "crc32": checksums})
+    write_json(folder / "index.json", info | {"tokens_scanned": n_scanned, "fvu": fvu, "crc32": checksums})
 
 
 def choose_tokens(tokens: Any, cache: "ActivationCache", config: IndexConfig) -> np.ndarray:

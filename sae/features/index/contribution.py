@@ -36,7 +36,7 @@ def carried(sums: np.ndarray) -> np.ndarray:
     return np.stack([sums[0] + (sums[1] >> UNIT), sums[1] & ((1 << UNIT) - 1)])
 
 
-def number(sums: np.ndarray) -> int:
+def whole_number(sums: np.ndarray) -> int:
     """One sum in units of 2^-36."""
     return (int(sums[0]) << UNIT) + int(sums[1])
 
@@ -85,9 +85,9 @@ class ErrorSums:
 
 def contributions(sums: dict[str, np.ndarray], rows: int) -> tuple[np.ndarray, float]:
     """How much the FVU rises without each feature, float32 [f], and the FVU itself; NaN where the activations do not vary at all."""
-    mean_part = sum(number(column) ** 2 for column in sums["x"].T)  # whole numbers of any size: a large mean cancels nothing
-    centred = ((number(sums["square"][:, 0]) * rows << UNIT) - mean_part) / (rows << 2 * UNIT)
-    if centred <= 1e-6 * number(sums["square"][:, 0]) / 2.0**UNIT:  # no more than float32's rounding of the squares
+    mean_part = sum(whole_number(column) ** 2 for column in sums["x"].T)  # whole numbers of any size: a large mean cancels nothing
+    centred = ((whole_number(sums["square"][:, 0]) * rows << UNIT) - mean_part) / (rows << 2 * UNIT)
+    if centred <= 1e-6 * whole_number(sums["square"][:, 0]) / 2.0**UNIT:  # no more than float32's rounding of the squares
         return np.full(sums["feature"].shape[1], np.nan, np.float32), float("nan")
     feature = sums["feature"][0] + sums["feature"][1] / 2.0**UNIT
-    return (feature / centred).astype(np.float32), number(sums["error"][:, 0]) / 2.0**UNIT / centred
+    return (feature / centred).astype(np.float32), whole_number(sums["error"][:, 0]) / 2.0**UNIT / centred

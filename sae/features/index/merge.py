@@ -9,7 +9,7 @@ import numpy as np
 from sae.disk.places import require_folder
 from sae.disk.writing import require_free_space
 from sae.errors import InputError
-from sae.features.index.build import TEXT, derive, finish, replacing_index
+from sae.features.index.build import TEXT, derive_columns, replacing_index, write_final_files
 from sae.features.index.contribution import carried
 from sae.features.index.opening import open_sums
 from sae.features.index.reader import FeatureIndex
@@ -49,7 +49,7 @@ def merge_indexes(config: MergeConfig) -> Path:
     require_free_space(config.out, 10 * sum(len(part.positions) for part in parts), "the joined index")
     with replacing_index(config.out) as folder:
         runs = [part.folder / "records.safetensors" for part in parts]
-        columns, details = derive(folder, runs, parts[0].d_sae, text, shifts, parts[0].negative is not None)
+        columns, details = derive_columns(folder, runs, parts[0].d_sae, text, shifts, parts[0].negative is not None)
         for name in OF_DECODER:
             details[name][:] = parts[0].details[name]
         for name in parts[0].columns:
@@ -57,7 +57,7 @@ def merge_indexes(config: MergeConfig) -> Path:
                 columns[name] = parts[0].columns[name]
         every = [open_sums(part.folder, part.info) for part in parts]
         sums = {name: carried(np.sum([one[name] for one in every], axis=0)) for name in every[0]}
-        finish(folder, joined_info(parts, label_names), columns, details, sums, text)
+        write_final_files(folder, joined_info(parts, label_names), columns, details, sums, text)
     print(f"joined {len(parts)} indexes of {parts[0].d_sae:,} features in {config.out}")
     return config.out
 

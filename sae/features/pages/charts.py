@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from sae.features.pages.contexts import number
+from sae.html import number
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 340, 130, 34, 16
 

@@ -4,17 +4,16 @@ The text of a line is one run of inline elements, so that selecting and copying 
 """
 
 import math
-from functools import lru_cache
 from html import escape
 from typing import TYPE_CHECKING
+
+from sae.html import number, visible
 
 if TYPE_CHECKING:
     from sae.features.index.reader import Context
 
 
 LEVELS = 9  # shades of activation
-DIRECTION_MARKS = {*range(0x200E, 0x2010), *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x061C}  # would turn a row's order about
-BREAKS = {"\n": '<i class="n">\n</i>', "\t": '<i class="t">\t</i>', "\r": '<i class="q">&#13;</i>'}
 
 
 def row_html(context: "Context", top: float) -> str:
@@ -57,40 +56,3 @@ def token_html(text: str, value: float, own: bool, top: float) -> str:
         names[0] if len(names) == 1 else f'"{" ".join(names)}"'
     )  # most of a dense feature's page is these tags, so no byte more than HTML asks for
     return f"<b class={kind} title={number(value)}>{visible(text)}</b>"
-
-
-@lru_cache(1 << 16)
-def visible(text: str) -> str:
-    """Escaped text in which line breaks, tabs and characters that cannot be seen carry a mark; the element's text stays the same,
-    except for control characters that HTML does not allow, which become their pictures, and marks of direction, which become their
-    code."""
-    if text.isprintable():  # nearly all tokens
-        return escape(text)
-    parts = []
-    for letter in text:
-        code = ord(letter)
-        if letter in BREAKS:
-            parts.append(BREAKS[letter])
-        elif code < 0x20:
-            parts.append(f'<i class="x">{chr(0x2400 + code)}</i>')
-        elif 0x7F <= code < 0xA0 or code in DIRECTION_MARKS:
-            parts.append(f'<i class="x">U+{code:04X}</i>')
-        else:
-            parts.append(letter if letter not in "<>&\"'" else escape(letter))
-    return "".join(parts)
-
-
-@lru_cache(1 << 16)
-def word_html(spelling: str) -> str:
-    """A token by itself, its spaces marked: " the" and "the" are different tokens."""
-    return "".join('<i class="s"> </i>' if letter == " " else visible(letter) for letter in spelling)
-
-
-def number(value: float) -> str:
-    """Three digits, without an exponent where that reads well."""
-    value = float(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
-
-
-def percent(share: float) -> str:
-    return f"{100 * float(share):.3g}%"

@@ -1,6 +1,6 @@
 """A feature as HTML: one renderer for notebook, server, exported folder and single files; no network, every piece of text escaped.
 
-`feature_html` is the fragment they share; `document` puts it into a page of its own; `FeatureView` shows it in a notebook.
+`feature_html` is the fragment they share; `FeatureView` shows it in a notebook.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from sae.disk.writing import atomic
 from sae.features.pages.assets import STYLE, TABLE_SCRIPT
 from sae.features.pages.charts import activation_histogram, weight_histogram
-from sae.features.pages.contexts import number, percent, row_html, token_html, visible, word_html
+from sae.features.pages.contexts import row_html, token_html
+from sae.html import document, number, percent, visible, word_html
 from sae.progress import progress
 from sae.statistics import wilson_interval
 
@@ -50,20 +51,11 @@ class FeatureView:
         from sae.features.explanations.explanation import read_explanations
 
         explanations = read_explanations(self.index.folder).get(self.feature, ())
-        page = document(f"Feature {self.feature}", feature_html(self.index, self.feature, explanations=explanations, link=None))
+        html = feature_html(self.index, self.feature, explanations=explanations, link=None)
+        page = document(f"Feature {self.feature}", html, STYLE, POLICY)
         frame = "width:100%;height:46rem;border:1px solid #8886;border-radius:8px;resize:vertical"
         page = page.replace("&", "&amp;").replace("'", "&#39;")  # all that must be in these quotes; escaping the rest is half as much again
         return f"<iframe sandbox='' style='{frame}' srcdoc='{page}'></iframe>"
-
-
-def document(title: str, body: str, style: str = "", policy: str = POLICY) -> str:
-    """A whole page; `style` is added to the common one."""
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}{style}</style></head>\n"
-        f"<body>{body}</body></html>\n"
-    )
 
 
 def feature_html(
@@ -246,12 +238,12 @@ def write_pages(index: "FeatureIndex", features: Sequence[int], folder: Path, he
         for i, j in enumerate(features):
             around = (features[i - 1] if i else None, features[i + 1] if i + 1 < len(features) else None)
             html = feature_html(index, j, link=lambda k: f"{k}.html" if k in written else None)
-            text = document(f"Feature {j} · {index.info['site']}", navigation(*around) + html)
+            text = document(f"Feature {j} · {index.info['site']}", navigation(*around) + html, STYLE, POLICY)
             with atomic(folder / f"{j}.html") as temporary:
                 temporary.write_text(text, encoding="utf-8")
             bar.advance(1)
     with atomic(folder / "index.html") as temporary:
-        temporary.write_text(document(heading, table_html(index, features, heading)), encoding="utf-8")
+        temporary.write_text(document(heading, table_html(index, features, heading), STYLE, POLICY), encoding="utf-8")
     return folder / "index.html"
 
 

@@ -362,13 +362,23 @@ def test_text_without_tokens_is_refused_and_a_short_one_is_fine(config, tmp_path
     empty.touch()
     short.write_text("moon")
     base = change(config, label_field=None, sites=SITES[:1])
-    with pytest.raises(InputError, match="no usable text"):
-        harvest(change(base, text=(str(empty),), out=tmp_path / "e"))
+    blank = tmp_path / "blank.txt"
+    blank.write_text(" \n\t \n")
+    for text in (empty, blank):
+        with pytest.raises(InputError, match="no usable text"):
+            harvest(change(base, text=(str(text),), out=tmp_path / "e"))
     cache = ActivationCache.open(harvest(change(base, text=(str(short),), out=tmp_path / "s")))
     assert (cache.rows("train"), cache.rows("held_out")) == (4, 0)
     said = capsys.readouterr().err
     assert "ended at 5 of the 2,500" in said
     assert "training rows only" in said
+
+
+def test_the_default_model_is_missed_where_there_is_no_checkout(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("moon")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"expected --model: checkpoints/demo-lm, the default, is only there in a checkout"):
+        harvest(HarvestConfig(text=("text.txt",), out=tmp_path / "out"))
 
 
 def test_token_files_give_what_their_text_gives(config, text, tmp_path):

@@ -15,7 +15,7 @@ from sae.activations.text.tokens import tokenise
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from steering.intervention import steered
-from steering.strength.calibration import Found, coefficient_for_kl, divergence, log_probs
+from steering.strength.calibration import KLSearch, coefficient_for_kl, divergence, log_probs
 from steering.vector import SteeringVector
 
 FIRST_DROPPED = 4  # as steering/directions/pca.py: a text's first tokens can be so long that they are the first component
@@ -74,7 +74,7 @@ def site_activations(lm: LanguageModel, sequences: Sequences, site: str) -> Tens
     return torch.cat(parts)
 
 
-class Ruler:
+class KLCalibrator:
     """How far along a direction the model's predictions change by a given KL, on fixed sequences."""
 
     def __init__(self, lm: LanguageModel, sequences: Sequences, site: str):
@@ -84,7 +84,7 @@ class Ruler:
         """median norm at the site; a unit direction's coefficient divided by it is rho"""
         self._last = 0.3 * self.typical_norm
 
-    def coefficient(self, unit: SteeringVector, budget: float, sign: int = 1) -> Found:
+    def coefficient(self, unit: SteeringVector, budget: float, sign: int = 1) -> KLSearch:
         """The positive coefficient of `sign * unit`, added everywhere, at which KL(unsteered ‖ steered) is `budget` nats per token.
 
         Within the tolerance of `coefficient_for_kl`: the search begins where the last one ended, so its result hangs a little on the order.
