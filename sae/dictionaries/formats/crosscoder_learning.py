@@ -97,7 +97,7 @@ def with_thresholds(where: Path, parts: Parts, code: str, theta: Tensor | None, 
     if theta is None or theta.shape != shape or not bool((theta >= 0).all()):
         found = "none" if theta is None else theta.tolist()
         raise InputError(f"expected a threshold of at least 0 in {where}, for {code}, found {found}; a finished crosscoder has one")
-    theta_f = torch.where(c > 0, theta.to(c).unsqueeze(-1) / c, torch.inf).flatten()
+    theta_f = torch.where(c > 0, theta.to(c).unsqueeze(-1) / c, torch.finfo(c.dtype).max).flatten()
     if code != "DECOUPLED":
         return parts._replace(gate=Threshold(theta_f))
     places, d_sae = c.shape

@@ -191,7 +191,10 @@ def test_a_crosscoder_with_thresholds(tmp_path, code, normalised):
     acts, out = batch_formula(w, x, code)
     assert 0.05 < float((acts > 0).double().mean()) < 0.6
     dictionary = Dictionary.load(write(tmp_path / "cc", w | (n if normalised else {})))
-    check(dictionary, x_of(2), acts.flatten(1), out_of(n, out) if normalised else out)
+    dictionary.save(tmp_path / "again")
+    for opened in (dictionary, Dictionary.load(tmp_path / "again")):
+        check(opened, x_of(2), acts.flatten(1), out_of(n, out) if normalised else out)
+        assert opened.reads == opened.writes == (Port(None, D),) * 2
     assert dictionary.metadata.get("decoupled") == (F if code == "DECOUPLED" else None)
 
 

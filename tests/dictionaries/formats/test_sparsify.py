@@ -52,9 +52,11 @@ def formula(w, *, subtracts, activation="topk"):
 
 def check(path, expected, site, site_out=None):
     dictionary = Dictionary.load(path)
-    for found, wanted in zip((dictionary.encode(X), dictionary(X)), expected):
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    assert (dictionary.site, dictionary.site_out) == (site, site_out or site)
+    dictionary.save(path.with_name("again"))
+    for opened in (dictionary, Dictionary.load(path.with_name("again"))):
+        for found, wanted in zip((opened.encode(X), opened(X)), expected):
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        assert (opened.site, opened.site_out) == (site, site_out or site)
     return dictionary
 
 
