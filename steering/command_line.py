@@ -63,6 +63,11 @@ COMMANDS = {
         "sae.evaluation:EvaluationConfig",
         "Measure a dictionary on held-out tokens: reconstruction, sparsity, the model's loss.",
     ),
+    "check-dictionary": Command(
+        "sae.evaluation.check.check:command",
+        "sae.evaluation.check.check:CheckConfig",
+        "Measure a dictionary on a short text against what its source promises, and find the frame that fits.",
+    ),
     "index": Command(
         "sae.features.index.build:build_index",
         "sae.features.index.build:IndexConfig",

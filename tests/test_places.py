@@ -36,6 +36,7 @@ def commands() -> dict:
     from sae.activations.harvest.settings import RecordingConfig
     from sae.activations.imports.command import ImportConfig, import_activations
     from sae.evaluation import EvaluationConfig, evaluate
+    from sae.evaluation.check.check import CheckConfig, check
     from sae.features.exports.command import ExportConfig, export_features
     from sae.features.index.build import IndexConfig, build_index
     from sae.features.index.merge import MergeConfig, merge_indexes
@@ -62,6 +63,7 @@ def commands() -> dict:
             f"export-features {f}": lambda p, f=f: export_features(ExportConfig(index=none, out=p, format=f))  # type: ignore[misc]
             for f in formats
         },
+        "check-dictionary --write": lambda p: check(CheckConfig(dictionary="none", model="none", write=p)),
         "list-features --html": lambda p: list_features(ListConfig(index=none, html=p)),
         "principal-directions": lambda p: principal_study(PrincipalConfig(model="none", site="resid_post.0", text=text, out=p)),
         "compare-directions": lambda p: compare_directions(CompareConfig(concept="bible", model="none", out=p)),
@@ -71,6 +73,7 @@ def commands() -> dict:
     }
     files = {
         "evaluate-sae": lambda p: evaluate(EvaluationConfig(dictionary=none, cache=none, out=p)),
+        "check-dictionary": lambda p: check(CheckConfig(dictionary="none", model="none", out=p)),
         "measure-steering": lambda p: strengths(StrengthsConfig(index=none, feature=1, out=p)),
         "effect-map": lambda p: effect_map(EffectConfig(model="none", sae=none, feature=(1,), text=text, out=p)),
         "effect-map --effects": lambda p: effect_map(EffectConfig(model="none", sae=none, feature=(1,), text=text, effects=p, fit=100)),

@@ -25,8 +25,7 @@ def fresh_folder(out: Path, marker: str, what: str, keep: str | None = None) -> 
     temporary, old = (out.with_name(f".{out.name}.{os.getpid()}.{end}") for end in ("tmp", "old.tmp"))
     with writing(out):
         clear_leftovers(out)
-        if os.path.lexists(out) and not (out / marker).exists() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"expected a new folder or an older {what} to replace, but {out} holds something else; choose another --out")
+        require_replaceable(out, marker, what)
         try:
             temporary.mkdir(parents=True)
             # both are held: from `clear_leftovers` of others, and from explain_features.py, whose scores are of the older index's text
@@ -45,6 +44,12 @@ def fresh_folder(out: Path, marker: str, what: str, keep: str | None = None) -> 
                 old.rename(out)
             for folder in (temporary, old):
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_replaceable(out: Path, marker: str, what: str) -> None:
+    """Raises `InputError` for a folder, or file, that is neither empty nor an older one known by its file `marker`."""
+    if os.path.lexists(out) and not (out / marker).exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"expected a new folder or an older {what} to replace, but {out} holds something else; choose another one")
 
 
 def clear_leftovers(out: Path) -> None:

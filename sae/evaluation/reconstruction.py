@@ -64,8 +64,7 @@ class ReconstructionMetrics:
         self.rows = 0
         self.mean_d = torch.zeros(self.d_in, dtype=torch.float64, device=device)
         self.centred = torch.zeros((), dtype=torch.float64, device=device)  # Σ‖x − mean‖²
-        # squared error, cosine, ‖x‖, ‖x̂‖, x̂·x̂, x·x̂
-        self.sums = torch.zeros(6, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(6, dtype=torch.float64, device=device)  # of `row_values`
         self.fired_f = torch.zeros(f, dtype=torch.int64, device=device)
         self.activity_f = torch.zeros(f, dtype=torch.float64, device=device)
         self.l0_histogram = torch.zeros(f + 1, dtype=torch.int64, device=device)
@@ -77,12 +76,8 @@ class ReconstructionMetrics:
         self.fired_f += fired_bf.sum(0)
         self.l0_histogram += torch.bincount(fired_bf.sum(1), minlength=len(self.l0_histogram))
         self.activity_f += acts_bf.abs().sum(0, dtype=torch.float64)
-        x_bd, x_hat_bd = x_bd.double(), x_hat_bd.double()
-        x_norm_b, x_hat_norm_b = x_bd.norm(dim=1), x_hat_bd.norm(dim=1)
-        product_b = (x_bd * x_hat_bd).sum(1)
-        cosine_b = product_b / (x_norm_b * x_hat_norm_b).clamp(min=torch.finfo(torch.float64).tiny)
-        error_b = (x_bd - x_hat_bd).square().sum(1)
-        self.sums += torch.stack([t.sum() for t in (error_b, cosine_b, x_norm_b, x_hat_norm_b, x_hat_norm_b**2, product_b)])
+        x_bd = x_bd.double()
+        self.sums += row_values(x_bd, x_hat_bd).sum(0)
         mean_d = x_bd.mean(0)
         self._merge_variance(len(x_bd), mean_d, (x_bd - mean_d).square().sum())
 
@@ -130,6 +125,15 @@ class ReconstructionMetrics:
             density_f=density_f,
             mean_d=self.mean_d.cpu(),  # host sync
         )
+
+
+def row_values(x_bd: Tensor, x_hat_bd: Tensor) -> Tensor:
+    """Of each row, float64 [b, 6]: ‖x − x̂‖², cos(x, x̂), ‖x‖, ‖x̂‖, x̂·x̂, x·x̂."""
+    x_bd, x_hat_bd = x_bd.double(), x_hat_bd.double()
+    x_norm_b, x_hat_norm_b, product_b = x_bd.norm(dim=1), x_hat_bd.norm(dim=1), (x_bd * x_hat_bd).sum(1)
+    cosine_b = product_b / (x_norm_b * x_hat_norm_b).clamp(min=torch.finfo(torch.float64).tiny)
+    error_b = (x_bd - x_hat_bd).square().sum(1)
+    return torch.stack([error_b, cosine_b, x_norm_b, x_hat_norm_b, x_hat_norm_b**2, product_b], dim=1)
 
 
 @torch.no_grad()
