@@ -514,3 +514,11 @@ def test_adapters_of_peft(kind):
     assert not torch.equal(plain, tiny("llama").logits(ids_sp))
     with lm.edited({"resid_post.1": additive(32)}):
         assert not torch.allclose(lm.logits(ids_sp), plain)
+
+
+@pytest.mark.parametrize("given", [{"a": 1}, "2", [1, None], 1.5, True])
+def test_a_damaged_end_of_text_token_is_one_sentence(given):
+    lm = copy.deepcopy(tiny("gpt2"))
+    lm.model.generation_config.eos_token_id = given
+    with pytest.raises(InputError, match="one token id or a list of them"):
+        lm.generate(torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.long), max_new_tokens=1)

@@ -168,8 +168,14 @@ class LanguageModel:
 
     @property
     def eos_ids(self) -> list[int]:
-        ids = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        """Tokens that end a text, from generation_config.json. Raises `InputError` where that file holds no token ids."""
+        given = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        ids = [] if given is None else given if isinstance(given, list) else [given]
+        if not all(type(token) is int for token in ids):
+            raise InputError(
+                f"expected eos_token_id in generation_config.json to be one token id or a list of them, got {given!r}; mend it"
+            )
+        return ids
 
     @property
     def pad_id(self) -> int:
