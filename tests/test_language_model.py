@@ -520,5 +520,5 @@ def test_adapters_of_peft(kind):
 def test_a_damaged_end_of_text_token_is_one_sentence(given):
     lm = copy.deepcopy(tiny("gpt2"))
     lm.model.generation_config.eos_token_id = given
-    with pytest.raises(InputError, match="one token id or a list of them"):
+    with pytest.raises(InputError, match="one token id or a list"):
         lm.generate(torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.long), max_new_tokens=1)

@@ -75,6 +75,7 @@ def describe(source: str, parts: Parts, layers: list[int] | None) -> dict[str, s
     kind = type(gate).__name__ + (f"({gate.extra_repr()})" if gate.extra_repr() else "")
     if isinstance(gate, Threshold):
         kind = "ReLU" if gate.theta_f is None else "JumpReLU"
+    kind += " " + ("crosscoder" if len(parts.reads) > 1 else "transcoder" if parts.is_transcoder else "autoencoder")
     extras = [
         *(["takes a bias off its input"] if parts.b_in_d is not None else []),
         *(["with a skip matrix"] if parts.W_skip_od is not None else []),

@@ -39,7 +39,7 @@ def list_folder(repo: str, folder: str, revision: str | None = None) -> list[Hub
     from huggingface_hub.errors import EntryNotFoundError
     from huggingface_hub.hf_api import RepoFile
 
-    with asking(repo):
+    with asking(repo, folder):
         try:
             found = list(HfApi().list_repo_tree(repo, folder or None, revision=revision))
         except EntryNotFoundError:
@@ -56,7 +56,7 @@ def download(repo: str, files: Sequence[str], revision: str | None = None) -> Pa
 
     snapshot = Path()
     for file in files:
-        with asking(f"{repo}/{file}"):
+        with asking(repo, file):
             path = Path(hf_hub_download(repo, file, revision=revision))
         snapshot = path.parents[file.count("/")]
     return snapshot
@@ -75,40 +75,41 @@ def fetch(uri: str) -> Path:
 
 
 @contextmanager
-def asking(what: str) -> Iterator[None]:
-    """Turns whatever huggingface_hub and its network say into one sentence about `what`."""
+def asking(repo: str, inside: str) -> Iterator[None]:
+    """Turns whatever huggingface_hub and its network say of a file or folder into one sentence."""
     from huggingface_hub import errors
 
+    what = f"{repo}/{inside}".rstrip("/")
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it tells of every retry
     try:
         yield
     except errors.LocalEntryNotFoundError as error:  # which is an EntryNotFoundError too
-        _refuse(what, error)
+        _refuse(repo, inside, error)
     except errors.EntryNotFoundError:
         raise InputError(f"there is no {what} on the hub; check its name") from None
     except errors.GatedRepoError:
-        raise InputError(f"{what} is given only to those who accept its terms on the hub; do so, then log in (hf auth login)") from None
+        raise InputError(f"{repo} is given only to those who accept its terms on the hub; do so, then log in (hf auth login)") from None
     except errors.RepositoryNotFoundError:
         raise InputError(
-            f"expected {what} on this machine or on the hub, found it on neither; check its name, or log in if it is private"
+            f"expected {repo} on this machine or on the hub, found it on neither; check its name, or log in if it is private"
         ) from None
     except errors.RevisionNotFoundError:
-        raise InputError(f"{what} is on the hub, but not in that revision; check what follows the @") from None
+        raise InputError(f"{repo} is on the hub, but not in that revision; check what follows the @") from None
     except Exception as error:
-        _refuse(what, error)
+        _refuse(repo, inside, error)
     finally:
         logger.setLevel(level)
 
 
-def _refuse(what: str, error: Exception) -> None:
+def _refuse(repo: str, inside: str, error: Exception) -> None:
     if isinstance(error, OSError) and error.errno is not None and (text := refusal_sentence(error)):
         raise InputError(text) from None
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     reason = "HF_HUB_OFFLINE is set" if offline else " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
-    repo = "/".join(what.split("/")[:2])
+    part = f" --include '{inside}*'" if inside else ""
     raise InputError(
-        f"{what} is not on this machine and the hub cannot be asked for it ({reason}); where there is a network, download it with "
-        f"`hf download {repo}`, and copy the folder that this prints"
+        f"{repo}/{inside} is not on this machine and the hub cannot be asked for it ({reason}); where there is a network, download it with "
+        f"`hf download {repo}{part}`, and copy the folder that this prints"
     ) from None

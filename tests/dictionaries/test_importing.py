@@ -62,7 +62,7 @@ def same(one, other):
 def test_a_dictionary(tmp_path, scope, capsys):
     import_dictionary(ImportConfig(str(scope), dry_run=True))
     said = capsys.readouterr().out
-    for text in ("Gemma Scope", "JumpReLU", "10", "resid_post.12, 6 wide", "float64", "l0 82.0", "google/gemma-2-2b"):
+    for text in ("Gemma Scope", "JumpReLU autoencoder", "10", "resid_post.12, 6 wide", "float64", "l0 82.0", "google/gemma-2-2b"):
         assert text in said
     assert not (tmp_path / "out").exists()
     import_dictionary(ImportConfig(str(scope), tmp_path / "out"))
