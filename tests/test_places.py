@@ -35,9 +35,12 @@ def commands() -> dict:
     from sae.activations.harvest.command import HarvestConfig, harvest
     from sae.activations.harvest.settings import RecordingConfig
     from sae.activations.imports.command import ImportConfig, import_activations
+    from sae.dictionaries.importing import ImportConfig as DictionaryImport
+    from sae.dictionaries.importing import import_dictionary
     from sae.evaluation import EvaluationConfig, evaluate
     from sae.evaluation.check.check import CheckConfig, check
     from sae.features.exports.command import ExportConfig, export_features
+    from sae.features.exports.transcoders import TranscodersConfig, export_transcoders
     from sae.features.index.build import IndexConfig, build_index
     from sae.features.index.merge import MergeConfig, merge_indexes
     from sae.features.terminal import ListConfig, list_features
@@ -54,6 +57,8 @@ def commands() -> dict:
     folders = {
         "cache-activations": lambda p: harvest(HarvestConfig(out=p, text=text, sites=("resid_post.0",), model="none")),
         "import-activations": lambda p: import_activations(ImportConfig(source=(none,), out=p)),
+        "import-dictionary": lambda p: import_dictionary(DictionaryImport(source="none", out=p)),
+        "export-transcoders": lambda p: export_transcoders(TranscodersConfig(dictionaries=("none",), out=p)),
         "export-cache": lambda p: export_cache(CacheExportConfig(cache=none, out=p)),
         "train-sae": lambda p: train(TrainingConfig(cache=none, out=p)),
         "train-sae-live": lambda p: train_live(LiveTrainingConfig(out=p, live=live)),
