@@ -67,6 +67,19 @@ class ActivationCache:
                 cache._shards[entry["split"]].append(shard)
         return cache
 
+    @classmethod
+    def of_dictionary(cls, folder: Path, dictionary: "Dictionary", *, named: bool, verify: bool = False) -> "ActivationCache":
+        """Opened where the dictionary reads, or at the only site there is where it names none; see `require_dictionary`."""
+        sites = read_manifest(folder)["sites"]
+        if dictionary.site is None and len(sites) > 1:
+            raise InputError(
+                f"the dictionary does not name its site, and {folder} has several, {', '.join(sites)}; copy it with sae import-dictionary "
+                'and write the right one into its cfg.json, as "site" under "metadata"'
+            )
+        cache = cls.open(folder, dictionary.site, verify=verify)
+        cache.require_dictionary(dictionary, named=named)
+        return cache
+
     def rows(self, split: str) -> int:
         """Number of activations in "train" or "held_out"."""
         return sum(shard.rows for shard in self.shards(split))
@@ -145,7 +158,7 @@ class ActivationCache:
     def target_of(self, dictionary: "Dictionary") -> "ActivationCache":
         """What the dictionary shall rebuild: this cache, or for a transcoder the same cache where it writes.
 
-        Raises `InputError` if the cache does not hold that site.
+        Raises `InputError` if the cache does not hold that site, or values of another width there.
         """
         if not dictionary.is_transcoder:
             return self
@@ -154,7 +167,13 @@ class ActivationCache:
                 f"expected a cache that holds {dictionary.site_out} too, where this transcoder writes, but {self.folder} has "
                 f"{', '.join(self.manifest['sites'])}; harvest with --sites {self.site} {dictionary.site_out}"
             )
-        return self.at(str(dictionary.site_out))
+        target = self.at(str(dictionary.site_out))
+        if dictionary.d_out != target.d_in:
+            raise InputError(
+                f"expected a transcoder that writes {target.d_in} values at {target.site}, as {self.folder} has there, got one that writes "
+                f"{dictionary.d_out}; use one of the same model and site"
+            )
+        return target
 
     def require_dictionary(self, dictionary: "Dictionary", *, named: bool) -> None:
         """Raises `InputError` unless the dictionary was made for activations of this site, width and model.

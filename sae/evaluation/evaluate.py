@@ -51,8 +51,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         result = evaluate_bundle(config, dictionary, device)
         write_json(out, result)
         return result
-    cache = ActivationCache.open(config.cache, dictionary.site, verify=config.verify)
-    cache.require_dictionary(dictionary, named=config.model is not None)
+    cache = ActivationCache.of_dictionary(config.cache, dictionary, named=config.model is not None, verify=config.verify)
     refuse_training_tokens(folder, cache)
     reconstruction, massive = reconstruct(dictionary, cache, config.rows)
     loss = None

@@ -238,6 +238,13 @@ def test_a_transcoder_is_measured_where_it_writes(home, tmp_path):
     make_cache(home, "one site", sites=("resid_pre.1",))
     with pytest.raises(InputError, match="too, where this transcoder writes"):
         evaluate(EvaluationConfig(tmp_path, home / "one site", device="cpu"))
+    wide = Dictionary(W_enc_fd, torch.zeros(24), torch.randn(24, D + 1), torch.zeros(D + 1), metadata=metadata)
+    wide.save(tmp_path / "wide")
+    with pytest.raises(InputError, match=f"writes {D} values at mlp_out.1"):
+        evaluate(EvaluationConfig(tmp_path / "wide", home / "two sites", device="cpu"))
+    identity(home, site=None).save(tmp_path / "no site")
+    with pytest.raises(InputError, match=r"does not name its site, and .* has several, resid_pre.1, mlp_out.1"):
+        evaluate(EvaluationConfig(tmp_path / "no site", home / "two sites", device="cpu"))
 
 
 def test_a_cross_layer_transcoder_is_measured_in_the_model(home, tmp_path, capsys):

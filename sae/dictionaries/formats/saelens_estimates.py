@@ -5,6 +5,7 @@ A checkpoint from between holds weights for activations that are normalised so, 
 d model width · f features
 """
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,14 +49,17 @@ def read_estimates(folder: Path, settings: Settings) -> Estimates:
             )
         d = settings.widths["d_in"]
         schema = {"mean": ("F32 F64", "d"), "matrix": ("F32 F64", "d d"), "inverse_matrix": ("F32 F64", "d d")}
-        return Estimates(None, read_tensors(folder / WHITENING, "SAELens' whitening", schema, d=d)[0])
+        whitening, _ = read_tensors(folder / WHITENING, "SAELens' whitening", schema, d=d)
+        if not all(bool(tensor.isfinite().all()) for tensor in whitening.values()):
+            raise InputError(f"{folder / WHITENING} holds NaN or infinity; copy or train the dictionary again")
+        return Estimates(None, whitening)
     factor = None if scaler is None else scaler["scaling_factor"]
     if scaler is None and (folder / STORE).exists():
         state = read_tensors(folder / STORE, "the state of SAELens' activations store")[0]
         if "estimated_norm_scaling_factor" not in state:
             return Estimates()
         factor = float(state["estimated_norm_scaling_factor"])
-    if factor is None or not factor > 0:
+    if factor is None or not 0 < factor < math.inf:
         raise InputError(
             f"the dictionary in {folder} has normalize_activations {name!r}, but by which factor activations are multiplied is not there; "
             f'write {{"scaling_factor": FACTOR}} into {folder / SCALER} (SAELens\' list of dictionaries calls it norm_scaling_factor)'

@@ -80,8 +80,7 @@ def build_index(config: IndexConfig) -> Path:
 
     require_folder(config.out)
     dictionary = Dictionary.load(config.dictionary, device_named(config.device))
-    cache = ActivationCache.open(config.cache, dictionary.site, verify=config.verify)
-    cache.require_dictionary(dictionary, named=config.model is not None)
+    cache = ActivationCache.of_dictionary(config.cache, dictionary, named=config.model is not None, verify=config.verify)
     if dictionary.d_sae > MAX_FEATURES:
         raise InputError(f"expected at most {MAX_FEATURES:,} features, but the dictionary has {dictionary.d_sae:,}")
     model = LanguageModel.load(config.model or cache.model_name(), device="cpu")
