@@ -1,5 +1,6 @@
 """Write the table of formats in docs/dictionaries.md again, out of the rows in sae/dictionaries/formats/__init__.py."""
 
+import argparse
 from pathlib import Path
 
 from sae.dictionaries.formats import FORMATS
@@ -20,4 +21,5 @@ def page(text: str) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     PAGE.write_text(page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
