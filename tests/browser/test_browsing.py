@@ -107,7 +107,7 @@ def test_an_address_beyond_all_bounds_is_answered_with_a_sentence(demo):
     connection = http.client.HTTPConnection(demo.url.removeprefix("http://"))
     connection.request("GET", "/prompt?text=" + "x" * 150_000)
     reply = connection.getresponse()
-    assert (reply.status, json.loads(reply.read())) == (414, {"error": "expected an address of at most 40,000 bytes, got 150,005"})
+    assert (reply.status, json.loads(reply.read())) == (414, {"error": "expected a URL of at most 40,000 bytes, got 150,005"})
     connection.close()
 
 

@@ -199,7 +199,7 @@ def test_damaged_file_is_told_with_its_line(tmp_path, line):
         ({"sample": 41}, "between 1 and 39"),
         ({"judge_model": "m"}, "belong to --endpoint"),
         ({"endpoint": "http://127.0.0.1:1/v1"}, "expected --judge-model"),
-        ({"endpoint": "ftp://x", "judge_model": "m"}, "expected --endpoint to be an address"),
+        ({"endpoint": "ftp://x", "judge_model": "m"}, "expected --endpoint to be a URL"),
         ({"endpoint": "http://127.0.0.1:1/v1", "judge_model": "m", "key_variable": "NO_SUCH_KEY"}, "NO_SUCH_KEY holds no key"),
         ({"held_out": 0.0}, "between 0 and 1"),
     ],

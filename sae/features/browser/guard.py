@@ -12,7 +12,7 @@ from typing import Any
 
 LOCAL = re.compile(r"(?:127\.0\.0\.1|localhost)(?::([1-9][0-9]{0,4}))?", re.IGNORECASE)  # no user, no path; the port may be a tunnel's
 ONCE = ("host", "origin", "content-length", "sec-fetch-site", "sec-fetch-mode", "sec-fetch-dest")  # headers that we go by
-LONGEST_ADDRESS = 40_000  # bytes; a prompt of 2,000 characters is at most 24,000
+LONGEST_URL = 40_000  # bytes; a prompt of 2,000 characters is at most 24,000
 LARGEST_BODY = {"/notes/import": 1 << 24}  # bytes
 OTHER_BODY = 1 << 17  # a note of 10,000 characters is at most 120,000
 BODY_SECONDS = 30.0  # for a body to arrive whole
@@ -84,7 +84,7 @@ class Guard:
         await send({"type": "http.response.body", "body": body})
 
 
-def refused(method: str, given: list[tuple[str, str]], address_bytes: int, body_limit: int) -> tuple[int, str] | None:
+def refused(method: str, given: list[tuple[str, str]], url_bytes: int, body_limit: int) -> tuple[int, str] | None:
     """Status and sentence for a request that must not be answered. `given` are its headers in small letters."""
     names, headers = [name for name, _ in given], dict(given)
     for name in ONCE:
@@ -99,8 +99,8 @@ def refused(method: str, given: list[tuple[str, str]], address_bytes: int, body_
     arrives = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document") and "sec-purpose" not in headers
     if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not arrives:
         return 403, "a page of another origin may link to this server, but not load from it, frame it or fetch it beforehand"
-    if address_bytes > LONGEST_ADDRESS:
-        return 414, f"expected an address of at most {LONGEST_ADDRESS:,} bytes, got {address_bytes:,}"
+    if url_bytes > LONGEST_URL:
+        return 414, f"expected a URL of at most {LONGEST_URL:,} bytes, got {url_bytes:,}"
     length = headers.get("content-length", "0")
     if not (length.isascii() and length.isdigit()) or int(length[:20]) > body_limit:
         return 413, f"expected at most {body_limit:,} bytes, got {length[:20]}"

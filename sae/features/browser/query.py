@@ -25,14 +25,14 @@ REMEMBERED = 16  # lists, and searches, kept in memory: four and twelve bytes a 
 
 @dataclass(frozen=True, kw_only=True)
 class Query:
-    """A list of features as the address of a page has it."""
+    """A list of features, as the URL of a page describes it."""
 
     q: str = ""
     """what to search for"""
     how: str = "text"
     """"text": in labels, explanations and top tokens; "fires": features that fire on the word; "promotes": that make it likelier"""
     sort: str = ""
-    """one of SORTS; "match" after a search and "max" otherwise without it"""
+    """One of SORTS. Default: "match" after a search, "max" otherwise."""
     up: bool = False
     """smallest first"""
     density_min: float | None = None
@@ -55,7 +55,7 @@ class Query:
 
     @classmethod
     def read(cls, params: Mapping[str, str]) -> "Query":
-        """From an address's parameters; others than these are left alone. Raises `InputError` for a value that cannot be meant."""
+        """From the query string of a URL; unknown parameters are ignored. Raises `InputError` for an invalid value."""
         given: dict[str, Any] = {}
         for field in fields(cls):
             text = params.get(field.name, "")
@@ -73,7 +73,7 @@ class Query:
         return cls(**given)
 
     def params(self, **changes: Any) -> str:
-        """The parameters that are not as they are without being said, for an address."""
+        """The query-string parameters that differ from their defaults."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         texts = {
             k: "1" if v is True else f"{v:.15g}" if isinstance(v, float) else str(v)
@@ -233,7 +233,7 @@ class Tables:
 
 
 def finite(name: str, text: str) -> float:
-    """A number from an address. Raises `InputError` naming what it was for."""
+    """A number from a URL parameter. Raises `InputError` that names the parameter."""
     try:
         value = float(text)
     except ValueError:

@@ -25,7 +25,7 @@ Steering: TypeAlias = Callable[[str, Sequence[tuple[int, float]], Sampling], Gen
 
 
 class NotThere(InputError):
-    """What the address names does not exist: status 404."""
+    """What the URL names does not exist: status 404."""
 
 
 class Browser:
@@ -61,7 +61,7 @@ class Browser:
             return await run_in_threadpool(make)
 
     async def read(self, request: "Request", params: dict[str, str], n: int) -> "Reading | None":
-        """The prompt of an address, when the model is free; None without one."""
+        """The prompt of a URL, when the model is free; None if there is none."""
         from starlette.concurrency import run_in_threadpool
 
         from sae.features.browser.prompt import Selection, read_prompt
@@ -90,13 +90,13 @@ def feature_of(request: "Request") -> int:
     """The feature that the path names. Raises `NotThere` for one that does not exist."""
     text = request.path_params["j"]
     if digits(text.removeprefix("-")) is None:
-        raise NotThere(f"expected a whole number in the address, got {text[:40]!r}")
+        raise NotThere(f"expected a whole number in the URL, got {text[:40]!r}")
     browser_of(request).require(int(text))
     return int(text)
 
 
 def sampling(params: Any) -> Sampling:
-    """From an address or a body. Raises `InputError` for values that cannot be sampled with."""
+    """From a URL or a request body. Raises `InputError` for values that sampling cannot use."""
     default = Sampling()
     given = {name: params.get(name) for name in vars(default) if params.get(name) not in (None, "")}
     tokens, seed = (whole(name, str(given.get(name, getattr(default, name)))) for name in ("max_new_tokens", "seed"))
@@ -115,7 +115,7 @@ def digits(text: str) -> int | None:
 
 
 def whole(name: str, text: str) -> int:
-    """A whole number from an address. Raises `InputError` naming what it was for."""
+    """A whole number from a URL parameter. Raises `InputError` that names the parameter."""
     if digits(text.strip().removeprefix("-")) is None:
         raise InputError(f"expected a whole number as {name}, got {text[:40]!r}")
     return int(text)

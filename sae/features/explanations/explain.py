@@ -53,7 +53,7 @@ class ExplainConfig:
     seed: int = 0
     """Decides which documents are held out, and whatever else is drawn."""
     endpoint: str | None = None
-    """Let a model write explanations: base address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1."""
+    """Let a model write explanations: base URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1."""
     judge_model: str | None = None
     """Model to ask there."""
     key_variable: str | None = None

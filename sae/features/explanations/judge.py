@@ -62,7 +62,7 @@ class NoAnswer(Exception):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Text and key go to the address that was given, to no other."""
+    """Text and key go to the given URL and to no other."""
 
     def redirect_request(self, *_args: Any) -> None:
         return None
@@ -86,13 +86,13 @@ class Endpoint:
     def __post_init__(self) -> None:
         address = urlsplit(self.base)
         if address.scheme not in ("http", "https") or not address.hostname:
-            raise InputError(f"expected --endpoint to be an address like http://127.0.0.1:8000/v1, but got {self.base}")
+            raise InputError(f"expected --endpoint to be a URL like http://127.0.0.1:8000/v1, got {self.base}")
         local = address.hostname in ("127.0.0.1", "localhost", "::1")
-        proxies = [urllib.request.ProxyHandler({})] if local else []  # a proxy cannot reach this machine's own address
+        proxies = [urllib.request.ProxyHandler({})] if local else []  # a proxy cannot reach this machine's own server
         self._opener = urllib.request.build_opener(_NoRedirect, *proxies)
 
     def ask(self, instruction: str, content: str) -> str:
-        """The answer's text. Raises `NoAnswer` when `TRIES` tries bring none, `InputError` when key, address or model is refused."""
+        """The answer's text. Raises `NoAnswer` when `TRIES` tries bring none, `InputError` when key, URL or model is refused."""
         messages = [{"role": "system", "content": instruction}, {"role": "user", "content": content}]
         body = json.dumps({"model": self.model, "messages": messages, "temperature": 0, "max_tokens": 512}).encode()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})

@@ -58,7 +58,7 @@ def export_static(
 ) -> Path:
     """Writes the folder whole or not at all, in place of an older export, and gives the path of its index.html.
 
-    `processes` render at the same time, as many as there are cores without it. Raises `InputError` for a feature there is not, and for
+    `processes` render at the same time, by default as many as there are cores. Raises `InputError` for a feature there is not, and for
     a folder that holds something else.
     """
     notes, explanations = notes or {}, explanations or {}
