@@ -86,7 +86,7 @@ class BenchmarkConfig:
         """Raises `InputError` for flags that cannot be used."""
         numbers = (self.tokens, self.pool_tokens, self.cache_tokens, self.width, self.batch_size, self.rounds, self.threads or 1)
         if min(numbers + self.shuffle_pools + self.shuffle_widths) < 1:
-            raise InputError("expected sizes, rounds and threads of at least 1, but a smaller one came; give larger ones")
+            raise InputError("expected sizes, rounds and threads of at least 1, got a smaller one; give larger ones")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError(f"expected a CUDA GPU for --device cuda, but torch {torch.__version__} finds none; take --device cpu")
 

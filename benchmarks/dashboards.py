@@ -65,7 +65,7 @@ class BenchmarkConfig:
 
 def benchmark(config: BenchmarkConfig) -> None:
     if min(config.tokens, config.rounds, config.threads or 1) < 1:
-        raise InputError("expected tokens, rounds and threads of at least 1, but a smaller number came; give larger ones")
+        raise InputError("expected tokens, rounds and threads of at least 1, got a smaller number; give larger ones")
     if not PEERS_PYTHON.exists():
         raise InputError("expected SAEDashboard in .peers, but there is no such environment; make bench-peers creates it")
     threads = config.threads or torch.get_num_threads()

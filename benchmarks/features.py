@@ -87,7 +87,7 @@ class BenchmarkConfig:
 
 def benchmark(config: BenchmarkConfig) -> None:
     if min(config.tokens, config.rounds, config.features, config.mean_count, config.reads, config.corpus) < 1:
-        raise InputError("expected sizes and rounds of at least 1, but a smaller one came; give larger ones")
+        raise InputError("expected sizes and rounds of at least 1, got a smaller one; give larger ones")
     if config.threads:
         torch.set_num_threads(config.threads)
     record: dict[str, Any] = read_json(config.out, "numbers of this benchmark") if config.out.exists() else {}

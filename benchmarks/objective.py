@@ -76,13 +76,13 @@ class BenchmarkConfig:
         """Raises `InputError` for flags that cannot be used, or not together."""
         numbers = [*self.d_in, *self.d_sae, *(n for n in (self.batch_size, self.threads) if n is not None), self.rounds]
         if min(numbers) < 1:
-            raise InputError(f"expected sizes, rounds and threads of at least 1, but {min(numbers)} came; give larger ones")
+            raise InputError(f"expected sizes, rounds and threads of at least 1, got {min(numbers)}; give larger ones")
         if self.l0 and not 0 < min(self.l0) <= max(self.l0) <= min(self.d_sae or defaults(self)["d_sae"]):
-            raise InputError(f"expected every L0 above 0 and no larger than --d-sae, but {self.l0} came; give others")
+            raise InputError(f"expected every L0 above 0 and no larger than --d-sae, got {self.l0}; give others")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError(f"expected a CUDA GPU for --device cuda, but torch {torch.__version__} finds none; take --device cpu")
         if self.backend == "triton" and self.device == "cpu":
-            raise InputError("expected --device cuda for --backend triton, but cpu came; choose another backend")
+            raise InputError("expected --device cuda for --backend triton, got cpu; choose another backend")
         if self.growth and (self.d_in or self.d_sae or self.l0 or self.batch_size or self.stream != "synthetic" or self.dictionary):
             raise InputError("--growth has sizes of its own on a synthetic stream; leave out --d-in, --d-sae, --l0, --batch-size, --stream")
         if self.stream != "synthetic" and self.d_in:

@@ -2,4 +2,4 @@
 
 
 class InputError(ValueError):
-    """What was expected, what came and what to do, in one sentence; commands print it without a traceback and exit with code 2."""
+    """What was expected, what was found and what to do, in one sentence; commands print it without a traceback and exit with code 2."""

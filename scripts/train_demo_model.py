@@ -259,7 +259,7 @@ def train(config: DemoModelConfig) -> None:
     steps = config.tokens // (config.batch_rows * config.context)
 
     def loss_of(ids_bp):
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits_bpv = model(ids_bp[:, :-1]).logits
         return F.cross_entropy(logits_bpv.float().flatten(0, 1), ids_bp[:, 1:].flatten())
 

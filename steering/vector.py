@@ -1,4 +1,4 @@
-"""Directions at sites of a model, with where they came from.
+"""Directions at sites of a model, with their origin.
 
 d width of the site · p positions
 """

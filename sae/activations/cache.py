@@ -86,7 +86,7 @@ class ActivationCache:
 
     def shards(self, split: str) -> list[Shard]:
         if split not in self._shards:
-            raise InputError(f"expected a split {' or '.join(SPLITS)}, but {split!r} came; choose one of them")
+            raise InputError(f"expected a split {' or '.join(SPLITS)}, got {split!r}; choose one of them")
         return self._shards[split]
 
     def read(self, shard: Shard) -> tuple[Tensor, Tensor]:
@@ -224,8 +224,8 @@ def _choose_site(folder: Path, manifest: dict[str, Any], site: str | None) -> st
     if site is None and len(sites) == 1:
         return sites[0]
     if site is None or site not in sites:
-        came = "none was named" if site is None else f"{site!r} was asked for"
-        raise InputError(f"expected one of the sites in {folder}, {', '.join(sites)}, but {came}; name one")
+        found = "none was named" if site is None else f"{site!r} was asked for"
+        raise InputError(f"expected one of the sites in {folder}, {', '.join(sites)}, but {found}; name one")
     return site
 
 

@@ -46,7 +46,7 @@ class DescribeConfig:
 def describe_cache(config: DescribeConfig) -> dict[str, Any]:
     """Prints the tables, and gives the same as plain values. Raises `InputError` for a cache that cannot be read."""
     if config.rows < 1 or config.texts < 0:
-        raise InputError(f"expected --rows of at least 1 and --texts of at least 0, but {config.rows} and {config.texts} came")
+        raise InputError(f"expected --rows of at least 1 and --texts of at least 0, got {config.rows} and {config.texts}")
     cache = ActivationCache.open(config.cache, config.site, verify=config.verify)
     x_nd, positions_n = sample_rows(cache, config.rows)
     norm_n = torch.linalg.vector_norm(x_nd, dim=-1)

@@ -311,8 +311,8 @@ class LanguageModel:
         if ids_sp.ndim != 2 or ids_sp.shape[1] == 0:
             raise InputError(f"expected token ids as sequences by positions, got shape {tuple(ids_sp.shape)}")
         if ids_sp.shape[1] + new > self.context:
-            came = f"{ids_sp.shape[1]}" + (f" and {new} new ones" if new else "")
-            raise InputError(f"expected at most {self.context} positions, the context of {self.name!r}, got {came}; shorten the text")
+            found = f"{ids_sp.shape[1]}" + (f" and {new} new ones" if new else "")
+            raise InputError(f"expected at most {self.context} positions, the context of {self.name!r}, got {found}; shorten the text")
         mask_sp = torch.ones_like(ids_sp) if mask_sp is None else mask_sp
         if mask_sp.shape != ids_sp.shape:
             raise InputError(f"expected an attention mask of the ids' shape {tuple(ids_sp.shape)}, got {tuple(mask_sp.shape)}")

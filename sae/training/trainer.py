@@ -229,6 +229,6 @@ def provenance(manifest: dict[str, Any], site: str) -> dict[str, Any]:
 
 
 def finish(folder: Path, dictionary: Dictionary, record: dict[str, Any]) -> None:
-    """Saves a dictionary and how it came to be; training.json, written last, marks it complete."""
+    """Saves a dictionary and how it was trained; training.json, written last, marks it complete."""
     dictionary.save(folder)
     write_json(folder / "training.json", record)

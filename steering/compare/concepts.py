@@ -207,7 +207,7 @@ def _parse(value: Any, path: Path) -> Concept:
         raise InputError(f'expected an object with a "name" in the concept\'s file {path}; add it')
     known = {field.name for field in fields(Concept)}
     if unknown := sorted(set(value) - known):
-        raise InputError(f"expected the keys {', '.join(sorted(known))} in {path}, but {unknown[0]!r} came; remove it")
+        raise InputError(f"expected the keys {', '.join(sorted(known))} in {path}, got {unknown[0]!r}; remove it")
     given = {key: entry for key, entry in value.items() if entry is not None}
     words = given.get("words")
     if isinstance(words, dict):
@@ -240,7 +240,7 @@ def _checked(concept: Concept, where: str) -> Concept:
     texts = concept.positive + concept.negative
     if len(set(texts)) < len(texts):
         twice, _ = Counter(texts).most_common(1)[0]
-        raise InputError(f"expected every text of {where} once, so that none is both learned from and tested on, but {twice!r} came twice")
+        raise InputError(f"expected every text of {where} once, so that none is both learned from and tested on, got {twice!r} twice")
     return concept
 
 

@@ -167,8 +167,8 @@ def test_growth_spans_what_it_promises(script):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (dict(rounds=0), "at least 1, but 0 came"),
-        (dict(batch_size=0), "at least 1, but 0 came"),
+        (dict(rounds=0), "at least 1, got 0"),
+        (dict(batch_size=0), "at least 1, got 0"),
         (dict(l0=(5000.0,)), "no larger than --d-sae"),
         (dict(l0=(0.0,)), "above 0"),
         (dict(growth=True, d_sae=(64,)), "--growth has sizes of its own"),

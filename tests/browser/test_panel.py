@@ -22,7 +22,7 @@ def streamed(demo, features, sampling=SETTINGS) -> tuple[dict[str, str], list[di
 def generated(demo) -> torch.Tensor:
     """The new ids, [1, n]."""
     ids_sp, mask_sp = demo.lm.encode([PROMPT])
-    return demo.lm.generate(ids_sp, mask_sp, **SETTINGS._asdict())[:, ids_sp.shape[1] :]
+    return demo.lm.generate(ids_sp, mask_sp, **vars(SETTINGS))[:, ids_sp.shape[1] :]
 
 
 def test_both_sides_are_what_the_model_generates(demo):

@@ -223,11 +223,11 @@ KILLED = """
 import os, signal, sys
 import sae.features.index.build as module
 from pathlib import Path
-finish = module.finish
+write = module.write_final_files
 def killed(*arguments):
-    finish(*arguments) if sys.argv[4] == "late" else None
+    write(*arguments) if sys.argv[4] == "late" else None
     os.kill(os.getpid(), signal.SIGKILL)
-module.finish = killed
+module.write_final_files = killed
 module.build_index(module.IndexConfig(cache=Path(sys.argv[1]), dictionary=Path(sys.argv[2]), out=Path(sys.argv[3]), device="cpu"))
 """
 

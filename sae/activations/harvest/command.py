@@ -141,7 +141,7 @@ def _verify(config: HarvestConfig) -> Path:
     defaults = HarvestConfig(out=config.out, verify=True)
     given = [f.name for f in fields(config) if getattr(config, f.name) != getattr(defaults, f.name)]
     if given:
-        raise InputError(f"--verify needs --out alone, but --{given[0].replace('_', '-')} came too; leave it out")
+        raise InputError(f"--verify needs --out alone, got --{given[0].replace('_', '-')} too; leave it out")
     damaged = verify(config.out)
     if damaged:
         raise InputError(

@@ -44,9 +44,7 @@ def parse_positions(text: str | None) -> tuple[int, int | None]:
         begin, end = int(first or 0), int(last) if last else None
         if end is None or begin < end:
             return begin, end
-    raise InputError(
-        f"expected --positions as FIRST:LAST with FIRST below LAST, for example 1:64 or 16:, but {text!r} came; give both or one"
-    )
+    raise InputError(f"expected --positions as FIRST:LAST with FIRST below LAST, for example 1:64 or 16:, got {text!r}; give both or one")
 
 
 class Shard(NamedTuple):

@@ -66,23 +66,21 @@ def check_recording(config: RecordingConfig) -> None:
     check_source(config)
     text_list(config.sites, "sites")
     if not config.sites:
-        raise InputError("expected at least one site to record, but none came; give for example --sites resid_post.2")
+        raise InputError("expected at least one site to record, got none; give for example --sites resid_post.2")
     if len(set(config.sites)) < len(config.sites):
         raise InputError(f"expected every site once, but --sites is {' '.join(config.sites)}; leave out the repetition")
     for name, least in (("tokens", 2), ("pool_tokens", 1), ("shard_tokens", 1), ("batch_tokens", 1), ("seed", 0)):
         if getattr(config, name, least) < least:
-            raise InputError(
-                f"expected --{name.replace('_', '-')} of at least {least}, but {getattr(config, name)} came; give a larger number"
-            )
+            raise InputError(f"expected --{name.replace('_', '-')} of at least {least}, got {getattr(config, name)}; give a larger number")
     if not 0 <= config.held_out < 1:
-        raise InputError(f"expected --held-out from 0 up to but not including 1, but {config.held_out} came; 0.05 is usual")
+        raise InputError(f"expected --held-out from 0 up to but not including 1, got {config.held_out}; 0.05 is usual")
     if config.max_norm_ratio is not None and not config.max_norm_ratio >= 1:
         raise InputError(
-            f"expected --max-norm-ratio of at least 1, but {config.max_norm_ratio} came; 10 leaves out attention sinks alone, None nothing"
+            f"expected --max-norm-ratio of at least 1, got {config.max_norm_ratio}; 10 leaves out attention sinks alone, None nothing"
         )
     parse_positions(config.positions)
     if config.dtype not in FORMATS:
-        raise InputError(f"expected --dtype {', '.join(FORMATS)}, but {config.dtype!r} came; choose one of them")
+        raise InputError(f"expected --dtype {', '.join(FORMATS)}, got {config.dtype!r}; choose one of them")
 
 
 def load_model(config: RecordingConfig) -> "LanguageModel":
@@ -124,7 +122,7 @@ def model_record(lm: "LanguageModel") -> dict[str, Any]:
 def context_of(config: RecordingConfig, lm: "LanguageModel") -> int:
     context = config.context or min(lm.context, 1024)
     if not 2 <= context <= lm.context:
-        raise InputError(f"expected --context from 2 to {lm.context}, the model's own, but {context} came; choose one in between")
+        raise InputError(f"expected --context from 2 to {lm.context}, the model's own, got {context}; choose one in between")
     return context
 
 

@@ -94,9 +94,9 @@ def import_activations(config: ImportConfig) -> Path:
 def _check(config: ImportConfig) -> None:
     for name, least in (("pool_tokens", 1), ("shard_tokens", 1), ("seed", 0)):
         if getattr(config, name) < least:
-            raise InputError(f"expected --{name.replace('_', '-')} of at least {least}, but {getattr(config, name)} came")
+            raise InputError(f"expected --{name.replace('_', '-')} of at least {least}, got {getattr(config, name)}")
     if not 0 <= config.held_out < 1:
-        raise InputError(f"expected --held-out from 0 up to but not including 1, but {config.held_out} came; 0.05 is usual")
+        raise InputError(f"expected --held-out from 0 up to but not including 1, got {config.held_out}; 0.05 is usual")
 
 
 def _site(config: ImportConfig, source: ForeignRows) -> str:
@@ -122,7 +122,7 @@ def _model(config: ImportConfig, source: ForeignRows, site: str) -> tuple[dict[s
         raise InputError(f"expected rows of width {lm.width(site)}, as {lm.name} has at {site}, but they have {source.d_in}; check --model")
     vocabulary = lm.model.get_input_embeddings().weight.shape[0]
     if source.ids is not None and not 0 <= source.ids.min() <= source.ids.max() < vocabulary:
-        raise InputError(f"expected token ids below {vocabulary}, the vocabulary of {lm.name}, but {source.ids.max()} came; check --model")
+        raise InputError(f"expected token ids below {vocabulary}, the vocabulary of {lm.name}, got {source.ids.max()}; check --model")
     return {"name": lm.name, "revision": lm.revision, "fingerprint": lm.fingerprint(), "dtype": None}, lm.bos_id
 
 

@@ -52,7 +52,7 @@ def open_source(paths: tuple[Path, ...], column: str | None, token_ids: Path | N
             raise InputError("--token-ids belongs to plain arrays, but a SAELens folder has its own token_ids; leave it out")
         return _open_saelens(paths[0], column)
     if not paths:
-        raise InputError("expected a SAELens folder, or .npy or .safetensors files, but no source came; name one with --source")
+        raise InputError("expected a SAELens folder, or .npy or .safetensors files, got no source; name one with --source")
     return _open_arrays(paths, column, token_ids)
 
 
@@ -86,7 +86,7 @@ def _open_saelens(folder: Path, column: str | None) -> ForeignRows:
         with told_plainly(expected):
             ids = np.concatenate([_token_ids(np.asarray(batch["token_ids"])).reshape(-1) for batch in batches])
         if len(ids) != len(dataset) * positions:
-            raise InputError(f"expected {positions} token_ids beside each sequence in {folder}, but {len(ids)} came in all; make it again")
+            raise InputError(f"expected {positions} token_ids beside each sequence in {folder}, got {len(ids)} in all; make it again")
     return ForeignRows("saelens", len(dataset) * positions, d_in, positions, read, ids, hook)
 
 
@@ -167,6 +167,6 @@ def _choose(names: list[str], wanted: str | None, what: str) -> str:
     if wanted is None and len(names) == 1:
         return names[0]
     if wanted not in names:
-        came = "none was named" if wanted is None else f"{wanted!r} was asked for"
-        raise InputError(f"expected one {what}, which has {', '.join(names) or 'none'}, but {came}; choose with --column")
+        found = "none was named" if wanted is None else f"{wanted!r} was asked for"
+        raise InputError(f"expected one {what}, which has {', '.join(names) or 'none'}, but {found}; choose with --column")
     return wanted

@@ -86,8 +86,8 @@ def _read(config: TextConfig) -> Iterator[Document]:
 def check_source(config: TextConfig) -> None:
     """Raises `InputError` unless the options name one source, and all options given bear on it."""
     if bool(config.text) == bool(config.dataset):
-        came = "both" if config.text else "neither"
-        raise InputError(f"expected text from --text or from --dataset, but {came} came; give one of them")
+        found = "both" if config.text else "neither"
+        raise InputError(f"expected text from --text or from --dataset, got {found}; give one of them")
     given = [n for n in ("dataset_config", "dataset_split", "streaming") if getattr(config, n) != getattr(TextConfig(), n)]
     if config.text and given:
         raise InputError(f"--{given[0].replace('_', '-')} belongs to --dataset, but the text comes from --text; leave it out")

@@ -93,7 +93,7 @@ class Tokens:
     def window(self, position: int, before: int, after: int) -> tuple[np.ndarray, int]:
         """Ids around a token, at most `before` and `after` of them, never crossing its sequence; and the token's offset among them."""
         if not 0 <= position < len(self.ids):
-            raise InputError(f"expected a token position below {len(self.ids)}, but {position} came; take one from a shard's rows")
+            raise InputError(f"expected a token position below {len(self.ids)}, got {position}; take one from a shard's rows")
         sequence = int(self.sequence_of(np.asarray(position)))
         start = max(int(self.sequence_starts[sequence]), position - before)
         stop = min(int(self.sequence_starts[sequence + 1]), position + after + 1)
@@ -221,7 +221,7 @@ def _encoded(documents: Iterable[Document], tokenizer: Any, vocabulary: int) -> 
             ids = np.asarray(next(encoded) if isinstance(document.content, str) else document.content, dtype=np.int32)
             if len(ids) and not 0 <= ids.min() <= ids.max() < vocabulary:
                 raise InputError(
-                    f"expected token ids below {vocabulary}, the model's vocabulary, but {ids.max()} came; "
+                    f"expected token ids below {vocabulary}, the model's vocabulary, got {ids.max()}; "
                     "the tokens were made with another tokenizer"
                 )
             yield ids, document.label

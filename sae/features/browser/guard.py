@@ -63,7 +63,7 @@ class Guard:
                 raise Unfit(408, f"expected a whole request within {BODY_SECONDS:.0f} seconds, got {received:,} bytes of it") from None
             received, whole = received + len(message.get("body", b"")), not message.get("more_body", False)
             if received > limit:
-                raise Unfit(413, f"expected at most {limit:,} bytes, but more came")
+                raise Unfit(413, f"expected at most {limit:,} bytes, got more")
             return message
 
         async def guarded(message: Any) -> None:
@@ -95,7 +95,7 @@ def refused(method: str, given: list[tuple[str, str]], url_bytes: int, body_limi
     if local is None or int(local[1] or 80) > 65535:
         return 403, f"expected a request to 127.0.0.1 or localhost, got one to {host[:100]!r}"
     if origin != f"http://{host}" and (method not in ("GET", "HEAD") or origin is not None):
-        return 403, f"only this server's own pages may do this, but the request came from {(origin or 'nowhere')[:100]!r}"
+        return 403, f"only this server's own pages may do this, but the request is from {(origin or 'nowhere')[:100]!r}"
     arrives = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document") and "sec-purpose" not in headers
     if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not arrives:
         return 403, "a page of another origin may link to this server, but not load from it, frame it or fetch it beforehand"

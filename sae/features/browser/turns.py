@@ -17,7 +17,7 @@ class Busy(InputError):
 
 
 class Turns:
-    """One piece of work at a time. Kinds of work take turns, and within a kind who came first goes first. For one event loop."""
+    """One piece of work at a time. Kinds of work take turns, and within a kind the first to ask goes first. For one event loop."""
 
     def __init__(self, what: str, *kinds: str):
         self.what = what  # as a sentence begins: "the model"
@@ -55,7 +55,7 @@ class Turns:
                     f"{self.what} is still at work for others after {PATIENCE:.0f} seconds; wait until that is done, or stop it there"
                 )
         except BaseException:
-            if mine.done():  # the turn came in the same moment
+            if mine.done():  # it got its turn in the same moment
                 self.release(kind)
             else:
                 waiting.remove(mine)

@@ -188,7 +188,7 @@ def rewrite_saedashboard(read: SAEDashboardFolder, folder: Path) -> None:
     """Writes what `read_saedashboard` gave, into the empty `folder`."""
     for name, value in (("run_settings", read.settings), ("skipped_indexes", read.skipped), *read.batches.items()):
         if value:
-            _write(folder / f"{name}.json", value, allow_nan=True)  # as it came, though JSON has no NaN
+            _write(folder / f"{name}.json", value, allow_nan=True)  # unchanged, though JSON has no NaN
 
 
 def _middles(edges: np.ndarray) -> list[float]:

@@ -2,7 +2,7 @@
 
 s features of a block · n entries of the block, feature after feature, positions ascending within a feature (see csc.py)
 
-Everything is exact and depends on the set of activations alone, not on the order in which they came: parts of a corpus indexed apart
+Everything is exact and depends on the set of activations alone, not on their order: parts of a corpus indexed apart
 and merged give the same choice as one pass.
 """
 

@@ -378,7 +378,7 @@ def test_the_default_model_is_missed_where_there_is_no_checkout(tmp_path, monkey
     (tmp_path / "text.txt").write_text("moon")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"expected --model: checkpoints/demo-lm, the default, is only there in a checkout"):
-        harvest(HarvestConfig(text=("text.txt",), out=tmp_path / "out"))
+        harvest(HarvestConfig(text=("text.txt",), sites=("resid_post.2",), out=tmp_path / "out"))
 
 
 def test_token_files_give_what_their_text_gives(config, text, tmp_path):
