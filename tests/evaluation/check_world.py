@@ -15,7 +15,7 @@ from sae.evaluation.check.check import TEXT, as_declared
 from sae.evaluation.check.promises import Promises
 from sae.evaluation.check.recording import Point, Recorder, read_sequences
 from sae.evaluation.check.search import Search
-from sae.evaluation.check.trial import Bench, Trial
+from sae.evaluation.check.trial import Sample, Trial
 from sae.model.language_model import LanguageModel
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +114,7 @@ def searched(recorder: Recorder, dictionary: Dictionary, promises: Sequence[Any]
     use = as_declared(dictionary, recorder.lm, None)
     if not recorder.massive_n.any():
         recorder.begin(points(use, recorder))
-    return Search(Bench(recorder, 0), Promises(promises)).run(use)
+    return Search(Sample(recorder, 0), Promises(promises)).run(use)
 
 
 def kinds(steps: list[Trial]) -> list[str]:

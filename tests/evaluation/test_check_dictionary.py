@@ -16,8 +16,8 @@ from sae.dictionaries.gates import TopK
 from sae.errors import InputError
 from sae.evaluation.check.alternatives import Change
 from sae.evaluation.check.check import CheckConfig, check, command
+from sae.evaluation.check.corrected import corrected
 from sae.evaluation.check.fit import fit, random_fvu
-from sae.evaluation.check.mended import mended
 from sae.evaluation.check.promises import Promise, Promises, promises
 from sae.evaluation.check.verdict import broken
 from sae.model.language_model import LanguageModel
@@ -162,7 +162,7 @@ def test_a_good_dictionary_passes(tmp_path, capsys):
 def test_a_mistake_ends_with_exit_code_1_and_is_mended(tmp_path, capsys):
     good = Dictionary.load(SAE)
     declared(changed(good, b_in_d=None), site="resid_post.1").save(tmp_path / "mistaken")
-    settings = config(dictionary=str(tmp_path / "mistaken"), json=True, write=tmp_path / "mended")
+    settings = config(dictionary=str(tmp_path / "mistaken"), json=True, write=tmp_path / "corrected")
     with pytest.raises(SystemExit) as left:
         command(settings)
     assert left.value.code == 1
@@ -170,18 +170,18 @@ def test_a_mistake_ends_with_exit_code_1_and_is_mended(tmp_path, capsys):
     assert report["verdict"] == "wrong"
     assert sorted(change["kind"] for change in report["found"]["changes"]) == ["bias", "site"]
     assert report["found"]["loss_recovered"]["value"] > 0.9 > report["declared"]["loss_recovered"]["value"]
-    assert report["written"]["folder"] == str(tmp_path / "mended")
-    again = check(config(dictionary=str(tmp_path / "mended")))
+    assert report["written"]["folder"] == str(tmp_path / "corrected")
+    again = check(config(dictionary=str(tmp_path / "corrected")))
     assert again["verdict"] == "good"
     assert again["declared"]["fvu"] == report["found"]["fvu"]
     x_bd = 10 * torch.randn(5, 256)
-    assert torch.equal(Dictionary.load(tmp_path / "mended")(x_bd), good(x_bd))
+    assert torch.equal(Dictionary.load(tmp_path / "corrected")(x_bd), good(x_bd))
 
 
 def test_nothing_is_written_where_nothing_fits(tmp_path, capsys):
     W_fd = torch.randn(512, 256, generator=torch.Generator().manual_seed(0))
     Dictionary.autoencoder(W_fd, torch.zeros(512), W_fd.clone(), torch.zeros(256), {"site": "resid_post.2"}).save(tmp_path / "random")
-    report = check(config(dictionary=str(tmp_path / "random"), write=tmp_path / "mended"))
+    report = check(config(dictionary=str(tmp_path / "random"), write=tmp_path / "corrected"))
     assert report["verdict"] == "wrong"
     assert any("made for another model" in reason for reason in report["reasons"])
     assert "Nothing was written: nothing that fits was found" in " ".join(capsys.readouterr().out.split())
@@ -194,7 +194,7 @@ def test_a_written_frame_reads_back_as_the_same_function(kind, tmp_path, byte_lm
     good = trained(recorder, "resid_post.1", frame=kind)
     mistaken = changed(good, frame=None if kind else Frame("layer_norm"))
     steps = searched(recorder, declared(mistaken, hook_name="blocks.1.hook_resid_post"))
-    mended(steps[-1].use, recorder).save(tmp_path)
+    corrected(steps[-1].use, recorder).save(tmp_path)
     again, x_bd = Dictionary.load(tmp_path), 20 * torch.randn(6, 32) + 3
     assert torch.allclose(again(x_bd), good(x_bd), atol=1e-5)
     assert again.metadata["model_name"] == "tiny llama"
@@ -254,4 +254,4 @@ def test_a_change_that_a_folder_cannot_say_is_not_written(byte_lm):
     recorder = recorder_of(llama(byte_lm.tokenizer))
     step = searched(recorder, trained(recorder, "resid_post.1"))[0]
     step.use = step.use._replace(changes=(Change("positions", "without the first 4 positions"),))
-    assert write(Path("never"), step) == {"folder": None, "why": "a dictionary's folder cannot say positions that are left out"}
+    assert write(Path("never"), step) == {"folder": None, "why": "a dictionary's folder cannot record positions that are left out"}

@@ -18,11 +18,11 @@ from sae.disk.writing import write_json
 from sae.errors import InputError
 from sae.evaluation.check import report
 from sae.evaluation.check.alternatives import Use, points
-from sae.evaluation.check.mended import mended, unsaid
+from sae.evaluation.check.corrected import corrected, inexpressible
 from sae.evaluation.check.promises import promises
 from sae.evaluation.check.recording import Point, Recorder, read_sequences
 from sae.evaluation.check.search import Search
-from sae.evaluation.check.trial import Bench, Trial
+from sae.evaluation.check.trial import Sample, Trial
 from sae.evaluation.check.verdict import judge
 from sae.evaluation.language_model_loss import language_model_loss
 from sae.statistics import estimate
@@ -87,7 +87,7 @@ def check(config: CheckConfig) -> dict[str, Any]:
     recorder = Recorder(lm, sequences_of(config, lm, other), other)
     recorder.begin(points(declared, recorder))
     rows = int((~recorder.massive_n).sum())
-    search = Search(Bench(recorder, config.seed), promises(path, dictionary, rows))
+    search = Search(Sample(recorder, config.seed), promises(path, dictionary, rows))
     steps = search.run(declared)
     found = [measures(one, rows, config.seed) for one in dict.fromkeys((steps[0], steps[-1]))]
     verdict = judge(steps, search.promises, found[0])
@@ -132,14 +132,14 @@ def sequences_of(config: CheckConfig, lm: "LanguageModel", other: "LanguageModel
 def measures(one: Trial, rows: int, seed: int) -> dict[str, Any]:
     """Each with its interval over sequences, but for those that have none."""
     named = {"l0": one.fit.l0, "fvu": one.fit.fvu, "norm_ratio": one.fit.norm_ratio, "cosine": one.fit.cosine}
-    found: dict[str, Any] = {name: estimate(function(one.bench.weight_rs)) for name, function in named.items()}
+    found: dict[str, Any] = {name: estimate(function(one.sample.weight_rs)) for name, function in named.items()}
     silent = one.fit.silent / one.use.dictionary.d_sae
     return found | {"random_fvu": one.random_fvu, "silent_share": silent, "rows": rows, "loss_recovered": loss_recovered(one, seed)}
 
 
 def loss_recovered(one: Trial, seed: int) -> dict[str, float] | None:
     """With the dictionary spliced in, against zeros; None where the value that it gives is none of the model's sites."""
-    use, recorder = one.use, one.bench.recorder
+    use, recorder = one.use, one.sample.recorder
     lm = recorder.model(use.reads)
     if use.writes.before_norm:
         return None
@@ -150,7 +150,7 @@ def loss_recovered(one: Trial, seed: int) -> dict[str, float] | None:
         sequences.append(np.concatenate([first, ids]))
         replaced.append(np.concatenate([np.zeros(len(first), bool), measured_n[recorder.sequence_n.numpy() == s]]))
     means = {use.writes.site: recorder.values(use.writes)[measured_n].double().mean(0)}
-    loss = language_model_loss(lm, [mended(use, recorder)], sequences, means, replaced=replaced, seed=seed)
+    loss = language_model_loss(lm, [corrected(use, recorder)], sequences, means, replaced=replaced, seed=seed)
     low, high = loss.loss_recovered_interval
     return {"value": loss.loss_recovered, "low": low, "high": high}
 
@@ -159,8 +159,8 @@ def write(out: Path, best: Trial) -> dict[str, Any]:
     """What was written, or why nothing was."""
     if not best.fits:
         return {"folder": None, "why": "nothing that fits was found"}
-    if missing := unsaid(best.use):
-        return {"folder": None, "why": f"a dictionary's folder cannot say {' and '.join(missing)}"}
+    if missing := inexpressible(best.use):
+        return {"folder": None, "why": f"a dictionary's folder cannot record {' and '.join(missing)}"}
     with fresh_folder(out, CFG, "dictionary") as folder:
-        mended(best.use, best.bench.recorder).save(folder)
+        corrected(best.use, best.sample.recorder).save(folder)
     return {"folder": str(out), "why": best.use.name}

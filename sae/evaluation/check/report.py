@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sae.evaluation.check.search import Search
 from sae.evaluation.check.trial import Trial
-from sae.evaluation.check.verdict import Verdict, said
+from sae.evaluation.check.verdict import Verdict, range_text
 
 if TYPE_CHECKING:
     from sae.evaluation.check.check import CheckConfig
@@ -18,15 +18,15 @@ MEASURES = {
     "l0": "L0 (features per token)",
     "fvu": "FVU (fraction of variance unexplained)",
     "random_fvu": "FVU of random directions at that L0",
-    "norm_ratio": "norm of output / norm of what it shall rebuild",
-    "cosine": "cosine with what it shall rebuild",
+    "norm_ratio": "norm of output / norm of its target",
+    "cosine": "cosine of output and target",
     "loss_recovered": "loss recovered, against zeros",
     "silent_share": "features silent on this text",
 }
 
 
 def describe(config: "CheckConfig", search: Search, steps: list[Trial], measured: list[dict[str, Any]], verdict: Verdict) -> dict[str, Any]:
-    declared, best, recorder = steps[0], steps[-1], search.bench.recorder
+    declared, best, recorder = steps[0], steps[-1], search.sample.recorder
     made_with = declared.use.dictionary.metadata
     return {
         "dictionary": str(config.dictionary),
@@ -90,7 +90,7 @@ def measures_table(result: dict[str, Any]) -> Any:
     for key, name in MEASURES.items():
         cells = [number(own[key]) for own in (result["declared"], found) if own]
         one = promised.get(key)
-        table.add_row(name, *cells, f"{said(one['low'], one['high'])}, by {one['source']}" if one else "")
+        table.add_row(name, *cells, f"{range_text(one['low'], one['high'])}, by {one['source']}" if one else "")
     return table
 
 

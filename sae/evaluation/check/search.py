@@ -11,7 +11,7 @@ import torch
 from sae.dictionaries.gates import Threshold
 from sae.evaluation.check.alternatives import CLEAR_FITTED, Change, Use, alternatives, everywhere, is_near_1, points, scaled
 from sae.evaluation.check.promises import Promises
-from sae.evaluation.check.trial import Bench, Trial
+from sae.evaluation.check.trial import Sample, Trial
 
 FINALISTS = 6
 """measured on all rows, of those that are better on every eighth"""
@@ -24,19 +24,19 @@ STEPS = np.arange(-8, 8.01, 0.5)
 
 
 class Search:
-    def __init__(self, bench: Bench, promises: Promises):
-        self.bench, self.promises = bench, promises
+    def __init__(self, sample: Sample, promises: Promises):
+        self.sample, self.promises = sample, promises
         self.tried: list[Trial] = []
         """everything, in the order in which it was tried; first what is declared"""
 
     def run(self, declared: Use) -> list[Trial]:
         """What is declared, then what fits clearly better, each on top of the one before."""
-        steps = [Trial(declared, self.bench)]
+        steps = [Trial(declared, self.sample)]
         self.tried.append(steps[0])
         while len(steps[-1].use.changes) < CHANGES:
             base = steps[-1]
-            self.bench.recorder.record(points(base.use, self.bench.recorder))
-            found = self.better(base, [*alternatives(base.use, self.bench.recorder), *self.fitted(base.use)])
+            self.sample.recorder.record(points(base.use, self.sample.recorder))
+            found = self.better(base, [*alternatives(base.use, self.sample.recorder), *self.fitted(base.use)])
             if found is None and not base.fits:
                 found = self.better(base, self.farther(base.use))
             if found is None:
@@ -46,7 +46,7 @@ class Search:
 
     def farther(self, use: Use) -> Iterator[Use]:
         """Pairs of changes, and the same kind of site in all layers."""
-        recorder = self.bench.recorder
+        recorder = self.sample.recorder
         singles = alternatives(use, recorder)
         yield from everywhere(use, recorder)
         recorder.record(dict.fromkeys(point for one in singles for point in points(one, recorder)))
@@ -59,7 +59,7 @@ class Search:
 
     def better(self, base: Trial, uses: Iterable[Use]) -> Trial | None:
         """The best of them that fits and is clearly better; of those that cannot be told from it, the first."""
-        trials = [Trial(use, self.bench) for use in uses]
+        trials = [Trial(use, self.sample) for use in uses]
         self.tried += trials
         limit = base.screened_fvu * (WORSE if self.breaks_promise(base) else 1)
         finalists = sorted((one for one in trials if one.screened_fvu < limit), key=lambda one: one.screened_fvu)[:FINALISTS]
@@ -90,9 +90,9 @@ class Search:
             gate = base.use.dictionary.gate
             assert isinstance(gate, Threshold)
             factor_f = torch.full((base.use.dictionary.d_sae,), 2.0**power)
-            return Trial(base.use.with_parts(Change("threshold", "a common factor"), gate=gate.scaled(factor_f)), self.bench)
+            return Trial(base.use.with_parts(Change("threshold", "a common factor"), gate=gate.scaled(factor_f)), self.sample)
 
-        low, high, weight_1s = -10.0, 10.0, self.bench.weight_rs[:1]
+        low, high, weight_1s = -10.0, 10.0, self.sample.weight_rs[:1]
         for _ in range(12):
             middle = (low + high) / 2
             low, high = (middle, high) if at(middle).screened.l0(weight_1s) > other.screened.l0(weight_1s) else (low, middle)
@@ -106,7 +106,7 @@ class Search:
             return scaled(use, factor, factor, Change("scale", f"activations × {factor:.4g}, by fit", CLEAR_FITTED))
 
         def fvu(power: float) -> float:
-            return Trial(at(power), self.bench).screened_fvu
+            return Trial(at(power), self.sample).screened_fvu
 
         values = [fvu(power) for power in STEPS]
         best = int(np.argmin(values))

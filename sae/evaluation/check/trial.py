@@ -1,4 +1,4 @@
-"""One way to use the dictionary, measured on the recorded rows: first on every eighth, and on all of them where somebody asks.
+"""One way to use the dictionary, measured on the recorded rows: first on every eighth, and on all of them when asked for.
 
 r rounds of the bootstrap · s sequences
 """
@@ -19,8 +19,8 @@ FITS = 0.75
 ROUNDS = 1000
 
 
-class Bench:
-    """What trials share: the rows, and which sequences each round of the bootstrap draws."""
+class Sample:
+    """Shared by all trials: the rows, and which sequences each round of the bootstrap draws."""
 
     def __init__(self, recorder: Recorder, seed: int):
         self.recorder = recorder
@@ -39,16 +39,16 @@ class Bench:
 class Trial:
     """`fit` and what comes from it are of all rows, `screened` of every eighth."""
 
-    def __init__(self, use: Use, bench: Bench):
-        self.use, self.bench = use, bench
+    def __init__(self, use: Use, sample: Sample):
+        self.use, self.sample = use, sample
 
     @cached_property
     def screened(self) -> Fit:
-        return self.bench.fit(self.use, SCREEN)
+        return self.sample.fit(self.use, SCREEN)
 
     @cached_property
     def fit(self) -> Fit:
-        return self.bench.fit(self.use)
+        return self.sample.fit(self.use)
 
     @property
     def measured(self) -> bool:
@@ -57,33 +57,33 @@ class Trial:
 
     @property
     def fvu(self) -> float:
-        return float(self.fit.fvu(self.bench.weight_rs[:1])[0])
+        return float(self.fit.fvu(self.sample.weight_rs[:1])[0])
 
     @property
     def l0(self) -> float:
-        return float(self.fit.l0(self.bench.weight_rs[:1])[0])
+        return float(self.fit.l0(self.sample.weight_rs[:1])[0])
 
     @property
     def screened_fvu(self) -> float:
-        return float(self.screened.fvu(self.bench.weight_rs[:1])[0])
+        return float(self.screened.fvu(self.sample.weight_rs[:1])[0])
 
     @cached_property
     def random_fvu(self) -> float:
         """Of random directions with as many features active."""
-        y_no = self.bench.recorder.values(self.use.writes)[~self.bench.recorder.massive_n]
+        y_no = self.sample.recorder.values(self.use.writes)[~self.sample.recorder.massive_n]
         return random_fvu(y_no, self.use.dictionary.d_sae, self.l0)
 
     @cached_property
     def fits(self) -> bool:
         """Its FVU is clearly below that of random directions."""
-        return percentile_interval(self.fit.fvu(self.bench.weight_rs[1:]))[1] < FITS * self.random_fvu
+        return percentile_interval(self.fit.fvu(self.sample.weight_rs[1:]))[1] < FITS * self.random_fvu
 
     @property
     def margin(self) -> float:
-        """Of what was changed last, and of a pair the smaller."""
+        """The margin by which the last change must win; for two changes the smaller."""
         return min(change.clear for change in self.use.changes)
 
     def minus(self, other: "Trial") -> tuple[float, float]:
         """Interval of the difference of FVUs, over the same drawn sequences."""
-        weight_rs = self.bench.weight_rs[1:]
+        weight_rs = self.sample.weight_rs[1:]
         return percentile_interval(self.fit.fvu(weight_rs) - other.fit.fvu(weight_rs))

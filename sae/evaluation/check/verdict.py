@@ -19,7 +19,7 @@ class Verdict(NamedTuple):
 
 
 def judge(steps: list[Trial], promises: Promises, measures: dict[str, Any]) -> Verdict:
-    """`steps` are what is declared and what fits better; `measures` are intervals of the declared one."""
+    """`steps` are the declared use and those that fit better; `measures` are those of the declared one, with intervals."""
     declared, best = steps[0], steps[-1]
     fvu, random = measures["fvu"], measures["random_fvu"]
     reasons = []
@@ -37,20 +37,20 @@ def judge(steps: list[Trial], promises: Promises, measures: dict[str, Any]) -> V
 
 
 def broken(promises: Promises, measures: dict[str, Any]) -> list[str]:
-    """What is unlike the source says, or unlike what dictionaries do."""
+    """Measures that differ from what the source promises, or from what working dictionaries give."""
     reasons = []
     l0, fvu = promises.of("l0"), promises.of("fvu")
     if l0 and (measures["l0"]["high"] < l0.low / FACTOR or measures["l0"]["low"] > l0.high * FACTOR):
-        reasons.append(f"L0 is {measures['l0']['value']:.3g}, where {l0.source} promises {said(l0.low, l0.high)}")
+        reasons.append(f"L0 is {measures['l0']['value']:.3g}, where {l0.source} promises {range_text(l0.low, l0.high)}")
     if fvu and measures["fvu"]["low"] > TIMES_FVU * fvu.high:
-        reasons.append(f"FVU is {measures['fvu']['value']:.3g}, where {fvu.source} promises {said(fvu.low, fvu.high)}")
+        reasons.append(f"FVU is {measures['fvu']['value']:.3g}, where {fvu.source} promises {range_text(fvu.low, fvu.high)}")
     ratio, recovered = measures["norm_ratio"], measures["loss_recovered"]
     if ratio["high"] < NORM_RATIOS[0] or ratio["low"] > NORM_RATIOS[1]:
-        reasons.append(f"outputs are {ratio['value']:.3g} times as long as what they shall rebuild")
+        reasons.append(f"outputs have {ratio['value']:.3g} times the norm of their targets")
     if recovered and recovered["high"] < LEAST_RECOVERED:
-        reasons.append(f"the model keeps {recovered['value']:.3g} of its loss with the dictionary spliced in")
+        reasons.append(f"loss recovered with the dictionary spliced in is {recovered['value']:.3g}")
     return reasons
 
 
-def said(low: float, high: float) -> str:
+def range_text(low: float, high: float) -> str:
     return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
