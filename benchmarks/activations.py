@@ -46,41 +46,41 @@ Part = Literal["harvest", "disk", "shuffle"]
 @dataclass
 class BenchmarkConfig:
     parts: tuple[Part, ...] = ("harvest", "disk", "shuffle")
-    """what to measure; the numbers of the others stay in the file"""
+    """What to measure; the numbers of the others stay in the file."""
     model: str = "checkpoints/demo-lm"
-    """language model: folder or hub name"""
+    """Language model, by folder or hub name."""
     text: tuple[str, ...] = ("checkpoints/demo-lm/tokens.safetensors",)
-    """its text"""
+    """Text that the model reads."""
     sites: tuple[str, ...] = ("resid_post.2",)
-    """where to harvest"""
+    """Sites to harvest."""
     tokens: int = 1 << 20
-    """in a round of harvest"""
+    """Tokens in a round of harvest."""
     pool_tokens: int = HarvestConfig.pool_tokens
-    """of the harvest, and of the cache that is read"""
+    """Tokens in a pool, in the harvest and in the cache that is read."""
     rivals: tuple[Literal["full", "saelens"], ...] = ("full", "saelens")
-    """beside the bare forward pass and the harvest"""
+    """What to time beside the bare forward pass and the harvest."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """of the harvest"""
+    """Device of the harvest."""
     cache_tokens: int = 2_000_000
-    """in the cache that is written, read and looked at for its shuffle"""
+    """Tokens in the cache that is written, read and looked at for its shuffle."""
     width: int = 512
-    """of that cache"""
+    """Width of that cache."""
     batch_size: int = 4096
-    """rows of a training batch"""
+    """Rows of a training batch."""
     shuffle_pools: tuple[int, ...] = (1 << 16, 1 << 18)
-    """pool sizes to compare"""
+    """Pool sizes to compare."""
     shuffle_widths: tuple[int, ...] = (512, 4096)
-    """widths to compare: rows are wider, so the reader's buffer has fewer"""
+    """Widths to compare: rows are wider, so the reader's buffer has fewer."""
     rounds: int = 5
-    """interleaved rounds; of the harvest after one that is not counted"""
+    """Interleaved rounds; one more, not counted, comes before those of the harvest."""
     threads: int | None = None
-    """of each arm; by default one per core"""
+    """Threads of each arm. Default: one per core."""
     work: Path = Path("runs")
-    """caches are made, and removed, in a folder of their own in this one; its disk is what is measured"""
+    """Folder for temporary caches; the disk that holds it is the one measured."""
     out: Path = Path("benchmarks/results/activations.json")
-    """where the numbers go"""
+    """File for the numbers."""
     markdown: bool = False
-    """also print the numbers as markdown tables"""
+    """Also print the numbers as markdown tables."""
 
     def check(self) -> None:
         """Raises `InputError` for flags that cannot be used."""

@@ -44,23 +44,23 @@ from sae.model.language_model import LanguageModel
 @dataclass(kw_only=True)
 class BenchmarkConfig:
     model: Path = Path("checkpoints/demo-lm")
-    """a GPT-2 in a folder"""
+    """Folder of a GPT-2."""
     text: Path = Path("checkpoints/demo-lm/tokens.safetensors")
-    """token file"""
+    """Token file."""
     dictionary: Path = Path("checkpoints/demo-sae")
-    """at one of its sites"""
+    """Dictionary at one of the model's sites."""
     tokens: int = 500_000
-    """at most, in whole contexts"""
+    """Tokens to index at most, in whole contexts."""
     rounds: int = 5
-    """of ours with all features, and of SAEDashboard with 128"""
+    """Rounds: ours with all features, SAEDashboard with 128."""
     threads: int | None = None
-    """of torch; by default one per core"""
+    """Threads of torch. Default: one per core."""
     work: Path = Path("runs")
-    """everything is made, and removed, in a folder of its own in this one"""
+    """Folder for temporary files."""
     out: Path = Path("benchmarks/results/dashboards.json")
-    """where the numbers go"""
+    """File for the numbers."""
     device: Literal["cpu"] = "cpu"
-    """only the CPU is measured"""
+    """Device; only the CPU is measured."""
 
 
 def benchmark(config: BenchmarkConfig) -> None:

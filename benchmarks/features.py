@@ -54,35 +54,35 @@ Part = Literal["build", "read", "page", "export"]
 @dataclass(kw_only=True)
 class BenchmarkConfig:
     parts: tuple[Part, ...] = ("build", "read", "page", "export")
-    """what to measure; the numbers of the others stay in the file"""
+    """What to measure; the numbers of the others stay in the file."""
     cache: Path = Path("runs/demo/cache")
-    """activations, for all but read"""
+    """Activation cache; the part read needs none."""
     dictionary: Path = Path("checkpoints/demo-sae")
-    """dictionary, for all but read"""
+    """Dictionary; the part read needs none."""
     tokens: int = 500_000
-    """to encode and to index"""
+    """Tokens to encode and to index."""
     rounds: int = 5
-    """interleaved rounds"""
+    """Interleaved rounds."""
     threads: int | None = None
-    """of torch; by default one per core"""
+    """Threads of torch. Default: one per core."""
     features: int = 1_000_000
-    """of the synthetic index"""
+    """Features of the synthetic index."""
     mean_count: int = 48
-    """activations of its features on average, log-normally distributed"""
+    """Mean number of activations of its features, log-normally distributed."""
     dense: int = 40
-    """further features among them that fire on `--dense-count` tokens"""
+    """Further features that fire on --dense-count tokens."""
     dense_count: int = 400_000
-    """activations of those"""
+    """Activations of each of those."""
     corpus: int = 20_000_000
-    """its tokens"""
+    """Tokens of the synthetic index."""
     reads: int = 100
-    """of each kind; of pages too, in each round"""
+    """Reads of each kind, and pages, in each round."""
     work: Path = Path("runs")
-    """indexes are made, and removed, in a folder of their own in this one; its disk is what is measured"""
+    """Folder for temporary indexes; the disk that holds it is the one measured."""
     out: Path = Path("benchmarks/results/features.json")
-    """where the numbers go"""
+    """File for the numbers."""
     device: Literal["cpu"] = "cpu"
-    """only the CPU is measured"""
+    """Device; only the CPU is measured."""
 
 
 def benchmark(config: BenchmarkConfig) -> None:

@@ -36,41 +36,41 @@ Rival = Literal["eager", "eager_tuned", "compile", "saelens", "dictionary_learni
 @dataclass
 class BenchmarkConfig:
     d_in: tuple[int, ...] = ()
-    """model widths; by default 512, on CUDA 768 and 2304"""
+    """Model widths. Default: 512; on CUDA 768 and 2304."""
     d_sae: tuple[int, ...] = ()
-    """features; by default 4,096 and 16,384, on CUDA 32,768 and 131,072"""
+    """Features. Default: 4,096 and 16,384; on CUDA 32,768 and 131,072."""
     l0: tuple[float, ...] = ()
-    """features active in a row, on average; by default 64, on CUDA 50"""
+    """Mean number of active features in a row. Default: 64; on CUDA 50."""
     batch_size: int | None = None
-    """activations per step; by default 4,096, on CUDA 8,192"""
+    """Activations per step. Default: 4,096; on CUDA 8,192."""
     stream: str = "synthetic"
-    """"synthetic" for normally distributed activations, or the folder of an activation cache"""
+    """"synthetic" for normally distributed activations, or the folder of an activation cache."""
     dictionary: Path | None = None
-    """folder of a dictionary trained on that cache: its own weights, size and firing instead of initial ones"""
+    """Folder of a dictionary trained on that cache, for its weights, size and firing. Default: initial weights."""
     growth: bool = False
-    """instead: cost against the number of features from 4,096 to 1,048,576 (narrow model, to fit in memory), and against L0 up to F/2"""
+    """Measure how cost grows instead: with the number of features (4,096 to 1,048,576, in a narrow model) and with L0 (up to F/2)."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """where to run; on CUDA products are in bfloat16"""
+    """Where to run; on CUDA products are in bfloat16."""
     backend: Literal["auto", "dense", "sparse", "triton"] = "auto"
-    """of our step"""
+    """Backend of our step."""
     rivals: tuple[Rival, ...] | None = None
-    """the steps to compare with; by default all, with --growth the compiled one"""
+    """Steps to compare with. Default: all; with --growth the compiled one."""
     rounds: int = 5
-    """interleaved rounds after one that is not counted"""
+    """Interleaved rounds; one more, not counted, comes first."""
     threads: int | None = None
-    """of each arm; by default one per core"""
+    """Threads of each arm. Default: one per core."""
     l1: float = 1.0
-    """L1 coefficient"""
+    """L1 coefficient."""
     seed: int = 0
-    """of batch and weights"""
+    """Seed of the batch and the weights."""
     peak_tflops: float | None = None
-    """of the device, for the floor printed beside the times; by default 790 on CUDA (H200, dense bfloat16), no floor on a CPU"""
+    """Peak TFLOPS of the device, for the floor printed beside the times. Default: 790 on CUDA (H200, dense bfloat16), no floor on a CPU."""
     bandwidth: float | None = None
-    """of the device's memory in GB/s, for the floor; by default 4,800 on CUDA (H200), no floor on a CPU"""
+    """Memory bandwidth of the device in GB/s, for the floor. Default: 4,800 on CUDA (H200), no floor on a CPU."""
     out: Path | None = None
-    """where the numbers go; by default benchmarks/results/objective.json, with the mode in the name"""
+    """File for the numbers. Default: benchmarks/results/objective.json, with the mode in its name."""
     markdown: bool = False
-    """also print the numbers as a markdown table"""
+    """Also print the numbers as a markdown table."""
 
     def check(self) -> None:
         """Raises `InputError` for flags that cannot be used, or not together."""

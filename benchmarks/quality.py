@@ -33,33 +33,33 @@ LABELS = {"ours": "ours", "saelens": "SAELens standard", "dictionary_learning": 
 @dataclass
 class QualityConfig:
     cache: Path
-    """activation cache: its train split to train on, its held-out split to measure on"""
+    """Activation cache: its train split to train on, its held-out split to measure on."""
     site: str | None = None
-    """which of the cache's sites, when it has several"""
+    """One of the cache's sites, when it has several."""
     l1: tuple[float, ...] = (2.5, 5.0, 10.0, 20.0)
-    """L1 coefficients, for activations of mean squared norm d_in"""
+    """L1 coefficients, for activations of mean squared norm d_in."""
     d_sae: int = 4096
-    """features"""
+    """Features."""
     steps: int = 4000
-    """optimiser steps"""
+    """Optimiser steps."""
     batch_size: int = 4096
-    """activations per step"""
+    """Activations per step."""
     lr: float = 3e-4
-    """our learning rate, also given to the others"""
+    """Our learning rate, also given to the others."""
     peer_lr: tuple[float, ...] = (5e-5, 1e-3)
-    """further learning rates for the others: SAELens' tutorial has 5e-5 and its default is 3e-4, dictionary_learning's default is 1e-3"""
+    """Further learning rates for the others: SAELens' tutorial has 5e-5 and its default is 3e-4; dictionary_learning's default is 1e-3."""
     rows: int = 500_000
-    """held-out activations, at most"""
+    """Held-out activations, at most."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """of weights and batch order; further learning rates are tried at the first one only"""
+    """Seeds of weights and batch order; further learning rates are tried at the first one only."""
     device: str = "cpu"
     """cpu, cuda, ..."""
     peers: tuple[str, ...] = PEERS
-    """saelens, dictionary_learning"""
+    """Tools to compare with."""
     work: Path = Path("runs/quality")
-    """where the dictionaries go"""
+    """Folder for the dictionaries."""
     out: Path = Path("benchmarks/results/quality.json")
-    """where the numbers go, with a plot of the same name beside them"""
+    """File for the numbers; a plot of the same name goes beside it."""
 
     def settings(self) -> dict[str, Any]:
         """What all points of one file share."""

@@ -29,23 +29,23 @@ HEADER = ["arm", "ms a pass", "speed over that of greedy"]
 @dataclass
 class BenchmarkConfig:
     model: str = "runs/models/smollm2"
-    """folder or hub name; make real-model fetches this one"""
+    """Folder or hub name of the model; `make real-model` fetches the default."""
     rows: int = 40
-    """texts generated together"""
+    """Texts generated together."""
     prompt_tokens: int = 16
-    """in each prompt"""
+    """Tokens in each prompt."""
     new_tokens: int = 20
-    """generated from each prompt"""
+    """Tokens generated from each prompt."""
     rounds: int = 5
-    """interleaved rounds, after one that is not counted"""
+    """Interleaved rounds; one more, not counted, comes first."""
     device: str = "cpu"
-    """where to run"""
+    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
     dtype: str = "auto"
-    """of the model"""
+    """Dtype of the model."""
     threads: int = 1
-    """of the processor"""
+    """Threads of the processor."""
     out: Path = Path("benchmarks/results/sampling.json")
-    """where the numbers go"""
+    """File for the numbers."""
 
 
 def benchmark(config: BenchmarkConfig) -> dict[str, Any]:

@@ -40,25 +40,25 @@ Arm = Callable[[], AbstractContextManager[Any]]
 @dataclass
 class BenchmarkConfig:
     models: tuple[str, ...] = ("checkpoints/demo-lm", RANDOM)
-    """folders or hub names; random-gpt2 is built, not loaded. The numbers of other models stay in the file"""
+    """Folders or hub names; random-gpt2 is built, not loaded. The numbers of other models stay in the file."""
     batches: tuple[int, ...] = (1, 24)
-    """prompts generated from at a time"""
+    """Numbers of prompts that are continued together."""
     prompt_tokens: int = 16
-    """in each prompt"""
+    """Tokens in each prompt."""
     new_tokens: int = 60
-    """generated from each prompt"""
+    """Tokens generated from each prompt."""
     rounds: int = 7
-    """interleaved rounds, after a plain generation that is not counted"""
+    """Interleaved rounds; a plain generation that is not counted comes first."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """where to run"""
+    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
     dtype: str = "auto"
-    """of the model: auto, float32, bfloat16 or float16"""
+    """Dtype of the model: auto, float32, bfloat16 or float16."""
     threads: int | None = None
-    """by default one per core"""
+    """Threads of torch. Default: one per core."""
     out: Path = Path("benchmarks/results/steering.json")
-    """where the numbers go"""
+    """File for the numbers."""
     markdown: bool = False
-    """also print them as a markdown table"""
+    """Also print them as a markdown table."""
 
     def check(self) -> None:
         """Raises `InputError` for values that cannot be meant."""

@@ -30,13 +30,13 @@ SAMPLING = "--temperature 0.9 --top-p 0.95"  # as the model's bundled text was s
 @dataclass
 class DemoConfig:
     out: Path = Path("runs/demo")
-    """folder of everything the demo makes"""
+    """Folder for everything the demo makes."""
     word: str = "fuck"
-    """a word to look for among the features"""
+    """A word to look for among the features."""
     strengths: tuple[float, ...] = (1.0, 1.5, 2.0)
-    """multiples of the found feature's maximum activation to steer with"""
+    """Multiples of the found feature's maximum activation to steer with."""
     restart: bool = False
-    """remove what an earlier demo made"""
+    """Remove what an earlier demo made."""
 
 
 def demo(config: DemoConfig) -> None:

@@ -63,9 +63,9 @@ MODELS = {
 @dataclass
 class FetchConfig:
     model: Literal["smollm2", "gemma3-270m"] = "smollm2"
-    """which one"""
+    """Which model to fetch."""
     out: Path = Path("runs/models")
-    """OUT/MODEL gets safetensors, tokenizer, chat template and licence; OUT/MODEL.gguf is the file as it was fetched"""
+    """Folder: OUT/MODEL gets safetensors, tokenizer, chat template and licence; OUT/MODEL.gguf is the file as fetched."""
 
 
 def fetch(config: FetchConfig) -> Path:

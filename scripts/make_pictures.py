@@ -19,13 +19,13 @@ from sae.errors import InputError
 @dataclass
 class PicturesConfig:
     demo: Path = Path("runs/demo")
-    """folder of the demo's results"""
+    """Folder of the demo's results."""
     comparison: Path | None = None
-    """folder of a comparison (sae compare) whose report becomes comparison.png. Default: that picture stays as it is."""
+    """Folder of a comparison (sae compare) whose report becomes comparison.png. Default: that picture stays as it is."""
     out: Path = Path("docs/pictures")
-    """where the pictures go"""
+    """Folder for the pictures."""
     chromium: str = "chromium"
-    """command or path of the browser"""
+    """Command or path of the browser."""
 
 
 def make_pictures(config: PicturesConfig) -> None:

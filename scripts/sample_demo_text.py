@@ -26,17 +26,17 @@ from sae.progress import progress
 @dataclass
 class SampleConfig:
     model: Path = Path("checkpoints/demo-lm")
-    """folder of the model; the domains are those in its training.json"""
+    """Folder of the model; the domains are those in its training.json."""
     out: Path = Path("checkpoints/demo-lm/tokens.safetensors")
-    """token file to write"""
+    """Token file to write."""
     tokens_per_domain: int = 50_000
-    """at least so many tokens from each domain"""
+    """Least number of tokens from each domain."""
     batch: int = 256
-    """documents sampled together"""
+    """Documents sampled together."""
     temperature: float = 0.9
     top_p: float = 0.95
     shortest: int = 16
-    """shorter documents are dropped"""
+    """Tokens of the shortest document that is kept."""
     seed: int = 0
     device: str = "auto"
 

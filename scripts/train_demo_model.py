@@ -35,31 +35,31 @@ BOS = "<|endoftext|>"
 @dataclass
 class DemoModelConfig:
     corpora: Path
-    """folder of DOMAIN.{train,validation}.jsonl.gz"""
+    """Folder of DOMAIN.{train,validation}.jsonl.gz."""
     out: Path = Path("checkpoints/demo-lm")
-    """folder of the finished model, in Hugging Face layout"""
+    """Folder of the finished model, in Hugging Face layout."""
     init_from: Path | None = None
-    """continue this model instead of a fresh one; its tokenizer and shape are kept, so the next four settings must be left alone"""
+    """Continue this model instead of a fresh one; its tokenizer and shape are kept, so the next four settings must be left alone."""
     n_layer: int = 6
     d_model: int = 256
     n_head: int = 8
     vocab_size: int = 8192
     context: int = 256
-    """positions per training row; a model given with --init-from is cut to so many"""
+    """Positions per training row; a model given with --init-from is cut to this length."""
     batch_rows: int = 16
-    """rows per step; on a GPU use 128 or more"""
+    """Rows per step; on a GPU use 128 or more."""
     tokens: int = 10_000_000
-    """length of the schedule, in training tokens; 0 only measures, and writes the model with its card"""
+    """Length of the schedule, in training tokens; 0 only measures, and writes the model with its card."""
     muon_lr: float = 0.02
-    """peak rate of the hidden matrices"""
+    """Peak rate of the hidden matrices."""
     adam_lr: float = 2e-3
-    """peak rate of embeddings, biases and norms"""
+    """Peak rate of embeddings, biases and norms."""
     save_every: int = 250
-    """steps between resumable states"""
+    """Steps between resumable states."""
     seed: int = 0
     device: str = "auto"
     compile: bool = True
-    """torch.compile the loss (about a minute once, a third faster after)"""
+    """Compile the loss with torch.compile (about a minute once, then a third faster)."""
 
 
 class Muon(torch.optim.Optimizer):

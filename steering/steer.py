@@ -30,15 +30,15 @@ class PartsConfig:
     index: Path
     """Folder of the feature index: it knows each feature's maximum activation."""
     dictionary: str | None = None
-    """Folder, file or hub name of the dictionary; by default the one the index was built from."""
+    """Folder, file or hub name of the dictionary. Default: the one the index was built from."""
     model: str | None = None
-    """Model by hub name, folder or GGUF file; by default the one the index names."""
+    """Model by hub name, folder or GGUF file. Default: the one the index names."""
     feature: int | None = None
     """Feature to add (give this or --search)."""
     search: str | None = None
     """Add the first feature that the index lists for this word ("one|two" for several)."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
 
 
 class SteeringParts(NamedTuple):

@@ -80,8 +80,10 @@ def commands() -> dict:
         "evaluate-sae": lambda p: evaluate(EvaluationConfig(dictionary=none, cache=none, out=p)),
         "check-dictionary": lambda p: check(CheckConfig(dictionary="none", model="none", out=p)),
         "measure-steering": lambda p: strengths(StrengthsConfig(index=none, feature=1, out=p)),
-        "effect-map": lambda p: effect_map(EffectConfig(model="none", sae=none, feature=(1,), text=text, out=p)),
-        "effect-map --effects": lambda p: effect_map(EffectConfig(model="none", sae=none, feature=(1,), text=text, effects=p, fit=100)),
+        "effect-map": lambda p: effect_map(EffectConfig(model="none", dictionary=none, feature=(1,), text=text, out=p)),
+        "effect-map --effects": lambda p: effect_map(
+            EffectConfig(model="none", dictionary=none, feature=(1,), text=text, effects=p, fit=100)
+        ),
         "sample_demo_text": lambda p: sample_demo_text.sample(sample_demo_text.SampleConfig(model=none, out=p)),
     }
     return {"folder": folders, "file": files}

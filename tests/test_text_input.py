@@ -54,7 +54,7 @@ def test_what_is_no_list_of_strings_is_refused(texts, found):
         ("sites", lambda out: harvest(HarvestConfig(out=out, text=("a.txt",), sites="resid_post.1"))),
         ("splits", lambda out: export_cache(ExportConfig(cache=Path("none"), out=out, splits="train"))),
         ("prompts", lambda out: compare_directions(CompareConfig(concept="bible", model="none", prompts="I think", out=out))),
-        ("prompts", lambda out: effect_map(EffectConfig(model="none", sae=Path(), feature=(1,), prompts="I think"))),
+        ("prompts", lambda out: effect_map(EffectConfig(model="none", dictionary=Path(), feature=(1,), prompts="I think"))),
     ],
 )
 def test_the_settings_of_a_command_take_no_single_string_for_a_list(tmp_path, what, call):

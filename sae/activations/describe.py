@@ -40,7 +40,7 @@ class DescribeConfig:
     json: bool = False
     """Print one JSON object instead of tables."""
     verify: bool = False
-    """First read the whole site to compare every checksum; by default only those of token files up to 32 MB."""
+    """First read the whole site to compare every checksum. Default: only those of token files up to 32 MB."""
 
 
 def describe_cache(config: DescribeConfig) -> dict[str, Any]:

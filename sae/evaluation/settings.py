@@ -37,25 +37,25 @@ class OnCache(TypedDict):
 @dataclass
 class EvaluationConfig:
     dictionary: str
-    """folder, file or hub name of the dictionary"""
+    """Folder, file or hub name of the dictionary."""
     cache: Path
-    """activation cache with the dictionary's site; its held-out tokens are used, never its training tokens"""
+    """Activation cache with the dictionary's site; its held-out tokens are used, never its training tokens."""
     model: str | None = None
-    """hub name, folder or GGUF file of the language model; by default the one the cache was made with"""
+    """Hub name, folder or GGUF file of the language model. Default: the one the cache was made with."""
     sequences: int = 200
-    """held-out sequences for the language model's loss; 0 measures reconstruction alone and needs no model"""
+    """Held-out sequences for the language model's loss; 0 measures reconstruction alone and needs no model."""
     rows: int = 1_000_000
-    """held-out activations for reconstruction, at most"""
+    """Held-out activations for reconstruction, at most."""
     batch: int = 8
-    """sequences in one forward pass at most; fewer where their logits would take more than 0.27 GB"""
+    """Sequences in one forward pass at most; fewer if their logits would take more than 0.27 GB."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one"""
+    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
     seed: int = 0
-    """of the choice of sequences and of the bootstrap"""
+    """Seed of the choice of sequences and of the bootstrap."""
     out: Path | None = None
-    """where the numbers go; by default evaluation.json in the dictionary's folder, where it is one on this machine"""
+    """File for the numbers. Default: evaluation.json in the dictionary's folder, if it is a folder on this machine."""
     verify: bool = False
-    """first read the whole site in the cache to compare every checksum; by default only those of token files up to 32 MB"""
+    """First read the whole site in the cache to compare every checksum. Default: only those of token files up to 32 MB."""
 
     def check(self) -> None:
         """Raises `InputError` for values that cannot be meant."""

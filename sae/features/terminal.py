@@ -38,7 +38,7 @@ class ListConfig:
     json: bool = False
     """Print JSON instead of a table."""
     verify: bool = False
-    """First compare every file's checksum; by default only those of files up to 32 MB."""
+    """First compare every file's checksum. Default: only those of files up to 32 MB."""
 
 
 def list_features(config: ListConfig) -> None:

@@ -45,57 +45,57 @@ class RunConfig:
     """A training run, wherever its rows come from."""
 
     out: Path
-    """folder of the dictionary; with several --l1 values, one folder for each inside it"""
+    """Folder of the dictionary; with several --l1 values, one folder inside it for each."""
     d_sae: int = 4096
-    """features"""
+    """Number of features."""
     l1: tuple[float, ...] = (5.0,)
-    """L1 coefficients; several are trained together on one stream of batches"""
+    """L1 coefficients; several are trained together on one stream of batches."""
     steps: int = 20_000
-    """optimiser steps"""
+    """Optimiser steps."""
     batch_size: int = 4096
-    """activations per step"""
+    """Activations per step."""
     lr: float = 3e-4
-    """peak learning rate of Adam"""
+    """Peak learning rate of Adam."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """decay rates of Adam's moments"""
+    """Decay rates of Adam's moments."""
     lr_warmup: float = 0.01
-    """share of the steps over which the learning rate rises linearly"""
+    """Share of the steps over which the learning rate rises linearly."""
     lr_decay: float = 0.2
-    """share of the steps, at the end, over which it falls linearly to zero"""
+    """Share of the steps, at the end, over which the learning rate falls linearly to zero."""
     l1_warmup: float = 0.05
-    """share of the steps over which the L1 coefficient rises linearly"""
+    """Share of the steps over which the L1 coefficient rises linearly."""
     clip: float = 1.0
-    """largest norm of the whole gradient, so that the large first ones do not linger in Adam's second moment; 0 leaves it alone"""
+    """Largest norm of the whole gradient; 0 does not clip. It keeps large first gradients out of Adam's second moment."""
     decoder_norm: float = 0.3
-    """norm of the decoder rows at the start"""
+    """Norm of the decoder rows at the start."""
     b_dec: Literal["zero", "mean"] = "zero"
-    """decoder bias at the start; the mean activation helps where a few dimensions have means far above the others' spread"""
+    """Decoder bias at the start. "mean", the mean activation, helps where a few dimensions have means far from 0."""
     resample_every: int = 2500
-    """steps between resamplings of dead features; 0 for none; none in the last --lr-decay of the run"""
+    """Steps between resamplings of dead features; 0 never resamples. None happens in the last --lr-decay of the run."""
     dead_steps: int = 1000
-    """a feature that has not fired for so many steps is dead"""
+    """Steps without firing after which a feature counts as dead."""
     seed: int = 0
-    """of the initial weights, the order of the batches and the resampling"""
+    """Seed of the initial weights, the order of the batches and the resampling."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one"""
+    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
     backend: Backend = "auto"
-    """how the objective is computed: auto picks a sparse path (on CUDA, triton) or the dense one by the share of active entries"""
+    """How the objective is computed. auto chooses the sparse path (triton on CUDA) or the dense one by the share of active entries."""
     precision: Literal["auto"] | Precision = "auto"
-    """of the matrix products' operands, sums being in float32: auto is tf32 on CUDA and float32, the only one, on a CPU"""
+    """Precision of the operands of matrix products; sums are in float32. auto is tf32 on CUDA and float32, the only one, on a CPU."""
     deterministic: bool = True
-    """on CUDA, add in one fixed order, so that a run can be repeated bit for bit; a CPU always does"""
+    """Add in one fixed order on CUDA, so that a run can be repeated bit for bit; a CPU always does."""
     log_every: int = 50
-    """steps between lines of metrics.jsonl"""
+    """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 1000
-    """steps between resumable checkpoints (one is also written on SIGTERM, Ctrl-C and a closed terminal)"""
+    """Steps between resumable checkpoints; one is also written on SIGTERM, on Ctrl-C and when the terminal closes."""
     wandb: Literal["off", "offline", "online"] = "off"
-    """also log to Weights & Biases, histograms of density included"""
+    """Log to Weights & Biases too, with histograms of density."""
     wandb_project: str = "sae"
-    """project name there"""
+    """Project name in Weights & Biases."""
     restart: bool = False
-    """begin anew where --out already holds a run, instead of resuming it"""
+    """Start again if --out already holds a run. Default: resume it."""
     dry_run: bool = False
-    """say what would be trained and stop"""
+    """Print what would be trained, and stop."""
 
     def check(self) -> None:
         """Raises `InputError` for values that cannot be meant."""
@@ -129,11 +129,11 @@ class TrainingConfig(RunConfig):
     """A training run on a cache."""
 
     cache: Path
-    """activation cache to train on (its train split)"""
+    """Activation cache to train on (its train split)."""
     site: str | None = None
-    """which of the cache's sites, when it has several"""
+    """One of the cache's sites, when it has several."""
     verify: bool = False
-    """first read the whole site in the cache to compare every checksum; by default only those of token files up to 32 MB"""
+    """First read the whole site in the cache to compare every checksum. Default: only those of token files up to 32 MB."""
 
     def settings(self) -> dict[str, Any]:
         return {"cache": str(self.cache), "site": self.site} | super().settings()

@@ -43,16 +43,16 @@ class CompareConfig(TextConfig):
     """A concept that comes with the package (curse_words, bible ...), a concept's .json file, or label:NAME for a label of the text."""
     model: str
     """Model by hub name, folder or GGUF file."""
-    sae: str | None = None
-    """Folder, file or hub name of a dictionary of this model; by default the arms of dictionary features are left out."""
+    dictionary: str | None = None
+    """Folder, file or hub name of a dictionary of this model. Default: the arms of dictionary features are left out."""
     feature: int | None = None
     """A feature of the dictionary to compare as well, such as one found in the browser."""
     effects: Path | None = None
-    """Effects of this dictionary's features, fitted by scripts/effect_map.py; by default the arm of SAE-TS is left out."""
+    """Effects of this dictionary's features, fitted by `sae effects --fit`. Default: the arm of SAE-TS is left out."""
     site: str | None = None
-    """Where to steer, such as resid_post.2; by default the dictionary's own site."""
+    """Where to steer, such as resid_post.2. Default: the dictionary's own site."""
     out: Path | None = None
-    """Folder for comparison.json and report.html; by default "comparison-" and the concept's name."""
+    """Folder for comparison.json and report.html. Default: "comparison-" and the concept's name."""
     budgets: tuple[float, ...] = (0.1, 0.3, 1.0)
     """KL budgets, nats per token of neutral text."""
     prompts: tuple[str, ...] = PROMPTS
@@ -61,7 +61,7 @@ class CompareConfig(TextConfig):
     """Continuations of each prompt at each strength."""
     sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
     dry_run: bool = False
     """Say what would be done and about how long it would take, and stop."""
 
@@ -84,7 +84,7 @@ def compare_directions(config: CompareConfig) -> dict[str, Any]:
     refuse_long_prompts(lm, config)
     if config.feature is not None and not (dictionary and 0 <= config.feature < dictionary.d_sae):
         has = f"one with features 0 to {dictionary.d_sae - 1}" if dictionary else "none"
-        raise InputError(f"expected a dictionary that has feature {config.feature}, got {has}; give another --sae or --feature")
+        raise InputError(f"expected a dictionary that has feature {config.feature}, got {has}; give another --dictionary or --feature")
     corpus = read_labelled_texts(config, lm) if config.text or config.dataset else None
     texts = Texts(*([fitting(lm, text) for text in part] for part in concept_texts(concept, corpus, seed)))
     effects = None if config.effects is None else Effects.load(config.effects)
@@ -105,7 +105,7 @@ def compare_directions(config: CompareConfig) -> dict[str, Any]:
             "concept": asdict(concept),
             "model": config.model,
             "site": site,
-            "sae": config.sae,
+            "dictionary": config.dictionary,
             "seed": seed,
             "settings": settings | {"texts": {name: len(part) for name, part in texts._asdict().items()}},
             "target": score_facts(target),
@@ -150,10 +150,10 @@ def refuse_long_prompts(lm: LanguageModel, config: CompareConfig) -> None:
 
 def dictionary_and_site(config: CompareConfig, lm: LanguageModel) -> tuple[Dictionary | None, str]:
     """The dictionary, if one was named, and the site. Raises `InputError` unless it was trained on this model and site."""
-    if config.sae is not None:
-        return load_dictionary(config.sae, lm, config.site)
+    if config.dictionary is not None:
+        return load_dictionary(config.dictionary, lm, config.site)
     if config.site is None:
-        raise InputError("expected --site, such as resid_post.2, or --sae with a dictionary that knows its own, got neither")
+        raise InputError("expected --site, such as resid_post.2, or --dictionary with a dictionary that knows its own, got neither")
     lm.width(config.site)
     return None, config.site
 

@@ -62,7 +62,7 @@ def _budget(level: dict[str, Any]) -> str:
 
 def _head(result: Result) -> str:
     concept, target = result["concept"], result["target"]
-    facts = {"model": result["model"], "site": result["site"], "dictionary": result["sae"] or "none", "seed": result["seed"]}
+    facts = {"model": result["model"], "site": result["site"], "dictionary": result["dictionary"] or "none", "seed": result["seed"]}
     second = result.get("second_target")
     scores = [("Target score", target)] + ([("Beside it", second)] if second else [])
     scored = "".join(

@@ -42,7 +42,7 @@ ALIVE_DOCUMENTS = 1000  # on which features are looked for that fire
 class EffectConfig(TextConfig):
     model: str
     """Model by hub name, folder or GGUF file."""
-    sae: str
+    dictionary: str
     """Folder, file or hub name of a dictionary of that model."""
     feature: tuple[int, ...] = ()
     """Features to steer with, by their decoder rows."""
@@ -73,7 +73,7 @@ class EffectConfig(TextConfig):
     seed: int = 0
     """Of the choice of documents and features, and of the sampling."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
 
 
 class MappedDirection(NamedTuple):
@@ -96,7 +96,7 @@ def effect_map(config: EffectConfig) -> dict[str, Any]:
         if path is not None:
             require_file(path)
     lm = LanguageModel.load(config.model, device=config.device)
-    dictionary, site = load_dictionary(config.sae, lm)
+    dictionary, site = load_dictionary(config.dictionary, lm)
     written_fd = into_residual(lm, site, dictionary.W_dec_fo)
     rows = feature_rows(dictionary, config.feature)
     documents = read_sequences(
@@ -115,7 +115,7 @@ def effect_map(config: EffectConfig) -> dict[str, Any]:
     elif config.effects:
         effects = Effects.load(config.effects)
     if effects and (effects.site != site or tuple(effects.M_df.shape) != (dictionary.d_in, dictionary.d_sae)):
-        raise InputError(f"expected effects of a dictionary like {config.sae}, got others in {config.effects}; fit them with --fit")
+        raise InputError(f"expected effects of a dictionary like {config.dictionary}, got others in {config.effects}; fit them with --fit")
     directions: list[tuple[str, int | None, SteeringVector]] = [(f"feature {j}", j, row) for j, row in zip(config.feature, rows)]
     if effects:
         directions += [(f"targeted {j}", j, targeted_direction(effects, j, config.bias_weight)) for j in config.feature]

@@ -43,8 +43,8 @@ class PrincipalConfig(TextConfig):
     """Where, for example resid_post.2."""
     out: Path
     """Folder for principal.json."""
-    sae: str | None = None
-    """Folder, file or hub name of a dictionary at that site; by default the arms of its features are left out."""
+    dictionary: str | None = None
+    """Folder, file or hub name of a dictionary at that site. Default: the arms of its features are left out."""
     components: int = 32
     """Principal components."""
     random: int = 64
@@ -64,7 +64,7 @@ class PrincipalConfig(TextConfig):
     seed: int = 0
     """Of the split of the documents, the random directions and the bootstrap."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
 
 
 def pair_cosines(change_spv: Tensor) -> np.ndarray:
@@ -140,7 +140,7 @@ def principal_study(config: PrincipalConfig) -> dict[str, Any]:
         raise InputError("expected at least 2 components, 4 random directions, and 2 prompts, fitting and held-out documents")
     require_folder(config.out)
     lm = LanguageModel.load(config.model, device=config.device)
-    dictionary = None if config.sae is None else load_dictionary(config.sae, lm, config.site)[0]
+    dictionary = None if config.dictionary is None else load_dictionary(config.dictionary, lm, config.site)[0]
     counts = (config.fit_documents, config.held_documents, config.calibration_documents, config.prompts)
     every = read_sequences(lm, config, sum(counts), config.length, config.seed)
     fit, held, calibration, prompts = (every.part(sum(counts[:i]), n) for i, n in enumerate(counts))

@@ -32,16 +32,16 @@ WORDS = Path(__file__).parents[1] / "words"
 @dataclass(kw_only=True)
 class StrengthsConfig(PartsConfig):
     words: Path = WORDS / "curse_words.txt"
-    """file of the words to count, one a line"""
+    """File of the words to count, one a line."""
     strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
-    """multiples of the feature's maximum activation"""
+    """Multiples of the feature's maximum activation."""
     prompts: tuple[str, ...] = FEW_PROMPTS
-    """texts to continue"""
+    """Texts to continue."""
     samples: int = 24
-    """continuations of each prompt at each strength"""
+    """Continuations of each prompt at each strength."""
     sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
     out: Path | None = None
-    """JSON file for the table with every continuation"""
+    """JSON file for the table with every continuation."""
 
 
 class StrengthRow(NamedTuple):

@@ -177,7 +177,7 @@ def test_directions_are_compared_at_equal_kl(way, tab, capsys, monkeypatch):
         CompareConfig(
             concept="curse_words",
             model=str(MODEL),
-            sae=way.folder / "sae",
+            dictionary=way.folder / "sae",
             out=out,
             budgets=(0.3,),
             prompts=prompts,

@@ -46,7 +46,7 @@ def parts(byte_lm, tmp_path_factory) -> Path:
 def config_of(parts: Path, **changes) -> CompareConfig:
     settings = dict(
         model=str(parts / "model"),
-        sae=parts / "sae",
+        dictionary=parts / "sae",
         concept=str(parts / "concept.json"),
         budgets=(0.1, 0.5),
         prompts=("one", "two", "three of", "four"),
@@ -137,17 +137,17 @@ def test_a_text_longer_than_the_context_loses_its_end(byte_lm):
         (dict(concept="empty.json"), "empty concept"),
         (dict(concept="no_such_concept"), "expected a concept"),
         (dict(concept="label:bible"), "bible"),
-        (dict(sae=Path("narrow")), "a dictionary of width 32"),
-        (dict(sae=Path("foreign")), "has other weights"),
+        (dict(dictionary=Path("narrow")), "a dictionary of width 32"),
+        (dict(dictionary=Path("foreign")), "has other weights"),
         (dict(site="resid_post.2"), "made for resid_post.1, so it says nothing about resid_post.2"),
         (dict(feature=10**6), "expected a dictionary that has feature 1000000, got one with features 0 to"),
-        (dict(sae=None), "expected --site"),
-        (dict(sae=None, site="resid_post.9"), "resid_post.9"),
+        (dict(dictionary=None), "expected --site"),
+        (dict(dictionary=None, site="resid_post.9"), "resid_post.9"),
         (dict(text=("no/such/file.txt",)), "no/such/file.txt"),
     ],
 )
-def test_unusable_input_is_said_in_a_sentence(parts, tmp_path, changes, sentence):
-    for name in ("sae", "concept"):
+def test_unusable_input_is_refused_in_a_sentence(parts, tmp_path, changes, sentence):
+    for name in ("dictionary", "concept"):
         if changes.get(name) and (parts / str(changes[name])).exists():
             changes = changes | {name: type(changes[name])(parts / str(changes[name]))}
     with pytest.raises(InputError, match=sentence):

@@ -108,7 +108,7 @@ def parts(byte_lm, dictionary, tmp_path):
 
 
 def config(parts, **changes):
-    known = {"model": str(parts / "lm"), "sae": parts / "sae", "text": (str(parts / "text.jsonl"),), "device": "cpu"}
+    known = {"model": str(parts / "lm"), "dictionary": parts / "sae", "text": (str(parts / "text.jsonl"),), "device": "cpu"}
     small = {"prompts": PROMPTS, "samples": 4, "new_tokens": 5, "calibration_documents": 4, "length": 8, "top": 3}
     return EffectConfig(**{**known, **small, **changes})
 
@@ -145,7 +145,7 @@ def test_a_saved_vector_is_mapped(parts, dictionary):
 def test_tokens_of_features_at_the_heads_are_read_through_the_output_projection(parts, byte_lm, dictionary):
     dictionary.metadata["site"] = "head_out.1"
     dictionary.save(parts / "heads")
-    entry = effect_map(config(parts, sae=parts / "heads", feature=(3,)))["maps"][0]["raised"][0]
+    entry = effect_map(config(parts, dictionary=parts / "heads", feature=(3,)))["maps"][0]["raised"][0]
     transformer = byte_lm.model.transformer
     row_d = dictionary.W_dec_fo[entry["feature"]] @ transformer.h[1].attn.c_proj.weight
     lens_v = byte_lm.model.lm_head.weight @ ((row_d - row_d.mean()) * transformer.ln_f.weight)

@@ -180,7 +180,7 @@ def config(parts, **changes):
 
 
 def test_the_study_of_a_tiny_model(parts, capsys):
-    result = principal_study(config(parts, sae=parts / "sae"))
+    result = principal_study(config(parts, dictionary=parts / "sae"))
     assert json.loads((parts / "out" / "principal.json").read_text()) == json.loads(json.dumps(result))
     counts = {g["group"]: g["directions"] for g in result["groups"]}
     assert counts["component"] == 3
@@ -197,7 +197,7 @@ def test_the_study_of_a_tiny_model(parts, capsys):
     assert next(g for g in result["groups"] if g["group"] == "difference of means")["label_auroc"]["value"] > 0.99
     printed = capsys.readouterr().out
     assert "would pass by chance" in printed.replace("\n", " ")
-    again = principal_study(config(parts, sae=parts / "sae"))
+    again = principal_study(config(parts, dictionary=parts / "sae"))
     assert again == result
 
 
@@ -212,7 +212,7 @@ def test_bad_input_is_met_with_a_sentence(parts):
     for changes, message in (
         ({"fit_documents": 500}, "expected 549 documents of at least 12 tokens, found 120 among 121"),
         ({"length": 4}, "expected a length of 5 to 511 tokens, got 4"),
-        ({"site": "resid_post.0", "sae": parts / "sae"}, "made for resid_post.1"),
+        ({"site": "resid_post.0", "dictionary": parts / "sae"}, "made for resid_post.1"),
         ({"prompts": 1}, "2 prompts"),
     ):
         with pytest.raises(InputError, match=message):

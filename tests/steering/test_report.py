@@ -121,7 +121,7 @@ def invented() -> dict:
                     "prompt_pairs": [["Damn", "Well"]], "prompt": "Damn it!", "label": None},
         "model": "checkpoints/demo-lm",
         "site": "resid_post.2",
-        "sae": "checkpoints/demo-sae",
+        "dictionary": "checkpoints/demo-sae",
         "seed": 0,
         "settings": {"budgets": [0.1, 0.3, 1.0], "samples": 4, "texts": {"fit_positive": 22},
                      "command": "compare --concept curse_words"},
@@ -242,7 +242,7 @@ def test_page_of_a_result_that_came_back_from_json_is_the_same():
 def test_comparison_without_words_second_score_cosines_or_any_text():
     result = invented()
     result["concept"] = {"name": "mine", "words": [], "prompt": None}
-    result["second_target"], result["sae"], result["broken"] = None, None, []
+    result["second_target"], result["dictionary"], result["broken"] = None, None, []
     result["cosines"] = {"methods": [], "matrix": []}
     result["target"] |= {"kind": "classifier", "held_out_auroc": None}
     page = Page(report_html(result))

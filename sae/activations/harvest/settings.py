@@ -32,7 +32,7 @@ class RecordingConfig(TextConfig):
     tokens: int = 1_000_000
     """Token budget; the last document is cut to fit."""
     context: int | None = None
-    """Tokens per sequence at most; the model's own context by default, at most 1024."""
+    """Tokens per sequence at most. Default: the model's own context, at most 1024."""
     dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
     """Number format in which activations are kept; int8 is 8 bits a number with one scale per row."""
     held_out: float = 0.05
@@ -52,7 +52,7 @@ class RecordingConfig(TextConfig):
     batch_tokens: int = 1 << 13
     """Tokens per forward pass, padding included."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
     model_dtype: str = "auto"
     """Number format of the model: auto, float32, bfloat16 or float16."""
     device_map: str | None = None

@@ -35,13 +35,13 @@ class ImportConfig:
     column: str | None = None
     """Hook (SAELens) or tensor (.safetensors) to take, where there are several."""
     token_ids: Path | None = None
-    """.npy or .safetensors file with the token id of every row of plain arrays, [n] integers."""
+    """File with the token id of every row of plain arrays, [n] integers (.npy or .safetensors)."""
     model: str | None = None
-    """Model they were recorded from: folder, GGUF file or hub name; unknown by default, and then nothing that needs it can be done."""
+    """Model they were recorded from: folder, GGUF file or hub name. Default: unknown, and commands that need the model refuse the cache."""
     revision: str | None = None
     """Revision of the model on the hub."""
     keep_bos: bool = False
-    """Keep rows at beginning-of-text tokens; by default they are left out where model and token ids are known."""
+    """Keep rows at beginning-of-text tokens. Default: they are left out where model and token ids are known."""
     dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
     """Number format on disk; int8 is 8 bits a number with one scale per row."""
     held_out: float = 0.05

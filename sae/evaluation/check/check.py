@@ -51,7 +51,7 @@ class CheckConfig:
     tokens: int = 2000
     """Tokens of text to measure on, at most."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU when there is one."""
+    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
     seed: int = 0
     """Seed of the bootstrap."""
     json: bool = False

@@ -28,19 +28,19 @@ class BrowseConfig:
     index: Path
     """Folder that build_feature_index.py wrote."""
     notes: Path | None = None
-    """SQLite file of labels, stars, notes and lists; by default notes.sqlite beside the index."""
+    """SQLite file of labels, stars, notes and lists. Default: notes.sqlite beside the index."""
     model: str | None = None
-    """Model for prompts and steering, by hub name, folder or GGUF file; by default the one the index names; "none" browses without."""
+    """Model for prompts and steering, by hub name, folder or GGUF file; "none" browses without one. Default: the one the index names."""
     dictionary: str | None = None
-    """Folder, file or hub name of the dictionary; by default the one the index was built from."""
+    """Folder, file or hub name of the dictionary. Default: the one the index was built from."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
     port: int = 8765
     """Where to listen on 127.0.0.1; 0 takes any that is free."""
     open: bool = True
     """Open the web browser."""
     verify: bool = False
-    """First compare every file's checksum; by default only those of files up to 32 MB."""
+    """First compare every file's checksum. Default: only those of files up to 32 MB."""
 
 
 def serve(config: BrowseConfig, make_steering: Callable[[LanguageModel, Dictionary, FeatureIndex], Steering] | None = None) -> None:

@@ -45,7 +45,7 @@ class ExplainConfig:
     index: Path
     """Folder that build_feature_index.py wrote; explanations.jsonl is written into it."""
     features: tuple[int, ...] = ()
-    """Features to explain; by default all."""
+    """Features to explain. Default: all."""
     sample: int | None = None
     """Explain this many features, drawn at random from those that fire."""
     held_out: float = 0.3
@@ -57,7 +57,7 @@ class ExplainConfig:
     judge_model: str | None = None
     """Model to ask there."""
     key_variable: str | None = None
-    """Environment variable that holds the endpoint's key; by default no key is sent."""
+    """Environment variable that holds the endpoint's key. Default: no key is sent."""
 
 
 def explain(config: ExplainConfig) -> Path:

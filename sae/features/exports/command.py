@@ -35,19 +35,19 @@ class ExportConfig:
     out: Path
     """Folder to write; an older export of the same format is replaced. For circuit-tracer, the layer is added to those in the folder."""
     format: Literal["static", "neuronpedia", "neuronpedia-upload", "saedashboard", "circuit-tracer"] = "static"
-    """static: pages that open from file://. neuronpedia: its export folder. neuronpedia-upload: bodies for its upload of batches."""
+    """What to write. static: pages that open from file://. neuronpedia: its export. neuronpedia-upload: bodies of its batch upload."""
     features: tuple[int, ...] = ()
-    """Only these features; by default all."""
+    """Only these features. Default: all."""
     notes: Path | None = None
-    """Database of labels, stars and notes to show (static); by default notes.sqlite beside the index, where there is one."""
+    """Database of labels, stars and notes to show (static). Default: notes.sqlite beside the index, where there is one."""
     processes: int | None = None
-    """Processes that render pages (static); by default as many as there are cores."""
+    """Processes that render pages (static). Default: as many as there are cores."""
     model_id: str | None = None
-    """What the model is called there; by default its folder's name."""
+    """Name of the model there. Default: its folder's name."""
     source_set: str | None = None
-    """What the set of dictionaries is called there, for example res-4k; by default made from site and width."""
+    """Name of the set of dictionaries there, for example res-4k. Default: made from site and width."""
     creator: str | None = None
-    """Your user id there (neuronpedia); by default "local"."""
+    """Your user id there (neuronpedia). Default: "local"."""
     dictionary: str | None = None
     """Folder, file or hub name of the index's dictionary: its decoder rows go along as steering vectors (neuronpedia, saedashboard)."""
 

@@ -56,17 +56,17 @@ class IndexConfig:
     out: Path
     """Folder for the index; an index that stands there is replaced."""
     tokens: int | None = None
-    """Index at most this many tokens: whole sequences, drawn at random; by default all."""
+    """Index at most this many tokens: whole sequences, drawn at random. Default: all."""
     splits: tuple[str, ...] = ("train", "held_out")
     """Splits of the cache to look at."""
     part: str | None = None
     """Only the i-th of n parts of these tokens, written i/n, as 1/4; merge_feature_indexes.py joins parts that were built apart."""
     model: str | None = None
-    """Model for tokenizer and logit lens, by hub name, folder or GGUF file; by default the one the cache names."""
+    """Model for tokenizer and logit lens, by hub name, folder or GGUF file. Default: the one the cache names."""
     device: str = "auto"
-    """Device that encodes: auto, cpu or cuda."""
+    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
     verify: bool = False
-    """First read the whole site in the cache to compare every checksum; by default only those of token files up to 32 MB."""
+    """First read the whole site in the cache to compare every checksum. Default: only those of token files up to 32 MB."""
 
 
 def build_index(config: IndexConfig) -> Path:
