@@ -14,6 +14,8 @@ from sae.dictionaries.formats import (
     dictionary_learning,
     gemma_scope,
     kissane,
+    llama_scope,
+    llamascopium,
     openai,
     saelens,
     sparsify,
@@ -48,7 +50,7 @@ FORMATS = (
     Format(
         "SAELens",
         f"{saelens.CFG} + {saelens.WEIGHTS}",
-        has(saelens.WEIGHTS),
+        saelens.recognises,
         saelens.load,
         "all that it saves, but temporal and matching_pursuit",
         "Versions 2 to 6 and checkpoints, see below.",
@@ -86,6 +88,23 @@ FORMATS = (
         gemma_scope.load_layers,
         "cross-layer transcoders, affine or not; weakly causal crosscoders",
         "A set.",
+    ),
+    Format(
+        "Llama Scope",
+        llama_scope.FILES,
+        llama_scope.recognises,
+        llama_scope.load,
+        "TopK used with one threshold; ReLU, JumpReLU, TopK; autoencoders and transcoders",
+        "As its authors' loader, with the decoder's norm ahead of the threshold, which SAELens leaves out. The first token fits badly.",
+    ),
+    Format(
+        "Llamascopium",
+        llamascopium.FILES,
+        llamascopium.recognises,
+        llamascopium.load,
+        "relu, jumprelu, topk, batchtopk; autoencoders and transcoders, also those of Llama Scope for R1-Distill",
+        "A feature's activation times its decoder norm is compared with the threshold. A batchtopk keeps k features of each token, and a "
+        "message says so. Crosscoders, CLTs, Lorsa and MOLT are refused.",
     ),
     Format(
         "circuit-tracer",

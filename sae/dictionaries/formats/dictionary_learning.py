@@ -25,7 +25,7 @@ from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from sae.dictionaries.formats.modules import ends_of_module
-from sae.dictionaries.formats.tensors import AGAIN, WHAT, Device, checked, name_of, read_weights
+from sae.dictionaries.formats.tensors import AGAIN, WHAT, Device, checked, name_of, read_weights, row_norms, unit_rows
 from sae.dictionaries.gates import Gate, Threshold, TopK, gated
 from sae.dictionaries.parts import Parts
 from sae.disk.foreign import read_torch
@@ -186,11 +186,8 @@ def fold(name: str, w: dict[str, Tensor], facts: dict[str, Any]) -> Parts:
     gate = Threshold(w.get("threshold"))
     if name == "GatedAutoEncoder":
         W_enc_fd, gate = gated(W_enc_fd, w["r_mag"], w["mag_bias"], w["gate_bias"])
-    if name == "AutoEncoder":
-        norm_f1 = W_dec_fd.norm(dim=-1, keepdim=True)
-        norm_f1 = torch.where(norm_f1 > 0, norm_f1, torch.ones_like(norm_f1))
-        if not torch.allclose(norm_f1, torch.ones_like(norm_f1)):
-            W_enc_fd, b_enc_f, W_dec_fd = W_enc_fd * norm_f1, b_enc_f * norm_f1[:, 0], W_dec_fd / norm_f1
+    if name == "AutoEncoder" and not torch.allclose(norm_f := row_norms(W_dec_fd), torch.ones_like(norm_f)):
+        W_enc_fd, b_enc_f, W_dec_fd = unit_rows(W_enc_fd, b_enc_f, W_dec_fd)
     b_in_d = None if name in ("AutoEncoderNew", "JumpReluAutoEncoder") else b_dec_d
     return Parts(W_enc_fd, b_enc_f, W_dec_fd, b_dec_d, gate, facts, b_in_d)
 

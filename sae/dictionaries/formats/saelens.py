@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sae.dictionaries.formats.saelens_cfg import CENTRED, CFG, DECIDED, Settings, read_settings
 from sae.dictionaries.formats.saelens_estimates import fold_factor, fold_whitening, read_estimates
+from sae.dictionaries.formats.tensors import unit_rows
 from sae.dictionaries.formats.transformer_lens import hook_of_site
 from sae.dictionaries.frames import Frame
 from sae.dictionaries.gates import AbsTopK, BareTopK, Gate, GroupMax, Threshold, TopK, gated
@@ -24,6 +25,13 @@ from sae.errors import InputError
 WEIGHTS = "sae_weights.safetensors"
 KEEPS_K: dict[Callable[[int], Gate], str] = {TopK: "topk", AbsTopK: "abstopk", BareTopK: "bare_topk", GroupMax: "groupmax"}
 """names of the gates with a k"""
+
+
+def recognises(path: Path) -> bool:
+    """Also a folder that lacks cfg.json alone; those that OpenMOSS' tools write have weights of the same name."""
+    if not (path.is_dir() and (path / WEIGHTS).is_file()):
+        return False
+    return (path / CFG).is_file() or not any((path / name).is_file() for name in ("config.json", "hyperparams.json"))
 
 
 def load(folder: Path, device: str | torch.device = "cpu") -> Parts:
@@ -70,9 +78,8 @@ def gate_of(settings: Settings, w: dict[str, Tensor]) -> Gate:
         w["W_enc"], w["b_enc"] = W_enc_fd.T, w.pop("b_mag")
         return gate
     if settings.rescales:
-        norm_f = w["W_dec"].norm(dim=-1)
-        norm_f = torch.where(norm_f > 0, norm_f, torch.ones_like(norm_f))
-        w["W_enc"], w["b_enc"], w["W_dec"] = w["W_enc"] * norm_f, w["b_enc"] * norm_f, w["W_dec"] / norm_f[:, None]
+        W_enc_fd, w["b_enc"], w["W_dec"] = unit_rows(w["W_enc"].T, w["b_enc"], w["W_dec"])
+        w["W_enc"] = W_enc_fd.T
     if "topk_threshold" in w:
         return Threshold(w["topk_threshold"].expand(len(w["b_enc"])).clone())
     if "threshold" in w:

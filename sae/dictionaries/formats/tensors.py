@@ -1,8 +1,9 @@
 """What the rows of the table share: the tensors of a file held against their shapes, and facts out of a path's names."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,3 +98,34 @@ def name_of(path: Path) -> str:
     text = path.absolute().as_posix()
     found = re.search(r".*/models--([^/]+?)--([^/]+)/snapshots/[^/]+/?(.*)", text)
     return "/".join(part for part in found.groups() if part) if found else text
+
+
+def require_understood(where: Path, said: dict[str, Any], known: Mapping[str, Sequence[object]], facts: Set[str]) -> None:
+    """Gives each setting of `known` that is not there its default, the first of the values that are understood.
+
+    Raises `InputError` for another value, and for a key that is neither known nor a fact on which the function does not depend.
+    """
+    for key, values in known.items():
+        require_value(where, key, said.setdefault(key, values[0]), values)
+    if unknown := sorted(set(said) - set(known) - facts):
+        raise InputError(f"{where} has {', '.join(unknown)}, which may change what the dictionary computes and is not known here")
+
+
+def require_k(where: Path, key: str, k: object, d_sae: int) -> int:
+    """How many features are kept. Raises `InputError` for anything but a whole number from 1 to `d_sae`."""
+    if type(k) is not int or not 1 <= k <= d_sae:
+        raise InputError(f"{where} has {key} {k!r}, where a whole number from 1 to {d_sae} is expected")
+    return k
+
+
+def row_norms(W_dec_fo: Tensor) -> Tensor:
+    """Lengths of the rows, [f], in float32 at least; 1 for rows of zeros, so that one may divide by it."""
+    norm_f = torch.linalg.vector_norm(W_dec_fo, dim=-1, dtype=torch.promote_types(W_dec_fo.dtype, torch.float32))
+    return torch.where(norm_f > 0, norm_f, torch.ones_like(norm_f))
+
+
+def unit_rows(W_enc_fd: Tensor, b_enc_f: Tensor, W_dec_fo: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """With decoder rows of length 1, whose lengths the encoder takes over: pre-activations are multiplied by them. Dtypes stay."""
+    norm_f = row_norms(W_dec_fo)
+    scaled = W_enc_fd * norm_f[:, None], b_enc_f * norm_f, W_dec_fo / norm_f[:, None]
+    return scaled[0].to(W_enc_fd), scaled[1].to(b_enc_f), scaled[2].to(W_dec_fo)

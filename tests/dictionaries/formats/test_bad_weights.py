@@ -4,6 +4,7 @@ import pytest
 import test_bussmann
 import test_crosscoders
 import test_dictionary_learning
+import test_llama_scope
 import test_openai
 import test_sparsify
 import torch
@@ -24,6 +25,8 @@ LAYOUTS = {
     "crosscoder_learning": (lambda path: test_crosscoders.write(path, test_crosscoders.thresholded("SAE")), "model_final.pt"),
     "kissane": (kissane, "cc_weights.pt"),
     "bussmann": (lambda path: test_bussmann.folder(path / "sae", "topk", test_bussmann.weights("topk")), "sae.pt"),
+    "llama scope": (lambda path: test_llama_scope.version_1(path / "x", weights_in="sae_weights.safetensors"), "sae_weights.safetensors"),
+    "llamascopium": (lambda path: test_llama_scope.version_2(path / "x"), "sae_weights.safetensors"),
     "openai": (lambda path: test_openai.write(path / "0.pt", test_openai.state()).parent, "0.pt"),
 } | {
     name: (lambda path, name=name: test_dictionary_learning.folder(path / name, name, test_dictionary_learning.state(name)), "ae.pt")
