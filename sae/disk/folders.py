@@ -28,7 +28,7 @@ def fresh_folder(out: Path, marker: str, what: str, keep: str | None = None) -> 
         require_replaceable(out, marker, what)
         try:
             temporary.mkdir(parents=True)
-            # both are held: from `clear_leftovers` of others, and from explain_features.py, whose scores are of the older index's text
+            # both are held: from `clear_leftovers` of others, and from `sae explain`, whose scores are of the older index's text
             with only_writer(temporary), only_writer(out) if out.exists() else nullcontext():
                 yield temporary
                 for path in out.glob(keep) if keep else ():

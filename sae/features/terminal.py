@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @dataclass(kw_only=True)
 class ListConfig:
     index: Path
-    """Folder that build_feature_index.py wrote."""
+    """Folder that `sae index` wrote."""
     search: str | None = None
     """List features that fire on a word, or on any of "one|two|three"; case does not matter."""
     promotes: str | None = None

@@ -277,7 +277,7 @@ def test_a_build_leaves_alone_what_others_are_at_work_on(world, tmp_path):
         other.mkdir()
         build_index(config_of(world, out, tokens=300))
         assert sorted(path.name for path in tmp_path.iterdir()) == [".part.9.999999999.tmp", ".part.999999999.tmp", "part"]
-    with only_writer(out), pytest.raises(InputError, match="another run"):  # as explain_features.py holds it
+    with only_writer(out), pytest.raises(InputError, match="another run"):  # as `sae explain` holds it
         build_index(config_of(world, out, tokens=500))
     (tmp_path / f".part.{os.getpid()}.tmp").mkdir()  # of a process that was killed and had our number: in a container that is the rule
     build_index(config_of(world, out, tokens=500))

@@ -26,7 +26,7 @@ UNREAD_MILLISECONDS = 60_000
 @dataclass(kw_only=True)
 class BrowseConfig:
     index: Path
-    """Folder that build_feature_index.py wrote."""
+    """Folder that `sae index` wrote."""
     notes: Path | None = None
     """SQLite file of labels, stars, notes and lists. Default: notes.sqlite beside the index."""
     model: str | None = None

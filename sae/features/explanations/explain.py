@@ -43,7 +43,7 @@ DRAWS = 200
 @dataclass(kw_only=True)
 class ExplainConfig:
     index: Path
-    """Folder that build_feature_index.py wrote; explanations.jsonl is written into it."""
+    """Folder that `sae index` wrote; explanations.jsonl is written into it."""
     features: tuple[int, ...] = ()
     """Features to explain. Default: all."""
     sample: int | None = None

@@ -31,7 +31,7 @@ TAKES = {
 @dataclass(kw_only=True)
 class ExportConfig:
     index: Path
-    """Folder that build_feature_index.py wrote."""
+    """Folder that `sae index` wrote."""
     out: Path
     """Folder to write; an older export of the same format is replaced. For circuit-tracer, the layer is added to those in the folder."""
     format: Literal["static", "neuronpedia", "neuronpedia-upload", "saedashboard", "circuit-tracer"] = "static"

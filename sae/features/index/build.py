@@ -50,7 +50,7 @@ TEXT = ("ids", "sequence_starts", "sequence_document", "document_label", "sequen
 @dataclass(kw_only=True)
 class IndexConfig:
     cache: Path
-    """Folder of activations that cache_activations.py wrote."""
+    """Activation cache that `sae cache` wrote."""
     dictionary: str
     """Folder, file or hub name of the dictionary."""
     out: Path
@@ -60,7 +60,7 @@ class IndexConfig:
     splits: tuple[str, ...] = ("train", "held_out")
     """Splits of the cache to look at."""
     part: str | None = None
-    """Only the i-th of n parts of these tokens, written i/n, as 1/4; merge_feature_indexes.py joins parts that were built apart."""
+    """Only the i-th of n parts of these tokens, written i/n, for example 1/4; `sae merge` joins the parts."""
     model: str | None = None
     """Model for tokenizer and logit lens, by hub name, folder or GGUF file. Default: the one the cache names."""
     device: str = "auto"
@@ -99,7 +99,7 @@ def replacing_index(out: Path) -> Iterator[Path]:
         yield folder
     if explained:
         print(
-            "the explanations of the older index went with it, since their scores are of its text: explain_features.py makes them again, "
+            "the explanations of the older index went with it, since their scores are of its text: `sae explain` makes them again, "
             "and asks a model only for answers it has not given on this text"
         )
 

@@ -101,7 +101,7 @@ def open_index(folder: Path, verify: bool) -> tuple[dict[str, Any], dict[str, di
 
     Checksums of files up to 32 MB are compared, of all with `verify`. Raises `InputError` if the folder is no whole feature index.
     """
-    what = "a feature index (built by build_feature_index.py)"
+    what = "a feature index (made by `sae index`)"
     info = read_json(folder / "index.json", what, dict[str, Any])
     if info.get("format_version") != FORMAT_VERSION:
         raise InputError(
