@@ -178,3 +178,23 @@ def test_another_site_width_or_model_is_refused(tmp_path):
         dictionary.metadata = {"site": site}
         with pytest.raises(InputError, match=message) if message else nullcontext():
             cache.require_dictionary(dictionary, named=False)
+
+
+def test_a_dictionary_that_names_no_site_takes_the_only_one(tmp_path):
+    one, two = write_cache(tmp_path / "one", [5], 6), write_cache(tmp_path / "two", [5], 6, more_sites={"resid_mid.1": 6})
+    dictionary = Dictionary.initial(6, 3, seed=0)
+    assert ActivationCache.of_dictionary(one, dictionary, named=False).site == SITE
+    with pytest.raises(InputError, match=r"does not name its site, and .* has several, resid_post\.1, resid_mid\.1"):
+        ActivationCache.of_dictionary(two, dictionary, named=False)
+    dictionary.metadata = {"site": "resid_mid.1"}
+    assert ActivationCache.of_dictionary(two, dictionary, named=False).site == "resid_mid.1"
+
+
+def test_a_transcoder_of_another_width_is_refused(tmp_path):
+    cache = ActivationCache.open(write_cache(tmp_path, [5], 6, more_sites={"mlp_out.1": 4}), SITE)
+    W_enc_fd = torch.ones(3, 6)
+    for d_out, message in ((4, None), (6, "writes 4 values at mlp_out.1.*got one that writes 6")):
+        dictionary = Dictionary.autoencoder(W_enc_fd, torch.zeros(3), torch.ones(3, d_out), torch.zeros(d_out))
+        dictionary.metadata = {"site": SITE, "site_out": "mlp_out.1"}
+        with pytest.raises(InputError, match=message) if message else nullcontext():
+            assert cache.target_of(dictionary).site == "mlp_out.1"

@@ -222,6 +222,7 @@ def test_the_whitening_of_a_checkpoint(tmp_path, subtracts, name):
     [
         ({"normalize_activations": "expected_average_only_in"}, {"scaling_factor": None}, "scaling_factor"),
         ({"normalize_activations": "expected_average_only_in"}, {"scaling_factor": -2.0}, "scaling_factor"),
+        ({"normalize_activations": "expected_average_only_in"}, {"scaling_factor": float("inf")}, "scaling_factor"),
         ({"normalize_activations": "expected_average_only_in"}, {"factor": 1.0}, "'scaling_factor' is missing"),
         ({"normalize_activations": "none"}, {"scaling_factor": 0.4}, "leave the right one"),
         ({"normalize_activations": "layer_norm"}, {"scaling_factor": None, "has_whitening": True}, "leave the right one"),
@@ -231,6 +232,15 @@ def test_estimates_that_say_something_else_are_refused(tmp_path, cfg, scaler, me
     path = folder(tmp_path / "sae", "standard", weights(), cfg)
     (path / "activation_scaler.json").write_text(json.dumps(scaler))
     with pytest.raises(InputError, match=message):
+        Dictionary.load(path)
+
+
+def test_a_whitening_that_is_not_finite_is_refused(tmp_path):
+    path = scaled(tmp_path / "sae", "standard", weights(), normalize_activations="covariance_whitening")
+    eye = torch.eye(D, dtype=torch.float64)
+    save_file({"mean": eye[0] * torch.nan, "matrix": eye, "inverse_matrix": eye.clone()}, path / "activation_whitening.safetensors")
+    (path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": None, "has_whitening": True}))
+    with pytest.raises(InputError, match="activation_whitening.safetensors holds NaN or infinity"):
         Dictionary.load(path)
 
 
