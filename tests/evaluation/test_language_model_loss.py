@@ -34,6 +34,19 @@ def dictionary_of(W_enc_fd, W_dec_fd, b_dec_d=None) -> Dictionary:
     return Dictionary.autoencoder(W_enc_fd, torch.zeros(len(W_enc_fd)), W_dec_fd, b_dec_d).requires_grad_(False)
 
 
+def mean_cross_entropy(lm, sequences) -> float:
+    """Nats per token, by torch alone and with whatever hooks are on the model."""
+    total, tokens = 0.0, 0
+    for ids in sequences:
+        if len(ids) > 1:
+            ids_p = torch.from_numpy(ids.astype(np.int64))
+            with torch.no_grad():
+                logits_pv = lm.model(ids_p[None]).logits[0, :-1]
+            total += torch.nn.functional.cross_entropy(logits_pv.double(), ids_p[1:], reduction="sum").item()
+            tokens += len(ids) - 1
+    return total / tokens
+
+
 def identity() -> Dictionary:
     """relu(x) − relu(−x) = x, exactly."""
     both = torch.cat([torch.eye(D), -torch.eye(D)])
@@ -177,8 +190,8 @@ def test_a_transcoder_reads_one_site_and_writes_another(lm, sequences):
     mean_d = torch.full((D,), 0.2, dtype=torch.float64)
     result = language_model_loss(lm, [dictionary], sequences, {"mlp_out.0": mean_d}, replaced=replaced)
 
-    block, seen, total, tokens = lm.model.transformer.h[0], {}, {"spliced": 0.0, "mean": 0.0}, 0
-    for arm in total:
+    block, seen = lm.model.transformer.h[0], {}
+    for arm in ("spliced", "mean"):
 
         def write(_module, _args, y, arm=arm):
             x = seen["x"]
@@ -187,17 +200,10 @@ def test_a_transcoder_reads_one_site_and_writes_another(lm, sequences):
 
         handles = [block.register_forward_pre_hook(lambda _m, args, kwargs: seen.update(x=args[0]), with_kwargs=True)]
         handles.append(block.mlp.register_forward_hook(write))
-        for ids in sequences:
-            if len(ids) > 1:
-                ids_p = torch.from_numpy(ids.astype(np.int64))
-                with torch.no_grad():
-                    logits = lm.model(ids_p[None]).logits[0, :-1]
-                total[arm] += torch.nn.functional.cross_entropy(logits.double(), ids_p[1:], reduction="sum").item()
-                tokens += len(ids) - 1
+        expected = mean_cross_entropy(lm, sequences)
         for handle in handles:
             handle.remove()
-    for arm, summed in total.items():
-        assert result.cross_entropy[arm] == pytest.approx(summed / (tokens / 2), rel=1e-5)
+        assert result.cross_entropy[arm] == pytest.approx(expected, rel=1e-5)
     dictionary.metadata = {"site": "mlp_out.0", "site_out": "resid_pre.0"}
     with pytest.raises(InputError, match="before it reads"):
         language_model_loss(lm, [dictionary], sequences, {"resid_pre.0": mean_d}, replaced=replaced)
@@ -216,7 +222,7 @@ def test_a_cross_layer_transcoder_writes_what_its_layers_add_up_to(lm, sequences
     means = {f"mlp_out.{i}": torch.full((D,), 0.1 * i, dtype=torch.float64) for i in range(2)}
     result = language_model_loss(lm, dictionaries, sequences, means, replaced=replaced)
 
-    seen, handles, total, tokens = {}, [], 0.0, 0
+    seen, handles = {}, []
     for i in range(2):
         block = lm.model.transformer.h[i]
         handles.append(block.register_forward_pre_hook(lambda _m, args, kwargs, i=i: seen.update({i: args[0]}), with_kwargs=True))
@@ -226,16 +232,10 @@ def test_a_cross_layer_transcoder_writes_what_its_layers_add_up_to(lm, sequences
             return torch.cat([y[:, :1], out[:, 1:]], dim=1)
 
         handles.append(block.mlp.register_forward_hook(write))
-    for ids in sequences:
-        if len(ids) > 1:
-            ids_p = torch.from_numpy(ids.astype(np.int64))
-            with torch.no_grad():
-                logits = lm.model(ids_p[None]).logits[0, :-1]
-            total += torch.nn.functional.cross_entropy(logits.double(), ids_p[1:], reduction="sum").item()
-            tokens += len(ids) - 1
+    expected = mean_cross_entropy(lm, sequences)
     for handle in handles:
         handle.remove()
-    assert result.cross_entropy["spliced"] == pytest.approx(total / tokens, rel=1e-5)
+    assert result.cross_entropy["spliced"] == pytest.approx(expected, rel=1e-5)
     with pytest.raises(InputError, match=r"writes at mlp_out.1 before it reads"):
         language_model_loss(lm, [dictionaries[0], late(dictionaries[1])], sequences, means, replaced=replaced)
 
