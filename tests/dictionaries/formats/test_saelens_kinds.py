@@ -240,7 +240,7 @@ def test_a_whitening_that_is_not_finite_is_refused(tmp_path):
     eye = torch.eye(D, dtype=torch.float64)
     save_file({"mean": eye[0] * torch.nan, "matrix": eye, "inverse_matrix": eye.clone()}, path / "activation_whitening.safetensors")
     (path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": None, "has_whitening": True}))
-    with pytest.raises(InputError, match="activation_whitening.safetensors holds NaN or infinity"):
+    with pytest.raises(InputError, match=r"activation_whitening\.safetensors holds NaN or infinity"):
         Dictionary.load(path)
 
 
