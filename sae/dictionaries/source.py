@@ -34,7 +34,7 @@ SETTINGS = (".json", ".yaml", ".yml")
 LARGEST_SETTINGS = 1 << 20
 MOST_FILES = 4
 """weights in one folder, beside those of a set"""
-OF_LAYER = re.compile(r"(?:.*_)?(?:layer|W_enc|W_dec)_([0-9]+)\.safetensors")
+OF_LAYER = re.compile(r"(?:(?:.*_)?(?:layer|W_enc|W_dec)_(?=[0-9]+\.safetensors)|layer(?=[0-9]+\.sae\.pt))([0-9]+)\..*")
 """files of a set that has one for each layer"""
 CANONICAL = "canonical"
 SHOWN = 12

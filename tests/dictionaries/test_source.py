@@ -134,11 +134,11 @@ def test_names_that_are_no_folder_and_none_on_the_hub(hub, tmp_path):
 def test_many_files_of_weights_in_one_folder_ask_for_one(hub):
     (hub.root / "a/b").mkdir(parents=True)
     for i in range(6):
-        torch.save({"x": torch.ones(2)}, hub.root / "a/b" / f"layer{i}.sae.pt")
+        torch.save({"x": torch.ones(2)}, hub.root / "a/b" / f"part{i}.pt")
     (hub.root / "a/b/config.json").write_text("{}")
-    refused("a/b", "a/b/ holds 6 files of weights; name one of layer0.sae.pt, layer1.sae.pt")
-    refused("a/b/layer1.sae.pt", "layer1.sae.pt, found no known format")
-    assert sorted(hub.asked) == ["config.json", "layer1.sae.pt"]
+    refused("a/b", "a/b/ holds 6 files of weights; name one of part0.pt, part1.pt")
+    refused("a/b/part1.pt", "part1.pt, found no known format")
+    assert sorted(hub.asked) == ["config.json", "part1.pt"]
 
 
 def test_weights_are_known_by_their_checksum(tmp_path):

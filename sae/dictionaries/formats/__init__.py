@@ -13,10 +13,12 @@ from sae.dictionaries.formats import (
     crosscoder_learning,
     dictionary_learning,
     gemma_scope,
+    goodfire,
     kissane,
     llama_scope,
     llamascopium,
     openai,
+    qwen_scope,
     saelens,
     sparsify,
 )
@@ -105,6 +107,23 @@ FORMATS = (
         "relu, jumprelu, topk, batchtopk; autoencoders and transcoders, also those of Llama Scope for R1-Distill",
         "A feature's activation times its decoder norm is compared with the threshold. A batchtopk keeps k features of each token, and a "
         "message says so. Crosscoders, CLTs, Lorsa and MOLT are refused.",
+    ),
+    Format(
+        "Qwen-Scope",
+        qwen_scope.FILES,
+        qwen_scope.recognises,
+        qwen_scope.load,
+        "TopK without ReLU",
+        "The folder is a set of layers; its name, SAE-Res-MODEL-W…K-L0_K, says the model and how many features are kept: keep it in a "
+        "local copy.",
+    ),
+    Format(
+        "Goodfire, qresearch",
+        goodfire.FILES,
+        goodfire.recognises,
+        goodfire.load,
+        "ReLU of Llama and R1-Distill; tied BatchTopK of DeepSeek-R1",
+        "The name of the file tells site and model. Of DeepSeek-R1, the folder math or logic says how many features each token keeps.",
     ),
     Format(
         "circuit-tracer",

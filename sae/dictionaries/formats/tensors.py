@@ -111,7 +111,7 @@ def require_understood(where: Path, said: dict[str, Any], known: Mapping[str, Se
         raise InputError(f"{where} has {', '.join(unknown)}, which may change what the dictionary computes and is not known here")
 
 
-def require_k(where: Path, key: str, k: object, d_sae: int) -> int:
+def require_k(where: object, key: str, k: object, d_sae: int) -> int:
     """How many features are kept. Raises `InputError` for anything but a whole number from 1 to `d_sae`."""
     if type(k) is not int or not 1 <= k <= d_sae:
         raise InputError(f"{where} has {key} {k!r}, where a whole number from 1 to {d_sae} is expected")

@@ -4,8 +4,10 @@ import pytest
 import test_bussmann
 import test_crosscoders
 import test_dictionary_learning
+import test_goodfire
 import test_llama_scope
 import test_openai
+import test_qwen_scope
 import test_sparsify
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +21,10 @@ def kissane(path):
     return path
 
 
+GOODFIRE = "Llama-3.1-8B-Instruct-SAE-l19.pth"
+ALONE = ("0.pt", "layer0.sae.pt")
+"""files of sets, whose folder is no dictionary"""
+
 # a whole dictionary, and its file of weights
 LAYOUTS = {
     "sparsify": (lambda path: test_sparsify.folder(path / "layers.0", test_sparsify.weights()), "sae.safetensors"),
@@ -27,6 +33,8 @@ LAYOUTS = {
     "bussmann": (lambda path: test_bussmann.folder(path / "sae", "topk", test_bussmann.weights("topk")), "sae.pt"),
     "llama scope": (lambda path: test_llama_scope.version_1(path / "x", weights_in="sae_weights.safetensors"), "sae_weights.safetensors"),
     "llamascopium": (lambda path: test_llama_scope.version_2(path / "x"), "sae_weights.safetensors"),
+    "qwen scope": (lambda path: test_qwen_scope.write(path / test_qwen_scope.NAME), "layer0.sae.pt"),
+    "goodfire": (lambda path: test_goodfire.write(path / GOODFIRE, test_goodfire.linear("_linear")).parent, GOODFIRE),
     "openai": (lambda path: test_openai.write(path / "0.pt", test_openai.state()).parent, "0.pt"),
 } | {
     name: (lambda path, name=name: test_dictionary_learning.folder(path / name, name, test_dictionary_learning.state(name)), "ae.pt")
@@ -46,7 +54,7 @@ class Hostile:
 def weights(request, tmp_path):
     write, name = LAYOUTS[request.param]
     file = write(tmp_path) / name
-    assert Dictionary.load(file if request.param == "openai" else file.parent).d_sae == 12
+    assert Dictionary.load(file if file.name in ALONE else file.parent).d_sae == 12
     return file
 
 
@@ -55,7 +63,7 @@ def read(file):
 
 
 def refused(file, message):
-    for path in (file, file.parent)[: 1 if file.name == "0.pt" else 2]:  # OpenAI's are files alone
+    for path in (file, file.parent)[: 1 if file.name in ALONE else 2]:
         with pytest.raises(InputError, match=message) as error:
             Dictionary.load(path)
         assert "\n" not in str(error.value)

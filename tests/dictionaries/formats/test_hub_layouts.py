@@ -1,9 +1,13 @@
 """Names on the hub of published dictionaries, in repositories laid out as theirs: downloaded once, then opened offline."""
 
 import pytest
+import test_goodfire
 import test_llama_scope
+import test_qwen_scope
 
 from sae.dictionaries.dictionary import Dictionary
+
+QWEN = f"Qwen/{test_qwen_scope.NAME}"
 
 # what is in the repository and who writes it, the name to open, and what it must be
 LAYOUTS = {
@@ -19,6 +23,36 @@ LAYOUTS = {
         "OpenMOSS/Llama-Scope-R1-Distill/400M-Slimpajama-400M-OpenR1-Math-220k/L3R",
         ("resid_post.3", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"),
     ),
+    "Qwen-Scope, a file": (
+        QWEN,
+        lambda path: test_qwen_scope.write(path, range(6)),
+        f"{QWEN}/layer3.sae.pt",
+        ("resid_post.3", "Qwen/Qwen3.5-2B-Base"),
+    ),
+    "Qwen-Scope, a layer of the set": (
+        QWEN,
+        lambda path: test_qwen_scope.write(path, range(6)),
+        f"{QWEN}/layer_3",
+        ("resid_post.3", "Qwen/Qwen3.5-2B-Base"),
+    ),
+    "Goodfire": (
+        "Goodfire/Llama-3.1-8B-Instruct-SAE-l19",
+        lambda path: test_goodfire.write(path / "Llama-3.1-8B-Instruct-SAE-l19.pth", test_goodfire.linear("_linear")),
+        "Goodfire/Llama-3.1-8B-Instruct-SAE-l19",
+        ("resid_post.19", "meta-llama/Llama-3.1-8B-Instruct"),
+    ),
+    "Goodfire's R1": (
+        "Goodfire/DeepSeek-R1-SAE-l37",
+        lambda path: test_goodfire.write(path / "math" / "DeepSeek-R1-SAE-l37.pt", test_goodfire.tied(128)),
+        "Goodfire/DeepSeek-R1-SAE-l37/math",
+        ("resid_post.37", "deepseek-ai/DeepSeek-R1"),
+    ),
+    "qresearch": (
+        "qresearch/DeepSeek-R1-Distill-Llama-8B-SAE-l19",
+        lambda path: test_goodfire.write(path / "DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt", test_goodfire.linear()),
+        "qresearch/DeepSeek-R1-Distill-Llama-8B-SAE-l19",
+        ("resid_post.19", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"),
+    ),
 }
 
 
@@ -31,6 +65,7 @@ def test_a_published_layout(hub, offline, layout):
     assert (dictionary.site, dictionary.metadata["model_name"]) == expected
     asked = list(hub.asked)
     assert not any("README" in path for path in asked)
+    assert len(asked) <= 2  # weights and settings
     offline()
     assert Dictionary.load(name).site == expected[0]
     assert hub.asked == asked
