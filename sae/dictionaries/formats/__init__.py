@@ -15,6 +15,7 @@ from sae.dictionaries.formats import (
     gemma_scope,
     goodfire,
     kissane,
+    kissane_attention,
     llama_scope,
     llamascopium,
     openai,
@@ -168,6 +169,15 @@ FORMATS = (
         kissane.load,
         "ReLU",
         "The files lack the factors by which training multiplied the activations; `dictionary.folded(factors)` takes them in.",
+    ),
+    Format(
+        "attention SAEs of Kissane",
+        kissane_attention.FILES,
+        kissane_attention.recognises,
+        kissane_attention.load,
+        "ReLU",
+        "They read the heads' outputs without what the bias of the values adds, as TransformerLens has them; "
+        "`sae check-dictionary --write` writes one for the model as it is.",
     ),
     Format(
         "BatchTopK and Matryoshka of Bussmann",

@@ -41,12 +41,17 @@ def files(path: Path) -> tuple[Path, Path]:
 
 
 def recognises(path: Path) -> bool:
+    weights, _ = files(path)
+    return weights.is_file() if weights.name == WEIGHTS else dimensions(path) == 3
+
+
+def dimensions(path: Path) -> int | None:
+    """How many the encoder has in a file `N.pt` that has its settings beside it; None for anything else."""
     weights, cfg = files(path)
-    if weights.name == WEIGHTS:
-        return weights.is_file()
-    if weights.suffix != ".pt" or not cfg.is_file() or "W_enc" not in names_in(weights):
-        return False
-    return read_weights(weights)["W_enc"].dim() == 3
+    if weights.name == WEIGHTS or weights.suffix != ".pt" or not cfg.is_file() or "W_enc" not in names_in(weights):
+        return None
+    W_enc = read_weights(weights).get("W_enc")
+    return None if W_enc is None else W_enc.dim()
 
 
 def load(path: Path, device: Device = "cpu") -> Parts:

@@ -1,10 +1,13 @@
 """Damaged, foreign and hostile weights in the layout of every tool: one sentence, and nothing out of the file is run."""
 
+import re
+
 import pytest
 import test_bussmann
 import test_crosscoders
 import test_dictionary_learning
 import test_goodfire
+import test_kissane_attention
 import test_llama_scope
 import test_openai
 import test_qwen_scope
@@ -22,8 +25,8 @@ def kissane(path):
 
 
 GOODFIRE = "Llama-3.1-8B-Instruct-SAE-l19.pth"
-ALONE = ("0.pt", "layer0.sae.pt")
-"""files of sets, whose folder is no dictionary"""
+ALONE = ("0.pt", "layer0.sae.pt", test_kissane_attention.NAME)
+"""files whose folder is no dictionary"""
 
 # a whole dictionary, and its file of weights
 LAYOUTS = {
@@ -35,6 +38,10 @@ LAYOUTS = {
     "llamascopium": (lambda path: test_llama_scope.version_2(path / "x"), "sae_weights.safetensors"),
     "qwen scope": (lambda path: test_qwen_scope.write(path / test_qwen_scope.NAME), "layer0.sae.pt"),
     "goodfire": (lambda path: test_goodfire.write(path / GOODFIRE, test_goodfire.linear("_linear")).parent, GOODFIRE),
+    "attention of kissane": (
+        lambda path: test_kissane_attention.write(path / test_kissane_attention.NAME).parent,
+        test_kissane_attention.NAME,
+    ),
     "openai": (lambda path: test_openai.write(path / "0.pt", test_openai.state()).parent, "0.pt"),
 } | {
     name: (lambda path, name=name: test_dictionary_learning.folder(path / name, name, test_dictionary_learning.state(name)), "ae.pt")
@@ -96,7 +103,7 @@ def test_a_file_that_is_cut_off(weights):
     data = weights.read_bytes()
     for end in (0, 100, len(data) - 1):
         weights.write_bytes(data[:end])
-        refused(weights, weights.name)
+        refused(weights, re.escape(weights.name))
 
 
 def test_a_file_that_wants_to_run_code(weights, tmp_path):

@@ -2,6 +2,7 @@
 
 import pytest
 import test_goodfire
+import test_kissane_attention
 import test_llama_scope
 import test_qwen_scope
 
@@ -46,6 +47,12 @@ LAYOUTS = {
         lambda path: test_goodfire.write(path / "math" / "DeepSeek-R1-SAE-l37.pt", test_goodfire.tied(128)),
         "Goodfire/DeepSeek-R1-SAE-l37/math",
         ("resid_post.37", "deepseek-ai/DeepSeek-R1"),
+    ),
+    "attention of Kissane": (
+        "ckkissane/attn-saes-gpt2-small-all-layers",
+        lambda path: test_kissane_attention.write(path / test_kissane_attention.NAME),
+        f"ckkissane/attn-saes-gpt2-small-all-layers/{test_kissane_attention.NAME}",
+        ("head_out.5", "gpt2"),
     ),
     "qresearch": (
         "qresearch/DeepSeek-R1-Distill-Llama-8B-SAE-l19",
