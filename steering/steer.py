@@ -4,8 +4,7 @@ import json
 import math
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,12 +12,10 @@ from tyro.conf import OmitArgPrefixes
 
 from sae.disk.writing import jsonable
 from sae.errors import InputError
-from sae.features.browser.serve import parts_of
-from sae.features.index.reader import FeatureIndex
 from sae.model.language_model import LanguageModel, NonFiniteLogits
 from sae.model.sampling import Sampling
-from steering.directions.feature import feature_direction, first_found
 from steering.intervention import steered
+from steering.parts import PartsConfig, load_steering_parts
 from steering.strength.measure import continuation_loss, until_end, word_rate
 from steering.vector import SteeringVector
 
@@ -26,33 +23,11 @@ SIDE_BY_SIDE = 80  # columns of a terminal below which two columns of text becom
 
 
 @dataclass(kw_only=True)
-class PartsConfig:
-    index: Path
-    """Folder of the feature index: it knows each feature's maximum activation."""
-    dictionary: str | None = None
-    """Folder, file or hub name of the dictionary. Default: the one the index was built from."""
-    model: str | None = None
-    """Model by hub name, folder or GGUF file. Default: the one the index names."""
-    feature: int | None = None
-    """Feature to add (give this or --search)."""
-    search: str | None = None
-    """Add the first feature that the index lists for this word ("one|two" for several)."""
-    device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
-
-
-class SteeringParts(NamedTuple):
-    lm: LanguageModel
-    feature: int
-    max_activation: float
-    vector: SteeringVector
-    """at strength 1"""
-
-
-@dataclass(kw_only=True)
 class SteerConfig(PartsConfig):
-    strength: float = 1.0
-    """1 is the feature's own maximum activation; negative steers away."""
+    strength: float | None = None
+    """Multiple of the feature's own maximum activation; negative steers away. Default: 1."""
+    activation: float | None = None
+    """Instead of --strength: the activation to add; negative steers away."""
     prompt: str = ""
     """Text to continue."""
     samples: int = 3
@@ -69,11 +44,17 @@ def steer(config: SteerConfig) -> dict[str, Any]:
 
     Raises `InputError` when the parts do not belong together or the feature cannot steer.
     """
-    if not math.isfinite(config.strength) or config.samples < 1:
-        raise InputError(f"expected a finite strength and at least one sample, got {config.strength} and {config.samples}")
-    lm, feature, max_activation, vector = load_steering_parts(config)
-    report = compare_texts(lm, vector, config)
-    report = {"feature": feature, "max_activation": max_activation, "activation": config.strength * max_activation, **report}
+    if config.strength is not None and config.activation is not None:
+        raise InputError("expected --strength or --activation, got both; leave one of them out")
+    given = config.activation if config.activation is not None else 1.0 if config.strength is None else config.strength
+    if not math.isfinite(given) or config.samples < 1:
+        raise InputError(f"expected a finite strength and at least one sample, got {given} and {config.samples}")
+    lm, feature, max_activation, vector = load_steering_parts(config, absolute=config.activation is not None)
+    unit = max_activation or 1.0
+    coefficient = given if config.activation is None else given / unit
+    report = compare_texts(lm, vector, coefficient, config)
+    strength = None if max_activation is None else coefficient
+    report = {"feature": feature, "max_activation": max_activation, "activation": coefficient * unit, "strength": strength, **report}
     if config.json:
         print(json.dumps(jsonable(report), indent=1))
     else:
@@ -81,20 +62,8 @@ def steer(config: SteerConfig) -> dict[str, Any]:
     return report
 
 
-def load_steering_parts(config: PartsConfig) -> SteeringParts:
-    """Model, feature and direction, or `InputError` if index, dictionary and model were not made with one another."""
-    if (config.feature is None) == (config.search is None):
-        raise InputError("expected either --feature or --search, got both or neither; give one of them")
-    index = FeatureIndex.open(config.index)
-    feature = config.feature if config.feature is not None else first_found(index, config.search or "")
-    index.feature(feature)  # a wrong number is said before the model is loaded
-    lm, dictionary = parts_of(index, config.dictionary, config.model, config.device)
-    max_activation = float(index.feature(feature).columns["max"])
-    return SteeringParts(lm, feature, max_activation, feature_direction(dictionary, feature, max_activation, index.info["site"]))
-
-
-def compare_texts(lm: LanguageModel, vector: SteeringVector, config: SteerConfig) -> dict[str, Any]:
-    """Continuations without and with `strength` times the vector, and what can be measured of both."""
+def compare_texts(lm: LanguageModel, vector: SteeringVector, coefficient: float, config: SteerConfig) -> dict[str, Any]:
+    """Continuations without and with `coefficient` times the vector, and what can be measured of both."""
     ids_sp, mask_sp = lm.encode([config.prompt])
     ids_sp, mask_sp = (x.expand(config.samples, -1) for x in (ids_sp, mask_sp))
     prompt_length = ids_sp.shape[1]
@@ -104,13 +73,12 @@ def compare_texts(lm: LanguageModel, vector: SteeringVector, config: SteerConfig
         positions["prompt_length"] = prompt_length
     failure, steered_sp = None, None
     try:
-        with steered(lm, [(vector, config.strength)], **positions):
+        with steered(lm, [(vector, coefficient)], **positions):
             steered_sp = lm.generate(ids_sp, mask_sp, **vars(config.sampling))
     except (NonFiniteLogits, OverflowError) as error:
-        failure = f"no text: {error}; strength {config.strength:g} is more than the model's arithmetic can carry"
+        failure = f"no text: {error}; {coefficient * vector.norm:g} times a unit vector is more than the model's arithmetic can carry"
     return {
-        "strength": config.strength,
-        "relative_to_residual_norm": abs(config.strength) * vector.norm / typical_norm(lm, vector.site, plain_sp, prompt_length),
+        "relative_to_residual_norm": abs(coefficient) * vector.norm / typical_norm(lm, vector.site, plain_sp, prompt_length),
         "site": vector.site,
         "prompt": config.prompt,
         "unsteered": measured_side(lm, ids_sp, plain_sp, config.search),
@@ -148,12 +116,10 @@ def print_sides(report: dict[str, Any]) -> None:
 
     console = Console(file=sys.stdout)
     console.print(Text(f"feature {report['feature']} at {report['site']}", style="bold"))
-    console.print(
-        Text(
-            f"strength {report['strength']:g} = {report['strength']:g} x its maximum activation ({report['max_activation']:.3g}), "
-            f"an activation of {report['activation']:.3g}, {report['relative_to_residual_norm']:.3g} x the residual norm there"
-        )
-    )
+    highest = report["max_activation"]
+    of_maximum = "" if highest is None else f"{report['strength']:.3g} x its maximum activation ({highest:.3g}): "
+    ratio = report["relative_to_residual_norm"]
+    console.print(Text(f"{of_maximum}an activation of {report['activation']:.3g}, {ratio:.3g} x the residual norm there"))
     console.print(Text(f"prompt: {report['prompt'] or '(none)'}"))
     heads, bodies = ["unsteered", "steered"], []
     for side in heads:

@@ -45,6 +45,7 @@ ROOMS = (
     "steering.directions",
     "steering.strength",
     "steering.panel",
+    "steering.parts",
     "steering.steer",
     "steering.studies",
     "steering.compare",

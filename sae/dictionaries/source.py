@@ -5,6 +5,7 @@ google/gemma-scope-2b-pt-res/layer_12/width_16k/canonical       on the hub: owne
 owner/repository/folder@revision                                a branch, tag or commit of it
 hf://owner/repository                                           never looked for among the folders of this machine
 mwhanna/qwen3-0.6b-transcoders-lowl0/layer_3                    one dictionary of a set
+https://www.neuronpedia.org/gemma-2-2b/12-gemmascope-res-16k    what Neuronpedia shows there
 """
 
 import json
@@ -23,6 +24,8 @@ from sae.dictionaries.formats import format_of, load
 from sae.dictionaries.formats.saelens import WEIGHTS
 from sae.dictionaries.formats.tensors import Device, name_of
 from sae.dictionaries.gates import Threshold
+from sae.dictionaries.neuronpedia import URL as NEURONPEDIA
+from sae.dictionaries.neuronpedia import posted
 from sae.dictionaries.parts import Layers, Parts
 from sae.disk.checksum import crc32
 from sae.disk.hub import HubFile, download, in_cache, list_folder
@@ -54,14 +57,19 @@ def locate(source: str | Path) -> Source:
     text = str(source)
     if not text:  # from an unset variable of the shell; as a path it would be the present folder
         raise InputError("expected a folder, a file or a name on the hub, got an empty text")
+    if NEURONPEDIA.fullmatch(text):
+        found = posted(text)
+        if found.feature is not None:
+            raise InputError(f"expected a dictionary, got {text} of feature {found.feature}; leave out its number")
+        text = found.dictionary
     local = Path(text).expanduser()
     if not text.startswith("hf://"):
         if local.name == CANONICAL and not local.exists() and local.parent.is_dir():
             if (folder := canonical_folder(name_of(local.parent))) is None:
                 raise ask_for_one(str(local.parent), sorted(path.name for path in local.parent.iterdir()))
             local = local.with_name(folder)
-        if found := _find(local):
-            return found
+        if there := _find(local):
+            return there
     name = re.fullmatch(r"(?:hf://)?([\w.-]+)/([\w.-]+)((?:/[^/@]+)*)/?(?:@(.+))?", text.replace("\\", "/"))
     if name is None or text.startswith((".", "~")) or (Path(name[1]).is_dir() and not text.startswith("hf://")):
         raise InputError(f"expected a dictionary in {local}, which does not exist; check its name")

@@ -21,7 +21,7 @@ from sae.progress import progress
 from sae.statistics import ratio_interval
 from sae.text_input import text_list
 from steering.intervention import steered
-from steering.steer import PartsConfig, load_steering_parts
+from steering.parts import PartsConfig, load_steering_parts
 from steering.strength.measure import continuation_loss, until_end, word_rate
 from steering.strength.neutral import FEW_PROMPTS
 from steering.vector import SteeringVector

@@ -168,7 +168,7 @@ def test_a_strength_beyond_arithmetic_is_said_in_a_sentence(parts, monkeypatch, 
 def test_half_precision_that_overflows_is_said_in_a_sentence(parts):
     lm = LanguageModel.load(str(parts / "model"), device="cpu", dtype="float16")
     vector = SteeringVector.at("resid_post.0", torch.ones(16))
-    report = compare_texts(lm, vector, config_of(parts, feature=3, strength=1e6))  # above 65,504
+    report = compare_texts(lm, vector, 1e6, config_of(parts, feature=3))  # above 65,504
     assert report["steered"] is None
     assert "not finite at new token 1" in report["failure"]
 

@@ -7,6 +7,7 @@ Neuronpedia names a dictionary by a model and a source such as 2-res-4k, and a f
 import gzip
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -206,6 +207,21 @@ def read_neuronpedia(folder: str | Path) -> NeuronpediaFolder:
     return NeuronpediaFolder(
         folder, {name: _read_rows(folder / f"{name}.jsonl", dict[str, Any]) for name in META if (folder / f"{name}.jsonl").exists()}, names
     )
+
+
+def maximum_activation(folder: Path, feature: int) -> float:
+    """The feature's maxActApprox in an export of Neuronpedia. Raises `InputError` where it is not there."""
+    found = read_neuronpedia(folder)
+    names = found.names["features"]
+    likely = f"batch-{feature // BATCH}.jsonl.gz"  # as Neuronpedia's exporter deals them; others have batches of other sizes
+    for name in sorted(names, key=lambda name: name != likely):
+        for row in found.rows("features", name):
+            if row["index"] == str(feature):
+                highest = row.get("maxActApprox")
+                if not isinstance(highest, float | int) or not 0 < highest < math.inf:
+                    raise InputError(f"expected maxActApprox above 0 of feature {feature} in {folder}, got {highest!r}; it cannot steer")
+                return float(highest)
+    raise InputError(f"expected feature {feature} in {folder}, but none of its {len(names)} files in features/ has it; fetch the rest")
 
 
 def rewrite_neuronpedia(read: NeuronpediaFolder, folder: Path) -> None:
