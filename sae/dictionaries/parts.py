@@ -78,3 +78,10 @@ def only(ports: tuple[Port, ...], does: str) -> str | None:
 
 Layers = Mapping[int, Callable[[], Parts]]
 """A set of dictionaries, one for each of several layers of a model, each of which is read when it is asked for."""
+
+
+class Choice(dict[int, Callable[[], Parts]]):
+    """Dictionaries of one site in one file, by number, of which one is to be chosen."""
+
+    facts: tuple[str, ...] = ()
+    """what tells each from the others"""

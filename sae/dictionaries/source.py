@@ -6,6 +6,7 @@ owner/repository/folder@revision                                a branch, tag or
 hf://owner/repository                                           never looked for among the folders of this machine
 mwhanna/qwen3-0.6b-transcoders-lowl0/layer_3                    one dictionary of a set
 https://www.neuronpedia.org/gemma-2-2b/12-gemmascope-res-16k    what Neuronpedia shows there
+runs/learned_dicts.pt/3                                         one of several in a file
 """
 
 import json
@@ -26,7 +27,7 @@ from sae.dictionaries.formats.tensors import Device, name_of
 from sae.dictionaries.gates import Threshold
 from sae.dictionaries.neuronpedia import URL as NEURONPEDIA
 from sae.dictionaries.neuronpedia import posted
-from sae.dictionaries.parts import Layers, Parts
+from sae.dictionaries.parts import Choice, Layers, Parts
 from sae.disk.checksum import crc32
 from sae.disk.hub import HubFile, download, in_cache, list_folder
 from sae.errors import InputError
@@ -49,7 +50,7 @@ class Source(NamedTuple):
     path: Path
     """the folder or file"""
     layer: int | None
-    """of a set, the one that was asked for"""
+    """of a set, or of several in one file, the one that was asked for"""
 
 
 def locate(source: str | Path) -> Source:
@@ -77,9 +78,11 @@ def locate(source: str | Path) -> Source:
 
 
 def _find(path: Path) -> Source | None:
-    """The path, or the set of which its last part names a layer."""
+    """The path, or the set of which its last part names a layer, or the file of which it is a number."""
     if path.exists():
         return Source(path, None)
+    if path.parent.is_file() and path.name.isdecimal():
+        return Source(path.parent, int(path.name))
     layer = re.fullmatch(r"layer_([0-9]+)", path.name)
     return Source(path.parent, int(layer[1])) if layer and path.parent.is_dir() else None
 
@@ -111,6 +114,8 @@ def _on_hub(repo: str, inside: str, revision: str | None) -> Source:
 
 def _is_whole(source: Source) -> bool:
     """Whether the cache holds all that is needed. Of a set nobody knows how many layers there are without asking the hub."""
+    if source.path.is_file():
+        return _is_known(source.path)
     layers = [found[1] for path in source.path.glob("*") if (found := OF_LAYER.fullmatch(path.name))]
     return str(source.layer) in layers if source.layer is not None else not layers and _is_known(source.path)
 
@@ -125,6 +130,9 @@ def _is_known(path: Path) -> bool:
 
 def _wanted(repo: str, inside: str, revision: str | None) -> list[HubFile]:
     """The files of one dictionary or set, with the small settings beside them and in the folders above."""
+    file, _, number = inside.rpartition("/")
+    if number.isdecimal() and file.endswith(ENDINGS):
+        inside = file
     folder, there, weights = _weights(repo, inside, revision)
     settings = [file for file in there if _is_settings(file)]
     if len(weights) > MOST_FILES and not all(map(_layer_of, weights)):
@@ -200,10 +208,14 @@ def read(source: str | Path, device: Device = "cpu") -> Parts | Layers:
     """What the dictionary, or each of a set, is made of. Raises `InputError` like `locate`, and for none of the formats."""
     path, layer = locate(source)
     found = load(path, device)
+    if isinstance(found, Choice) and layer not in found:
+        there = "; ".join(f"{number}: {facts}" for number, facts in zip(found, found.facts))
+        raise InputError(f"{path} holds {len(found)} dictionaries ({there}); name one of them, such as {path}/{next(iter(found))}")
     if layer is None:
         return found
     if isinstance(found, Parts):
-        raise InputError(f"expected a set in {path}, of which {source} is one, found a single dictionary; leave out /layer_{layer}")
+        end = "" if path.is_file() else "layer_"
+        raise InputError(f"expected a set in {path}, of which {source} is one, found a single dictionary; leave out /{end}{layer}")
     if layer not in found:
         raise InputError(f"expected layer {layer} of the set in {path}, which has {', '.join(map(str, found))}; choose one of them")
     return found[layer]()

@@ -3,6 +3,7 @@
 import math
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, TYPE_CHECKING, Any
@@ -22,18 +23,25 @@ MOST_COMPRESSED = 32
 COPY_AGAIN = "copy or download it again"
 
 
-def read_torch(path: Path, what: str) -> Any:
+class Record:
+    """Stands for an object of a class that is not here: its attributes, and nothing of what the class can do."""
+
+
+def read_torch(path: Path, what: str, classes: Sequence[str] = ()) -> Any:
     """What `torch.save` wrote: containers, numbers, texts and tensors, on the CPU, mapped from the file where its layout allows it.
 
-    `what` names the kind of file in the error sentence. Raises `InputError` for a file that is missing or damaged, and for one that
-    holds anything else, because such a file may run code when it is read.
+    `what` names the kind of file in the error sentence. An object of one of `classes`, full names, becomes a `Record` whose class has that
+    class's name. Raises `InputError` for a file that is missing or damaged, and for one that holds anything else, because such a file may
+    run code when it is read.
     """
     import torch
 
     if not path.is_file():
         raise InputError(f"expected {what} at {path}, which does not exist; check its name")
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        records = [(type(name.rpartition(".")[2], (Record,), {}), name) for name in classes]
+        with torch.serialization.safe_globals(records):  # type: ignore[arg-type]
+            value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # whatever torch's parts say of bytes that make no sense
         if isinstance(error, UnpicklingError) and (found := re.search(r"(?:Trying to.*)?GLOBAL ([\w.]+)|Can only|Trying to", str(error))):
             raise InputError(
@@ -54,6 +62,7 @@ def _tensors(value: Any) -> "list[torch.Tensor]":
 
     if isinstance(value, torch.Tensor):
         return [value]
+    value = vars(value) if isinstance(value, Record) else value
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
     return [tensor for one in inside for tensor in _tensors(one)]
 

@@ -16,6 +16,7 @@ from sae.dictionaries.formats import (
     goodfire,
     kissane,
     kissane_attention,
+    learned_dicts,
     llama_scope,
     llamascopium,
     openai,
@@ -186,6 +187,15 @@ FORMATS = (
         bussmann.load,
         "vanilla, topk, batchtopk, jumprelu, global-matryoshka-topk",
         "TopK and BatchTopK do not use b_enc.",
+    ),
+    Format(
+        "learned_dicts of Cunningham and others",
+        learned_dicts.FILES,
+        learned_dicts.recognises,
+        learned_dicts.load,
+        "TiedSAE, UntiedSAE",
+        "Of its objects the attributes alone are read, and nothing is run; other classes are refused. A file holds a whole sweep: name "
+        "one, as learned_dicts.pt/3. Folders named like tied_residual_l2_r4 tell the site; TransformerLens' stream there has no mean.",
     ),
     Format(
         "OpenAI",

@@ -3,6 +3,7 @@
 import pytest
 import test_goodfire
 import test_kissane_attention
+import test_learned_dicts
 import test_llama_scope
 import test_qwen_scope
 
@@ -54,6 +55,15 @@ LAYOUTS = {
         f"ckkissane/attn-saes-gpt2-small-all-layers/{test_kissane_attention.NAME}",
         ("head_out.5", "gpt2"),
     ),
+    "learned_dicts": (
+        "Elriggs/sparse_coding",
+        lambda path: test_learned_dicts.save(
+            path / "tied_residual_l2_r4" / "learned_dicts.pt",
+            [("TiedSAE", test_learned_dicts.attributes("TiedSAE", seed)) for seed in (0, 3)],
+        ),
+        "Elriggs/sparse_coding/tied_residual_l2_r4/learned_dicts.pt/1",
+        ("resid_post.2", None),
+    ),
     "qresearch": (
         "qresearch/DeepSeek-R1-Distill-Llama-8B-SAE-l19",
         lambda path: test_goodfire.write(path / "DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt", test_goodfire.linear()),
@@ -69,7 +79,7 @@ def test_a_published_layout(hub, offline, layout):
     write(hub.root / place)
     (hub.root / place / "README.md").write_text("not needed")
     dictionary = Dictionary.load(name)
-    assert (dictionary.site, dictionary.metadata["model_name"]) == expected
+    assert (dictionary.site, dictionary.metadata.get("model_name")) == expected
     asked = list(hub.asked)
     assert not any("README" in path for path in asked)
     assert len(asked) <= 2  # weights and settings
