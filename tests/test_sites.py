@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 from test_language_model import COMMON, GROUPED, LLAMA, N_LAYERS, ids_of, randomised, tiny
 
+from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import KINDS
 
@@ -161,7 +162,7 @@ def test_recorded_values_are_those_computed_by_hand(family):
     for layer in range(N_LAYERS):
         expected = by_hand(lm, family, layer, ids_sp)
         there = {kind for kind in KINDS if f"{kind}.{layer}" in lm.sites()}
-        assert there - {"head_out"} == set(expected)
+        assert there - {"head_out", "q", "k", "v"} == set(expected)
         for kind, value in lm.record(ids_sp, [f"{kind}.{layer}" for kind in expected]).items():
             torch.testing.assert_close(value, expected[kind.partition(".")[0]], rtol=1e-5, atol=1e-5)
             assert lm.width(kind) == value.shape[-1]
@@ -221,7 +222,7 @@ def test_a_change_reaches_what_follows_and_nothing_else(family, layer):
     lm, ids_sp = made(family), ids_of()
     kinds = [kind for kind in KINDS if f"{kind}.{layer}" in lm.sites()]
     before = lm.record(ids_sp, [f"{kind}.{layer}" for kind in kinds])
-    for kind in set(kinds) - {"resid_pre", "head_out", "resid_post"}:
+    for kind in set(kinds) - {"resid_pre", "q", "k", "v", "head_out", "resid_post"}:
         site = f"{kind}.{layer}"
         new = before[site] + 0.5 * torch.randn(before[site].shape, generator=torch.Generator().manual_seed(1))
         with lm.edited({site: lambda _, new=new: new}):
@@ -263,6 +264,59 @@ def test_cached_generation_under_edits_of_more_families(family):
         for _ in range(6):
             uncached = torch.cat([uncached, lm.logits(uncached)[:, -1:].argmax(-1)], dim=1)
     assert cached.tolist() == uncached.tolist()
+
+
+def parts(family: str, layer: int, attention: torch.nn.Module) -> dict[str, tuple[str, torch.Tensor]] | None:
+    """By q, k and v: the module that makes it and which of its outputs it is, as the family's source splits them. 4 heads of 8."""
+    if family in ("gpt2", "phi3"):  # one behind the other
+        width = 32 if family == "gpt2" else 16
+        starts = {"q": (0, 32), "k": (32, 32 + width), "v": (32 + width, 32 + 2 * width)}
+        name = "c_attn" if family == "gpt2" else "qkv_proj"
+        return {kind: (name, torch.arange(*ends)) for kind, ends in starts.items()}
+    if family in ("gpt_neox", "bloom"):  # head by head
+        return {kind: ("query_key_value", torch.arange(96).view(4, 3, 8)[:, n].flatten()) for n, kind in enumerate("qkv")}
+    if family == "falcon":  # one key and value for all
+        return {
+            kind: ("query_key_value", torch.arange(48).view(6, 8)[rows].flatten()) for kind, rows in zip("qkv", ([0, 1, 2, 3], [4], [5]))
+        }
+    if family == "qwen3_next":  # queries and gates head by head
+        gated = {"q": ("q_proj", torch.arange(64).view(4, 2, 8)[:, 0].flatten())} | {
+            kind: (f"{kind}_proj", torch.arange(16)) for kind in "kv"
+        }
+        return gated if layer == 1 else None
+    return {kind: (f"{kind}_proj", torch.arange(attention.get_submodule(f"{kind}_proj").out_features)) for kind in "qkv"}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "phi3"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_queries_keys_and_values_are_recorded_and_changed_where_the_family_splits_them(family, layer):
+    lm, ids_sp = tiny("phi3") if family == "phi3" else made(family), ids_of()
+    name = "self_attn" if family == "phi3" else names_of(family, layer).attention
+    attention = block_of(lm, layer).get_submodule(name)
+    split = parts(family, layer, attention)
+    if split is None:
+        with pytest.raises(InputError, match=rf"got q\.{layer}, which it does not have: the attention has no module that makes q"):
+            lm.width(f"q.{layer}")
+        return
+    _, given = taken_and_given(lm, layer, ids_sp)
+    for kind, (module, index) in split.items():
+        site = f"{kind}.{layer}"
+        value = lm.record(ids_sp, [site])[site]
+        assert torch.equal(value, given[f"{name}.{module}"][..., index])
+        new = value + torch.randn(value.shape, generator=torch.Generator().manual_seed(4))
+
+        def by_hand(_m, _args, out, index=index, new=new):
+            out = out.clone()
+            out[..., index] = new.reshape(*out.shape[:-1], -1)
+            return out
+
+        handle = attention.get_submodule(module).register_forward_hook(by_hand)
+        expected = lm.logits(ids_sp)
+        handle.remove()
+        with lm.edited({site: lambda _, new=new: new}):
+            assert torch.equal(lm.logits(ids_sp), expected)
+            assert torch.equal(lm.record(ids_sp, [site])[site], new)
+        assert not torch.equal(expected, lm.logits(ids_sp))
 
 
 def test_the_embedding_is_the_table_times_the_models_constant():
@@ -318,10 +372,7 @@ def test_sites_are_found_whatever_the_weights():
 
 
 def test_sites_are_found_in_the_middle_of_an_edit_which_does_not_notice():
-    lm, calls = LanguageModel(made("llama").model), []
-    fresh = LanguageModel(lm.model)
-    sites = fresh.sites()
+    lm, calls, sites = LanguageModel(made("llama").model), [], made("llama").sites()
     with lm.edited({"resid_post.0": lambda x: calls.append(x.shape) or x}):
-        lm._inspected = None
         assert lm.sites() == sites
     assert calls == []

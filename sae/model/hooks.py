@@ -181,7 +181,9 @@ def _register(place: Place, change: Callable[[Tensor, Tensor], Tensor]) -> Calla
 
     def on_output(_module: nn.Module, args: tuple, output: Any) -> Any:
         received = args[0] if args else output
-        return (change(output[0], received), *output[1:]) if isinstance(output, tuple) else change(output, received)
+        if isinstance(output, tuple | list):
+            return type(output)((change(output[0], received), *output[1:]))
+        return change(output, received)
 
     if place.is_output:
         return place.module.register_forward_hook(on_output).remove

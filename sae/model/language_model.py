@@ -5,6 +5,7 @@ s sequences · p positions · d model width · v vocabulary · for the names of 
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 
 from sae.errors import InputError
 from sae.model.fingerprint import fingerprint
+from sae.model.heads import SEPARATE, find_heads
 from sae.model.hooks import Edit, Hooks
 from sae.model.inspection import Inspection, inspect
 from sae.model.offload import device_of
 from sae.model.places import Place
 from sae.model.sampling import sample
-from sae.model.sites import parse_site
+from sae.model.sites import EMBED, KINDS, parse_site
+from sae.model.trace import short_pass
 from sae.text_input import text_list
 
 CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")  # what configurations call it
@@ -42,13 +45,11 @@ class LanguageModel:
             tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         config = model.config.get_text_config()
         self._refuse_virtual_tokens()
-        self._decoder = model.get_decoder()
+        self._decoder, self._blocks = _decoder_and_blocks(model, getattr(config, "num_hidden_layers", 0), name)
         self._hooks = Hooks(model, self._decoder)
-        self._blocks = _blocks(self._decoder, config.num_hidden_layers, name or type(model).__name__)
-        self._inspected: Inspection | None = None
         self.n_layers: int = len(self._blocks)
         self.d_model: int = config.hidden_size
-        self.context: int = next((n for name in CONTEXTS if isinstance(n := getattr(config, name, None), int)), UNLIMITED)
+        self.context: int = next((n for name in CONTEXTS if isinstance(n := getattr(config, name, None), int) and n > 0), UNLIMITED)
         self.bos_id: int | None = tokenizer.bos_token_id if tokenizer is not None else config.bos_token_id
         self._fingerprint: str | None = None  # set where not all weights are in memory as they are in the files
         self._cut_off = False
@@ -102,13 +103,17 @@ class LanguageModel:
         """Inside a pass under `edited`: which columns up to the pass's last hold tokens, [s, past + p]; None where no mask was given."""
         return self._hooks.attention_mask
 
-    @property
+    @cached_property
     def _inspection(self) -> Inspection:
-        """Made where a site is first asked for."""
-        if self._inspected is None:
-            with self._hooks.paused(), torch.inference_mode(False), torch.no_grad():
-                self._inspected = inspect(self.model, self._decoder, self._blocks, self.name)
-        return self._inspected
+        with self._hooks.paused(), torch.inference_mode(False), torch.no_grad():
+            return inspect(self.model, self._decoder, self._blocks, partial(short_pass, self.model, self._decoder, self.name))
+
+    @cached_property
+    def _projected(self) -> dict[str, Place | str]:
+        """q, k and v: where they are, or why they are not there."""
+        with self._hooks.paused(), torch.inference_mode(False):
+            found = find_heads(self._inspection.attentions, partial(short_pass, self.model, self._decoder, self.name))
+        return {f"{kind}.{layer}": place for layer, own in enumerate(found) for kind, place in own.items()}
 
     @property
     def final_norm(self) -> nn.Module | None:
@@ -116,11 +121,12 @@ class LanguageModel:
         return self._inspection.final_norm
 
     def sites(self) -> list[str]:
-        return list(self._inspection.places)
+        """Those that the model has, in the order in which they are computed."""
+        return [site for site in self._all_sites() if isinstance(self._found(site), Place)]
 
     def refused_sites(self) -> dict[str, str]:
-        """The sites that some other model has and this one has not, and why."""
-        return dict(self._inspection.refused)
+        """The other sites that models have, and why this one has not got them."""
+        return {site: found for site in self._all_sites() if isinstance(found := self._found(site), str)}
 
     def width(self, site: str) -> int:
         """Length of one vector there. Raises `InputError` as `place` does."""
@@ -129,9 +135,16 @@ class LanguageModel:
     def place(self, site: str) -> Place:
         """Where the site lies. Raises `InputError` listing the sites of models, or saying why this one has not got it."""
         site = str(parse_site(site, self.n_layers))
-        if site in self._inspection.places:
-            return self._inspection.places[site]
-        raise InputError(f"expected a site of {self.name!r}, got {site}, which it does not have: {self._inspection.refused[site]}")
+        found = self._found(site)
+        if isinstance(found, str):
+            raise InputError(f"expected a site of {self.name!r}, got {site}, which it does not have: {found}")
+        return found
+
+    def _found(self, site: str) -> Place | str:
+        return (self._projected if parse_site(site).kind in SEPARATE else self._inspection.found)[site]
+
+    def _all_sites(self) -> list[str]:
+        return [EMBED, *(f"{kind}.{layer}" for layer in range(self.n_layers) for kind in KINDS)]
 
     def token_ids(self, text: str) -> list[int]:
         """Behind one beginning-of-text token, where there is one; a text that brings its own, as chat templates do, gets no second.
@@ -338,9 +351,12 @@ def _position_ids(mask_sp: Tensor) -> Tensor:
     return (mask_sp.cumsum(-1) - 1).clamp(min=0)
 
 
-def _blocks(decoder: nn.Module, n_layers: int, name: str) -> list[nn.Module]:
-    """The first list of as many modules as the model has blocks. Raises `InputError` where there is none."""
-    for part in decoder.modules():
-        if isinstance(part, nn.ModuleList) and len(part) == n_layers:
-            return list(part)
+def _decoder_and_blocks(model: Any, n_layers: int, name: str) -> tuple[nn.Module, list[nn.Module]]:
+    """The model below the unembedding, and its first list of as many modules as it has blocks. Raises `InputError` where there is none."""
+    decoder = model.get_decoder()
+    for below in (decoder, model.base_model):  # what ModernBERT calls its decoder is its unembedding
+        for part in below.modules():
+            if isinstance(part, nn.ModuleList) and len(part) == n_layers:
+                return below, list(part)
+    name = name or type(model).__name__
     raise InputError(f"expected {name!r} to keep its {n_layers} blocks in a list of modules, found none in {type(decoder).__name__}")

@@ -59,6 +59,19 @@ class Scaled:
 
 
 @dataclass(frozen=True, eq=False)
+class Columns:
+    """Some of the numbers of each vector."""
+
+    index: Tensor
+
+    def read(self, raw: Tensor, received: Tensor) -> Tensor:
+        return raw.index_select(-1, self.index)
+
+    def write(self, raw: Tensor, new: Tensor, received: Tensor) -> Tensor:
+        return raw.index_copy(-1, self.index, new)
+
+
+@dataclass(frozen=True, eq=False)
 class InPlace:
     """The residual stream inside a block: the block goes on with the very tensor that the module gets, so that is what changes."""
 

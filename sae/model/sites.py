@@ -5,6 +5,7 @@ With L counted from 0, in the order in which they are computed:
 `embed`               the tokens' embeddings, before positions are added
 `resid_pre.L`         the residual stream before block L
 `attn_in.L`           what the attention receives: behind the norm and its gain, where there is a norm
+`q.L`, `k.L`, `v.L`   queries, keys and values of all heads as their projections give them, before a norm of theirs and before rotation
 `head_out.L`          the heads' outputs, concatenated, before the output projection
 `attn_out.L`          what the attention adds to the stream
 `resid_mid.L`         the stream between attention and MLP
@@ -22,7 +23,7 @@ from sae.errors import InputError
 
 EMBED = "embed"
 KINDS = (
-    *("resid_pre", "attn_in", "head_out", "attn_out", "resid_mid"),
+    *("resid_pre", "attn_in", "q", "k", "v", "head_out", "attn_out", "resid_mid"),
     *("mlp_in_nogain", "mlp_in", "mlp_act", "mlp_out", "resid_post"),
 )
 """those of each block"""

@@ -6,6 +6,7 @@ attention and MLP, as soon as a module takes the stream plus an earlier output.
 t tokens · d width of the stream
 """
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,6 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from sae.errors import InputError
+from sae.model.offload import device_of
 
 TOKENS = 3
 NOTHING = torch.empty(0, 0, dtype=torch.float64)
@@ -76,8 +80,8 @@ class Call:
         return f"{self.path}.".startswith(f"{other.path}.")
 
 
-class Branch(NamedTuple):
-    """What is added to the stream: the output of a module, times a constant."""
+class Added(NamedTuple):
+    """The output of a module, times a constant, as a part of a sum."""
 
     call: Call
     factor: float
@@ -101,16 +105,24 @@ class Block:
     calls: list[Call] = field(default_factory=list)
     mid: Call | None = None
     """the first module that takes the stream plus an earlier output"""
-    first: Branch | None = None
+    first: Added | None = None
     """that output"""
 
-    def added(self, base: Tensor, total: Tensor, calls: Sequence[Call]) -> Branch | None:
+    def added(self, base: Tensor, total: Tensor, calls: Sequence[Call]) -> Added | None:
         """Which of the calls' outputs makes the total of the base, the outermost module first."""
         for call in sorted(calls, key=Call.order):
+            if call.y.shape == base.shape and (factor := self.factor(base, total, call.y)) is not None:
+                return Added(call, factor)
+        return None
+
+    def rescaled(self, base: Tensor, total: Tensor, calls: Sequence[Call]) -> Added | None:
+        """The same where a multiple of the sum is the total."""
+        for call in sorted(calls, key=Call.order):
             if call.y.shape == base.shape:
-                factor = self.factor(base, total, call.y)
-                if factor is not None:
-                    return Branch(call, factor)
+                columns = torch.stack([base.flatten(), call.y.flatten()], dim=1)
+                whole, _ = torch.linalg.lstsq(columns, total.flatten()).solution.tolist()
+                if 1e-3 < abs(whole) < 1e3 and (factor := self.factor(base, total / whole, call.y)) is not None:
+                    return Added(call, factor)
         return None
 
     def factor(self, base: Tensor, total: Tensor, part: Tensor) -> float | None:
@@ -128,6 +140,24 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.numel() > 0 and torch.equal(a, b)
 
 
+def short_pass(model: Any, decoder: Any, name: str) -> None:
+    """A pass of three tokens from the middle of the vocabulary, where no special ones are. Raises `InputError` where the model fails."""
+    embedding = model.get_input_embeddings()
+    pad, known = model.config.get_text_config().pad_token_id, embedding.num_embeddings
+    ids = [*(token for token in range(known // 2, known) if token != pad), *[0] * TOKENS][:TOKENS]
+    try:
+        decoder(input_ids=torch.tensor([ids], device=device_of(embedding)), use_cache=False)
+    except Exception as error:  # whatever a model's own code does
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"expected {name!r} to run on {TOKENS} tokens, but it failed ({reason:.300})") from error
+
+
+def own(hook: Callable) -> Callable:
+    """The hook for passes of this thread alone: what it changes is no business of another thread's."""
+    thread = threading.get_ident()
+    return lambda *given: hook(*given) if threading.get_ident() == thread else None
+
+
 def trace(blocks: Sequence[nn.Module], constants: Sequence[float], run: Callable[[], Any]) -> list[Block]:
     """Of the pass that `run` makes, without gradients."""
     traced = [Block(block, constants) for block in blocks]
@@ -135,14 +165,14 @@ def trace(blocks: Sequence[nn.Module], constants: Sequence[float], run: Callable
     uses = Counter(id(part) for block in parts for _, part in block)
     noise, clock = torch.Generator().manual_seed(0), count()
     with ExitStack() as stack:
-        for block, own in zip(traced, parts, strict=True):
+        for block, inner in zip(traced, parts, strict=True):
             hooks = _Hooks(block, noise, clock)
-            stack.callback(block.module.register_forward_pre_hook(hooks.enter, with_kwargs=True).remove)
-            stack.callback(block.module.register_forward_hook(hooks.leave).remove)
-            for path, part in own:
+            stack.callback(block.module.register_forward_pre_hook(own(hooks.enter), with_kwargs=True).remove)
+            stack.callback(block.module.register_forward_hook(own(hooks.leave)).remove)
+            for path, part in inner:
                 if uses[id(part)] == 1:  # a hook on what several blocks share would see them all
-                    stack.callback(part.register_forward_pre_hook(hooks.begin(path), with_kwargs=True).remove)
-                    stack.callback(part.register_forward_hook(hooks.end(path)).remove)
+                    stack.callback(part.register_forward_pre_hook(own(hooks.begin(path)), with_kwargs=True).remove)
+                    stack.callback(part.register_forward_hook(own(hooks.end(path))).remove)
         run()
     return traced
 
@@ -157,18 +187,18 @@ class _Hooks:
     def enter(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
         block = self.block
         block.times += 1
-        block.argument, stream = _first_tensor(args, kwargs)
+        block.argument, stream = first_tensor(args, kwargs)
         if stream is not None:
             block.pre, block.pre_seen, block.precision = values_of(stream), Seen.now(stream), torch.finfo(stream.dtype).eps
 
     def leave(self, _module: nn.Module, _args: tuple, output: Any) -> None:
-        stream = output[0] if isinstance(output, tuple) else output
+        stream = output[0] if isinstance(output, tuple | list) else output
         if isinstance(stream, Tensor):
             self.block.post, self.block.post_seen = values_of(stream), Seen.now(stream)
 
     def begin(self, path: str) -> Callable:
         def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            key, tensor = _first_tensor(args, kwargs)
+            key, tensor = first_tensor(args, kwargs)
             call = Call(path, module, next(self.clock), key)
             if tensor is not None:
                 call.x = self._between(call, tensor, values_of(tensor))
@@ -191,7 +221,7 @@ class _Hooks:
 
     def end(self, path: str) -> Callable:
         def end(module: nn.Module, _args: tuple, output: Any) -> Any:
-            call, first = self.open[path], output[0] if isinstance(output, tuple) else output
+            call, first = self.open[path], output[0] if isinstance(output, tuple | list) else output
             call.ended = True
             if not isinstance(first, Tensor) or not first.is_floating_point():
                 return None
@@ -201,7 +231,7 @@ class _Hooks:
                 return None
             noisy = first + self._noise(first, call.raw)
             call.y, call.y_seen = values_of(noisy), Seen.now(noisy)
-            return (noisy, *output[1:]) if isinstance(output, tuple) else noisy
+            return type(output)((noisy, *output[1:])) if isinstance(output, tuple | list) else noisy
 
         return end
 
@@ -210,7 +240,7 @@ class _Hooks:
         return ((float(size) or 1.0) * torch.randn(tensor.shape, generator=self.noise)).to(tensor)
 
 
-def _first_tensor(args: tuple, kwargs: dict) -> tuple[int | str, Tensor | None]:
+def first_tensor(args: tuple, kwargs: dict) -> tuple[int | str, Tensor | None]:
     """Of floating point, with its position or name."""
     for key, value in (*enumerate(args), *kwargs.items()):
         if isinstance(value, Tensor) and value.is_floating_point():
