@@ -3,6 +3,7 @@
 s sequences · p positions · d model width
 """
 
+from copy import deepcopy
 from functools import cache
 from typing import NamedTuple
 
@@ -295,7 +296,7 @@ def test_queries_keys_and_values_are_recorded_and_changed_where_the_family_split
     attention = block_of(lm, layer).get_submodule(name)
     split = parts(family, layer, attention)
     if split is None:
-        with pytest.raises(InputError, match=rf"got q\.{layer}, which it does not have: the attention has no module that makes q"):
+        with pytest.raises(InputError, match=rf"got q\.{layer}, which it does not have: no one module of the attention makes it"):
             lm.width(f"q.{layer}")
         return
     _, given = taken_and_given(lm, layer, ids_sp)
@@ -317,6 +318,20 @@ def test_queries_keys_and_values_are_recorded_and_changed_where_the_family_split
             assert torch.equal(lm.logits(ids_sp), expected)
             assert torch.equal(lm.record(ids_sp, [site])[site], new)
         assert not torch.equal(expected, lm.logits(ids_sp))
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "falcon", "phi3"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_queries_are_told_from_gates_keys_and_values_in_half_precision(family, dtype):
+    if family == "phi3":
+        lm, name = LanguageModel(deepcopy(tiny("phi3").model).to(dtype)), "self_attn"
+    else:
+        lm, name = LanguageModel(deepcopy(made(family).model).to(dtype)), names_of(family, 1).attention
+    for kind, (module, index) in parts(family, 1, block_of(lm, 1).get_submodule(name)).items():
+        place = lm.place(f"{kind}.1")
+        assert place.module is block_of(lm, 1).get_submodule(f"{name}.{module}")
+        assert place.width == len(index)
+        assert place.view is None or torch.equal(place.view.index, index)
 
 
 def test_the_embedding_is_the_table_times_the_models_constant():

@@ -70,7 +70,9 @@ def _one_after_the_other(block: Block, mid: Call, first: Added) -> Branches:
     for one, other in combinations(outputs, 2):
         if block.factor(mid.x, block.post, one.y + other.y) is not None:
             return Branches(attention, Branch(None, None, [mid.x], after, SEVERAL), mid)
-    return Branches(attention._replace(factor=None), Branch(None, None, [mid.x], after), UNEXPLAINED)
+    if not first.call.named(ATTENTION_WORDS):
+        attention = attention._replace(factor=None)
+    return Branches(attention, Branch(None, None, [mid.x], after), UNEXPLAINED)
 
 
 def _outputs(block: Block, calls: Sequence[Call]) -> list[Call]:
