@@ -250,7 +250,7 @@ def test_what_transformer_lens_makes_of_a_model_is_named(byte_lm):
     ids = torch.tensor([recorder.sequences[0].tolist()])
     expected, found = lm.logits(ids).log_softmax(-1), theirs.lm.logits(ids).log_softmax(-1)
     assert torch.allclose(found, expected, atol=1e-3)
-    for site, kind in (("resid_post.1", "frame"), ("mlp_out.2", "frame"), ("head_out.1", "value_bias")):
+    for site, kind in (("resid_post.1", "frame"), ("mlp_out.2", "frame"), ("v.1", "value_bias"), ("head_out.1", "value_bias")):
         theirs_nd = theirs.values(Point(site, True))
         ours_nd = recorder.values(Point(site, True))
         as_theirs_nd = ours_nd - (recorder.value_bias(site) if kind == "value_bias" else ours_nd.mean(1, keepdim=True))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.dictionaries.formats.saelens_cfg import CENTRED, CFG, DECIDED, Settings, read_settings
+from sae.dictionaries.formats.saelens_cfg import CENTRED, CFG, DECIDED, HEADS, Settings, read_settings
 from sae.dictionaries.formats.saelens_estimates import fold_factor, fold_whitening, read_estimates
 from sae.dictionaries.formats.tensors import unit_rows
 from sae.dictionaries.formats.transformer_lens import hook_of_site
@@ -151,7 +151,7 @@ def save(d: Parts, folder: Path) -> None:
             "device": "cpu",
             "apply_b_dec_to_input": subtracts,
             "normalize_activations": "none" if frame is None or frame.kind == "centred" else frame.kind,
-            "reshape_activations": "hook_z" if (d.reads[0].site or "").startswith("head_out") else "none",
+            "reshape_activations": "hook_z" if (d.reads[0].site or "").partition(".")[0] in HEADS else "none",
             # without the version SAELens takes the folder for an older format and drops the metadata
             "metadata": {"sae_lens_version": "6.0.0", **hooks, **facts(d), **loaded_with(frame, d.metadata)},
         },

@@ -102,6 +102,7 @@ FACTS = {
 
 # TransformerLens' arguments that leave the activations of our sites as the model of Hugging Face has them
 SAME_ACTIVATIONS = {"center_unembed", "dtype", "torch_dtype", "device", "n_devices", "trust_remote_code"}
+HEADS = ("q", "k", "v", "head_out")  # which TransformerLens gives head by head, and SAELens puts side by side under the name hook_z
 SAME_EXCEPT_HEADS = {"fold_value_biases", "refactor_factored_attn_matrices"}
 CENTRED = "center_writing_weights"  # everything that is added to the stream loses its mean over the width
 CENTRED_KINDS = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
@@ -252,9 +253,9 @@ def find_k(folder: Path, values: dict[str, Any], kind: Architecture) -> int | No
 def find_frame(folder: Path, values: dict[str, Any], site: str | list[str] | None, kind: Architecture) -> Frame | None:
     """Raises `InputError` where the model's weights were changed on loading so that the site has values that cannot be made here."""
     at = str(site[0] if isinstance(site, list) else site or "").partition(".")[0]
-    if values.get("reshape_activations") == "hook_z" and site is not None and at != "head_out":
+    if values.get("reshape_activations") == "hook_z" and site is not None and at not in HEADS:
         raise InputError(f"the dictionary in {folder} has reshape_activations 'hook_z', but reads {site}; leave the right one")
-    same = SAME_ACTIVATIONS | (set() if at == "head_out" else SAME_EXCEPT_HEADS) | (set() if at in ("attn_in", "mlp_in") else {"fold_ln"})
+    same = SAME_ACTIVATIONS | (set() if at in HEADS else SAME_EXCEPT_HEADS) | (set() if at in ("attn_in", "mlp_in") else {"fold_ln"})
     given = values.get("model_from_pretrained_kwargs") or {}
     if not isinstance(given, dict):
         raise InputError(f"{folder / CFG} has model_from_pretrained_kwargs {given!r}, where an object is expected")
@@ -262,7 +263,7 @@ def find_frame(folder: Path, values: dict[str, Any], site: str | list[str] | Non
     normalised: Any = values.get("normalize_activations") or "none"
     normalised = "none" if normalised in ESTIMATED else normalised
     centred = CENTRED in changing and at in CENTRED_KINDS and not kind.transcoder
-    if changing - ({CENTRED} if centred or at == "head_out" else set()) or (centred and normalised == "constant_norm_rescale"):
+    if changing - ({CENTRED} if centred or at in HEADS else set()) or (centred and normalised == "constant_norm_rescale"):
         raise InputError(
             f"the dictionary in {folder} was trained on a model loaded with model_from_pretrained_kwargs {', '.join(sorted(changing))}, "
             "whose activations are not those of the model as it is; such a dictionary cannot be read"

@@ -125,7 +125,7 @@ def contexts(use: Use, recorder: Recorder) -> Iterator[Use]:
         change = Change("post_norm", f"{use.writes.site} ahead of the norm that follows it")
         yield use.changed(change, writes=writes, reads=writes if use.reads == use.writes else use.reads)
     kind, d = parse_site(use.reads.site).kind, use.dictionary
-    if kind == "head_out" and use.reads == use.writes and (bias_d := recorder.value_bias(use.reads.site).to(d.b_dec_o)).any():
+    if kind in ("v", "head_out") and use.reads == use.writes and (bias_d := recorder.value_bias(use.reads.site).to(d.b_dec_o)).any():
         b_in_d = bias_d if d.b_in_d is None else d.b_in_d + bias_d
         change = Change("value_bias", "the values' biases are taken off (TransformerLens' fold_value_biases)")
         yield use.with_parts(change, b_in_d=b_in_d, b_dec_o=d.b_dec_o + bias_d)

@@ -65,8 +65,8 @@ def test_without_a_threshold_each_token_keeps_k(tmp_path, capsys):
 
 
 def test_a_hook_that_is_no_site_is_left_open(tmp_path):
-    dictionary = Dictionary.load(folder(tmp_path / "sae", "topk", weights("topk"), hook_point="blocks.8.attn.hook_q"))
-    assert (dictionary.site, dictionary.metadata["hook_name"]) == (None, "blocks.8.attn.hook_q")
+    dictionary = Dictionary.load(folder(tmp_path / "sae", "topk", weights("topk"), hook_point="blocks.8.attn.hook_rot_q"))
+    assert (dictionary.site, dictionary.metadata["hook_name"]) == (None, "blocks.8.attn.hook_rot_q")
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,11 @@ def test_facts_that_change_nothing_are_kept(tmp_path, cfg, change):
             in_metadata(hook_name="blocks.1.attn.hook_z", model_from_pretrained_kwargs={"fold_value_biases": True}),
             "fold_value_biases",
         ),
+        (
+            VERSION_6,
+            in_metadata(hook_name="blocks.1.attn.hook_v", model_from_pretrained_kwargs={"fold_value_biases": True}),
+            "fold_value_biases",
+        ),
         (VERSION_6, in_metadata(hook_name="blocks.1.hook_pos_embed"), "'blocks.1.hook_pos_embed', which is none of the sites"),
         (VERSION_3, {"hook_name": "blocks.1.ln1.hook_scale"}, "none of the sites"),
         (VERSION_2, {"hook_point": "model.layers.3"}, "none of the sites"),
@@ -252,4 +257,6 @@ def test_hooks_and_sites_name_one_another(tmp_path, kind):
     again = Dictionary.load(tmp_path / "b")
     assert again.site == opened.site
     assert again.metadata["hook_name"] == hook
+    by_head = json.loads((tmp_path / "b" / "cfg.json").read_text())["reshape_activations"] == "hook_z"
+    assert by_head == hook.endswith(("_q", "_k", "_v", "_z"))
     assert load_file(tmp_path / "b" / "sae_weights.safetensors").keys() == tensors().keys()
