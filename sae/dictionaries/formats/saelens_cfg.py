@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from typing_extensions import NotRequired, TypedDict
 
+from sae.dictionaries.formats.saelens_published import settings_of
 from sae.dictionaries.formats.transformer_lens import HOOK_NAMES, site_of_hook
 from sae.dictionaries.frames import Frame
 from sae.disk.reading import read_json
@@ -193,6 +194,10 @@ def merge(folder: Path, cfg: dict[str, Any]) -> dict[str, Any]:
         values[key] = value
     if isinstance(values.get("normalize_activations"), bool):  # versions 2 to 5
         values["normalize_activations"] = ESTIMATED[0] if values["normalize_activations"] else "none"
+    for key, value in settings_of(folder).items():
+        if values.get(key) != value:
+            print(f"SAELens' list of dictionaries gives {folder} {key} {value!r}, in place of what its {CFG} says", file=sys.stderr)
+        values[key] = value
     return values
 
 

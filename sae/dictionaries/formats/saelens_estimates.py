@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from sae.dictionaries.formats.saelens_cfg import CFG, Settings
+from sae.dictionaries.formats.saelens_published import factor_of
 from sae.disk.reading import Number, read_json, read_tensors
 from sae.errors import InputError
 
@@ -59,6 +60,8 @@ def read_estimates(folder: Path, settings: Settings) -> Estimates:
         if "estimated_norm_scaling_factor" not in state:
             return Estimates()
         factor = float(state["estimated_norm_scaling_factor"])
+    elif scaler is None:
+        factor = factor_of(folder)
     if factor is None or not 0 < factor < math.inf:
         raise InputError(
             f"the dictionary in {folder} has normalize_activations {name!r}, but by which factor activations are multiplied is not there; "

@@ -1,6 +1,7 @@
 """Folders of every architecture of SAELens against its formula, written out in float64, and saved again."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -144,6 +145,43 @@ def test_the_factors_of_fine_tuning(tmp_path):
 def scaled(path, name, w, **cfg):
     cfg = {"normalize_activations": "expected_average_only_in", "apply_b_dec_to_input": True} | cfg
     return folder(path, name, w, cfg)
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["hub cache", "folder"])
+def test_what_saelens_list_says_of_published_dictionaries(tmp_path, capsys, cached):
+    """The factor is not in the folder, and that the stream has no mean is not either."""
+    repository = tmp_path / ("models--tommmcgrath--gpt2-small-mlp-out-saes/snapshots/0a1b" if cached else "gpt2-small-mlp-out-saes")
+    repository.mkdir(parents=True)
+    w, s = weights(), 1.6411934982190302
+    mean = X.mean(-1, keepdim=True)
+    acts = ((s * (X - mean) - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
+    path = scaled(repository / "sae_group_gpt2_blocks.2.hook_mlp_out_24576:v0", "standard", w, apply_b_dec_to_input=True)
+    check(path, acts, (acts @ w["W_dec"] + w["b_dec"]) / s + mean)
+    said = "SAELens' list of dictionaries gives .* model_from_pretrained_kwargs {'center_writing_weights': True}, in place of"
+    assert re.search(said, capsys.readouterr().err)
+    (path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 2 * s}))  # one that is there counts
+    acts = ((2 * s * (X - mean) - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
+    torch.testing.assert_close(Dictionary.load(path).encode(X), acts, rtol=1e-12, atol=1e-12)
+    other = scaled(repository / "sae_group_gpt2_blocks.2.hook_mlp_out_24576:v9", "standard", w, apply_b_dec_to_input=True)
+    with pytest.raises(InputError, match="by which factor activations are multiplied is not there"):
+        Dictionary.load(other)
+
+
+@pytest.mark.parametrize("repository", ["GPT2-Small-SAEs-Reformatted", "GPT2-Small-Feature-Splitting-Experiment-Layer-8"])
+def test_gpt2s_published_dictionaries_read_the_stream_without_its_mean(tmp_path, repository):
+    (tmp_path / repository).mkdir()
+    w, mean = weights(), X.mean(-1, keepdim=True)
+    path = folder(tmp_path / repository / "blocks.8.hook_resid_pre", "standard", w)
+    acts = ((X - mean - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
+    check(path, acts, acts @ w["W_dec"] + w["b_dec"] + mean)
+
+
+def test_mistrals_published_dictionaries_divide_by_the_norm(tmp_path):
+    (tmp_path / "Mistral-7B-Residual-Stream-SAEs").mkdir()
+    w, s = weights(), D**0.5 / X.norm(dim=-1, keepdim=True)
+    path = folder(tmp_path / "Mistral-7B-Residual-Stream-SAEs" / "mistral_7b_layer_8", "standard", w)
+    acts = ((X * s - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
+    check(path, acts, (acts @ w["W_dec"] + w["b_dec"]) / s)
 
 
 @pytest.mark.parametrize("subtracts", [True, False])
