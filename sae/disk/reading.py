@@ -111,6 +111,18 @@ def parse_json(text: str | bytes, what: str, schema: Any = Any) -> Any:
     return value
 
 
+def read_json_lines(path: Path, what: str, schema: Any = Any) -> list[Any]:
+    """The rows of a .jsonl or .jsonl.gz file; empty lines are left out. Raises `InputError` for a row that does not fit the schema."""
+    then = "fetch it again"
+    data = read_gzip(path, what, then) if path.suffix == ".gz" else read_bytes(path, what)
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"expected {what} in {path}, but it cannot be read ({error}); {then}") from None
+    lines = enumerate(text.split("\n"), 1)
+    return [parse_json(line, f"a row in line {number} of {path}", schema) for number, line in lines if line.strip()]
+
+
 def require(value: Any, schema: Any, what: str) -> None:
     """Raises `InputError`, which names the first place that does not fit, unless a value out of JSON fits the schema."""
     try:

@@ -1,7 +1,5 @@
 """Explanations of features, and how well each predicts the feature's activations on documents that it was not learned from.
 
-n scanned tokens · d held-out documents · r bootstrap draws
-
 Token look-up, bigram look-up and patterns (lookups.py) need neither model nor network. A model behind an OpenAI-compatible endpoint can
 write explanations too (judge.py); nothing is sent without `--endpoint`. All stand in `explanations.jsonl` in the index's folder.
 """
@@ -9,7 +7,7 @@ write explanations too (judge.py); nothing is sent without `--endpoint`. All sta
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -18,10 +16,10 @@ from sae.disk.places import require_file
 from sae.disk.writing import only_writer
 from sae.errors import InputError
 from sae.features.explanations.explanation import METHODS, Explanation, write_explanations
+from sae.features.explanations.labels import labels_summary, read_labels, score_labels
 from sae.features.explanations.lookups import (
     Explained,
     FiringRows,
-    Prediction,
     ScannedText,
     bigram_lookup,
     pattern_lookup,
@@ -29,15 +27,13 @@ from sae.features.explanations.lookups import (
     rules_text,
     token_lookup,
 )
+from sae.features.explanations.scores import PredictionScorer, point, trivial
 from sae.features.index.reader import FeatureIndex
 from sae.progress import progress
-from sae.statistics import percentile_interval, ratio, resamples
 
 LOOKUPS: dict[str, Callable[[ScannedText, FiringRows], Explained]] = dict(
     zip(METHODS, (token_lookup, bigram_lookup, pattern_lookup), strict=True)
 )
-DRAWS = 200
-"""Bootstrap draws of the held-out documents behind an interval."""
 
 
 @dataclass(kw_only=True)
@@ -46,6 +42,8 @@ class ExplainConfig:
     """Folder that `sae index` wrote; explanations.jsonl is written into it."""
     features: tuple[int, ...] = ()
     """Features to explain. Default: all."""
+    labels: Path | None = None
+    """Score these labels instead: folder of Neuronpedia's export of the dictionary, or of its explanations/, or one of their files."""
     sample: int | None = None
     """Explain this many features, drawn at random from those that fire."""
     held_out: float = 0.3
@@ -69,12 +67,18 @@ def explain(config: ExplainConfig) -> Path:
         raise InputError("expected --features or --sample, but got both")
     if config.endpoint is None and (config.judge_model is not None or config.key_variable is not None):
         raise InputError("--judge-model and --key-variable belong to --endpoint, which was not given; add it or leave them out")
+    if config.labels is not None and (config.endpoint is not None or config.sample is not None):
+        raise InputError("expected --labels alone or with --features, got --endpoint or --sample too; leave that out")
     index = FeatureIndex.open(config.index, verify=True)
     require_file(config.index / EXPLANATIONS)
     features = choose(index, config)
+    labels = read_labels(config.labels, index.d_sae) if config.labels else None
     corpus = read_scanned_text(index, config.held_out, config.seed)
     with only_writer(config.index):
-        if config.endpoint is None:
+        if labels is not None:
+            new = score_labels(index, corpus, labels, features, config.seed)
+            print(labels_summary(new))
+        elif config.endpoint is None:
             new = explain_by_lookup(index, corpus, features, config.seed)
             print(lookup_summary(new))
         else:
@@ -135,103 +139,6 @@ def explain_by_lookup(index: FeatureIndex, corpus: ScannedText, features: Sequen
             last = (j, mine)
             bar.advance(1)
     return found
-
-
-class Sums(NamedTuple):
-    """Over tokens, of a feature's activations a and predicted ones p; each a number, or one for every draw of the documents."""
-
-    tokens: np.ndarray
-    hits: np.ndarray
-    """predicted to fire, and firing"""
-    predicted: np.ndarray
-    """to fire"""
-    firing: np.ndarray
-    p: np.ndarray
-    pp: np.ndarray
-    pa: np.ndarray
-    a: np.ndarray
-    aa: np.ndarray
-
-
-class PredictionScorer:
-    """Scores predictions over all scanned tokens of the held-out documents, firing or not; only the non-zero ones are touched."""
-
-    def __init__(self, corpus: ScannedText, seed: int, draws: int = DRAWS):
-        held = np.flatnonzero(corpus.held_n)
-        documents, inverse = np.unique(corpus.document_n[held], return_inverse=True)
-        self.document_n = np.full(len(corpus.held_n), -1, np.int32)
-        self.document_n[held] = inverse
-        self.rows_d = np.bincount(inverse)
-        self.truth_n = np.zeros(len(corpus.held_n))  # of one feature at a time; all 0 in between
-        n = len(documents)
-        self.draws_rd = resamples(n, draws, np.random.default_rng(seed)).astype(np.float64)
-
-    def score(self, held: FiringRows, prediction: Prediction, *, intervals: bool = True) -> dict[str, Any]:
-        """precision, recall and F1 of firing, Pearson correlation of the activations, with bootstrap intervals (95 %) over documents.
-
-        None where a score is not defined: F1 and recall of a feature that never fires there, a correlation with a constant.
-        """
-        if (self.document_n[prediction.rows] < 0).any() or (self.document_n[held.rows] < 0).any():
-            raise AssertionError("a prediction is scored on a document that was learned from")
-        self.truth_n[held.rows] = held.values
-        truth, p = self.truth_n[prediction.rows], prediction.values
-        self.truth_n[held.rows] = -1  # a mark of firing: an activation may have been rounded to 0
-        hit = prediction.fires & (self.truth_n[prediction.rows] < 0)
-        self.truth_n[held.rows] = 0
-        n, of_prediction, of_truth = len(self.rows_d), self.document_n[prediction.rows], self.document_n[held.rows]
-        parts = [(of_prediction, hit), (of_prediction, prediction.fires), (of_truth, np.ones(len(held.rows)))]
-        parts += [(of_prediction, p), (of_prediction, p * p), (of_prediction, p * truth)]
-        parts += [(of_truth, held.values), (of_truth, held.values**2)]
-        sums_dk = np.stack([self.rows_d, *(np.bincount(at, weight, n) for at, weight in parts)], axis=1)
-        total = Sums(*sums_dk.sum(0))
-        scores: dict[str, Any] = {
-            "f1": rounded(f1(total)),
-            "precision": rounded(ratio(total.hits, total.predicted)),
-            "recall": rounded(ratio(total.hits, total.firing)),
-            "correlation": rounded(correlation(total)),
-        }
-        if intervals:
-            drawn = Sums(*(self.draws_rd @ sums_dk).T)
-            for name, values in (("f1", f1(drawn)), ("correlation", correlation(drawn))):
-                low, high = percentile_interval(values)
-                known = scores[name] is not None and np.isfinite(low)
-                scores[f"{name}_interval"] = [rounded(low), rounded(high)] if known else None
-            scores |= {"firing_tokens": int(total.firing), "tokens": int(total.tokens), "documents": n}
-        return scores
-
-
-def f1(s: Sums) -> np.ndarray:
-    """Of predicting to fire; undefined where the feature never fires."""
-    return np.where(s.firing > 0, ratio(2 * s.hits, s.predicted + s.firing), np.nan)
-
-
-def correlation(s: Sums) -> np.ndarray:
-    """Pearson correlation of prediction and activation over all tokens; undefined where one of them is constant."""
-    n, varies_p, varies_a = s.tokens, s.tokens * s.pp - s.p * s.p, s.tokens * s.aa - s.a * s.a
-    varies_p, varies_a = np.where(varies_p > 1e-12 * n * s.pp, varies_p, 0), np.where(varies_a > 1e-12 * n * s.aa, varies_a, 0)
-    return ratio(n * s.pa - s.p * s.a, np.sqrt(varies_p * varies_a))
-
-
-def trivial(corpus: ScannedText, learn: FiringRows, held: FiringRows) -> dict[str, Any]:
-    """What no explanation is needed for: firing on every token, and at random as often as in the learning documents (expected values)."""
-    n = int(corpus.held_n.sum())
-    density, rate = len(held.rows) / n, len(learn.rows) / max(len(corpus.held_n) - n, 1)
-    alive = density > 0
-    always = {
-        "f1": rounded(2 * density / (1 + density)) if alive else None,
-        "precision": rounded(density),
-        "recall": 1.0 if alive else None,
-    }
-    random = {"f1": rounded(2 * density * rate / (density + rate)) if alive else None, "precision": rounded(density)}
-    return {"always": always, "random": random | {"recall": rounded(rate) if alive else None}}
-
-
-def point(scores: dict[str, Any]) -> dict[str, Any]:
-    return {name: scores[name] for name in ("f1", "precision", "recall", "correlation")}
-
-
-def rounded(value: Any) -> float | None:
-    return round(float(value), 4) if np.isfinite(value) else None
 
 
 def lookup_summary(explanations: Sequence[Explanation]) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from typing_extensions import TypedDict
 
-from sae.disk.reading import parse_json, read_bytes, read_gzip
+from sae.disk.reading import read_json_lines
 from sae.disk.writing import atomic
 from sae.errors import InputError
 from sae.features.exports.saedashboard import Names, encoded, example_rows, names_of, tables
@@ -31,6 +31,7 @@ UPLOAD = {"features": 128, "logits": 20, "text": 512, "tokens": 1024, "index": 1
 NEIGHBOURS = 10
 BOTTOM = "bottom"  # the dataSource by which Neuronpedia shows a context around its lowest value, in red
 PARTS = ("features", "activations", "explanations")
+ROWS = "rows of JSON"
 META = ("model", "release", "sourceset", "source")
 ACTIVATION = (
     *("id", "tokens", "modelId", "layer", "index", "maxValue", "maxValueTokenIndex", "minValue", "values", "dfaValues", "dfaTargetIndex"),
@@ -192,7 +193,7 @@ class NeuronpediaFolder(NamedTuple):
 
     def rows(self, part: str, name: str) -> list[dict[str, Any]]:
         """Rows of one file. Raises `InputError` if one lacks what names its feature."""
-        return _read_rows(self.folder / part / name, SCHEMAS[part])
+        return read_json_lines(self.folder / part / name, ROWS, SCHEMAS[part])
 
 
 def read_neuronpedia(folder: str | Path) -> NeuronpediaFolder:
@@ -204,9 +205,9 @@ def read_neuronpedia(folder: str | Path) -> NeuronpediaFolder:
         names[part] = [path.name for path in sorted(paths, key=lambda path: (len(path.name), path.name))]
     if not names["features"]:
         raise InputError(f"expected features/batch-0.jsonl.gz of an export of Neuronpedia in {folder}, but there is none")
-    return NeuronpediaFolder(
-        folder, {name: _read_rows(folder / f"{name}.jsonl", dict[str, Any]) for name in META if (folder / f"{name}.jsonl").exists()}, names
-    )
+    there = [name for name in META if (folder / f"{name}.jsonl").exists()]
+    meta = {name: read_json_lines(folder / f"{name}.jsonl", ROWS, dict[str, Any]) for name in there}
+    return NeuronpediaFolder(folder, meta, names)
 
 
 def maximum_activation(folder: Path, feature: int) -> float:
@@ -293,14 +294,3 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     data = b"".join(encoded(row, path) + b"\n" for row in rows)
     with atomic(path) as temporary:
         temporary.write_bytes(gzip.compress(data, 6, mtime=0) if path.suffix == ".gz" else data)
-
-
-def _read_rows(path: Path, schema: Any) -> list[dict[str, Any]]:
-    what = "rows of JSON"
-    data = read_gzip(path, what, "fetch it again") if path.suffix == ".gz" else read_bytes(path, what)
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"expected {what} in {path}, but it cannot be read ({error}); fetch it again") from None
-    lines = enumerate(text.split("\n"), 1)
-    return [parse_json(line, f"a row in line {number} of {path}", schema) for number, line in lines if line.strip()]

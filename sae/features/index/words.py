@@ -5,7 +5,7 @@ v vocabulary · n tokens of a corpus, sequences end to end
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from sae.model.vocabulary import Vocabulary
 BLOCK_TOKENS = 1 << 19  # tokens searched at a time: about 200 bytes of memory each
 APOSTROPHES = "'’‘ʼ＇"  # as typed, and as word processors and telephones write them
 LETTER = r"\w\u0300-\u036f"  # with the marks that follow a letter where it is written in parts
+WORD = re.compile(rf"[{LETTER}]+(?:[{APOSTROPHES}][{LETTER}]+)*")
 
 
 def folded(text: str) -> str:
@@ -61,10 +62,25 @@ def occurrences(words: Sequence[str], ids: np.ndarray, sequence_starts: np.ndarr
 
     Special tokens and the ends of sequences part words. Occurrences that share a token count as one.
     """
-    pattern = whole_words(words)
+    spans = [spans for spans, _ in _found(whole_words(words), ids, sequence_starts, vocab)]
+    first, last = np.concatenate([np.zeros((2, 0), np.int64), *spans], axis=1)
+    heads = np.flatnonzero(np.r_[True, first[1:] > last[:-1]]) if len(first) else np.zeros(0, np.int64)
+    return Occurrences(first[heads], last[np.r_[heads[1:], len(last)] - 1] if len(first) else last)
+
+
+def all_words(ids: np.ndarray, sequence_starts: np.ndarray, vocab: Vocabulary) -> dict[str, np.ndarray]:
+    """For every word, as `folded` writes it, the tokens that hold a piece of it, int64 and ascending. Parted as by `occurrences`."""
+    found: dict[str, list[np.ndarray]] = {}
+    for (firsts, lasts), texts in _found(WORD, ids, sequence_starts, vocab):
+        for text, first, last in zip(texts, firsts.tolist(), lasts.tolist()):
+            found.setdefault(folded(text), []).append(np.arange(first, last + 1))
+    return {word: np.unique(np.concatenate(tokens)) for word, tokens in found.items()}
+
+
+def _found(pattern: re.Pattern, ids: np.ndarray, sequence_starts: np.ndarray, vocab: Vocabulary) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """First and last token [2, matches] of what matches, and its text, block by block."""
     pieces = [b"\n" if s else p for p, s in zip(vocab.pieces, vocab.special)] + [b"\n"]  # the last one parts sequences
     lengths, blob = np.array([len(p) for p in pieces]), np.frombuffer(b"".join(pieces), np.uint8)
-    spans = [np.zeros((2, 0), np.int64)]
     stops = np.append(sequence_starts[1:], len(ids))
     begin = 0
     while begin < len(stops):  # whole sequences, as many as fit a block
@@ -73,15 +89,16 @@ def occurrences(words: Sequence[str], ids: np.ndarray, sequence_starts: np.ndarr
         starts = np.asarray(sequence_starts[begin:end]) - low
         parted = np.insert(np.asarray(ids[low:high], np.int64), starts, len(pieces) - 1)
         origin = np.insert(np.arange(low, high), starts, -1)
-        spans.append(origin[_token_spans(pattern, parted, lengths, blob)])
+        spans, texts = _token_spans(pattern, parted, lengths, blob)
+        yield origin[spans], texts
         begin = end
-    first, last = np.concatenate(spans, axis=1)
-    heads = np.flatnonzero(np.r_[True, first[1:] > last[:-1]]) if len(first) else np.zeros(0, np.int64)
-    return Occurrences(first[heads], last[np.r_[heads[1:], len(last)] - 1] if len(first) else last)
 
 
-def _token_spans(pattern: re.Pattern, tokens: np.ndarray, lengths: np.ndarray, blob: np.ndarray) -> np.ndarray:
-    """First and last token [2, matches] of `pattern` in the text of `tokens`; the vocabulary's pieces lie one after another in `blob`."""
+def _token_spans(pattern: re.Pattern, tokens: np.ndarray, lengths: np.ndarray, blob: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """First and last token [2, matches] of `pattern` in the text of `tokens`, and the matches.
+
+    The vocabulary's pieces lie one after another in `blob`.
+    """
     length = lengths[tokens]
     ends = np.cumsum(length)
     starts = ends - length
@@ -91,6 +108,7 @@ def _token_spans(pattern: re.Pattern, tokens: np.ndarray, lengths: np.ndarray, b
     code = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
     escaped = (code >= 0xDC80) & (code <= 0xDCFF)  # one undecodable byte each
     byte_of = np.r_[0, np.cumsum(1 + ((code >= 0x80) & ~escaped) + ((code >= 0x800) & ~escaped) + (code >= 0x10000))]
-    found = np.array([m.span() for m in pattern.finditer(text)], np.int64).reshape(-1, 2)
-    spans = byte_of[found]
-    return np.stack([np.searchsorted(ends, spans[:, 0], "right"), np.searchsorted(starts, spans[:, 1], "left") - 1])
+    matches = list(pattern.finditer(text))
+    spans = byte_of[np.array([m.span() for m in matches], np.int64).reshape(-1, 2)]
+    tokens_of = np.stack([np.searchsorted(ends, spans[:, 0], "right"), np.searchsorted(starts, spans[:, 1], "left") - 1])
+    return tokens_of, [m.group() for m in matches]
