@@ -70,7 +70,11 @@ def test_scores_are_those_of_the_words(world, folder, tmp_path, capsys):
     found = read_explanations(folder)
     corpus = read_scanned_text(world.index, 0.3, 0)
     h = corpus.held_n
-    forms = [{"zebraflyers", "zebraflyer", "zebraflyerss", "quoted", "quoteds"}, {"hums", "hum", "humss", "low", "lows"}, {"привет", "done"}]
+    forms = [  # with the plural and the singular of each
+        {"zebraflyers", "zebraflyer", "zebraflyerss", "quoted", "quoteds"},
+        {"hums", "hum", "humss", "low", "lows"},
+        {"привет", "done"},
+    ]
     assert [label_words(text) for text in texts] == [["zebraflyers", "quoted"], ["hums", "low"], ["привет", "done"]]
     for j, text, words in zip(alive, texts, forms):
         (label,) = found[j]
