@@ -8,7 +8,6 @@ Training took z from TransformerLens, which folds what the bias of the values ad
 as it is has that in z, and the files lack it. d width · f features
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from sae.dictionaries.formats.kissane import dimensions, files
 from sae.dictionaries.formats.tensors import Device, checked, read_weights, require_value
-from sae.dictionaries.formats.transformer_lens import site_of_hook
+from sae.dictionaries.formats.transformer_lens import FOLDED, site_of_hook, tell_folded
 from sae.dictionaries.gates import Threshold
 from sae.dictionaries.parts import Parts
 from sae.disk.reading import Count, read_json
@@ -51,11 +50,8 @@ def load(path: Path, device: Device = "cpu") -> Parts:
     require_value(cfg_path, "concat_heads", cfg.get("concat_heads", True), (True,))
     w = checked(weights, read_weights(weights), SHAPES, d=cfg["act_size"], f=cfg["dict_size"])
     w = {key: tensor.to(device) for key, tensor in w.items()}
-    print(
-        f"{weights} takes {site} without what the bias of the values adds to it, as TransformerLens has it (fold_value_biases); where the "
-        "model has such a bias, `sae check-dictionary --write DIR` writes the dictionary for the model as it is",
-        file=sys.stderr,
-    )
-    facts: dict[str, Any] = {"site": site, "prepend_bos": True} | ({"context_size": cfg["seq_len"]} if "seq_len" in cfg else {})
+    tell_folded(weights, site)
+    facts: dict[str, Any] = {"site": site, "prepend_bos": True, "model_from_pretrained_kwargs": {FOLDED: True}}
+    facts |= {"context_size": cfg["seq_len"]} if "seq_len" in cfg else {}
     facts |= {"model_name": MODELS.get(cfg["model_name"], cfg["model_name"])} if "model_name" in cfg else {}
     return Parts(w["W_enc"].T.contiguous(), w["b_enc"], w["W_dec"], w["b_dec"], Threshold(), facts, w["b_dec"])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from typing_extensions import NotRequired, TypedDict
 
 from sae.dictionaries.formats.saelens_published import settings_of
-from sae.dictionaries.formats.transformer_lens import HOOK_NAMES, site_of_hook
+from sae.dictionaries.formats.transformer_lens import FOLDED, HOOK_NAMES, site_of_hook, tell_folded
 from sae.dictionaries.frames import Frame
 from sae.disk.reading import read_json
 from sae.errors import InputError
@@ -104,7 +104,7 @@ FACTS = {
 # TransformerLens' arguments that leave the activations of our sites as the model of Hugging Face has them
 SAME_ACTIVATIONS = {"center_unembed", "dtype", "torch_dtype", "device", "n_devices", "trust_remote_code"}
 HEADS = ("q", "k", "v", "head_out")  # which TransformerLens gives head by head, and SAELens puts side by side under the name hook_z
-SAME_EXCEPT_HEADS = {"fold_value_biases", "refactor_factored_attn_matrices"}
+SAME_EXCEPT_HEADS = {FOLDED, "refactor_factored_attn_matrices"}
 CENTRED = "center_writing_weights"  # everything that is added to the stream loses its mean over the width
 CENTRED_KINDS = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
 
@@ -265,6 +265,9 @@ def find_frame(folder: Path, values: dict[str, Any], site: str | list[str] | Non
     if not isinstance(given, dict):
         raise InputError(f"{folder / CFG} has model_from_pretrained_kwargs {given!r}, where an object is expected")
     changing = {key for key, value in given.items() if key not in same and value not in (None, False)}
+    if FOLDED in changing and at == "head_out" and not kind.transcoder:
+        changing.remove(FOLDED)
+        tell_folded(f"the dictionary in {folder}", site)
     normalised: Any = values.get("normalize_activations") or "none"
     normalised = "none" if normalised in ESTIMATED else normalised
     centred = CENTRED in changing and at in CENTRED_KINDS and not kind.transcoder

@@ -1,6 +1,7 @@
 """TransformerLens' names of our sites, which SAELens and its readers write into their files."""
 
 import re
+import sys
 
 from sae.model.sites import EMBED
 
@@ -26,6 +27,18 @@ ALIASES = {
     "blocks.{}.hook_in": "resid_pre",
     "blocks.{}.hook_out": "resid_post",
 }
+
+
+FOLDED = "fold_value_biases"  # what the bias of the values adds to the heads' outputs is in a bias behind them
+
+
+def tell_folded(where: object, site: object) -> None:
+    """Says on stderr that a dictionary reads the heads' outputs without a part of them, which only the model knows."""
+    print(
+        f"{where} takes {site} without what the bias of the values adds to it, as TransformerLens has it ({FOLDED}); where the model has "
+        "such a bias, `sae check-dictionary --write DIR` writes the dictionary for the model as it is",
+        file=sys.stderr,
+    )
 
 
 def site_of_hook(hook: str) -> str | None:

@@ -39,6 +39,9 @@ def test_it_reads_the_heads_side_by_side(tmp_path, capsys):
     assert dictionary.site == dictionary.site_out == "head_out.5"
     assert (dictionary.metadata["model_name"], dictionary.metadata["context_size"]) == ("gpt2", 128)
     assert "takes head_out.5 without what the bias of the values adds to it" in capsys.readouterr().err
+    dictionary.save(tmp_path / "saved")
+    torch.testing.assert_close(Dictionary.load(tmp_path / "saved")(X), dictionary(X), rtol=1e-12, atol=1e-12)
+    assert "takes head_out.5 without what the bias of the values adds to it" in capsys.readouterr().err  # a copy says so too
 
 
 @pytest.mark.parametrize(

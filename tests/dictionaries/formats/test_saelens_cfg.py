@@ -181,8 +181,8 @@ def test_facts_that_change_nothing_are_kept(tmp_path, cfg, change):
         (VERSION_3, {"model_from_pretrained_kwargs": [1]}, "where an object is expected"),
         (
             VERSION_6,
-            in_metadata(hook_name="blocks.1.attn.hook_z", model_from_pretrained_kwargs={"fold_value_biases": True}),
-            "fold_value_biases",
+            in_metadata(hook_name="blocks.1.attn.hook_z", model_from_pretrained_kwargs={"refactor_factored_attn_matrices": True}),
+            "refactor_factored_attn_matrices",
         ),
         (
             VERSION_6,
