@@ -142,7 +142,7 @@ def _wanted(repo: str, inside: str, revision: str | None) -> list[HubFile]:
     while folder:
         folder = folder.rpartition("/")[0]
         settings += filter(_is_settings, list_folder(repo, folder, revision) or ())
-    return weights + settings
+    return settings + weights  # so that weights without their settings are never taken for whole after an interruption
 
 
 def _weights(repo: str, inside: str, revision: str | None) -> tuple[str, list[HubFile], list[HubFile]]:

@@ -60,7 +60,8 @@ KNOWN: dict[str, tuple[Any, ...]] = {
 FACTS = {
     *("sae_type", "device", "dtype", "sae_pretrained_name_or_path", "strict_loading", "use_triton_kernel", "promote_act_fn_dtype"),
     *("sparsity_threshold_for_triton_spmm_kernel", "jumprelu_threshold_window", "jump_relu_threshold", "force_unit_decoder_norm"),
-    "skip_bos",
+    *("sparsity_threshold_for_csr", "jumprelu_threshold_grad_scale", "circuit_tracing_mode", "n_devices", "skip_bos"),
+    *("use_auxk", "k_aux", "aux_coefficient", "dead_threshold"),
 }
 
 

@@ -1,5 +1,6 @@
 """Names on the hub of published dictionaries, in repositories laid out as theirs: downloaded once, then opened offline."""
 
+import huggingface_hub
 import pytest
 import test_goodfire
 import test_kissane_attention
@@ -71,6 +72,24 @@ LAYOUTS = {
         ("resid_post.19", "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"),
     ),
 }
+
+
+def test_a_download_that_was_interrupted_goes_on(hub, monkeypatch):
+    place, write, name, (site, _) = LAYOUTS["R1-Distill"]
+    write(hub.root / place)
+    download = huggingface_hub.hf_hub_download
+
+    def interrupted(repo, file, **rest):
+        if file.endswith(".safetensors"):
+            raise KeyboardInterrupt
+        return download(repo, file, **rest)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Dictionary.load(name)
+    assert [path.rpartition("/")[2] for path in hub.asked] == ["config.json"]
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert Dictionary.load(name).site == site
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
