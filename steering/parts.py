@@ -54,7 +54,7 @@ class SteeringParts(NamedTuple):
     lm: LanguageModel
     feature: int
     max_activation: float | None
-    """None where nobody knows it and an absolute activation was given"""
+    """None where it is unknown and an absolute activation was given"""
     vector: SteeringVector
     """at strength 1: the maximum activation, or an activation of 1 where that is None"""
 

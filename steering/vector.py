@@ -78,7 +78,7 @@ class SteeringVector:
 
     @property
     def norm(self) -> float:
-        """Of all numbers together, over sites and positions."""
+        """Norm of all numbers together, over sites and positions."""
         return torch.stack([d.double().square().sum().cpu() for d in self.directions.values()]).sum().sqrt().item()  # host sync
 
     def unit(self) -> "SteeringVector":

@@ -156,7 +156,7 @@ class ActivationCache:
         return ActivationCache.open(self.folder, site)
 
     def target_of(self, dictionary: "Dictionary") -> "ActivationCache":
-        """What the dictionary shall rebuild: this cache, or for a transcoder the same cache where it writes.
+        """The targets of the dictionary: this cache, or for a transcoder the same cache at the site where it writes.
 
         Raises `InputError` if the cache does not hold that site, or values of another width there.
         """
@@ -178,7 +178,7 @@ class ActivationCache:
     def require_dictionary(self, dictionary: "Dictionary", *, named: bool) -> None:
         """Raises `InputError` unless the dictionary was made for activations of this site, width and model.
 
-        `named`: a person named the model, so that where no fingerprint tells, their word counts.
+        `named`: the user named the model, and is trusted where there is no fingerprint.
         """
         dictionary.require_site(self.site)
         if dictionary.site is None:

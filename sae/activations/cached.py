@@ -79,7 +79,7 @@ class CachedSource:
     ) -> Batches:
         """Endless shuffled batches.
 
-        Of `world` readers with the same cache, sites, seed and buffer, each has its own `rank`, from 0: together they deal out every row
+        Each of `world` readers with the same cache, sites, seed and buffer has its own `rank`, from 0: together they deal out every row
         once in an epoch, each `batch_size` rows a step.
 
         Memory: two buffers of `buffer_bytes` (128 MB by default, less for a smaller cache), all sites together, in the cache's format,

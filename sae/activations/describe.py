@@ -22,7 +22,7 @@ from sae.errors import InputError
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 OUTLIER = 6
-"""A dimension stands out when its mean or standard deviation is above so many times the median standard deviation."""
+"""A dimension stands out when its mean or standard deviation is more than this many times the median standard deviation."""
 TOP = 10
 SHOWN_LABELS = 20
 

@@ -45,7 +45,7 @@ def shuffle_quality(
     split: str = "train",
     buffer_rows: int | None = None,
 ) -> ShuffleQuality:
-    """Of the batches that `CachedSource` deals out; only the rows' token positions are read, not the activations.
+    """Shuffle measures of the batches that `CachedSource` deals out; only the rows' token positions are read, not the activations.
 
     `buffer_rows` is by default that of the cache's width. Raises `InputError` for a split without rows, and for damaged files.
     """
@@ -66,13 +66,13 @@ def shuffle_quality(
 
 
 def mixing(positions_b: np.ndarray, tokens: Tokens) -> Mixing:
-    """Of one batch, given the global token positions of its rows."""
+    """Shuffle measures of one batch, given the global token positions of its rows."""
     rows = np.unique(documents_of(positions_b, tokens), return_counts=True)[1]
     return Mixing(len(rows), _pairs(rows))
 
 
 def perfect_mixing(document_rows: np.ndarray, batch_size: int) -> Mixing:
-    """Expected of `batch_size` rows drawn without replacement from documents that have so many rows each, int64 [documents].
+    """Expected for `batch_size` rows drawn without replacement from documents with these numbers of rows, int64 [documents].
 
     A document with k of all n rows is absent with probability C(n - k, b) / C(n, b); a pair is from it with k (k - 1) / (n (n - 1)).
     """
@@ -105,7 +105,7 @@ class TokenPositions:
 
 
 def _pairs(rows: np.ndarray) -> float:
-    """Share of pairs from one document, among rows of which each document has so many."""
+    """Share of pairs from one document, for documents with these numbers of rows."""
     n = int(rows.sum())
     return float((rows.astype(np.float64) * (rows - 1)).sum() / (n * (n - 1))) if n > 1 else 0.0
 

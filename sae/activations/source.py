@@ -38,7 +38,7 @@ class Source(Protocol):
         """[n, d], a fair sample of the training rows."""
 
     def about_massive(self, site: str) -> str | None:
-        """What a person should know about rows with massive norms; None if there are none."""
+        """A sentence about rows with massive norms; None if there are none."""
 
     def batches(self, batch_size: int, *, seed: int, device: str | torch.device) -> "Batches":
         """Endless shuffled batches, float32 on `device`."""

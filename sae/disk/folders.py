@@ -53,7 +53,7 @@ def require_replaceable(out: Path, marker: str, what: str) -> None:
 
 
 def clear_leftovers(out: Path) -> None:
-    """Removes temporary folders in which nobody works any more; an older folder that lost its name to a kill gets it back."""
+    """Removes temporary folders that no process uses any more; an older folder that lost its name to a kill gets it back."""
     for path in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
         found = re.fullmatch(r"([0-9]+)(\.old)?\.tmp", path.name[len(out.name) + 2 :])
         if found is None or not path.is_dir() or running(int(found[1])):

@@ -76,7 +76,7 @@ def fetch(uri: str) -> Path:
 
 @contextmanager
 def asking(repo: str, inside: str) -> Iterator[None]:
-    """Turns whatever huggingface_hub and its network say of a file or folder into one sentence."""
+    """Turns every error of huggingface_hub and the network into one sentence."""
     from huggingface_hub import errors
 
     what = f"{repo}/{inside}".rstrip("/")

@@ -276,7 +276,7 @@ def require_within(numbers: np.ndarray, low: int, high: int, name: str, where: P
 
 @contextmanager
 def one_sentence(what: str, then: str = MAKE_AGAIN) -> Iterator[None]:
-    """Around the readers of other packages, which let through whatever their parts say of bytes that make no sense."""
+    """Around the readers of other packages, which raise many kinds of errors on damaged bytes."""
     try:
         yield
     except InputError:

@@ -1,7 +1,7 @@
 """What a dictionary costs the language model: its loss with the dictionary spliced in, against clean, zero and mean ablation.
 
 Spliced means that the value where the dictionary writes is replaced by its output (splice.py). Positions of which the activation cache
-holds no row (beginning of text, and whatever else it was told to leave out) are left untouched in every arm, since no dictionary is
+holds no row (beginning of text, and what else it leaves out) are left untouched in every arm, since no dictionary is
 trained on such. Losses are means over the real next tokens of all sequences.
 
 s sequences · p positions · d model width · v vocabulary · n next tokens
@@ -80,7 +80,7 @@ def language_model_loss(
     batch: int = 8,
     seed: int = 0,
 ) -> LanguageModelLoss:
-    """Of one dictionary, or of several that are spliced in together. `sequences` of token ids; `means` [d] by site where they write replace
+    """Loss with one dictionary, or with several, spliced in. `sequences` of token ids; `means` [d] by site where they write replace
     its values in the mean arm; `replaced` says of each token whether its position is replaced (True) or left as it is.
 
     Raises `InputError` for sequences without a next token, or a dictionary whose width is not the site's.

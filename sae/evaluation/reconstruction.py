@@ -142,7 +142,7 @@ def add_reconstruction(
 ) -> ReconstructionMetrics:
     """Adds the rows `x_bd` to `metrics` (new ones if None), a chunk at a time so that [rows, f] never exists for large f.
 
-    `y_bo` is what a transcoder shall rebuild from them. A chunk is moved to the dictionary's device when its turn comes.
+    `y_bo` are a transcoder's targets. A chunk is moved to the dictionary's device when its turn comes.
     """
     metrics = metrics or ReconstructionMetrics(dictionary.norms(), dictionary.d_out)
     chunk = max(1, CHUNK_BYTES // (4 * dictionary.d_sae))

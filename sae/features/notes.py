@@ -1,4 +1,4 @@
-"""What a person knows about the features: labels, stars, notes and lists, in one SQLite file that no rebuild of an index touches.
+"""What the user keeps about the features: labels, stars, notes and lists, in one SQLite file that no rebuild of an index touches.
 
 Entries are keyed by the checksum of the dictionary's weights and the feature's number, so they come back with any index of the same
 dictionary. The same file holds the words that full-text search looks through; those are made again from the index whenever it changes.
@@ -163,7 +163,7 @@ class Notes:
     def import_jsonl(self, lines: str | Path | Iterable[str]) -> int:
         """Takes over a file that `export_jsonl` wrote, or its lines: all of it or, with an `InputError`, nothing. Gives the entries read.
 
-        Of a feature that is known already, the file's label, note and star replace the present ones; lists are appended to.
+        For a feature that is known already, the file's label, note and star replace the present ones; lists are appended to.
         """
         if isinstance(lines, (str, Path)):
             try:

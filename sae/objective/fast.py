@@ -31,7 +31,7 @@ HELD_ENTRIES = 2 << 20
 def fast_step(x_bd: Tensor, weights: Weights, l1: Tensor, path: str, workspace: Workspace, gradients: Weights) -> Step:
     """`path`: "dense", "sparse", or "auto", which picks by the share of active entries of each chunk of rows.
 
-    Fills `gradients`, whatever was in them. "dense" has no host sync.
+    Overwrites `gradients`. "dense" has no host sync.
     """
     rows, f = len(x_bd), weights.W_dec_fd.shape[0]
     centred_bd = x_bd - weights.b_dec_d

@@ -51,7 +51,7 @@ class Step(NamedTuple):
 
     @classmethod
     def stack(cls, steps: list["Step"]) -> "Step":
-        """Of a sweep from those of its dictionaries."""
+        """The step of a sweep, from those of its dictionaries."""
         gradients = [s.gradients for s in steps if s.gradients is not None]
         stacked = Weights(*map(torch.stack, zip(*gradients))) if gradients else None
         fields = [name for name in cls._fields if name != "gradients"]

@@ -13,7 +13,7 @@ from sae.objective.step import Weights
 
 
 class AdamState(NamedTuple):
-    """Of a torch.optim.Adam over the four parameters, where it lives."""
+    """The state of a torch.optim.Adam over the four parameters, without a copy."""
 
     exp_avg: Weights
     exp_avg_sq: Weights

@@ -42,7 +42,7 @@ class Recipe(NamedTuple):
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """A training run, wherever its rows come from."""
+    """A training run, from a cache or live."""
 
     out: Path
     """Folder of the dictionary; with several --l1 values, one folder inside it for each."""

@@ -102,7 +102,7 @@ class Line(TypedDict):
 def keep_until(path: Path, step: int) -> None:
     """Drops the lines after a step, and a half-written last one, so that a resumed log equals an uninterrupted one.
 
-    A damaged line is dropped too, which is said where it is not the last.
+    A damaged line is dropped too, with a message unless it is the last.
     """
     if not path.exists():
         return

@@ -98,7 +98,7 @@ class ArmInputs:
 
     @cached_property
     def output_feature(self) -> SteeringVector:
-        """Of the `CANDIDATES` best by AUROC, the feature with the highest output score."""
+        """Among the `CANDIDATES` best by AUROC, the feature with the highest output score."""
         candidates = _best_features(self)
         highest = [float(self.features[1][j]) for j in candidates]
         return by_output_score(self.lm, self.dictionary, candidates, highest, self.site)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ def random_direction(d: int, site: str, seed: int, norm: float = 1.0) -> Steerin
 def random_in_span(acts_nd: Tensor, site: str, seed: int, norm: float = 1.0) -> SteeringVector:
     """v = norm · (Σ gᵢ aᵢ)/‖Σ gᵢ aᵢ‖ with g ~ N(0, I): a random direction that leans to where the rows do.
 
-    Its covariance before scaling is that of the rows, Σ aᵢ aᵢᵀ: centre them first if their mean shall not count. Of orthonormal rows it is
+    Its covariance before scaling is that of the rows, Σ aᵢ aᵢᵀ: centre them first to leave out their mean. For orthonormal rows it is
     uniform in their span. Raises `InputError` if all rows are zero.
     """
     acts_nd = activations(acts_nd)

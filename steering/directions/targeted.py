@@ -26,7 +26,7 @@ class Effects(NamedTuple):
 
     M_df: Tensor
     b_f: Tensor
-    """what any steering of that budget does on average, whatever the direction"""
+    """what steering at that budget does on average over directions"""
     site: str
     provenance: dict[str, Any]
 

@@ -136,7 +136,7 @@ def encode_cut(lm: LanguageModel, texts: Sequence[str], tokens: int = TOKENS) ->
 
 @torch.no_grad()
 def log_probs(lm: LanguageModel, ids_sp: Tensor, mask_sp: Tensor) -> Tensor:
-    """Of the next token at every real position, float32 [n, v]; inside `steered`, those of the steered model."""
+    """Log-probabilities of the next token at every real position, float32 [n, v]; inside `steered`, those of the steered model."""
     parts = []
     for ids, mask in zip(ids_sp.split(BATCH), mask_sp.split(BATCH)):
         logits_spv = lm.logits(ids, mask)

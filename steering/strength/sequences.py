@@ -87,7 +87,7 @@ class KLCalibrator:
     def coefficient(self, unit: SteeringVector, budget: float, sign: int = 1) -> KLSearch:
         """The positive coefficient of `sign * unit`, added everywhere, at which KL(unsteered ‖ steered) is `budget` nats per token.
 
-        Within the tolerance of `coefficient_for_kl`: the search begins where the last one ended, so its result hangs a little on the order.
+        Within the tolerance of `coefficient_for_kl`: the search begins where the last one ended, so the order changes its result slightly.
         """
 
         def kl_at(coefficient: float) -> float:

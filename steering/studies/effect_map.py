@@ -53,7 +53,7 @@ class EffectConfig(TextConfig):
     effects: Path | None = None
     """File of fitted effects: with it every feature is steered with its targeted direction too."""
     fit: int = 0
-    """Measure so many random features that fire, fit the effects and write them to --effects first; 0 reads that file."""
+    """Number of random features to measure first; the effects fitted to them are written to --effects. 0 reads that file."""
     bias_weight: float = 1.0
     """How strongly a targeted direction turns away from what any steering does."""
     prompts: tuple[str, ...] = FEW_PROMPTS
@@ -71,7 +71,7 @@ class EffectConfig(TextConfig):
     out: Path | None = None
     """JSON file for every number."""
     seed: int = 0
-    """Of the choice of documents and features, and of the sampling."""
+    """Seed of the choice of documents and features, and of the sampling."""
     device: str = "auto"
     """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
 

@@ -35,7 +35,7 @@ ROWS = 128  # rollouts in one batch
 
 
 class Effect(NamedTuple):
-    """Of one direction at one coefficient."""
+    """Effect of one direction at one coefficient."""
 
     coefficient: float
     difference_rf: Tensor

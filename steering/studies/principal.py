@@ -50,7 +50,7 @@ class PrincipalConfig(TextConfig):
     random: int = 64
     """Random directions in the span of the components (uniform); half as many of each other random group and of features."""
     kl: float = 0.3
-    """Nats per token by which every direction changes the predictions."""
+    """KL at which every direction is measured, in nats per token."""
     fit_documents: int = 2000
     """Documents that components and differences of means are made from, and labels chosen on."""
     held_documents: int = 1000
@@ -62,7 +62,7 @@ class PrincipalConfig(TextConfig):
     length: int = 32
     """Tokens read of each document; shorter ones are left out."""
     seed: int = 0
-    """Of the split of the documents, the random directions and the bootstrap."""
+    """Seed of the split of the documents, the random directions and the bootstrap."""
     device: str = "auto"
     """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
 

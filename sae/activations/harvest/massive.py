@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 RATIO = 10.0
-"""A row is massive when its norm is above so many times the median norm (dictionary_learning recommends this number too)."""
+"""A row is massive when its norm is more than this many times the median norm (dictionary_learning recommends the same number)."""
 POSITIONS = 5  # that are named, of those where massive rows stand
 
 
@@ -59,7 +59,7 @@ def summary(ratio: float | None, pools: Sequence[PoolRows]) -> dict[str, Any]:
 
 
 def sentence(found: dict[str, Any], site: str | None = None) -> str | None:
-    """What a person should know of a `summary`, with the flag that changes it; None where no row was massive."""
+    """A sentence about a `summary`, with the flag that changes it; None if no row was massive."""
     rows = sum(found["rows"].values())
     if not rows:
         return None

@@ -44,7 +44,7 @@ class RecordingConfig(TextConfig):
     positions: str | None = None
     """Store only these positions of each sequence, FIRST:LAST counted from 0 as in a Python slice, for example 1:64 or 16:"""
     max_norm_ratio: float | None = massive.RATIO
-    """Do not store tokens whose norm is above so many times the median of their pool, as attention sinks' are; None keeps all."""
+    """Do not store tokens whose norm is more than this many times the median of their pool (attention sinks); None keeps all."""
     seed: int = 0
     """Decides order, shuffling and which documents are held out."""
     pool_tokens: int = 1 << 18

@@ -80,7 +80,7 @@ class Writers:
         self.store.set(key, json.dumps(value))
 
     def hear(self, key: str) -> Any:
-        """What is told under `key`, as soon as it is."""
+        """Waits for the message under `key` and gives it."""
         while not self.store.check([key]):
             self._look()
             time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""What goes wrong inside the `datasets` library, told in a sentence instead of its traceback and its log."""
+"""Errors inside the `datasets` library as one sentence, instead of its traceback and its log."""
 
 import logging
 import traceback

@@ -19,7 +19,7 @@ from sae.text_input import replace_surrogates, text_list
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 PASSAGE = 8192
-"""Characters: a .txt file has no documents of its own, so it is cut at the first line end after so many."""
+"""Characters: a .txt file has no documents of its own, so it is cut at the first line end after this many."""
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ from sae.evaluation.check.recording import Point, Recorder
 from sae.model.sites import parse_site
 
 CLEAR = 0.9
-"""an alternative is clearly better when its FVU is at most so many times the other's, and the interval of the difference is below 0"""
+"""an alternative is clearly better when its FVU is at most this many times the other's, and the interval of the difference is below 0"""
 CLEAR_FITTED = 0.7
 """for a number that is fitted"""
 FACTOR = 1.5
@@ -184,7 +184,7 @@ def everywhere(use: Use, recorder: Recorder) -> list[Use]:
 
 
 def transposed(use: Use) -> Iterator[Use]:
-    """Of square matrices alone, since the shape of any other tells which way round it is."""
+    """For square matrices alone: the shape of any other shows whether it is transposed."""
     d = use.dictionary
     if d.d_sae == d.d_in:
         yield use.with_parts(Change("transposed", "W_enc transposed"), W_enc_fd=d.W_enc_fd.T.contiguous())

@@ -46,7 +46,7 @@ class Fit(NamedTuple):
 
 @torch.no_grad()
 def fit(dictionary: Dictionary, x_nd: Tensor, y_no: Tensor, sequence_n: Tensor, sequences: int) -> Fit:
-    """Of rows that the dictionary reads and those that it shall give, each of a sequence numbered below `sequences`."""
+    """How well the dictionary maps the rows it reads to its targets; each row belongs to a sequence numbered below `sequences`."""
     device, chunk = dictionary.W_dec_fo.device, max(1, CHUNK_BYTES // (4 * dictionary.d_sae))
     values, fired_f = [], torch.zeros(dictionary.d_sae, dtype=torch.bool, device=device)
     for x_bd, y_bo in zip(x_nd.split(chunk), y_no.split(chunk)):

@@ -40,7 +40,7 @@ class Promise(NamedTuple):
     high: float
     """the same as `low`, but for a range"""
     source: str
-    """where it is said"""
+    """where the promise is made"""
 
 
 class Promises(tuple[Promise, ...]):

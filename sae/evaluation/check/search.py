@@ -58,7 +58,7 @@ class Search:
                     yield two
 
     def better(self, base: Trial, uses: Iterable[Use]) -> Trial | None:
-        """The best of them that fits and is clearly better; of those that cannot be told from it, the first."""
+        """The best of them that fits and is clearly better; the first of those that are as good within the interval."""
         trials = [Trial(use, self.sample) for use in uses]
         self.tried += trials
         limit = base.screened_fvu * (WORSE if self.breaks_promise(base) else 1)

@@ -13,9 +13,9 @@ from sae.evaluation.check.recording import Recorder
 from sae.statistics import data_and_resamples, percentile_interval
 
 SCREEN = 8
-"""one row of so many is looked at first"""
+"""the first look uses one row in this many"""
 FITS = 0.75
-"""a dictionary fits when its FVU is below so many times that of random directions"""
+"""a dictionary fits when its FVU is below this many times that of random directions"""
 ROUNDS = 1000
 
 
@@ -69,7 +69,7 @@ class Trial:
 
     @cached_property
     def random_fvu(self) -> float:
-        """Of random directions with as many features active."""
+        """FVU of random directions with as many active features."""
         y_no = self.sample.recorder.values(self.use.writes)[~self.sample.recorder.massive_n]
         return random_fvu(y_no, self.use.dictionary.d_sae, self.l0)
 

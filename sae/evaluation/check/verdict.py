@@ -8,7 +8,7 @@ from sae.evaluation.check.trial import Trial
 NORM_RATIOS = 0.5, 1.5
 LEAST_RECOVERED = 0.5
 TIMES_FVU = 2.0
-"""an FVU above so many times the promised one breaks the promise"""
+"""an FVU of more than this many times the promised one breaks the promise"""
 
 
 class Verdict(NamedTuple):

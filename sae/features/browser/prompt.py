@@ -1,4 +1,4 @@
-"""Which features fire on a text that somebody typed: strongest, most unusual, or most useful to the model.
+"""Which features fire on a typed text: strongest, most unusual, or most useful to the model.
 
 s ablated copies of the text · p positions · d model width · f features · v vocabulary
 

@@ -84,7 +84,7 @@ class Query:
 
     @property
     def in_index(self) -> bool:
-        """Whether a word is searched for in the index rather than in what is said of features."""
+        """Whether a word is searched for in the index rather than in labels and explanations."""
         return bool(self.q) and self.how != "text"
 
     @property
@@ -162,7 +162,7 @@ class Tables:
         return chosen
 
     def _members(self, name: str) -> list[int]:
-        """Of the list of that name or, if there is none, of the one whose name differs in case, accents' form or apostrophes alone."""
+    """The number of the list with that name; if there is none, of one whose name differs in case, accents or apostrophes alone."""
         lists = self.notes.lists()
         alike = [other for other in lists if folded(other) == folded(name)]
         if name not in lists and not alike:

@@ -176,7 +176,7 @@ def _filters(query: Query) -> str:
 
 
 def feature(browser: "Browser", j: int, query: Query, at: int | None) -> str:
-    """A feature's page: where it stands in its list, what a person knows of it, and the fragment that all renderers share."""
+    """A feature's page: its place in its list, its label and notes, and the fragment that all renderers share."""
     features, params = browser.tables.features(query), escape(query.params())
     if at is None or not 0 <= at < len(features) or features[at] != j:
         places = np.flatnonzero(features == j)

@@ -49,7 +49,7 @@ class ExplainConfig:
     held_out: float = 0.3
     """Share of the documents kept for testing; nothing is learned from them."""
     seed: int = 0
-    """Decides which documents are held out, and whatever else is drawn."""
+    """Seed of the choice of held-out documents, and of everything else that is drawn."""
     endpoint: str | None = None
     """Let a model write explanations: base URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1."""
     judge_model: str | None = None

@@ -50,7 +50,7 @@ class Prediction(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """Tokens on which a feature is said to fire."""
+    """Tokens on which a feature fires, according to an explanation."""
 
     tokens: tuple[int | None, ...]
     """oldest first, the firing token last; None for any token, -1 for before the text begins"""
@@ -223,7 +223,7 @@ def pattern_lookup(corpus: ScannedText, learn: FiringRows) -> Explained:
 
     For every token on which the feature fired: the shape with the fewest tokens whose group, at its *other* occurrences, keeps `KEEP` of
     the activation on average (rows where the feature is silent count as 0), fires on `KEEP` of them and has fired `MIN_FIRINGS` times.
-    Of several such shapes of a level, the one that keeps most. N2G edits the text and asks the model; here the corpus holds the edits.
+    Among such shapes of a level, the one that keeps most. N2G edits the text and asks the model; here the corpus holds the edits.
     Predicted is the mean activation of the strongest pattern that matches; firing is predicted wherever one does.
     """
     rest = np.arange(len(learn.rows))

@@ -78,7 +78,7 @@ class PredictionScorer:
 
 
 def f1(s: Sums) -> np.ndarray:
-    """Of predicting to fire; undefined where the feature never fires."""
+    """F1 of predicting firing; undefined where the feature never fires."""
     return np.where(s.firing > 0, ratio(2 * s.hits, s.predicted + s.firing), np.nan)
 
 

@@ -4,7 +4,7 @@ b rows (tokens) of a chunk · d model width · o width of what is written · f f
 
 With r = y − ŷ, leaving feature j out of a token where it is active with a changes ‖r‖² by 2 a r·d_j + a²‖d_j‖², d_j its decoder row.
 Summed over tokens and divided by Σ‖y − ȳ‖², that is how much the fraction of variance unexplained (FVU) rises without the feature.
-y is what the dictionary shall rebuild: what it read, or of a transcoder what flows where it writes.
+y is the dictionary's target: what it read, or for a transcoder what flows where it writes.
 """
 
 import threading

@@ -134,7 +134,7 @@ def top_examples(offsets: np.ndarray, feature_n: np.ndarray, positions: np.ndarr
 
 
 def bucket_samples(begin: int, offsets: np.ndarray, feature_n: np.ndarray, positions: np.ndarray, bin_n: np.ndarray) -> np.ndarray:
-    """Of each octave of activation below the feature's maximum, the entries with the lowest hash: [s, BUCKETS, BUCKET_SAMPLES]."""
+    """In each octave of activation below the feature's maximum, the entries with the lowest hash: [s, BUCKETS, BUCKET_SAMPLES]."""
     s = len(offsets) - 1
     octave_n = np.where(bin_n == 255, 0, bin_n // OCTAVE).astype(np.int64)
     fires = np.flatnonzero(np.diff(offsets))
