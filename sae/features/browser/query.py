@@ -162,7 +162,7 @@ class Tables:
         return chosen
 
     def _members(self, name: str) -> list[int]:
-    """The number of the list with that name; if there is none, of one whose name differs in case, accents or apostrophes alone."""
+        """Features of the list with that name; if there is none, of one whose name differs in case, accents or apostrophes alone."""
         lists = self.notes.lists()
         alike = [other for other in lists if folded(other) == folded(name)]
         if name not in lists and not alike:
