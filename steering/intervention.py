@@ -114,7 +114,7 @@ class _Own:
         if x_rpd is None:
             raise InputError(f"the dictionary writes at {self.dictionary.site_out} before it reads at {self.site}, so it cannot be clamped")
         x_rpd = x_rpd.to(self.dictionary.W_enc_fd.device)
-        unit = self.dictionary.unit(x_rpd.to(self.dictionary.W_enc_fd.dtype))
+        unit = self.dictionary.unit(x_rpd)
         act_rp = self.dictionary.activations(x_rpd, [self.feature])[..., 0].float().to(value_rpd.device)
         return act_rp, unit if isinstance(unit, float) else unit[..., 0].float().to(value_rpd.device)
 
@@ -214,9 +214,10 @@ def _feature_term(item: DictionaryFeature, strength_s: Tensor) -> _Term:
     row_d = d.rows([j])[0].float().to(strength_s.device)
     if not isinstance(d.gate, Threshold) or d.frame is not None or d.is_transcoder:
         return _Term(row_d, strength_s, torch.zeros_like(row_d), own=_Own(item))
-    bias = d.b_enc_f[j].double() - (0 if d.b_in_d is None else d.W_enc_fd[j].double() @ d.b_in_d.double())
+    read_d = d.encoder_rows([j])[0]
+    bias = d.b_enc_f[j].double() - (0 if d.b_in_d is None else read_d.double() @ d.b_in_d.double())
     threshold = 0.0 if d.gate.theta_f is None else d.gate.theta_f[j].item()
-    return _Term(row_d, strength_s, d.W_enc_fd[j].float().to(strength_s.device), bias.item(), threshold)  # host sync
+    return _Term(row_d, strength_s, read_d.float().to(strength_s.device), bias.item(), threshold)  # host sync
 
 
 def _adding(site: str, terms: list[_Term], mask: PositionMask, rotate: bool) -> Edit:

@@ -6,11 +6,12 @@ b rows (tokens) · d model width · f features · o width of what is written · 
 
 Every kind is this formula with its own gate (gates.py). A sparse autoencoder writes where it reads and has b_in = b_dec or none; a
 transcoder writes elsewhere and may skip. Both weight matrices are feature-major in memory, so that one feature is one row of each.
-A saved dictionary takes the model's raw activations; the formats are in sae/dictionaries/formats.
+A saved dictionary takes the model's raw activations; the formats are in sae/dictionaries/formats. Weights in half precision and those
+that stay on the disk are used a block of features at a time (rows.py), and what is computed is float32.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 
 from sae.dictionaries.formats.saelens import save
 from sae.dictionaries.frames import Frame
-from sae.dictionaries.gates import Gate, Threshold
+from sae.dictionaries.gates import Choice, Chosen, Gate, Threshold
 from sae.dictionaries.parts import Parts, Port
+from sae.dictionaries.rows import at_once, computing_dtype, ranges, rows_of
 from sae.dictionaries.source import read
+from sae.disk.mapped import require_room
 from sae.entries import Buffers, Entries, active_entries
 from sae.errors import InputError
 
@@ -135,42 +138,103 @@ class Dictionary(nn.Module):
         elif made != name:
             print(f"no fingerprint tells that the dictionary was made with {name}: it names {made or 'no model'}", file=sys.stderr)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in: float32 for weights in half precision, else the weights' own."""
+        return computing_dtype(self.W_enc_fd)
+
+    @property
+    def features_at_once(self) -> int:
+        """How many are computed at a time: all, unless weights in half precision or on the disk have to be brought into memory for it."""
+        return min(at_once(self.W_enc_fd), at_once(self.W_dec_fo))
+
     def encoder_input(self, x_bd: Tensor) -> Tensor:
-        """What the encoder's rows are multiplied with, [..., d]; x is cast to the dictionary's dtype."""
-        x_bd = x_bd.to(self.W_enc_fd.dtype)
+        """What the encoder's rows are multiplied with, [..., d], in the dictionary's dtype."""
+        x_bd = x_bd.to(self.dtype)
         x_bd = x_bd if self.frame is None else self.frame.enter(x_bd).x_bd
         return x_bd if self.b_in_d is None else x_bd - self.b_in_d
 
     def pre_activations(self, x_bd: Tensor) -> Tensor:
         """Before the gate, [..., f]."""
-        return nn.functional.linear(self.encoder_input(x_bd), self.W_enc_fd, self.b_enc_f)
+        parts = [z_bf for _, z_bf in self.blocks(x_bd)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def blocks(self, x_bd: Tensor, out: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Pre-activations [..., features] of one range of features after another; with `out`, of rows [b, d], in that memory [b, f]."""
+        input_bd = self.encoder_input(x_bd)
+        for part in ranges(self.d_sae, self.features_at_once):
+            W_fd, b_f = rows_of(self.W_enc_fd, part), self.b_enc_f[part].to(self.dtype)
+            if out is None:
+                yield part, nn.functional.linear(input_bd, W_fd, b_f)
+            else:
+                yield part, torch.addmm(b_f, input_bd, W_fd.T, out=out[:, part])
+
+    def chosen(self, x_bd: Tensor, gate: Choice) -> Chosen:
+        """What a gate that needs all features chooses, a block of them at a time."""
+        return gate.choose(((part.start, z_bf) for part, z_bf in self.blocks(x_bd)), self.d_sae)
 
     def encode(self, x_bd: Tensor, buffers: Buffers | None = None) -> Tensor:
         """Feature activations, [..., f]. With `buffers`, of rows [b, d], in memory that the next call overwrites."""
-        if buffers is None:
-            return self.gate(self.pre_activations(x_bd))
-        z_bf = buffers.take("acts", (len(x_bd), self.d_sae), self.W_enc_fd.dtype, x_bd.device)
-        return self.gate(torch.addmm(self.b_enc_f, self.encoder_input(x_bd), self.W_enc_fd.T, out=z_bf))
+        out = None if buffers is None else buffers.take("acts", (len(x_bd), self.d_sae), self.dtype, x_bd.device)
+        if self.features_at_once >= self.d_sae:
+            return self.gate(next(self.blocks(x_bd, out))[1])
+        if out is None:
+            out = x_bd.new_empty((*x_bd.shape[:-1], self.d_sae), dtype=self.dtype)
+        if isinstance(self.gate, Choice):
+            return out.zero_().scatter_(-1, *self.chosen(x_bd, self.gate))
+        for part, z_bf in self.blocks(x_bd):
+            out[..., part] = self._gate_of(part)(z_bf)
+        return out
+
+    def _gate_of(self, features: slice | Tensor) -> Gate:
+        gate = self.gate.of(features)
+        assert gate is not None
+        return gate
 
     def entries(self, x_bd: Tensor, buffers: Buffers) -> Entries:
         """The activations of rows [b, d] that are not 0, row after row.
 
-        The one [b, f] that there is lies in the buffers, so give it a chunk of rows at a time.
+        The one [b, `features_at_once`] that there is lies in the buffers, so give it a chunk of rows at a time.
         """
-        return active_entries(self.encode(x_bd, buffers), 0, buffers)
+        if self.features_at_once >= self.d_sae:
+            return active_entries(self.encode(x_bd, buffers), 0, buffers)
+        if isinstance(self.gate, Choice):
+            feature_bk, value_bk = self.chosen(x_bd, self.gate)
+            row_n, place_n = value_bk.nonzero(as_tuple=True)
+            return Entries(row_n.int(), feature_bk[row_n, place_n].int(), value_bk[row_n, place_n])
+        found = []
+        for part, z_bf in self.blocks(x_bd):
+            row_n, feature_n, value_n = active_entries(self._gate_of(part)(z_bf), 0, buffers)
+            found.append(Entries(row_n, feature_n + part.start, value_n))
+        row_n, feature_n, value_n = (torch.cat(one) for one in zip(*found))
+        order_n = row_n.argsort(stable=True)
+        return Entries(row_n[order_n], feature_n[order_n], value_n[order_n])
 
     def activations(self, x_bd: Tensor, features: Sequence[int] | Tensor) -> Tensor:
         """Of the chosen features alone, [..., k]: one row of the encoder each, unless the gate must see all features (TopK)."""
-        features = torch.as_tensor(features, device=self.W_enc_fd.device)
-        gate = self.gate.of(features)
-        if gate is None:
+        features = torch.as_tensor(features, dtype=torch.int64, device=self.W_enc_fd.device)
+        if not isinstance(self.gate, Choice):
+            z_bk = nn.functional.linear(self.encoder_input(x_bd), rows_of(self.W_enc_fd, features), self.b_enc_f[features].to(self.dtype))
+            return self._gate_of(features)(z_bk)
+        if self.features_at_once >= self.d_sae:
             return self.encode(x_bd)[..., features]
-        return gate(nn.functional.linear(self.encoder_input(x_bd), self.W_enc_fd[features], self.b_enc_f[features]))
+        feature_bk, value_bk = self.chosen(x_bd, self.gate)
+        return torch.stack([torch.where(feature_bk == j, value_bk, 0).sum(-1) for j in features.tolist()], dim=-1)  # host sync
 
     def decode(self, acts_bf: Tensor, x_bd: Tensor | None = None) -> Tensor:
         """What is written for these activations, [..., o]; `x_bd`, what was encoded, is needed where `decodes_with_input`."""
-        y_bo = acts_bf @ self.W_dec_fo + self.b_dec_o
+        y_bo = self._written(acts_bf) + self.b_dec_o
         return y_bo if not self.decodes_with_input else self.completed(y_bo, x_bd)
+
+    def _written(self, acts_bf: Tensor) -> Tensor:
+        """acts W_dec, [..., o]. Of weights that are used in blocks, only rows of features that are active somewhere are read."""
+        if self.features_at_once >= self.d_sae:
+            return acts_bf.to(self.dtype) @ rows_of(self.W_dec_fo, slice(0, self.d_sae))
+        y_bo = acts_bf.new_zeros((*acts_bf.shape[:-1], self.d_out), dtype=self.dtype)
+        active_n = acts_bf.reshape(-1, self.d_sae).any(0).nonzero()[:, 0]  # host sync
+        for features in active_n.split(self.features_at_once):
+            y_bo += acts_bf[..., features].to(self.dtype) @ rows_of(self.W_dec_fo, features)
+        return y_bo
 
     @property
     def decodes_with_input(self) -> bool:
@@ -186,22 +250,27 @@ class Dictionary(nn.Module):
         y_bo = y_bo if self.frame is None else self.frame.leave(y_bo, x_bd)
         if self.W_skip_od is None:
             return y_bo
-        return y_bo + nn.functional.pad(x_bd @ self.W_skip_od.T, (0, self.d_out - len(self.W_skip_od)))
+        return y_bo + nn.functional.pad(x_bd @ self.W_skip_od.T.to(x_bd.dtype), (0, self.d_out - len(self.W_skip_od)))
 
     def baseline(self, x_bd: Tensor) -> Tensor:
         """What is written for these tokens when no feature is active, [..., o]; [o] where that is the same for all."""
-        return self.completed(self.b_dec_o, x_bd) if self.decodes_with_input else self.b_dec_o
+        b_dec_o = self.b_dec_o.to(self.dtype)
+        return self.completed(b_dec_o, x_bd) if self.decodes_with_input else b_dec_o
 
     def forward(self, x_bd: Tensor) -> Tensor:
         return self.decode(self.encode(x_bd), x_bd)
 
     def rows(self, features: Sequence[int] | Tensor) -> Tensor:
         """What one unit of each chosen feature adds where the dictionary writes, [k, o]; in a frame, times `unit`."""
-        return self.W_dec_fo[torch.as_tensor(features, device=self.W_dec_fo.device)]
+        return rows_of(self.W_dec_fo, torch.as_tensor(features, dtype=torch.int64, device=self.W_dec_fo.device))
+
+    def encoder_rows(self, features: Sequence[int] | Tensor) -> Tensor:
+        """What each chosen feature reads, [k, d]."""
+        return rows_of(self.W_enc_fd, torch.as_tensor(features, dtype=torch.int64, device=self.W_enc_fd.device))
 
     def unit(self, x_bd: Tensor) -> Tensor | float:
         """What one unit of the decoder's output is worth for each token, [..., 1]; 1 without a frame."""
-        return 1.0 if self.frame is None or not self.frame.restores else self.frame.enter(x_bd).unit_b1
+        return 1.0 if self.frame is None or not self.frame.restores else self.frame.enter(x_bd.to(self.dtype)).unit_b1
 
     def joined(self, values: Mapping[str, Tensor]) -> Tensor:
         """What it encodes, [..., d], out of the values at each of the sites where it reads."""
@@ -217,11 +286,15 @@ class Dictionary(nn.Module):
 
     def norms(self) -> Tensor:
         """Lengths of the decoder's rows, [f]."""
-        return self.W_dec_fo.norm(dim=-1)
+        return self._of_rows(lambda rows_fo: rows_fo.norm(dim=-1))
 
     def port_norms(self) -> Tensor:
         """Lengths of what the decoder's rows write at each port, [p, f]: of a crosscoder they tell where a feature belongs."""
-        return self.W_dec_fo.unflatten(-1, (len(self.writes), -1)).norm(dim=-1).T
+        return self._of_rows(lambda rows_fo: rows_fo.unflatten(-1, (len(self.writes), -1)).norm(dim=-1)).T
+
+    def _of_rows(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """A function of each of the decoder's rows, computed a block of them at a time."""
+        return torch.cat([function(rows_of(self.W_dec_fo, part)) for part in ranges(self.d_sae, self.features_at_once)])
 
     def require_feature(self, feature: int) -> None:
         """Raises `InputError` for a number that is no feature."""
@@ -238,15 +311,21 @@ class Dictionary(nn.Module):
         are left as they are.
         """
         scale_out = scale_in if scale_out is None else scale_out
-        norm_f = (self.W_dec_fo / scale_out).norm(dim=-1)
+        if self.features_at_once < self.d_sae:
+            require_room(self.W_enc_fd.nbytes + self.W_dec_fo.nbytes, "a folded dictionary")
+        norm_f = self._of_rows(lambda rows_fo: (rows_fo / scale_out).norm(dim=-1))
         norm_f = torch.where(norm_f > 0, norm_f, torch.ones_like(norm_f))
         gate = self.gate.scaled(norm_f)
         if gate is None:
             gate, norm_f = self.gate, torch.ones_like(norm_f)
+        W_enc_fd, W_dec_fo = torch.empty_like(self.W_enc_fd), torch.empty_like(self.W_dec_fo)
+        for part in ranges(self.d_sae, self.features_at_once):
+            W_enc_fd[part] = rows_of(self.W_enc_fd, part) * (scale_in * norm_f[part, None])
+            W_dec_fo[part] = rows_of(self.W_dec_fo, part) / (scale_out * norm_f[part, None])
         return Dictionary(
-            self.W_enc_fd * (scale_in * norm_f[:, None]),
-            self.b_enc_f * norm_f,
-            self.W_dec_fo / (scale_out * norm_f[:, None]),
+            W_enc_fd,
+            (self.b_enc_f * norm_f).to(self.b_enc_f.dtype),
+            W_dec_fo,
             self.b_dec_o / scale_out,
             gate=gate,
             b_in_d=None if self.b_in_d is None else self.b_in_d / scale_in,

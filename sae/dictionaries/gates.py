@@ -12,12 +12,13 @@ b rows (tokens) · f features
 | GroupMax (sparsify) | `GroupMax(k)` |
 | TopK without ReLU (circuit-tracer) | `BareTopK(k)` |
 
-A gate is called with pre-activations z [..., f] and may overwrite them.
+A gate is called with pre-activations z [..., f] and may overwrite them. Those that choose k of a row also take z block by block, with the
+same result for any blocks: of equal values the feature with the lower number is chosen.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class Gate(nn.Module, ABC):
     def forward(self, z_bf: Tensor) -> Tensor:
         """Activations [..., f], perhaps in the memory of `z_bf`."""
 
-    def of(self, features: Sequence[int] | Tensor) -> "Gate | None":
+    def of(self, features: Sequence[int] | Tensor | slice) -> "Gate | None":
         """The gate of these features alone, or None where an activation depends on the others too."""
         return None
 
@@ -55,11 +56,11 @@ class Threshold(Gate):
     def forward(self, z_bf: Tensor) -> Tensor:
         return z_bf.relu_() if self.theta_f is None else z_bf.masked_fill_(z_bf <= self.theta_f, 0)
 
-    def of(self, features: Sequence[int] | Tensor) -> "Threshold":
+    def of(self, features: Sequence[int] | Tensor | slice) -> "Threshold":
         return Threshold(None if self.theta_f is None else self.theta_f[features])
 
     def scaled(self, factor_f: Tensor) -> "Threshold":
-        return Threshold(None if self.theta_f is None else self.theta_f * factor_f)
+        return Threshold(None if self.theta_f is None else (self.theta_f * factor_f).to(self.theta_f.dtype))
 
 
 def gated(W_enc_fd: Tensor, r_mag_f: Tensor, b_mag_f: Tensor, b_gate_f: Tensor) -> tuple[Tensor, Threshold]:
@@ -71,8 +72,15 @@ def gated(W_enc_fd: Tensor, r_mag_f: Tensor, b_mag_f: Tensor, b_gate_f: Tensor) 
     return W_enc_fd * gain_f[:, None], Threshold(b_mag_f - gain_f * b_gate_f)
 
 
-class TopK(Gate):
-    """The k largest of a row, those of them that are above 0."""
+class Chosen(NamedTuple):
+    """What a gate chose of each row: at most k features, their numbers ascending, and their activations, which may be 0."""
+
+    feature_bk: Tensor
+    value_bk: Tensor
+
+
+class Choice(Gate):
+    """Keeps k features of a row, so that an activation depends on the others too."""
 
     def __init__(self, k: int):
         super().__init__()
@@ -80,12 +88,41 @@ class TopK(Gate):
             raise InputError(f"expected k of at least 1, got {k}")
         self.k = k
 
+    @abstractmethod
+    def choose(self, blocks: Iterable[tuple[int, Tensor]], f: int) -> Chosen:
+        """`blocks`: of one after another the number of its first feature, and pre-activations [..., features]; `f` features in all."""
+
     def forward(self, z_bf: Tensor) -> Tensor:
-        value_bk, index_bk = z_bf.topk(min(self.k, z_bf.shape[-1]), sorted=False)
-        return z_bf.zero_().scatter_(-1, index_bk, value_bk.relu())
+        feature_bk, value_bk = self.choose([(0, z_bf)], z_bf.shape[-1])
+        return z_bf.zero_().scatter_(-1, feature_bk, value_bk)
 
     def extra_repr(self) -> str:
         return f"k={self.k}"
+
+
+class TopK(Choice):
+    """The k largest of a row, those of them that are above 0."""
+
+    def choose(self, blocks: Iterable[tuple[int, Tensor]], f: int) -> Chosen:
+        best: Chosen | None = None
+        for first, z_bf in blocks:
+            here_bk = largest(self.size(z_bf), self.k)
+            found = Chosen(here_bk + first, z_bf.gather(-1, here_bk))
+            if best is not None:  # those of earlier blocks come first, as lower numbers must
+                both = Chosen(*(torch.cat(pair, dim=-1) for pair in zip(best, found)))
+                kept_bk = largest(self.size(both.value_bk), self.k)
+                found = Chosen(*(one.gather(-1, kept_bk) for one in both))
+            best = found
+        assert best is not None
+        return Chosen(best.feature_bk, self.kept(best.value_bk))
+
+    def size(self, z_bf: Tensor) -> Tensor:
+        """By what features are compared."""
+        return z_bf
+
+    def kept(self, value_bk: Tensor) -> Tensor:
+        """Activations of the chosen."""
+        return value_bk.relu()
 
 
 class AbsTopK(TopK):
@@ -93,10 +130,11 @@ class AbsTopK(TopK):
 
     signed = True
 
-    def forward(self, z_bf: Tensor) -> Tensor:
-        index_bk = z_bf.abs().topk(min(self.k, z_bf.shape[-1]), sorted=False).indices
-        value_bk = z_bf.gather(-1, index_bk)
-        return torch.zeros_like(z_bf).scatter_(-1, index_bk, value_bk)
+    def size(self, z_bf: Tensor) -> Tensor:
+        return z_bf.abs()
+
+    def kept(self, value_bk: Tensor) -> Tensor:
+        return value_bk
 
 
 class BareTopK(TopK):
@@ -104,22 +142,44 @@ class BareTopK(TopK):
 
     signed = True
 
-    def forward(self, z_bf: Tensor) -> Tensor:
-        value_bk, index_bk = z_bf.topk(min(self.k, z_bf.shape[-1]), sorted=False)
-        return z_bf.zero_().scatter_(-1, index_bk, value_bk)
+    def kept(self, value_bk: Tensor) -> Tensor:
+        return value_bk
 
 
-class GroupMax(Gate):
+class GroupMax(Choice):
     """The largest of each of k equal groups of neighbouring features, those of them that are above 0."""
 
-    def __init__(self, k: int):
-        super().__init__()
-        self.k = k
+    def choose(self, blocks: Iterable[tuple[int, Tensor]], f: int) -> Chosen:
+        if f % self.k:
+            raise InputError(f"expected features that divide into {self.k} groups, got {f}")
+        size = f // self.k
+        best: Chosen | None = None
+        for first, z_bf in blocks:
+            if best is None:
+                begin_k = torch.arange(0, f, size, device=z_bf.device)
+                best = Chosen(begin_k.expand(*z_bf.shape[:-1], -1).clone(), z_bf.new_full((*z_bf.shape[:-1], self.k), -torch.inf))
+            end = first + z_bf.shape[-1]
+            begins = min(end, -(-first // size) * size)  # the first whole group's, and the end of the last one's
+            ends = max(begins, end // size * size)
+            for low, high in ((first, begins), (begins, ends), (ends, end)):
+                if low < high:
+                    groups = slice(low // size, -(-high // size))
+                    value_bg, at_bg = z_bf[..., low - first : high - first].unflatten(-1, (groups.stop - groups.start, -1)).max(dim=-1)
+                    at_bg += torch.arange(groups.stop - groups.start, device=at_bg.device) * size + low
+                    more_bg = (value_bg > best.value_bk[..., groups]) | value_bg.isnan()
+                    best.value_bk[..., groups] = torch.where(more_bg, value_bg, best.value_bk[..., groups])
+                    best.feature_bk[..., groups] = torch.where(more_bg, at_bg, best.feature_bk[..., groups])
+        assert best is not None
+        return Chosen(best.feature_bk, best.value_bk.relu())
 
-    def forward(self, z_bf: Tensor) -> Tensor:
-        value_bk1, index_bk1 = z_bf.unflatten(-1, (self.k, -1)).max(dim=-1, keepdim=True)
-        z_bf.zero_().unflatten(-1, (self.k, -1)).scatter_(-1, index_bk1, value_bk1.relu())
-        return z_bf
 
-    def extra_repr(self) -> str:
-        return f"k={self.k}"
+def largest(size_bf: Tensor, k: int) -> Tensor:
+    """Places [..., k] of the k largest, ascending; of equal values those of the lower places. All places where there are fewer than k."""
+    n = size_bf.shape[-1]
+    value_bk, place_bk = size_bf.topk(min(k + 1, n))
+    if n > k:
+        tied_b = value_bk[..., k - 1] == value_bk[..., k]
+        place_bk = place_bk[..., :k]
+        if tied_b.any():  # host sync; topk then takes any of them
+            place_bk[tied_b] = size_bf[tied_b].sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return place_bk.sort(dim=-1).values

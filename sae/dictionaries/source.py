@@ -30,6 +30,7 @@ from sae.dictionaries.neuronpedia import posted
 from sae.dictionaries.parts import Choice, Layers, Parts
 from sae.disk.checksum import crc32
 from sae.disk.hub import HubFile, download, in_cache, list_folder
+from sae.disk.mapped import read_ahead
 from sae.errors import InputError
 
 ENDINGS = (".safetensors", ".npz", ".pt", ".pth")
@@ -44,6 +45,7 @@ CANONICAL = "canonical"
 SHOWN = 12
 ROWS = 4096
 """that are copied at a time"""
+SAMPLES = 64
 
 
 class Source(NamedTuple):
@@ -231,8 +233,33 @@ def weights_crc32(source: str | Path, parts: Iterable[Parts]) -> str:
         return crc32(path / WEIGHTS)
     value = 0
     for one in parts:
-        gate = one.gate.theta_f if isinstance(one.gate, Threshold) else None
-        for tensor in (one.W_enc_fd, one.b_enc_f, one.W_dec_fo, one.b_dec_o, one.b_in_d, one.W_skip_od, gate):
-            for rows in () if tensor is None else tensor.detach().split(ROWS):
-                value = zlib.crc32(rows.cpu().contiguous().flatten().view(torch.uint8).numpy(), value)  # host sync
+        for tensor in _tensors_of(one):
+            for rows in tensor.split(ROWS):
+                value = _crc32(rows, value)
     return f"{value:08x}"
+
+
+def sampled_crc32(parts: Parts) -> str:
+    """Like `weights_crc32`, but of all vectors, and of each matrix the values where `SAMPLES` evenly spread rows and columns cross.
+
+    Known without reading all of a dictionary that stays on the disk; any training changes it.
+    """
+    value = 0
+    for tensor in _tensors_of(parts):
+        if tensor.ndim > 1:
+            value = zlib.crc32(str(tuple(tensor.shape)).encode(), value)
+            read_ahead(tensor, False)
+            rows, columns = (torch.linspace(0, size - 1, min(size, SAMPLES)).long().to(tensor.device) for size in tensor.shape)
+            tensor = tensor[rows[:, None], columns]
+        value = _crc32(tensor, value)
+    return f"{value:08x}"
+
+
+def _tensors_of(parts: Parts) -> list[torch.Tensor]:
+    theta_f = parts.gate.theta_f if isinstance(parts.gate, Threshold) else None
+    tensors = (parts.W_enc_fd, parts.b_enc_f, parts.W_dec_fo, parts.b_dec_o, parts.b_in_d, parts.W_skip_od, theta_f)
+    return [tensor.detach() for tensor in tensors if tensor is not None]
+
+
+def _crc32(tensor: torch.Tensor, value: int) -> int:
+    return zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data, value)  # host sync

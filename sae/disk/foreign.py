@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -73,8 +73,8 @@ def _first(error: Exception) -> str:
     return re.split(r"\. (?=[A-Z])", text.replace("Weights only load failed. ", ""))[0][:200] or type(error).__name__
 
 
-def read_npz(path: Path, what: str) -> dict[str, np.ndarray]:
-    """The arrays of a file of `np.savez`, mapped where they are not compressed.
+def read_npz(path: Path, what: str, mode: Literal["c", "r"] = "c") -> dict[str, np.ndarray]:
+    """The arrays of a file of `np.savez`, mapped where they are not compressed: "c" may be written to, "r" may be larger than memory.
 
     Raises `InputError` for a file that is missing or damaged, and for arrays of Python objects, which would run code.
     """
@@ -84,10 +84,10 @@ def read_npz(path: Path, what: str) -> dict[str, np.ndarray]:
         entries = archive.infolist()
         if sum(entry.file_size for entry in entries) > MOST_COMPRESSED * path.stat().st_size:
             raise InputError(f"{path} would be more than {MOST_COMPRESSED} times its size in memory, which weights never are; {COPY_AGAIN}")
-        return {entry.filename.removesuffix(".npy"): _array(path, archive, entry, file) for entry in entries}
+        return {entry.filename.removesuffix(".npy"): _array(path, archive, entry, file, mode) for entry in entries}
 
 
-def _array(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, file: IO[bytes]) -> np.ndarray:
+def _array(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, file: IO[bytes], mode: Literal["c", "r"]) -> np.ndarray:
     with archive.open(entry) as stream:
         version = np.lib.format.read_magic(stream)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -101,7 +101,7 @@ def _array(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, file: I
             file.seek(entry.header_offset + 26)  # the local header's two lengths, which may differ from the directory's
             name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
             offset = entry.header_offset + 30 + name + extra + stream.tell()
-            return np.memmap(path, dtype, "c", offset, shape, "F" if by_columns else "C")
+            return np.memmap(path, dtype, mode, offset, shape, "F" if by_columns else "C")
         flat = np.frombuffer(bytearray(stream.read()), dtype)
         return flat.reshape(shape, order="F" if by_columns else "C")
 

@@ -125,8 +125,9 @@ def feature_rows(dictionary: Dictionary, features: Sequence[int]) -> list[Steeri
     for j in features:
         if not 0 <= j < dictionary.d_sae:
             raise InputError(f"feature {j} does not exist: the dictionary has features 0 to {dictionary.d_sae - 1}")
-    rows_fd = dictionary.W_dec_fo.detach().float().cpu()  # host sync
-    return [SteeringVector.at(dictionary.require_site(), rows_fd[j], {"method": "feature", "feature": int(j)}).unit() for j in features]
+    rows_kd = dictionary.rows(list(features)).float().cpu()  # host sync
+    site = dictionary.require_site()
+    return [SteeringVector.at(site, row_d, {"method": "feature", "feature": int(j)}).unit() for j, row_d in zip(features, rows_kd)]
 
 
 def measure_effects(rollouts: Rollouts, features: Sequence[int], calibrator: KLCalibrator, kl: float) -> Effects:

@@ -8,10 +8,13 @@ import torch
 from feature_world import VOCABULARY
 
 from sae.activations.cache import ActivationCache
+from sae.dictionaries import rows
 from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.formats import tensors
 from sae.dictionaries.frames import Frame
 from sae.dictionaries.gates import AbsTopK, GroupMax, Threshold, TopK
 from sae.errors import InputError
+from sae.features.index import build
 from sae.features.index.build import IndexConfig, build_index
 from sae.features.index.merge import MergeConfig, merge_indexes
 from sae.features.index.reader import FeatureIndex
@@ -104,6 +107,38 @@ def test_every_kind(world, tmp_path, kind):
     merge_indexes(MergeConfig(parts=tuple(parts), out=tmp_path / "merged"))
     for name in ("records", "columns", "details"):
         assert (tmp_path / "merged" / f"{name}.safetensors").read_bytes() == (tmp_path / "index" / f"{name}.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_index_by_blocks_of_a_file_on_the_disk(world, tmp_path, monkeypatch, capsys, kind):
+    """The weights in bfloat16, five features at a time, against the same numbers as float32 in memory."""
+    dictionary = made(world, **KINDS[kind]).bfloat16()
+    dictionary.save(tmp_path / "half")
+    dictionary.float().save(tmp_path / "sae")
+    config = dict(cache=world.cache, device="cpu")
+    plain = FeatureIndex.open(build_index(IndexConfig(out=tmp_path / "plain", dictionary=tmp_path / "sae", **config)))
+    monkeypatch.setattr(tensors, "WIDE", 1)
+    monkeypatch.setattr(rows, "BLOCK_BYTES", 4 * VOCABULARY * 5)
+    index = FeatureIndex.open(build_index(IndexConfig(out=tmp_path / "index", dictionary=tmp_path / "half", **config)))
+    for name in ("offsets", "positions", "values"):
+        np.testing.assert_allclose(getattr(index, name), getattr(plain, name), rtol=2e-3)
+    for name in plain.columns:
+        if name.endswith("_ids"):  # of equal or nearly equal values
+            continue
+        np.testing.assert_allclose(index.columns[name], plain.columns[name], rtol=1e-2, atol=1e-3, err_msg=name)
+    np.testing.assert_allclose(index.details["neighbour_cosines"], plain.details["neighbour_cosines"], atol=1e-5)
+    assert index.info["dictionary_crc32_of"] == "samples"
+    torch.testing.assert_close(index.dictionary().rows([3]), dictionary.rows([3]))
+    with pytest.raises(InputError, match=r"the weights in .*differ; index it again"):
+        index.dictionary(tmp_path / "sae")
+    assert plain.dictionary().d_sae == F  # stays on the disk now, but was in memory when it was indexed
+    capsys.readouterr()
+    monkeypatch.setattr(build, "MOST_OPERATIONS", 1)
+    index = FeatureIndex.open(build_index(IndexConfig(out=tmp_path / "index", dictionary=tmp_path / "half", **config)))
+    said = capsys.readouterr().err
+    assert "the index has no logit lens: for 24 features it takes" in said
+    assert "the index has no neighbours by cosine: for 24 features it takes 5e+05 operations, which is left to a GPU" in said
+    assert "which is left to a GPU (--device cuda)" in FeatureView(index, 3)._repr_html_()
 
 
 def test_a_transcoder_needs_the_site_it_writes(world, tmp_path):

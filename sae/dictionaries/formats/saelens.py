@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 
 from sae.dictionaries.formats.saelens_cfg import CENTRED, CFG, DECIDED, HEADS, Settings, read_settings
-from sae.dictionaries.formats.saelens_estimates import fold_factor, fold_whitening, read_estimates
-from sae.dictionaries.formats.tensors import unit_rows
+from sae.dictionaries.formats.saelens_estimates import Estimates, fold_factor, fold_whitening, read_estimates
+from sae.dictionaries.formats.tensors import read_weights, require_finite, unit_rows
 from sae.dictionaries.formats.transformer_lens import hook_of_site
 from sae.dictionaries.frames import Frame
 from sae.dictionaries.gates import AbsTopK, BareTopK, Gate, GroupMax, Threshold, TopK, gated
 from sae.dictionaries.parts import Layers, Parts, Port
-from sae.disk.reading import read_tensors
+from sae.disk.mapped import is_mapped, require_room
 from sae.disk.writing import write_json, write_tensors
 from sae.errors import InputError
 
 WEIGHTS = "sae_weights.safetensors"
+TRAIN_AGAIN = "copy or train the dictionary again"
 KEEPS_K: dict[Callable[[int], Gate], str] = {TopK: "topk", AbsTopK: "abstopk", BareTopK: "bare_topk", GroupMax: "groupmax"}
 """names of the gates with a k"""
 
@@ -37,7 +38,7 @@ def recognises(path: Path) -> bool:
 def load(folder: Path, device: str | torch.device = "cpu") -> Parts:
     """Raises `InputError` naming the key or tensor for anything but a whole dictionary of a kind known here, on one of our sites."""
     settings = read_settings(folder)
-    w, _ = read_tensors(folder / WEIGHTS, "a dictionary's weights", device=device, then="copy or train the dictionary again")
+    w = read_weights(folder / WEIGHTS, device, TRAIN_AGAIN)
     if settings.architecture == "jumprelu" and "log_threshold" in w:  # in training, before version 6.48
         w["threshold"] = w.pop("log_threshold").exp()
     scale_f = w.pop("scaling_factor", None)  # SAELens before version 6 always saved one, of ones where there was no fine-tuning
@@ -47,9 +48,15 @@ def load(folder: Path, device: str | torch.device = "cpu") -> Parts:
             f"the dictionary in {folder} has finetuning_scaling_factor {settings.finetuned}, but its weights hold "
             f"{'no' if scale_f is None else 'a'} scaling_factor{'' if scale_f is None else ' that says otherwise'}; leave the right one"
         )
-    if settings.dtype is not None:
-        w = {name: tensor.to(getattr(torch, settings.dtype)) for name, tensor in w.items()}
     estimates = read_estimates(folder, settings)
+    to = getattr(torch, settings.dtype) if settings.dtype else None
+    # of weights that stay on the disk: a wider dtype changes no value, and they are computed with in float32 anyhow
+    keeps = is_mapped(w["W_dec"]) and (to is None or torch.promote_types(w["W_dec"].dtype, to) == to)
+    rewrites = settings.architecture == "gated" or settings.rescales or settings.finetuned or estimates != Estimates()
+    if is_mapped(w["W_dec"]) and (rewrites or not keeps):
+        require_room(2 * (w["W_enc"].nbytes + w["W_dec"].nbytes), f"the dictionary in {folder}, which is rewritten when it is opened")
+    if to is not None:
+        w = {name: tensor if keeps and tensor.ndim > 1 else tensor.to(to) for name, tensor in w.items()}
     if estimates.factor is not None:
         fold_factor(w, estimates.factor, settings.rescales)
     gate = gate_of(settings, w)
@@ -58,7 +65,7 @@ def load(folder: Path, device: str | torch.device = "cpu") -> Parts:
     if scale_f is not None and settings.finetuned:
         w["W_dec"] = w["W_dec"] * scale_f[:, None]
     b_in_d = w["b_dec"] if settings.subtracts_b_dec else None
-    W_enc_fd = w["W_enc"].T.contiguous()
+    W_enc_fd = w["W_enc"].T if is_mapped(w["W_enc"]) else w["W_enc"].T.contiguous()
     return Parts(W_enc_fd, w["b_enc"], w["W_dec"], w["b_dec"], gate, settings.metadata, b_in_d, w.get("W_skip"), settings.frame)
 
 
@@ -109,8 +116,7 @@ def require_whole(folder: Path, settings: Settings, weights: dict[str, Tensor]) 
             raise InputError(f"{name} in {folder} has shape {tuple(tensor.shape)} where cfg.json asks for {shape}")
         if not tensor.is_floating_point() or (tensor.dtype != weights["W_dec"].dtype and name != "topk_threshold"):
             raise InputError(f"expected floating-point tensors of one dtype in {folder / WEIGHTS}, got {name} of {tensor.dtype}")
-        if not all(bool(end.isfinite()) for end in tensor.aminmax()):  # host sync; NaN is both ends
-            raise InputError(f"{name} in {folder} holds NaN or infinity; copy or train the dictionary again")
+        require_finite(folder, name, tensor, TRAIN_AGAIN)
 
 
 def save(d: Parts, folder: Path) -> None:

@@ -1,14 +1,17 @@
 """What the rows of the table share: the tensors of a file held against their shapes, and facts out of a path's names."""
 
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sae.disk.foreign import read_npz, read_torch
+from sae.disk.mapped import DTYPES, Place, is_mapped, map_tensors
 from sae.disk.reading import fits, layout, read_tensors
 from sae.errors import InputError
 
@@ -17,6 +20,9 @@ WHAT = "a dictionary's weights"
 AGAIN = "copy or download the dictionary again"
 FLOATS = "F64 F32 F16 BF16"
 """for schemas of safetensors files"""
+NUMPY_NAMES = {"<f8": "F64", "<f4": "F32", "<f2": "F16"}
+WIDE = 2 << 30
+"""bytes of a file (2 GiB) from which on its matrices stay on the disk, where a CPU computes"""
 
 
 def has(*files: str) -> Callable[[Path], bool]:
@@ -30,19 +36,63 @@ def file_at(path: Path, name: str) -> Path | None:
     return file if file.is_file() else None
 
 
-def read_weights(path: Path, device: Device = "cpu") -> dict[str, Tensor]:
+def read_weights(path: Path, device: Device = "cpu", then: str = AGAIN) -> dict[str, Tensor]:
     """The tensors of a .safetensors, .npz, .pt or .pth file, flat; on a CPU mapped from the disk where the file's layout allows it.
 
-    What else a .pt holds beside tensors is left out; see `read_torch`. Raises `InputError` for a file that is damaged or holds no tensors.
+    The checksum of a .safetensors is compared, where it has one, unless it is `WIDE`. What else a .pt holds beside tensors is left out; see
+    `read_torch`. Raises `InputError` for a file that is damaged or holds no tensors; `then` says what to do.
     """
+    if wide := wide_weights(path, device, then):
+        return wide
     if path.suffix == ".safetensors":
-        return read_tensors(path, WHAT, device=device, then=AGAIN)[0]
+        return read_tensors(path, WHAT, device=device, then=then)[0]
     if path.suffix == ".npz":
         return {name: torch.from_numpy(array).to(device) for name, array in read_npz(path, WHAT).items()}
     state = read_torch(path, WHAT)
     if not isinstance(state, Mapping):
-        raise InputError(f"expected named tensors in {path}, found {type(state).__name__}; {AGAIN}")
+        raise InputError(f"expected named tensors in {path}, found {type(state).__name__}; {then}")
     return {str(name): tensor.to(device) for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def wide_weights(path: Path, device: Device, then: str = AGAIN) -> dict[str, Tensor] | None:
+    """The tensors of a file of at least `WIDE` bytes, left on the disk; None for others, and for what cannot stay there.
+
+    Says so, because neither the file's checksum is compared nor are all weights looked at when it is opened.
+    """
+    if torch.device(device).type != "cpu" or path.suffix not in (".safetensors", ".npz") or not path.is_file():
+        return None
+    if path.stat().st_size < WIDE:
+        return None
+    places: dict[str, Place] = {}
+    if path.suffix == ".npz":
+        arrays = read_npz(path, WHAT, "r")
+        for name, array in arrays.items():
+            if isinstance(array, np.memmap) and array.flags.c_contiguous and array.dtype.str in NUMPY_NAMES:
+                places[name] = Place(DTYPES[NUMPY_NAMES[array.dtype.str]], array.shape, array.offset)
+        total = len(arrays)
+    else:
+        entries = layout(path, WHAT, then)[0]
+        places = {name: Place(DTYPES[one.dtype], one.shape, one.offset) for name, one in entries.items() if one.dtype in DTYPES}
+        total = len(entries)
+    if not places or len(places) < total:
+        return None
+    print(
+        f"{path} ({path.stat().st_size / 1e9:.1f} GB) stays on the disk: rows are checked for NaN and infinity when they are used, "
+        "and no checksum of the file is compared",
+        file=sys.stderr,
+    )
+    try:
+        return map_tensors(path, places)
+    except OSError as error:
+        raise InputError(f"expected {WHAT} at {path}, which cannot be mapped into memory ({error.strerror}); {then}") from None
+
+
+def require_finite(where: Path, name: str, tensor: Tensor, then: str = AGAIN) -> None:
+    """Raises `InputError` for NaN or infinity. Matrices that stay on the disk are looked at when they are used (rows.py)."""
+    if is_mapped(tensor) and tensor.ndim > 1:
+        return
+    if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):  # host sync; NaN is both ends
+        raise InputError(f"{name} in {where} holds NaN or infinity; {then}")
 
 
 def names_in(path: Path) -> frozenset[str]:
@@ -59,8 +109,9 @@ def checked(
     """Just the tensors of `shapes`, and those of `optional` that are there, all of one floating dtype.
 
     A shape is "d f" with names or numbers; sizes of one name are equal, and those given in `sizes` are known: {"W_enc": "d f",
-    "b_enc": "f"}. Of several dtypes the widest is taken, which changes no value. Raises `InputError`, which names the tensor, for one that
-    is missing, unknown here, of another shape, not of floating point, or with NaN or infinity in it.
+    "b_enc": "f"}. Of several dtypes the widest is taken, which changes no value, but matrices that stay on the disk keep theirs. Raises
+    `InputError`, which names the tensor, for one that is missing, unknown here, of another shape, not of floating point, or with NaN or
+    infinity in it.
     """
     missing = [name for name in shapes if name not in tensors]
     known = {**shapes, **(optional or {})}
@@ -78,12 +129,11 @@ def checked(
             )
         if not tensor.is_floating_point():
             raise InputError(f"expected {name} in {where} to be of floating point, found {tensor.dtype}; {AGAIN}")
-        if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):  # host sync; NaN is both ends
-            raise InputError(f"{name} in {where} holds NaN or infinity; {AGAIN}")
+        require_finite(where, name, tensor)
     widest = found[next(iter(found))].dtype
     for tensor in found.values():
         widest = torch.promote_types(widest, tensor.dtype)
-    return {name: tensor.to(widest) for name, tensor in found.items()}
+    return {name: tensor if is_mapped(tensor) and tensor.ndim > 1 else tensor.to(widest) for name, tensor in found.items()}
 
 
 def require_value(where: Path, key: str, value: object, known: Sequence[object]) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sae.dictionaries.dictionary import Dictionary
+from sae.entries import Buffers
 from sae.errors import InputError
 from sae.features.index.reader import FeatureIndex
 from sae.model.language_model import LanguageModel
@@ -99,23 +100,25 @@ def read_prompt(
     if ids_1p.shape[1] > lm.context:
         raise InputError(f"expected at most {lm.context} tokens, the context of {lm.name!r}, got {ids_1p.shape[1]}; shorten the text")
     first = 0 if lm.bos_id is None else 1
-    chosen = range(first, ids_1p.shape[1]) if positions is None else sorted({p for p in positions if first <= p < ids_1p.shape[1]})
+    chosen = range(first, ids_1p.shape[1]) if positions is None else {p for p in positions if first <= p < ids_1p.shape[1]}
     site = index.info["site"]
     h_pd = lm.record(ids_1p, [site])[site][0].to(dictionary.W_enc_fd.device)
-    acts_pf = dictionary.encode(h_pd).float()
-    if not torch.isfinite(acts_pf).all():  # host sync
+    row_n, feature_n, value_n = dictionary.entries(h_pd, Buffers())
+    if not torch.isfinite(value_n).all():  # host sync
         raise InputError("the dictionary's activations on this text are not finite; its weights or the model's are damaged")
-    pairs = [Active(p, j, acts_pf[p, j].item()) for p in chosen for j in acts_pf[p].nonzero()[:, 0].tolist()]  # host sync
+    active = zip(row_n.tolist(), feature_n.tolist(), value_n.float().tolist())  # host sync
+    pairs = [Active(p, j, a) for p, j, a in active if p in chosen]
     if density_max is not None:
         pairs = [pair for pair in pairs if index.columns["density"][pair.feature] <= density_max]
     losses_p = _losses(lm, ids_1p)[0]
     effects: dict[tuple[int, int], float] = {}
     if order == "effect":
-        unit = dictionary.unit(h_pd.to(dictionary.W_enc_fd.dtype))
+        unit = dictionary.unit(h_pd)
         units_p = [unit] * len(h_pd) if isinstance(unit, float) else unit[:, 0].float().tolist()  # host sync
         added = [pair._replace(activation=pair.activation * units_p[pair.position]) for pair in pairs if pair.position < len(losses_p)]
-        norm_f = dictionary.norms().float().tolist()
-        longest = sorted(added, key=lambda pair: -abs(pair.activation) * norm_f[pair.feature])[:most_pairs]
+        features = sorted({pair.feature for pair in added})
+        norms = dict(zip(features, dictionary.rows(features).norm(dim=-1).tolist()))  # host sync
+        longest = sorted(added, key=lambda pair: -abs(pair.activation) * norms[pair.feature])[:most_pairs]
         effects = _effects(lm, dictionary, dictionary.site_out or site, ids_1p, losses_p, longest)
     firings: list[list[TokenFeature]] = [[] for _ in range(ids_1p.shape[1])]
     for p, j, a in pairs:

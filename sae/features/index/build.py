@@ -9,10 +9,12 @@ activations, feature after feature: see csc.py), `details` (what a reader is sho
 """
 
 import re
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +24,11 @@ from torch import Tensor
 
 from sae.device import device_named
 from sae.dictionaries.dictionary import Dictionary
-from sae.dictionaries.source import weights_crc32
+from sae.dictionaries.source import sampled_crc32, weights_crc32
 from sae.disk.arrays import ANSWERS, EXPLANATIONS, create, open_arrays, write_arrays
 from sae.disk.checksum import crc32
 from sae.disk.folders import fresh_folder
+from sae.disk.mapped import is_mapped
 from sae.disk.places import require_folder
 from sae.disk.writing import require_free_space, write_json
 from sae.entries import Buffers
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     from sae.model.language_model import LanguageModel
 
 CHUNK_BYTES = 1 << 26  # of one [b, f] block of activations, the only dense one there ever is
+MOST_OPERATIONS = 10**15  # for all features together, on a CPU: about four hours on two cores
 TEXT = ("ids", "sequence_starts", "sequence_document", "document_label", "sequence_split")
 
 
@@ -115,24 +119,19 @@ def write_index(folder: Path, config: IndexConfig, dictionary: Dictionary, cache
     columns, details = derive_columns(folder, spool.paths, dictionary.d_sae, text, signed=dictionary.gate.signed)
     for run in spool.paths:
         run.unlink()
-    columns["decoder_norm"] = dictionary.W_dec_fo.float().norm(dim=-1).cpu().numpy()  # host sync
-    neighbours.cosine_neighbours(dictionary.W_dec_fo, details["neighbour_ids"], details["neighbour_cosines"])
-    try:
-        written_fd = into_residual(model, dictionary.site_out or cache.site, dictionary.W_dec_fo)
-    except InputError as error:
-        lens = f"none: {error}"
-    else:
-        W_U_vd, lens = folded_unembedding(model)
-        found = logit_lens(written_fd, W_U_vd[: len(model.tokenizer)])  # rows beyond are padding that nobody can read
+    columns["decoder_norm"] = dictionary.norms().float().cpu().numpy()  # host sync
+    alike = too_long(2 * dictionary.d_sae**2 * dictionary.d_out, dictionary)
+    if not alike:
+        neighbours.cosine_neighbours(dictionary.W_dec_fo, details["neighbour_ids"], details["neighbour_cosines"])
+    found, lens = lens_of(dictionary, cache.site, model)
+    if found:
         details["lens_counts"][:] = found.pop("lens_counts")
         columns |= found
-        if written_fd is not dictionary.W_dec_fo:
-            lens += "; W_dec[j] is first taken through the output projection"
     vocab = vocabulary(model.tokenizer, int(tokens.ids.max()) + 1)
     info: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "dictionary": str(config.dictionary),
-        "dictionary_crc32": weights_crc32(config.dictionary, [dictionary.parts()]),
+        **checksum(config.dictionary, dictionary),
         "cache": str(config.cache),
         "model": cache.manifest["model"],
         "site": cache.site,
@@ -144,7 +143,11 @@ def write_index(folder: Path, config: IndexConfig, dictionary: Dictionary, cache
         "activations_cut_to_65504": spool.clipped,
         "label_names": list(tokens.label_names),
         "logit_lens": lens,
+        **({"cosine_neighbours": f"none: {alike}"} if alike else {}),
     }
+    for what, none in (("logit lens", lens), ("neighbours by cosine", info.get("cosine_neighbours", ""))):
+        if none.startswith("none: "):
+            print(f"the index has no {what}: {none[6:]}", file=sys.stderr)
     text |= {
         "scanned": scanned,
         "piece_bytes": np.frombuffer(b"".join(vocab.pieces), np.uint8),
@@ -152,6 +155,40 @@ def write_index(folder: Path, config: IndexConfig, dictionary: Dictionary, cache
         "piece_special": vocab.special,
     }
     write_final_files(folder, info, columns, details, sums, text)
+
+
+def checksum(source: str, dictionary: Dictionary) -> dict[str, str]:
+    """Entries of index.json by which the dictionary is known again."""
+    parts = dictionary.parts()
+    if is_mapped(parts.W_dec_fo):  # so that nobody who opens one feature has to read all
+        return {"dictionary_crc32": sampled_crc32(parts), "dictionary_crc32_of": "samples"}
+    return {"dictionary_crc32": weights_crc32(source, [parts])}
+
+
+def too_long(operations: int, dictionary: Dictionary) -> str:
+    """Why a product over all features is left out, or an empty text: so many operations keep a CPU busy for hours."""
+    if dictionary.W_dec_fo.is_cuda or operations <= MOST_OPERATIONS:
+        return ""
+    return f"for {dictionary.d_sae:,} features it takes {operations:.0e} operations, which is left to a GPU (--device cuda)"
+
+
+def lens_of(dictionary: Dictionary, site: str, model: "LanguageModel") -> tuple[dict[str, np.ndarray], str]:
+    """What `logit_lens` gives, empty where there is none, and a sentence that says what it is or why there is none."""
+    into = partial(into_residual, model, dictionary.site_out or site)
+    row_1o = dictionary.rows([0])
+    try:
+        projected = into(row_1o) is not row_1o
+    except InputError as error:
+        return {}, f"none: {error}"
+    W_U_vd, lens = folded_unembedding(model)
+    W_U_vd = W_U_vd[: len(model.tokenizer)]  # rows beyond are padding that nobody can read
+    if none := too_long(2 * dictionary.d_sae * W_U_vd.numel(), dictionary):
+        return {}, f"none: {none}"
+    if dictionary.features_at_once < dictionary.d_sae:
+        found = logit_lens(dictionary.W_dec_fo, W_U_vd, into=into)
+    else:
+        found = logit_lens(into(dictionary.W_dec_fo), W_U_vd)
+    return found, lens + ("; W_dec[j] is first taken through the output projection" if projected else "")
 
 
 def derive_columns(
@@ -263,7 +300,7 @@ def spool_activations(
     """Encodes the wanted rows and spools their non-zeros; also gives which tokens there were, bool [n], and the error's sums."""
     spool, sums, local = Spool(folder, dictionary.d_sae), ErrorSums(dictionary), threading.local()
     scanned = np.zeros(len(wanted), bool)
-    size = min(MAX_ROWS, max(1, CHUNK_BYTES // (dictionary.d_sae * 4)))
+    size = min(MAX_ROWS, max(1, CHUNK_BYTES // (dictionary.features_at_once * 4)))
     rows = sum(cache.rows(split) for split in splits)
     caches = [cache] if not dictionary.is_transcoder else [cache, cache.target_of(dictionary)]
     total, checked = min(rows, int(wanted.sum())), False
@@ -271,7 +308,7 @@ def spool_activations(
     @torch.no_grad()
     def entries_of(chunk: tuple[list[Tensor], np.ndarray]) -> tuple[np.ndarray, ...]:
         local.buffers = buffers = getattr(local, "buffers", None) or Buffers()
-        x_bd, *y_bo = (rows.to(dictionary.W_enc_fd.device, dictionary.W_enc_fd.dtype) for rows in chunk[0])
+        x_bd, *y_bo = (rows.to(dictionary.W_enc_fd.device, dictionary.dtype) for rows in chunk[0])
         entries = dictionary.entries(x_bd, buffers)
         values = entries.value_n.float().cpu().numpy()  # host sync
         if not np.isfinite(values).all():

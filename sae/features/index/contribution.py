@@ -1,6 +1,6 @@
 """What each feature takes off the reconstruction error, from active entries alone.
 
-b rows (tokens) of a chunk · d model width · o width of what is written · f features · n entries
+k decoder rows at hand · b rows (tokens) of a chunk · d model width · o width of what is written · f features · n entries
 
 With r = y − ŷ, leaving feature j out of a token where it is active with a changes ‖r‖² by 2 a r·d_j + a²‖d_j‖², d_j its decoder row.
 Summed over tokens and divided by Σ‖y − ȳ‖², that is how much the fraction of variance unexplained (FVU) rises without the feature.
@@ -46,35 +46,60 @@ class ErrorSums:
 
     def __init__(self, dictionary: Dictionary):
         self.dictionary = dictionary
-        self.square_f = dictionary.W_dec_fo.float().square().sum(-1)
+        if dictionary.features_at_once >= dictionary.d_sae:
+            self.whole_fo: Tensor | None = dictionary.W_dec_fo.float()
+            self.square_f = self.whole_fo.square().sum(-1)
+        else:
+            self.whole_fo = None
         sizes = {"feature": dictionary.d_sae, "x": dictionary.d_out, "square": 1, "error": 1}
         self._lock = threading.Lock()  # chunks may come from several threads, in any order: whole numbers add to the same
         self.sums = {name: np.zeros((2, size), np.int64) for name, size in sizes.items()}
 
     @torch.no_grad()
     def add(self, x_bd: Tensor, entries: Entries, y_bo: Tensor | None = None) -> None:
-        """Rows as they were encoded and their entries; `y_bo` is what to rebuild where that is not `x_bd` itself."""
-        row_n, feature_n, value_n = entries
-        W_dec_fo = self.dictionary.W_dec_fo.float()
-        x_bd, value_n = x_bd.float(), value_n.float()
-        y_bo = x_bd if y_bo is None else y_bo.float()
-        starts = starts_of(row_n, len(x_bd))
+        """Rows as they were encoded and their entries; `y_bo` is what to rebuild where that is not `x_bd` itself.
+
+        Of weights that are used in blocks, as many rows at a time as have no more decoder rows than one block.
+        """
+        starts, y_bo = starts_of(entries.row_n, len(x_bd)), x_bd if y_bo is None else y_bo
+        if self.whole_fo is not None:
+            self._add_rows(x_bd, y_bo, starts, entries.feature_n, entries.value_n, self.whole_fo, self.square_f)
+            return
+        bounds = starts.cpu().numpy().astype(np.int64)  # host sync
+        low = 0
+        while low < len(x_bd):
+            high = max(low + 1, int(np.searchsorted(bounds, bounds[low] + self.dictionary.features_at_once, "right")) - 1)
+            of, begin = slice(bounds[low], bounds[high]), starts[low]
+            features, place_n = entries.feature_n[of].long().unique(return_inverse=True)
+            rows_ko = self.dictionary.rows(features).float()
+            part = (starts[low : high + 1] - begin, place_n.int(), entries.value_n[of], rows_ko, rows_ko.square().sum(-1))
+            self._add_rows(x_bd[low:high], y_bo[low:high], *part, features)
+            low = high
+
+    def _add_rows(
+        self, x_bd: Tensor, y_bo: Tensor, starts: Tensor, place_n: Tensor, value_n: Tensor, rows_ko: Tensor, square_k: Tensor,
+        features: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Entries by where their decoder rows stand in `rows_ko`, which are those of `features`, all by default."""
+        x_bd, y_bo, value_n = x_bd.float(), y_bo.float(), value_n.float()
         error_bo = self.dictionary.b_dec_o.float() - y_bo  # ŷ − y, once the features are added
         # before that, it serves for the variance, which no shift changes; without a large mean float32 is enough for a row
         self._add("square", error_bo.square().sum(-1).double().cpu().numpy())  # host sync
         y_o = error_bo.sum(0, dtype=torch.float64).cpu().numpy()  # host sync
         self._add("x", y_o, np.arange(len(y_o)), len(y_o))
         if self.dictionary.decodes_with_input:
-            error_bo = self.dictionary.baseline(x_bd.to(self.dictionary.W_dec_fo.dtype)).float() - y_bo
+            error_bo = self.dictionary.baseline(x_bd.to(self.dictionary.dtype)).float() - y_bo
             unit = self.dictionary.unit(x_bd)
-            value_n = value_n * unit[row_n.long(), 0] if isinstance(unit, Tensor) else value_n
-        add_weighted_sums(error_bo, W_dec_fo, feature_n, starts, value_n, False)
+            row_n = torch.arange(len(x_bd), device=starts.device).repeat_interleave(starts.diff())
+            value_n = value_n * unit[row_n, 0] if isinstance(unit, Tensor) else value_n
+        add_weighted_sums(error_bo, rows_ko, place_n, starts, value_n, False)
         with torch.sparse.check_sparse_tensor_invariants(False):  # the indices are right by construction, checking them is a pass
-            zeros = torch.sparse_csr_tensor(starts, feature_n, torch.zeros_like(value_n), (len(x_bd), len(W_dec_fo)))
-            along_n = torch.sparse.sampled_addmm(zeros, error_bo, W_dec_fo.T).values()
+            zeros = torch.sparse_csr_tensor(starts, place_n, torch.zeros_like(value_n), (len(x_bd), len(rows_ko)))
+            along_n = torch.sparse.sampled_addmm(zeros, error_bo, rows_ko.T).values()
         value_n = value_n.double()
-        change_n = value_n * (value_n * self.square_f.index_select(0, feature_n) - 2 * along_n)
-        self._add("feature", change_n.cpu().numpy(), feature_n.cpu().numpy(), len(W_dec_fo))  # host sync
+        change_n = value_n * (value_n * square_k.index_select(0, place_n) - 2 * along_n)
+        feature_n = place_n if features is None else features[place_n]
+        self._add("feature", change_n.cpu().numpy(), feature_n.cpu().numpy(), self.dictionary.d_sae)  # host sync
         self._add("error", error_bo.square_().sum(-1).double().cpu().numpy())  # host sync
 
     def _add(self, name: str, values: np.ndarray, group: np.ndarray | None = None, groups: int = 1) -> None:

@@ -3,12 +3,14 @@
 f features · d model width · v vocabulary
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sae.dictionaries.rows import ranges, rows_of
 from sae.errors import InputError
 from sae.model.offload import device_of, on_hand
 from sae.model.sites import parse_site
@@ -68,16 +70,20 @@ def _folded(W_U_vd: Tensor, norm: Any) -> tuple[Tensor, str]:
 
 
 @torch.no_grad()
-def logit_lens(W_dec_fd: Tensor, W_U_vd: Tensor, kept: int = KEPT) -> dict[str, np.ndarray]:
+def logit_lens(
+    W_dec_fd: Tensor, W_U_vd: Tensor, kept: int = KEPT, into: Callable[[Tensor], Tensor] = lambda rows_fd: rows_fd
+) -> dict[str, np.ndarray]:
     """The `kept` highest and lowest tokens of each feature and their values: top_* from the highest, bottom_* from the lowest.
 
-    And "lens_counts" [f, BINS]: how many tokens' values lie in each of `BINS` equal steps from the lowest to the highest.
+    And "lens_counts" [f, BINS]: how many tokens' values lie in each of `BINS` equal steps from the lowest to the highest. `into` takes a
+    block of the rows into the residual stream, where they are not in it.
     """
     W_U_vd = W_U_vd - W_U_vd.mean(dim=0)  # a constant over the vocabulary does nothing to the softmax
     kept = min(kept, len(W_U_vd))
     rows = max(1, BLOCK_BYTES // (4 * len(W_U_vd)))
     top, bottom, counts = [], [], []
-    for block_fd in W_dec_fd.split(rows):
+    for part in ranges(len(W_dec_fd), rows):
+        block_fd = into(rows_of(W_dec_fd, part))
         logits_fv = block_fd.float().to(W_U_vd.device) @ W_U_vd.T
         top.append([x.cpu() for x in logits_fv.topk(kept)])  # host sync
         bottom.append([x.cpu() for x in logits_fv.topk(kept, largest=False)])  # host sync

@@ -5,7 +5,7 @@ f features · n tokens · s sequences · o documents · v vocabulary · e entrie
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -29,6 +29,8 @@ class Info(TypedDict):
 
     dictionary: str
     dictionary_crc32: str
+    dictionary_crc32_of: NotRequired[Literal["samples"]]
+    """of which part of the weights that is; by default of all"""
     cache: str
     model: ModelEntry
     site: Annotated[str, Field(pattern=SITE)]
@@ -42,6 +44,8 @@ class Info(TypedDict):
     activations_cut_to_65504: Count
     label_names: list[str]
     logit_lens: str
+    cosine_neighbours: NotRequired[str]
+    """why there are none"""
     tokens_scanned: Annotated[Count, Field(gt=0)]
     fvu: Number | None
     crc32: NotRequired[dict[str, str]]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sae.dictionaries.source import weights_crc32
+from sae.dictionaries.source import sampled_crc32, weights_crc32
 from sae.disk.arrays import fetch
 from sae.errors import InputError
 from sae.features.index.examples import AFTER, BEFORE, BUCKET_SAMPLES, BUCKETS, LOWEST, NONE, OCTAVE, TOP
@@ -113,7 +113,8 @@ class FeatureIndex:
 
         source = source or self.info["dictionary"]
         dictionary = Dictionary.load(source, device)
-        if weights_crc32(source, [dictionary.parts()]) != self.info["dictionary_crc32"]:
+        parts, sampled = dictionary.parts(), "dictionary_crc32_of" in self.info
+        if (sampled_crc32(parts) if sampled else weights_crc32(source, [parts])) != self.info["dictionary_crc32"]:
             raise InputError(
                 f"expected the dictionary that {self.folder} was built from, but the weights in {source} differ; index it again"
             )

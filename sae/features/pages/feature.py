@@ -205,9 +205,11 @@ def _neighbours_section(index: "FeatureIndex", j: int, link: Callable[[int], str
         )
         for side in (near, together)
     ]
+    none = index.info.get("cosine_neighbours")
+    alike = f"<p class='soft'>{escape(none)}</p>" if none else f"<ol>{lists[0]}</ol>"
     return (
         "<section class='near'><h2>Neighbours</h2><div class='pairs'><div><p title='cosine of the decoder rows'>alike in direction</p>"
-        f"<ol>{lists[0]}</ol></div><div><p title='share of this feature&#39;s tokens on which the other fires too'>fire together</p>"
+        f"{alike}</div><div><p title='share of this feature&#39;s tokens on which the other fires too'>fire together</p>"
         f"<ol>{lists[1]}</ol></div></div></section>"
     )
 

@@ -1,0 +1,46 @@
+"""Rows of a weight matrix as they are computed with: in float32 at least, checked where they lie on the disk, a block of them at a time.
+
+Weights in half precision stay so in memory and on the disk; a product of them is of float32 copies of a block, which is exact but for
+float32's own rounding of the sum. f features · w width of a row
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sae.disk.mapped import is_mapped, let_go, read_ahead
+from sae.errors import InputError
+
+BLOCK_BYTES = 1 << 26
+"""of the float32 copy of one block"""
+
+
+def computing_dtype(W_fw: Tensor) -> torch.dtype:
+    return torch.promote_types(W_fw.dtype, torch.float32)
+
+
+def at_once(W_fw: Tensor) -> int:
+    """Rows of a block: all of a matrix that is in memory as it is computed with."""
+    if W_fw.dtype == computing_dtype(W_fw) and not is_mapped(W_fw):
+        return len(W_fw)
+    return max(1, BLOCK_BYTES // (4 * W_fw.shape[1]))
+
+
+def ranges(f: int, size: int) -> Iterator[slice]:
+    """0 to f in steps of `size`."""
+    return (slice(low, min(f, low + size)) for low in range(0, f, size))
+
+
+def rows_of(W_fw: Tensor, which: slice | Tensor) -> Tensor:
+    """Some rows, [k, w], in the dtype that is computed in. Raises `InputError` for NaN or infinity in rows that stayed on the disk."""
+    if not is_mapped(W_fw):
+        return W_fw[which].to(computing_dtype(W_fw))
+    read_ahead(W_fw, isinstance(which, slice))
+    rows_kw = W_fw[which].to(computing_dtype(W_fw), copy=True)
+    let_go(W_fw)
+    if rows_kw.numel() and not all(bool(end.isfinite()) for end in rows_kw.aminmax()):  # NaN is both ends
+        bad_k = (~rows_kw.isfinite()).any(-1).nonzero()[:, 0]
+        j = int(bad_k[0]) + which.start if isinstance(which, slice) else int(which[bad_k[0]])
+        raise InputError(f"the weights of feature {j} hold NaN or infinity; copy or download the dictionary again")
+    return rows_kw
