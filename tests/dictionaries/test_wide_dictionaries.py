@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.dictionaries import rows
@@ -43,6 +43,7 @@ def gated(name: str, z: np.ndarray, theta: np.ndarray) -> np.ndarray:
     return np.where(z > (theta if name == "jumprelu" else 0), z, 0)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_any_blocks_give_the_choice_of_the_whole_row(data):
     """Exactly, among ties too."""
