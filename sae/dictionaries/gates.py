@@ -27,7 +27,11 @@ from sae.errors import InputError
 
 
 class Gate(nn.Module, ABC):
-    """What all gates have. A new kind is a subclass with `forward`, and `of` and `scaled` where they are possible."""
+    """What all gates have. A new kind is a subclass with `forward`, and `of` and `scaled` where they are possible.
+
+    Tensors are parameters: they are saved, cast and part of a dictionary's checksum. Without `scaled`, g(c z) = c g(z) must hold for one
+    common factor c above 0.
+    """
 
     signed: ClassVar[bool] = False
     """activations may be negative"""

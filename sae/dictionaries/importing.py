@@ -1,5 +1,6 @@
 """A dictionary of any format, or a set of them, copied into folders of SAELens' layout, which is the one that is written here."""
 
+import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +62,8 @@ def converted(config: ImportConfig, parts: Parts) -> Parts:
     if config.dtype is None:
         return parts
     to = getattr(torch, config.dtype)
-    gate = parts.gate
-    if isinstance(gate, Threshold) and gate.theta_f is not None:
-        gate = Threshold(gate.theta_f.to(to))
     tensors: dict[str, Any] = {name: value.to(to) for name, value in parts._asdict().items() if isinstance(value, torch.Tensor)}
-    return parts._replace(gate=gate, **tensors)
+    return parts._replace(gate=copy.deepcopy(parts.gate).to(to), **tensors)
 
 
 def describe(source: str, parts: Parts, layers: list[int] | None) -> dict[str, str]:

@@ -24,7 +24,6 @@ import torch
 from sae.dictionaries.formats import format_of, load
 from sae.dictionaries.formats.saelens import WEIGHTS
 from sae.dictionaries.formats.tensors import Device, name_of
-from sae.dictionaries.gates import Threshold
 from sae.dictionaries.neuronpedia import URL as NEURONPEDIA
 from sae.dictionaries.neuronpedia import posted
 from sae.dictionaries.parts import Choice, Layers, Parts
@@ -256,8 +255,7 @@ def sampled_crc32(parts: Parts) -> str:
 
 
 def _tensors_of(parts: Parts) -> list[torch.Tensor]:
-    theta_f = parts.gate.theta_f if isinstance(parts.gate, Threshold) else None
-    tensors = (parts.W_enc_fd, parts.b_enc_f, parts.W_dec_fo, parts.b_dec_o, parts.b_in_d, parts.W_skip_od, theta_f)
+    tensors = (parts.W_enc_fd, parts.b_enc_f, parts.W_dec_fo, parts.b_dec_o, parts.b_in_d, parts.W_skip_od, *parts.gate.parameters())
     return [tensor.detach() for tensor in tensors if tensor is not None]
 
 
