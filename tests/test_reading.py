@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,16 @@ def test_a_small_file_that_unpacks_to_more_than_memory_is_refused(tmp_path, monk
         path.write_bytes(data)
         with pytest.raises(InputError, match=f"expected rows in .*{sentence}"):
             read_gzip(path, "rows", "fetch it again")
+
+
+def test_a_small_gzip_file_asks_for_little_memory(tmp_path):
+    (tmp_path / "f.gz").write_bytes(gzip.compress(bytes(100)))
+    tracemalloc.start()
+    try:
+        assert read_gzip(tmp_path / "f.gz", "rows", "fetch it again") == bytes(100)
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
 
 
 class Part(TypedDict):

@@ -91,12 +91,15 @@ def read_gzip(path: Path, what: str, then: str) -> bytes:
     """The unpacked bytes of a .gz file. Raises `InputError` if it is damaged or larger than `LARGEST_UNPACKED`; `then` says what to do."""
     try:
         with gzip.open(path) as file:
-            data = file.read(LARGEST_UNPACKED + 1)
+            parts, size = [], 0  # in parts: one read of so many bytes would ask for all that memory at once
+            while size <= LARGEST_UNPACKED and (part := file.read(1 << 20)):
+                parts.append(part)
+                size += len(part)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"expected {what} in {path}, but it cannot be read ({_reason(error)}); {then}") from None
-    if len(data) > LARGEST_UNPACKED:
+    if size > LARGEST_UNPACKED:
         raise InputError(f"expected {what} in {path}, but it unpacks to more than {LARGEST_UNPACKED >> 20:,} MB; {then}")
-    return data
+    return b"".join(parts)
 
 
 def parse_json(text: str | bytes, what: str, schema: Any = Any) -> Any:
