@@ -44,6 +44,7 @@ ROOMS = (
     "steering",
     "steering.directions",
     "steering.strength",
+    "steering.breakdown",
     "steering.panel",
     "steering.parts",
     "steering.steer",

@@ -4,7 +4,7 @@ s sequences · p positions · d model width · v vocabulary · for the names of 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from sae.errors import InputError
+from sae.model.attention import AttentionEdit, attention_edited, find_attentions
 from sae.model.fingerprint import fingerprint
 from sae.model.heads import SEPARATE, find_heads
 from sae.model.hooks import Edit, Hooks
 from sae.model.inspection import Inspection, inspect
+from sae.model.norms import Norm, ScaleEdit, find_norms, scales_edited
 from sae.model.offload import device_of
 from sae.model.places import Place
 from sae.model.sampling import sample
@@ -114,6 +116,16 @@ class LanguageModel:
         with self._hooks.paused(), torch.inference_mode(False):
             found = find_heads(self._inspection.attentions, partial(short_pass, self.model, self._decoder, self.name))
         return {f"{kind}.{layer}": place for layer, own in enumerate(found) for kind, place in own.items()}
+
+    @cached_property
+    def _norms(self) -> dict[str, Norm | str]:
+        with self._hooks.paused(), torch.inference_mode(False), torch.no_grad():
+            return find_norms(self._decoder, partial(short_pass, self.model, self._decoder, self.name))
+
+    @cached_property
+    def _attentions(self) -> list[nn.Module | str]:
+        with self._hooks.paused(), torch.inference_mode(False), torch.no_grad():
+            return find_attentions(self._decoder, self._blocks, partial(short_pass, self.model, self._decoder, self.name))
 
     @property
     def final_norm(self) -> nn.Module | None:
@@ -242,6 +254,31 @@ class LanguageModel:
         places = {site: self.place(site) for site in edits}
         with self._hooks.attached(edits, places):
             yield
+
+    @contextmanager
+    def scales_edited(self, edit: ScaleEdit) -> Iterator[None]:
+        """Inside, every norm divides by `edit(name, scale)`: [s, p, 1], or one number for each head in norms of queries and keys.
+
+        An edit that returns the scale it got keeps every bit. Raises `InputError` for a model with a norm whose formula is not known.
+        """
+        self.sites()  # the pass that looks for them must not be edited
+        with self.edited({}), scales_edited(self._norms, edit, self.name):
+            yield
+
+    @contextmanager
+    def attention_edited(self, edit: AttentionEdit) -> Iterator[None]:
+        """Inside, block L mixes the pattern [s, h, q, k] and values [s, g, k, z] that `edit(L, pattern, values)` returns.
+
+        h are all heads, g those of keys and values, k the columns so far. The model runs its eager attention; an edit that returns the
+        tensors it got keeps every bit of that. Raises `InputError` for a model with a block whose attention cannot be seen so.
+        """
+        self.sites()  # the pass that looks for them must not be edited
+        with self.edited({}), attention_edited(self._decoder, self._attentions, edit, self.name):
+            yield
+
+    def unedited(self) -> AbstractContextManager[None]:
+        """Inside, passes are as without `edited`; edits of scales and of attention stay."""
+        return self._hooks.paused()
 
     def generate(self, ids_sp: Tensor, attention_mask_sp: Tensor | None = None, **sampling: Any) -> Tensor:
         """Prompt and new ids, [s, p + new], with the settings of `stream`; rows that ended are filled with `pad_id`.
