@@ -16,6 +16,7 @@ from sae.dictionaries.gates import Threshold
 from sae.dictionaries.parts import Parts
 from sae.dictionaries.source import locate, read, weights_crc32
 from sae.disk.folders import fresh_folder
+from sae.disk.mapped import is_mapped, require_room
 from sae.disk.places import require_folder
 from sae.errors import InputError
 
@@ -62,6 +63,9 @@ def converted(config: ImportConfig, parts: Parts) -> Parts:
     if config.dtype is None:
         return parts
     to = getattr(torch, config.dtype)
+    if is_mapped(parts.W_dec_fo) and to != parts.W_dec_fo.dtype:
+        numbers = parts.W_enc_fd.numel() + parts.W_dec_fo.numel()
+        require_room(numbers * to.itemsize, f"the dictionary in {config.source} as {config.dtype}")
     tensors: dict[str, Any] = {name: value.to(to) for name, value in parts._asdict().items() if isinstance(value, torch.Tensor)}
     return parts._replace(gate=copy.deepcopy(parts.gate).to(to), **tensors)
 

@@ -14,6 +14,7 @@ from sae.errors import InputError
 
 BLOCK_BYTES = 1 << 26
 """of the float32 copy of one block"""
+RUNS = 64
 
 
 def computing_dtype(W_fw: Tensor) -> torch.dtype:
@@ -36,11 +37,27 @@ def rows_of(W_fw: Tensor, which: slice | Tensor) -> Tensor:
     """Some rows, [k, w], in the dtype that is computed in. Raises `InputError` for NaN or infinity in rows that stayed on the disk."""
     if not is_mapped(W_fw):
         return W_fw[which].to(computing_dtype(W_fw))
-    read_ahead(W_fw, isinstance(which, slice))
-    rows_kw = W_fw[which].to(computing_dtype(W_fw), copy=True)
-    let_go(W_fw)
+    rows_kw = _copied(W_fw, which)
     if rows_kw.numel() and not all(bool(end.isfinite()) for end in rows_kw.aminmax()):  # NaN is both ends
         bad_k = (~rows_kw.isfinite()).any(-1).nonzero()[:, 0]
         j = int(bad_k[0]) + which.start if isinstance(which, slice) else int(which[bad_k[0]])
         raise InputError(f"the weights of feature {j} hold NaN or infinity; copy or download the dictionary again")
+    return rows_kw
+
+
+def _copied(W_fw: Tensor, which: slice | Tensor) -> Tensor:
+    """Rows of a matrix on the disk. Every run of neighbouring numbers may bring megabytes of the system's cache into this process, so few
+    runs are copied before they are let go."""
+    read_ahead(W_fw, isinstance(which, slice))
+    k, w, dtype = len(range(*which.indices(len(W_fw)))) if isinstance(which, slice) else len(which), W_fw.shape[1], computing_dtype(W_fw)
+    if W_fw.stride(0) < W_fw.stride(1):  # as SAELens writes W_enc: a feature is a column
+        rows_kw = torch.empty(w, k, dtype=dtype).T
+        for part in ranges(w, RUNS):
+            rows_kw[:, part] = W_fw[:, part][which]
+            let_go(W_fw)
+        return rows_kw
+    rows_kw = torch.empty(k, w, dtype=dtype)
+    for part in ranges(k, k if isinstance(which, slice) else RUNS):
+        rows_kw[part] = W_fw[which] if isinstance(which, slice) else W_fw[which[part]]
+        let_go(W_fw)
     return rows_kw

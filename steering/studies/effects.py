@@ -32,6 +32,7 @@ from steering.vector import SteeringVector
 SAMPLES = 32
 NEW_TOKENS = 24
 ROWS = 128  # rollouts in one batch
+DENSE = 1 << 28  # activations of all features at a time: 1 GiB
 
 
 class Effect(NamedTuple):
@@ -114,7 +115,8 @@ def read_rollouts(lm: LanguageModel, dictionary: Dictionary, whole_rp: Tensor, m
     whole_mask_rp = torch.cat([mask_rp, real_rn.to(mask_rp)], dim=1)
     h_rnd = lm.record(whole_rp, [site], whole_mask_rp)[site][:, start:]
     means = []
-    for h_nd, real_n in zip(h_rnd.split(16), real_rn.split(16)):  # few rows, since every token has all features
+    few = max(1, min(16, DENSE // (dictionary.d_sae * h_rnd.shape[1])))  # rows, since every token has all features
+    for h_nd, real_n in zip(h_rnd.split(few), real_rn.split(few)):
         weight_n1 = real_n[..., None].to(h_nd)
         means.append(((dictionary.encode(h_nd) * weight_n1).sum(1) / weight_n1.sum(1)).float().cpu())  # host sync
     return torch.cat(means)

@@ -32,6 +32,7 @@ from steering.strength.sequences import KLCalibrator, Sequences, read_sequences,
 from steering.studies.measured import COMPONENT, IN_SPAN, IN_SPAN_WEIGHTED, RANDOM, TOP, Direction, DirectionResult, OneSign
 from steering.vector import SteeringVector
 
+DENSE = 1 << 28  # activations of all features at a time: 1 GiB
 FEATURE, FEATURE_OF_LABEL, DIFFMEAN = "feature", "feature of a label", "difference of means"
 
 
@@ -202,7 +203,7 @@ def alive_features(dictionary: Dictionary, acts_nd: Tensor, least: int = 20) -> 
     """Numbers of the features that fire on at least `least` rows, and every feature's highest activation, [f]."""
     firing_f = torch.zeros(dictionary.d_sae, dtype=torch.long)
     highest_f = torch.zeros(dictionary.d_sae)
-    for rows_bd in acts_nd.split(4096):
+    for rows_bd in acts_nd.split(max(1, min(4096, DENSE // dictionary.d_sae))):
         acts_bf = dictionary.encode(rows_bd.to(dictionary.W_enc_fd.device)).cpu()  # host sync
         firing_f += (acts_bf > 0).sum(0)
         highest_f = torch.maximum(highest_f, acts_bf.max(0).values.float())
@@ -214,15 +215,16 @@ def feature_directions(dictionary: Dictionary, site: str, fit: Sequences, fit_np
     alive, _ = alive_features(dictionary, fit_npd.flatten(0, 1)[:50_000])
     if len(alive) < count:
         raise InputError(f"expected at least {count} features that fire on the text, found {len(alive)}; lower --random")
-    rows_fd = dictionary.W_dec_fo.detach().float().cpu()  # host sync
+    rows_kd = dictionary.rows(torch.from_numpy(alive)).float().cpu()  # host sync
 
     def direction(group: str, name: str, j: int) -> Direction:
-        return Direction(group, name, SteeringVector.at(site, rows_fd[j], {"method": "feature", "feature": int(j)}).unit())
+        row_d = rows_kd[int(np.searchsorted(alive, j))]
+        return Direction(group, name, SteeringVector.at(site, row_d, {"method": "feature", "feature": int(j)}).unit())
 
     chosen = np.random.default_rng(seed).choice(alive, count, replace=False)
     found = [direction(FEATURE, f"feature {j}", j) for j in chosen]
     if fit.labels:
-        best = np.nan_to_num(label_aurocs((fit_npd.mean(1) @ rows_fd[alive].T).numpy(), fit.label_s, len(fit.labels)))
+        best = np.nan_to_num(label_aurocs((fit_npd.mean(1) @ rows_kd.T).numpy(), fit.label_s, len(fit.labels)))
         winners = {int(alive[column]): fit.labels[label] for label, column in enumerate(best.argmax(0))}  # one may win several labels
         found += [direction(FEATURE_OF_LABEL, f"feature {j} ({label})", j) for j, label in winners.items()]
     return found

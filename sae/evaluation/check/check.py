@@ -13,6 +13,7 @@ from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.formats.saelens_cfg import CFG
 from sae.dictionaries.source import locate
 from sae.disk.folders import fresh_folder, require_replaceable
+from sae.disk.mapped import is_mapped, require_room
 from sae.disk.places import require_file, require_folder
 from sae.disk.writing import write_json
 from sae.errors import InputError
@@ -82,6 +83,9 @@ def check(config: CheckConfig) -> dict[str, Any]:
         raise InputError(f"expected --write to name a folder outside the dictionary's own {path}, got {config.write}; choose another one")
     lm = LanguageModel.load(config.model, device=config.device)
     dictionary = Dictionary.load(config.dictionary, lm.device)
+    if is_mapped(dictionary.W_dec_fo):  # each alternative is a dictionary of its own
+        size = 4 * (dictionary.W_enc_fd.numel() + dictionary.W_dec_fo.numel())
+        require_room(2 * size, f"the alternatives to the dictionary in {config.dictionary}")
     other = LanguageModel.load(config.other_model, device=config.device) if config.other_model else None
     declared = as_declared(dictionary, lm, config.site)
     recorder = Recorder(lm, sequences_of(config, lm, other), other)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from sae.disk.folders import fresh_folder
+from sae.disk.mapped import is_mapped, require_room
 from sae.disk.places import require_folder
 from sae.errors import InputError
 from sae.features.index.reader import FeatureIndex
@@ -121,4 +122,6 @@ def vectors(index: FeatureIndex, source: str) -> np.ndarray:
             f"the dictionary in {source} normalises every token ({dictionary.frame.kind}), so that no feature has one vector to "
             "steer with; leave out --dictionary"
         )
+    if is_mapped(dictionary.W_dec_fo):
+        require_room(4 * dictionary.W_dec_fo.numel(), "all decoder rows at once")
     return dictionary.W_dec_fo.float().numpy()
