@@ -267,73 +267,6 @@ def test_cached_generation_under_edits_of_more_families(family):
     assert cached.tolist() == uncached.tolist()
 
 
-def parts(family: str, layer: int, attention: torch.nn.Module) -> dict[str, tuple[str, torch.Tensor]] | None:
-    """By q, k and v: the module that makes it and which of its outputs it is, as the family's source splits them. 4 heads of 8."""
-    if family in ("gpt2", "phi3"):  # one behind the other
-        width = 32 if family == "gpt2" else 16
-        starts = {"q": (0, 32), "k": (32, 32 + width), "v": (32 + width, 32 + 2 * width)}
-        name = "c_attn" if family == "gpt2" else "qkv_proj"
-        return {kind: (name, torch.arange(*ends)) for kind, ends in starts.items()}
-    if family in ("gpt_neox", "bloom"):  # head by head
-        return {kind: ("query_key_value", torch.arange(96).view(4, 3, 8)[:, n].flatten()) for n, kind in enumerate("qkv")}
-    if family == "falcon":  # one key and value for all
-        return {
-            kind: ("query_key_value", torch.arange(48).view(6, 8)[rows].flatten()) for kind, rows in zip("qkv", ([0, 1, 2, 3], [4], [5]))
-        }
-    if family == "qwen3_next":  # queries and gates head by head
-        gated = {"q": ("q_proj", torch.arange(64).view(4, 2, 8)[:, 0].flatten())} | {
-            kind: (f"{kind}_proj", torch.arange(16)) for kind in "kv"
-        }
-        return gated if layer == 1 else None
-    return {kind: (f"{kind}_proj", torch.arange(attention.get_submodule(f"{kind}_proj").out_features)) for kind in "qkv"}
-
-
-@pytest.mark.parametrize("family", [*FAMILIES, "phi3"])
-@pytest.mark.parametrize("layer", [0, 1])
-def test_queries_keys_and_values_are_recorded_and_changed_where_the_family_splits_them(family, layer):
-    lm, ids_sp = tiny("phi3") if family == "phi3" else made(family), ids_of()
-    name = "self_attn" if family == "phi3" else names_of(family, layer).attention
-    attention = block_of(lm, layer).get_submodule(name)
-    split = parts(family, layer, attention)
-    if split is None:
-        with pytest.raises(InputError, match=rf"got q\.{layer}, which it does not have: no one module of the attention makes it"):
-            lm.width(f"q.{layer}")
-        return
-    _, given = taken_and_given(lm, layer, ids_sp)
-    for kind, (module, index) in split.items():
-        site = f"{kind}.{layer}"
-        value = lm.record(ids_sp, [site])[site]
-        assert torch.equal(value, given[f"{name}.{module}"][..., index])
-        new = value + torch.randn(value.shape, generator=torch.Generator().manual_seed(4))
-
-        def by_hand(_m, _args, out, index=index, new=new):
-            out = out.clone()
-            out[..., index] = new.reshape(*out.shape[:-1], -1)
-            return out
-
-        handle = attention.get_submodule(module).register_forward_hook(by_hand)
-        expected = lm.logits(ids_sp)
-        handle.remove()
-        with lm.edited({site: lambda _, new=new: new}):
-            assert torch.equal(lm.logits(ids_sp), expected)
-            assert torch.equal(lm.record(ids_sp, [site])[site], new)
-        assert not torch.equal(expected, lm.logits(ids_sp))
-
-
-@pytest.mark.parametrize("family", ["qwen3_next", "falcon", "phi3"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_queries_are_told_from_gates_keys_and_values_in_half_precision(family, dtype):
-    if family == "phi3":
-        lm, name = LanguageModel(deepcopy(tiny("phi3").model).to(dtype)), "self_attn"
-    else:
-        lm, name = LanguageModel(deepcopy(made(family).model).to(dtype)), names_of(family, 1).attention
-    for kind, (module, index) in parts(family, 1, block_of(lm, 1).get_submodule(name)).items():
-        place = lm.place(f"{kind}.1")
-        assert place.module is block_of(lm, 1).get_submodule(f"{name}.{module}")
-        assert place.width == len(index)
-        assert place.view is None or torch.equal(place.view.index, index)
-
-
 def test_the_embedding_is_the_table_times_the_models_constant():
     ids_sp = ids_of()
     for family, factor in (("llama", 1.0), ("granite", 12.0), ("gpt2", 1.0)):
@@ -391,3 +324,57 @@ def test_sites_are_found_in_the_middle_of_an_edit_which_does_not_notice():
     with lm.edited({"resid_post.0": lambda x: calls.append(x.shape) or x}):
         assert lm.sites() == sites
     assert calls == []
+
+
+def with_block(forward) -> LanguageModel:
+    """A Llama whose block 1 computes `forward(block, stream, the attention's output)`."""
+    model = deepcopy(tiny("llama").model)
+    block = model.model.layers[1]
+
+    def changed(hidden_states, **kwargs):
+        attention, _ = block.self_attn(hidden_states=block.input_layernorm(hidden_states), **kwargs)
+        return forward(block, hidden_states, attention)
+
+    block.forward = changed
+    return LanguageModel(model)
+
+
+def usual(block, x, attention):
+    mid = x + attention
+    return mid + block.mlp(block.post_attention_layernorm(mid))
+
+
+@pytest.mark.parametrize(
+    ("forward", "refused"),
+    [
+        (usual, set()),
+        # the MLP receives something else than the norm's output
+        (lambda b, x, a: (m := x + a) + b.mlp(2 * b.post_attention_layernorm(m)), {"mlp_in", "mlp_in_nogain"}),
+        # a third part beside the MLP's that no module gives
+        (
+            lambda b, x, a: (m := x + a) + b.mlp(b.post_attention_layernorm(m)) + m.roll(1, -1),
+            {"resid_mid", "mlp_act", "mlp_out", "mlp_in_nogain"},
+        ),
+        # the stream and the MLP's part each times a number
+        (
+            lambda b, x, a: 0.7 * (m := x + a) + 1.9 * b.mlp(b.post_attention_layernorm(m)),
+            {"resid_mid", "mlp_act", "mlp_out", "mlp_in_nogain"},
+        ),
+        # the stream is normalised itself, as in OPT-350m
+        (lambda b, x, a: b.post_attention_layernorm((m := x + a) + b.mlp(m)), {"resid_mid", "mlp_act", "mlp_out", "mlp_in_nogain"}),
+        # a module that the pass goes through twice
+        (
+            lambda b, x, a: (m := x + a) + b.self_attn.o_proj(m),
+            {"q", "k", "v", "head_out", "resid_mid", "mlp_in_nogain", "mlp_in", "mlp_act", "mlp_out"},
+        ),
+        # attention that is not added but multiplied
+        (lambda b, x, a: (m := x * a) + b.mlp(b.post_attention_layernorm(m)), {"attn_out", "resid_mid"}),
+    ],
+)
+def test_a_site_that_is_not_what_its_name_says_is_refused_by_name(forward, refused):
+    lm = with_block(forward)
+    assert {site.partition(".")[0] for site in lm.refused_sites() if site.endswith(".1")} == refused
+    assert {site for site in lm.refused_sites() if not site.endswith(".1")} == set()
+    for kind in refused:
+        with pytest.raises(InputError, match=rf"expected a site of '', got {kind}\.1, which it does not have: "):
+            lm.place(f"{kind}.1")

@@ -62,9 +62,7 @@ def _one_after_the_other(block: Block, mid: Call, first: Added) -> Branches:
     after = [call for call in block.calls if call.began >= mid.began]
     attention = Branch(*first, [block.pre], before)
     outputs = _outputs(block, after)
-    later = [call.x for call in after if call.x.shape == mid.x.shape]  # where a third part follows, such as Gemma 4's
-    second = next((found for total in (block.post, *later) if (found := block.added(mid.x, total, outputs))), None)
-    second = second or block.rescaled(mid.x, block.post, outputs)
+    second = block.added(mid.x, block.post, outputs) or _ahead_of_a_third(block, mid, after) or block.rescaled(mid.x, block.post, outputs)
     if second is not None:
         return Branches(attention, Branch(*second, [mid.x], after), mid)
     for one, other in combinations(outputs, 2):
@@ -73,6 +71,16 @@ def _one_after_the_other(block: Block, mid: Call, first: Added) -> Branches:
     if not first.call.named(ATTENTION_WORDS):
         attention = attention._replace(factor=None)
     return Branches(attention, Branch(None, None, [mid.x], after), UNEXPLAINED)
+
+
+def _ahead_of_a_third(block: Block, mid: Call, after: Sequence[Call]) -> Added | None:
+    """An MLP behind which the block adds a third part to the stream, as Gemma 4's do."""
+    outputs = _outputs(block, after)
+    for stream in (call.x for call in after if call.x.shape == mid.x.shape):
+        second = block.added(mid.x, stream, [call for call in outputs if call.named(MLP_WORDS)])
+        if second is not None and (block.added(stream, block.post, outputs) or block.rescaled(stream, block.post, outputs)):
+            return second
+    return None
 
 
 def _outputs(block: Block, calls: Sequence[Call]) -> list[Call]:

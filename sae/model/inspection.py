@@ -22,6 +22,7 @@ from sae.model.trace import NOTHING, Block, Call, Seen, first_tensor, own, same,
 
 NO_HEADS = "the block has no attention heads with one output projection"
 NO_NEURONS = "the MLP does not end in one projection, as with experts"
+REPEATED = "a pass goes several times through the module that takes or gives it"
 UNCLEAR = "not one module takes the stream, or what a norm made of it"
 
 
@@ -109,6 +110,12 @@ def _sites(block: Block) -> tuple[dict[str, Found | str], Attention | str]:
         **_mlp_sites(mlp, block.precision),
         "resid_post": Found(Place(block.module, True, width), block.post_seen),
     }
+    for kind, found in sites.items():
+        if isinstance(found, Found) and block.repeats(found.place.module):
+            sites[kind] = REPEATED
+    if isinstance(heads, Attention):
+        single = {kind: module for kind, module in heads.projections.items() if not block.repeats(module)}
+        heads = REPEATED if block.repeats(heads.output) else heads._replace(projections=single)
     return sites, heads
 
 

@@ -108,6 +108,10 @@ class Block:
     first: Added | None = None
     """that output"""
 
+    def repeats(self, module: nn.Module) -> bool:
+        """Whether the pass went several times through a module of the block."""
+        return sum(call.module is module for call in self.calls) > 1
+
     def added(self, base: Tensor, total: Tensor, calls: Sequence[Call]) -> Added | None:
         """Which of the calls' outputs makes the total of the base, the outermost module first."""
         for call in sorted(calls, key=Call.order):
@@ -116,13 +120,13 @@ class Block:
         return None
 
     def rescaled(self, base: Tensor, total: Tensor, calls: Sequence[Call]) -> Added | None:
-        """The same where a multiple of the sum is the total."""
+        """The same where a multiple of the sum is the total; the output itself is then added, not times a constant."""
         for call in sorted(calls, key=Call.order):
             if call.y.shape == base.shape:
                 columns = torch.stack([base.flatten(), call.y.flatten()], dim=1)
                 whole, _ = torch.linalg.lstsq(columns, total.flatten()).solution.tolist()
-                if 1e-3 < abs(whole) < 1e3 and (factor := self.factor(base, total / whole, call.y)) is not None:
-                    return Added(call, factor)
+                if 1e-3 < abs(whole) < 1e3 and self.factor(base, total / whole, call.y) == 1:
+                    return Added(call, 1.0)
         return None
 
     def factor(self, base: Tensor, total: Tensor, part: Tensor) -> float | None:

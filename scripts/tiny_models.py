@@ -69,17 +69,23 @@ def families() -> dict[str, str]:
 def left_out(family: str) -> str:
     """Why a family is none of decoder-only language models of text; empty: it is one."""
     from transformers.models.auto import modeling_auto as auto
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     if family in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "an encoder"
     if family in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES or family in auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:
         return "the decoder of an encoder"
+    return ""
+
+
+def text_family(family: str) -> str:
+    """The family of its text model, where that has a name of its own among the families."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     try:
         text = CONFIG_MAPPING[family]().get_text_config().model_type
-    except Exception:
-        return ""
-    return f"its text model is {text}" if text != family and text in families() else ""
+    except Exception:  # whatever a configuration does that has several texts
+        return family
+    return text if text in families() else family
 
 
 def tiny_config(family: str) -> Any:
@@ -88,7 +94,7 @@ def tiny_config(family: str) -> Any:
 
     usual = CONFIG_MAPPING[family]().get_text_config()
     values = {name: value for name, value in vars(usual).items() if not name.startswith("_")}
-    settings = {name: SIZES[name] for name, value in values.items() if name in SIZES and not isinstance(value, list)}
+    settings: dict[str, Any] = {name: SIZES[name] for name, value in values.items() if name in SIZES and not isinstance(value, list)}
     lists = {
         name: value for name, value in values.items() if isinstance(value, list) and len(value) == getattr(usual, "num_hidden_layers", 0)
     }
