@@ -250,3 +250,10 @@ def test_a_selected_row_copies_as_its_exact_text(world, pages, tmp_path, chromiu
     copied = json.loads(unescape(re.search(r'<pre id="found">(.*?)</pre>', shown, re.DOTALL)[1]))
     texts = ["".join(context.texts) for context in shown_contexts(world.index, 4)]
     assert copied == texts * 2
+
+
+def test_a_transcoders_page_names_the_site_it_writes(world):
+    index = FeatureIndex.open(world.index.folder)
+    assert "resid_pre.0 of " in feature_html(index, 0)
+    index.info["site_out"] = "mlp_out.0"
+    assert "resid_pre.0 to mlp_out.0 of " in feature_html(index, 0)

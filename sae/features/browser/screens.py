@@ -108,7 +108,7 @@ def table(browser: "Browser", query: Query, number_of_page: int, failure: str = 
     index = browser.index
     match = f'<th class="num" title="{MATCHES[query.how]}">match</th>' if query.q and query.how in MATCHES else ""
     body = f"""<h1>{escape(query.list) or "Features"}</h1>
-<p class="soft">{escape(index.info["site"])}, {index.info["tokens_scanned"]:,} tokens scanned</p>{_filters(query)}{alert(failure)}
+<p class="soft">{escape(index.place)}, {index.info["tokens_scanned"]:,} tokens scanned</p>{_filters(query)}{alert(failure)}
 <p><span id="total">{len(features):,} of {index.d_sae:,} features</span> {turns}{_hint(query, len(features))}</p>
 <section class="scroll"><table class="features"><thead><tr>{"".join(heads)}<th>promotes</th>{match}</tr></thead><tbody>
 {rows}</tbody></table></section><p>{turns}</p>"""

@@ -139,7 +139,7 @@ def _stats(
     lens = index.columns.get("top_token_ids")
     return {
         "heading": heading,
-        "site": index.info["site"],
+        "site": index.place,
         "tokens": int(index.info["tokens_scanned"]),
         "shard": SHARD,
         "features": features,

@@ -128,6 +128,12 @@ class FeatureIndex:
     def d_sae(self) -> int:
         return len(self.offsets) - 1
 
+    @property
+    def place(self) -> str:
+        """The dictionary's site, for people; of a transcoder both: "mlp_in.2 to mlp_out.2"."""
+        out = self.info.get("site_out", self.info["site"])
+        return self.info["site"] if out == self.info["site"] else f"{self.info['site']} to {out}"
+
     def feature(self, j: int) -> Feature:
         """Raises `InputError` if `j` is not a feature."""
         low, high = self._bounds(j)

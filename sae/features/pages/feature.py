@@ -85,7 +85,7 @@ def feature_html(
     ]
     count = int(columns["count"])
     head = (
-        f"<h1>Feature {j}{_note(notes, j)}<p class='soft'>{escape(info['site'])} of {escape(model)}, {info['d_sae']:,} features</p>\n"
+        f"<h1>Feature {j}{_note(notes, j)}<p class='soft'>{escape(index.place)} of {escape(model)}, {info['d_sae']:,} features</p>\n"
         f"{_explanations(explanations)}<div class='top'>{''.join(cards)}</div>\n"
     )
     usual = f"A fair sample of the {count:,}: what it usually does." if count else ""
