@@ -17,11 +17,11 @@ from sae.progress import progress
 from sae.statistics import Estimate, auroc_estimate, mean_estimate
 from steering.compare.arms import NONE, Arm
 from steering.compare.concepts import TextScore
-from steering.compare.scores import choose_best, distinct_2, longest_repeat
+from steering.compare.scores import choose_best
 from steering.directions.texts import activations_of_texts
 from steering.intervention import steered
 from steering.strength.calibration import Calibration, Divergence, calibrate, divergence, encode_cut, log_probs
-from steering.strength.measure import continuation_loss, until_end
+from steering.strength.measure import continuation_loss, distinct_2, longest_repeat, until_end
 from steering.strength.neutral import SENTENCES
 from steering.vector import SteeringVector
 

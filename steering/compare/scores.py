@@ -3,9 +3,7 @@
 p prompts
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,25 +12,6 @@ from sae.statistics import Estimate, mean_estimate
 from steering.compare.arms import NONE, PROMPTING, RANDOM, SHUFFLED
 
 CLEAR = 0.7  # AUROC under which a target score says little about a single text
-
-
-def distinct_2(rows: Sequence[Sequence[int]]) -> float | None:
-    """Share of different pairs among all pairs of neighbouring tokens of all rows; None without a pair."""
-    pairs = [pair for row in rows for pair in pairwise(row)]
-    return len(set(pairs)) / len(pairs) if pairs else None
-
-
-def longest_repeat(row: Sequence[int]) -> int:
-    """Tokens of the longest run that comes twice in the row (the two may overlap): n − 1 for n times one token, 0 if none comes twice."""
-    length = 0
-    while length < len(row) and _comes_twice(row, length + 1):
-        length += 1
-    return length
-
-
-def _comes_twice(row: Sequence[int], length: int) -> bool:
-    runs = Counter(tuple(row[i : i + length]) for i in range(len(row) - length + 1))
-    return max(runs.values()) > 1
 
 
 def per_prompt(level: dict[str, Any], half: str) -> np.ndarray:

@@ -4,7 +4,9 @@ s sequences · p positions of the prompt · n new tokens · v vocabulary
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -71,3 +73,33 @@ def until_end(lm: LanguageModel, generated_ids_sn: Tensor) -> Tensor:
     """True up to and including each row's first end-of-text token, bool [s, n]; what follows only fills the row."""
     ends_sn = torch.isin(generated_ids_sn, generated_ids_sn.new_tensor(lm.eos_ids))
     return ends_sn.cumsum(1) - ends_sn.long() == 0
+
+
+def distinct_2(rows: Sequence[Sequence[int]]) -> float | None:
+    """Share of different pairs among all pairs of neighbouring tokens of all rows; None without a pair."""
+    pairs = [pair for row in rows for pair in pairwise(row)]
+    return len(set(pairs)) / len(pairs) if pairs else None
+
+
+def longest_repeat(row: Sequence[int]) -> int:
+    """Tokens of the longest run that comes twice in the row (the two may overlap): n − 1 for n times one token, 0 if none comes twice."""
+    length = 0
+    while length < len(row) and _comes_twice(row, length + 1):
+        length += 1
+    return length
+
+
+def _comes_twice(row: Sequence[int], length: int) -> bool:
+    runs = Counter(tuple(row[i : i + length]) for i in range(len(row) - length + 1))
+    return max(runs.values()) > 1
+
+
+def first_repeated_step(row: Sequence[int], length: int = 3) -> int | None:
+    """The first new token, counted from 0, that ends a run of `length` tokens which came before in the row; None where none does."""
+    seen: set[tuple[int, ...]] = set()
+    for end in range(length, len(row) + 1):
+        run = tuple(row[end - length : end])
+        if run in seen:
+            return end - 1
+        seen.add(run)
+    return None

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from sae.statistics import mean_estimate
 from steering.compare.arms import NONE, PROMPTING, RANDOM, SHUFFLED
-from steering.compare.scores import choose_best, comparison_verdict, distinct_2, longest_repeat, per_prompt
+from steering.compare.scores import choose_best, comparison_verdict, per_prompt
+from steering.strength.measure import distinct_2, first_repeated_step, longest_repeat
 
 rows = st.lists(st.integers(0, 3), max_size=20)
 
@@ -19,7 +20,16 @@ def test_longest_repeat_is_that_of_all_runs(row):
     assert longest_repeat(row) == max(twice, default=0)
 
 
+@given(rows, st.integers(1, 4))
+def test_first_repeated_step_is_the_first_of_all_runs(row, length):
+    runs = [row[end - length : end] for end in range(length, len(row) + 1)]
+    repeated = [length - 1 + i for i, run in enumerate(runs) if run in runs[:i]]
+    assert first_repeated_step(row, length) == (min(repeated) if repeated else None)
+
+
 def test_repetition_by_hand():
+    assert first_repeated_step([7, 8, 9, 1, 7, 8, 9]) == 6
+    assert first_repeated_step([5, 5, 5, 5]) == 3
     assert longest_repeat([5] * 9) == 8
     assert longest_repeat([1, 2, 3, 1, 2, 4]) == 2
     assert distinct_2([[1, 2, 1, 2], [1, 2]]) == pytest.approx(2 / 4)

@@ -1,0 +1,281 @@
+"""What a steered pass changed, as numbers: each function compares tensors of the unsteered and the steered pass, computed in float64.
+
+n tokens · d width · s sequences · h heads · q positions of the pass · k columns so far · v vocabulary · f features · c coefficients
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae.activations.harvest.massive import is_massive
+from sae.dictionaries.dictionary import Dictionary
+from sae.errors import InputError
+from sae.evaluation.reconstruction import ReconstructionMetrics
+
+LENS_TOKENS = 10  # of the steered prediction and of the logit lens whose overlap is measured
+ROWS = 1024  # of a dictionary's activations that are in memory at once
+
+
+def typical_norm(h_nd: Tensor) -> float:
+    """Median ‖h‖ of the rows that are not massive; give none of beginning-of-text. Raises `InputError` for no or zero rows."""
+    norm_n = h_nd.double().norm(dim=-1)
+    norm_n = norm_n[~is_massive(norm_n)]
+    median = float(norm_n.median()) if len(norm_n) else 0.0  # host sync
+    if not median > 0:
+        raise InputError("expected activations of tokens besides beginning-of-text that are not zero, got none; give longer texts")
+    return median
+
+
+def rho(coefficient: float, v_d: Tensor, norm: float) -> float:
+    """c·‖v‖/‖h‖, the coefficient in units of the stream; `norm` is `typical_norm`. Raises `InputError` for a zero vector."""
+    length = float(v_d.double().norm())  # host sync
+    if not length > 0:
+        raise InputError("expected a steering vector that is not zero, got zeros; its coefficient would mean nothing")
+    return coefficient * length / norm
+
+
+class StreamChange(NamedTuple):
+    """Means over tokens; a cosine with a zero vector counts as NaN."""
+
+    norm_ratio: float
+    """‖h'‖/‖h‖"""
+    norm_ratio_p95: float
+    cos_v: float
+    """of h' and v"""
+    cos_unsteered: float
+    """of h' and h"""
+    cos_change: float
+    """of h' − h and v; 1 where nothing answers the vector"""
+
+
+def stream_change(h_nd: Tensor, steered_nd: Tensor, v_d: Tensor) -> StreamChange:
+    """Of the residual stream at one place."""
+    h_nd, steered_nd, v_d = h_nd.double(), steered_nd.double(), v_d.double()
+    ratio_n = steered_nd.norm(dim=-1) / h_nd.norm(dim=-1)
+    cosines = (_cosine(steered_nd, v_d), _cosine(steered_nd, h_nd), _cosine(steered_nd - h_nd, v_d))
+    return StreamChange(
+        float(ratio_n.mean()), float(ratio_n.quantile(0.95)), *(float(cosine_n.mean()) for cosine_n in cosines)
+    )  # host sync
+
+
+def _cosine(x_nd: Tensor, y_nd: Tensor) -> Tensor:
+    return (x_nd * y_nd).sum(-1) / (x_nd.norm(dim=-1) * y_nd.norm(dim=-1))
+
+
+def norm_gain(scale_n: Tensor, steered_scale_n: Tensor) -> float:
+    """Mean of σ(h)/σ(h') at one norm: how much smaller everything but the vector becomes behind it."""
+    return float((scale_n.double() / steered_scale_n.double()).mean())  # host sync
+
+
+class WriteChange(NamedTuple):
+    """What an attention or an MLP adds to the stream; means over tokens."""
+
+    share: float
+    """‖w‖/‖h‖"""
+    steered_share: float
+    """‖w'‖/‖h'‖"""
+    taken_back: float
+    """−(w' − w)·v/(c‖v‖²): the share of what was added that it cancels; 1 undoes the steering, below 0 it adds to it"""
+
+
+def write_change(write_nd: Tensor, steered_write_nd: Tensor, h_nd: Tensor, steered_nd: Tensor, added_d: Tensor) -> WriteChange:
+    """Of the writes to the stream h; `added_d` is c·v. NaN for `taken_back` where nothing was added."""
+    write_nd, steered_write_nd, added_d = write_nd.double(), steered_write_nd.double(), added_d.double()
+    shares = [(w.norm(dim=-1) / h.double().norm(dim=-1)).mean() for w, h in ((write_nd, h_nd), (steered_write_nd, steered_nd))]
+    back_n = -(steered_write_nd - write_nd) @ added_d / added_d.square().sum()
+    return WriteChange(float(shares[0]), float(shares[1]), float(back_n.mean()))  # host sync
+
+
+def token_share(x_nd: Tensor) -> float:
+    """tr Cov(x)/E‖x‖² over tokens: the part of what a norm puts out that depends on the token; 0 when it is the same for all."""
+    x_nd = x_nd.double()
+    return float((x_nd - x_nd.mean(0)).square().sum() / x_nd.square().sum())  # host sync
+
+
+def effective_rank(x_nd: Tensor) -> float:
+    """exp of the entropy of the shares of ‖x‖² along the singular directions (not centred): 1 when all tokens are parallel."""
+    share_k = torch.linalg.svdvals(x_nd.double()).square()
+    share_k = share_k / share_k.sum()
+    return float(torch.special.entr(share_k).sum().exp())  # host sync
+
+
+class Null(NamedTuple):
+    """What steering would do to tokens without any structure."""
+
+    cos_v: float
+    token_share: float
+    effective_rank: float
+
+
+def isotropic_null(rho: float, n: int, d: int, seed: int = 0) -> Null:
+    """n tokens h ~ N(0, I) of width d and a vector of length rho·√d: cosine rho/√(1 + rho²), token share 1/(1 + rho²).
+
+    The effective rank, which has no closed form, is that of one drawing behind a LayerNorm without gain.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    h_nd = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    v_d = torch.randn(d, generator=generator, dtype=torch.float64)
+    x_nd = torch.nn.functional.layer_norm(h_nd + rho * d**0.5 * v_d / v_d.norm(), (d,))
+    return Null(rho / (1 + rho**2) ** 0.5, 1 / (1 + rho**2), effective_rank(x_nd))
+
+
+class AttentionMasses(NamedTuple):
+    """Of each head, [h] float64, means over the positions that count."""
+
+    entropy_h: Tensor
+    """nats"""
+    first_h: Tensor
+    """mass on each sequence's first token"""
+    self_h: Tensor
+    """mass on the position itself"""
+    steered_h: Tensor
+    """mass on steered positions"""
+
+
+def attention_masses(pattern_shqk: Tensor, real_sk: Tensor, steered_sk: Tensor) -> AttentionMasses:
+    """`real_sk` is False for padding, `steered_sk` True where the vector is added; the pass's positions are the last q of the columns."""
+    pattern_shqk = pattern_shqk.double()
+    q, k = pattern_shqk.shape[2:]
+    first_sk = real_sk & (real_sk.cumsum(1) == 1)
+    masses = (
+        torch.special.entr(pattern_shqk).sum(-1),
+        _mass(pattern_shqk, first_sk),
+        pattern_shqk.diagonal(offset=k - q, dim1=2, dim2=3),
+        _mass(pattern_shqk, steered_sk),
+    )
+    return AttentionMasses(*(_mean_of_heads(mass_shq, real_sk[:, k - q :]) for mass_shq in masses))
+
+
+def attention_kl(pattern_shqk: Tensor, steered_shqk: Tensor, real_sk: Tensor) -> Tensor:
+    """KL(unsteered ‖ steered) of each head's pattern, nats, [h] float64, mean over the positions that count."""
+    p, other = pattern_shqk.double(), steered_shqk.double().clamp_min(torch.finfo(torch.float32).tiny)  # float32 may have lost it
+    return _mean_of_heads((torch.special.xlogy(p, p) - torch.special.xlogy(p, other)).sum(-1), real_sk[:, -p.shape[2] :])
+
+
+def _mass(pattern_shqk: Tensor, chosen_sk: Tensor) -> Tensor:
+    return (pattern_shqk * chosen_sk[:, None, None, :]).sum(-1)
+
+
+def _mean_of_heads(value_shq: Tensor, real_sq: Tensor) -> Tensor:
+    return value_shq.transpose(0, 1)[:, real_sq].mean(1)
+
+
+class LogitChange(NamedTuple):
+    """Means over tokens, nats; NaN where logits are not finite."""
+
+    entropy: float
+    steered_entropy: float
+    kl: float
+    """KL(unsteered ‖ steered)"""
+    reverse_kl: float
+    top1_flips: float
+    """share of tokens after which another token is the likeliest"""
+    lens_overlap: float
+    """Jaccard overlap of the likeliest tokens with those that the logit lens of v raises most"""
+
+
+def logit_change(logits_nv: Tensor, steered_nv: Tensor, lens_v: Tensor, tokens: int = LENS_TOKENS) -> LogitChange:
+    """`lens_v`: what v adds to the logits when it is read as the final stream."""
+    log_p_nv, log_q_nv = logits_nv.double().log_softmax(-1), steered_nv.double().log_softmax(-1)
+    p_nv, q_nv = log_p_nv.exp(), log_q_nv.exp()
+    tokens = min(tokens, len(lens_v))
+    raised_v = torch.zeros_like(lens_v, dtype=torch.bool)
+    raised_v[lens_v.topk(tokens).indices] = True
+    both_n = raised_v[log_q_nv.topk(tokens, dim=-1).indices].sum(-1)
+    values = (
+        torch.special.entr(p_nv).sum(-1),
+        torch.special.entr(q_nv).sum(-1),
+        (p_nv * (log_p_nv - log_q_nv)).sum(-1),
+        (q_nv * (log_q_nv - log_p_nv)).sum(-1),
+        (log_p_nv.argmax(-1) != log_q_nv.argmax(-1)).double(),
+        both_n / (2 * tokens - both_n).double(),
+    )
+    if not (logits_nv.isfinite().all() and steered_nv.isfinite().all()):  # host sync
+        return LogitChange(*[float("nan")] * len(values))
+    return LogitChange(*(float(value_n.mean()) for value_n in values))  # host sync
+
+
+def lens_sharpness(lens_v: Tensor, tokens: int = LENS_TOKENS) -> float:
+    """How many standard deviations the tokens that the logit lens of v raises most lie above all: can the vector be read as words?
+
+    A stand-in for LAP (arXiv 2604.15557), which needs tokens that name the concept. Compare it with that of a random direction.
+    """
+    lens_v = lens_v.double()
+    return float((lens_v.topk(min(tokens, len(lens_v))).values.mean() - lens_v.mean()) / lens_v.std(correction=0))  # host sync
+
+
+def kl_slopes(coefficient_c: Sequence[float], kl_c: Sequence[float]) -> np.ndarray:
+    """d log KL / d log c between neighbours, float64 [c − 1]: 2 where KL is quadratic, below 2 it saturates, above 2 a plateau ends.
+
+    NaN where a KL is not finite or 0. Raises `InputError` for coefficients that do not rise from above 0.
+    """
+    c, kl = np.asarray(coefficient_c, np.float64), np.asarray(kl_c, np.float64)
+    if c.shape != kl.shape or c.ndim != 1 or not (c > 0).all() or not (np.diff(c) > 0).all():
+        raise InputError(f"expected rising coefficients above 0 with one KL each, got {list(coefficient_c)} and {len(kl)} of KL")
+    log_kl = np.log(np.where(np.isfinite(kl) & (kl > 0), kl, np.nan))
+    return np.diff(log_kl) / np.diff(np.log(c))
+
+
+class Neutral(NamedTuple):
+    """Where the stream lies on neutral text."""
+
+    mean_d: Tensor
+    precision_dd: Tensor
+    """inverse of the covariance, shrunk by Ledoit and Wolf's rule"""
+    p99: float
+    """99 % of the neutral tokens are nearer"""
+
+
+def fit_neutral(h_nd: Tensor) -> Neutral:
+    """Raises `InputError` for fewer than two tokens."""
+    from sklearn.covariance import LedoitWolf
+
+    if len(h_nd) < 2:
+        raise InputError(f"expected activations of at least 2 neutral tokens, got {len(h_nd)}")
+    h_nd = h_nd.double().cpu()  # host sync
+    fitted = LedoitWolf().fit(h_nd.numpy())
+    neutral = Neutral(torch.from_numpy(fitted.location_), torch.from_numpy(fitted.precision_), 0.0)
+    return neutral._replace(p99=float(mahalanobis(h_nd, neutral).quantile(0.99)))
+
+
+def mahalanobis(h_nd: Tensor, neutral: Neutral) -> Tensor:
+    """√((h − mean)ᵀ precision (h − mean)) of each token, [n] float64; near √d on neutral text."""
+    centred_nd = h_nd.double().cpu() - neutral.mean_d  # host sync
+    return ((centred_nd @ neutral.precision_dd) * centred_nd).sum(-1).clamp_min(0).sqrt()
+
+
+class DictionaryChange(NamedTuple):
+    """Whether a dictionary still describes the stream."""
+
+    fvu: float
+    steered_fvu: float
+    l0: float
+    steered_l0: float
+    turnover: float
+    """mean over tokens of 1 − Jaccard overlap of the features that are active in either pass"""
+    activation_rise: float
+    """mean rise of the steered feature's activation, to be compared with what was asked; NaN without a feature"""
+
+
+@torch.no_grad()
+def dictionary_change(dictionary: Dictionary, h_nd: Tensor, steered_nd: Tensor, feature: int | None = None) -> DictionaryChange:
+    """Of a dictionary that reads and writes the stream. Raises `InputError` for a transcoder, a feature it lacks, or values not finite."""
+    if dictionary.is_transcoder:
+        raise InputError("expected a dictionary that rebuilds what it reads, got a transcoder; give one of the residual stream")
+    if feature is not None:
+        dictionary.require_feature(feature)
+    metrics = [ReconstructionMetrics(dictionary.norms(), dictionary.d_out) for _ in range(2)]
+    turnover, rise = 0.0, 0.0
+    for h, steered in zip(h_nd.split(ROWS), steered_nd.split(ROWS), strict=True):
+        acts_bf, steered_bf = (dictionary.encode(x.to(dictionary.dtype)) for x in (h, steered))
+        for metric, x, a in zip(metrics, (h, steered), (acts_bf, steered_bf)):
+            metric.add(x, a, dictionary.decode(a, x.to(dictionary.dtype)))
+        either_b = ((acts_bf != 0) | (steered_bf != 0)).sum(-1)
+        both_b = ((acts_bf != 0) & (steered_bf != 0)).sum(-1)
+        turnover += float((1 - both_b / either_b.clamp_min(1)).where(either_b > 0, 0).double().sum())  # host sync
+        rise += float("nan") if feature is None else float((steered_bf[:, feature] - acts_bf[:, feature]).double().sum())  # host sync
+    before, after = (metric.result() for metric in metrics)
+    return DictionaryChange(before.fvu, after.fvu, before.l0, after.l0, turnover / len(h_nd), rise / len(h_nd))
