@@ -1,0 +1,174 @@
+"""The ways of steering that are compared to find out what breaks the model, as plain rows.
+
+s sequences · p positions · d width of the site
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae.errors import InputError
+from sae.model.hooks import Edit
+from sae.model.language_model import LanguageModel
+from sae.model.sites import parse_site
+from steering.breakdown.frozen import PARTS, Internals, frozen, internals
+from steering.directions.pca import principal_directions_of_texts
+from steering.directions.random import random_direction, random_in_span
+from steering.intervention import steered
+from steering.positions import Positions
+from steering.strength.calibration import encode_cut
+from steering.strength.neutral import SENTENCES
+from steering.vector import SteeringVector
+
+FRONT = 4  # tokens behind beginning-of-text that the arm "front" steers, about as many as an ActAdd prompt has
+SPAN = 10  # principal directions of neutral text in whose span a random direction is drawn
+KEY_SHARE = 0.9  # of the keys' squared sensitivity that the arm "off the keys" gives up
+KEY_SENTENCES = 8
+STREAM = ("resid_pre", "resid_mid", "resid_post")
+
+
+class Arm(NamedTuple):
+    name: str
+    vector: SteeringVector
+    """what coefficient 1 adds; at every site together as long as the vector that is studied"""
+    operation: str = "add"
+    """"add" and "rotate" of `steered`, or "lengthen": h keeps its direction and gets the length that adding would give it"""
+    positions: Positions = "all"
+    frozen: tuple[str, ...] = ()
+    """parts that stay those of the unsteered pass"""
+
+
+class Arms(NamedTuple):
+    arms: list[Arm]
+    left_out: dict[str, str]
+    """name -> why the model or the site has no such arm"""
+
+
+def make_arms(lm: LanguageModel, vector: SteeringVector, seed: int = 0) -> Arms:
+    """The arms of one direction of the residual stream.
+
+    "rotated" has the cosine to v that adding gives, at the old length: that is also what adding and rescaling to the old length gives.
+    "lengthened" is its counterpart. "all layers" adds v/L at each of L layers. "norms" to "norms, patterns, values" add v everywhere with
+    these parts frozen. Raises `InputError` for a zero vector and for one that is not one direction of the residual stream.
+    """
+    site, v_d = vector.site, vector.direction_d
+    kind, _ = parse_site(site, lm.n_layers)
+    if kind not in STREAM:
+        raise InputError(f"expected a direction of the residual stream ({', '.join(STREAM)}), got one at {site}")
+    if len(v_d) != lm.width(site):
+        raise InputError(f"expected a direction of width {lm.width(site)} for {site} of {lm.name!r}, got {len(v_d)}")
+    vector.unit()  # a zero vector has none
+    length = vector.norm
+    front = list(range(begin := int(lm.bos_id is not None), begin + FRONT))
+    everywhere = SteeringVector({f"{kind}.{layer}": v_d / lm.n_layers for layer in range(lm.n_layers)}, {"all layers": vector.provenance})
+    arms = [
+        Arm("added", vector),
+        Arm("rotated", vector, "rotate"),
+        Arm("lengthened", vector, "lengthen"),
+        Arm("opposite", -vector),
+        Arm("all layers", everywhere),
+        Arm("random", random_direction(len(v_d), site, seed, length)),
+        Arm("front", vector, positions=front),
+        Arm("last", vector, positions="last"),
+    ]
+    left_out: dict[str, str] = {}
+    made: dict[str, Callable[[], SteeringVector]] = {
+        "random in the top span": lambda: _in_top_span(lm, site, seed, length),
+        "off the keys": lambda: off_the_keys(lm, vector),
+    }
+    for name, make in made.items():
+        try:
+            arms.append(Arm(name, make()))
+        except InputError as reason:
+            left_out[name] = str(reason)
+    for parts in (("norms",), ("patterns",), ("values",), ("norms", "patterns"), ("patterns", "values"), PARTS):
+        name = ", ".join(parts)
+        try:
+            with internals(lm, parts):
+                arms.append(Arm(name, vector, frozen=parts))
+        except InputError as reason:
+            left_out[name] = str(reason)
+    return Arms(arms, left_out)
+
+
+@contextmanager
+def applied(lm: LanguageModel, arm: Arm, coefficient: float, unsteered: Internals, prompt_length: int) -> Iterator[None]:
+    """Inside, passes are those of the arm; `unsteered` has what they freeze, of the same tokens, and `prompt_length` is their columns."""
+    with ExitStack() as stack:
+        if arm.operation == "lengthen":
+            stack.enter_context(lm.edited({arm.vector.site: _lengthening(coefficient * arm.vector.direction_d)}))
+        else:
+            length = prompt_length if arm.positions == "last" else None
+            stack.enter_context(
+                steered(lm, [(arm.vector, coefficient)], operation=arm.operation, positions=arm.positions, prompt_length=length)
+            )
+        if arm.frozen:
+            stack.enter_context(frozen(lm, arm.frozen, unsteered))
+        yield
+
+
+def _lengthening(added_d: Tensor) -> Edit:
+    """To the length that h + added has, in h's own direction; where nothing is added, every bit stays."""
+
+    def lengthen(value_spd: Tensor) -> Tensor:
+        wide = value_spd.float()
+        longer, own = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (wide + added_d.to(wide.device), wide))
+        return (wide * (longer / own.clamp_min(torch.finfo(torch.float32).tiny))).to(value_spd.dtype)
+
+    return lengthen
+
+
+def _in_top_span(lm: LanguageModel, site: str, seed: int, length: float) -> SteeringVector:
+    components = principal_directions_of_texts(lm, SENTENCES, site, min(SPAN, lm.width(site)))
+    return random_in_span(torch.stack([component.unit().direction_d for component in components]), site, seed, length)
+
+
+def off_the_keys(lm: LanguageModel, vector: SteeringVector, share: float = KEY_SHARE) -> SteeringVector:
+    """Without what the next attention's keys read of it, at the old length.
+
+    What they read: the principal directions of the gradients of its keys at the tokens of a few sentences, as many as hold `share` of the
+    squared gradients, the norm on the way included. Raises `InputError` where no attention follows or its keys cannot be seen, and for a
+    vector that lies in what they read.
+    """
+    kind, layer = parse_site(vector.site, lm.n_layers)
+    layer += kind != "resid_pre"
+    if layer >= lm.n_layers:
+        raise InputError(f"expected a direction that an attention reads, but none comes after {vector.site}")
+    read_dk = _key_readers(lm, vector.site, f"k.{layer}", share)
+    v_d = vector.direction_d.double()
+    rest_d = v_d - read_dk @ (read_dk.T @ v_d)
+    if not rest_d.norm() > 1e-3 * v_d.norm():
+        raise InputError(f"expected a direction with a part that the keys of block {layer} do not read, got one that they read whole")
+    provenance = {"off_the_keys": vector.provenance, "block": layer, "share": share}
+    return SteeringVector.at(vector.site, rest_d * (v_d.norm() / rest_d.norm()), provenance)
+
+
+def _key_readers(lm: LanguageModel, site: str, keys: str, share: float) -> Tensor:
+    """Orthonormal columns, float64 [d, k]."""
+    leaf, seen = torch.empty(0), torch.empty(0)
+
+    def cut(value_spd: Tensor) -> Tensor:
+        nonlocal leaf
+        leaf = value_spd.detach().requires_grad_()
+        return leaf.clone()  # an edit in place must not meet a leaf
+
+    def see(value_spd: Tensor) -> Tensor:
+        nonlocal seen
+        seen = value_spd
+        return value_spd
+
+    ids_sp, mask_sp = encode_cut(lm, SENTENCES[:KEY_SENTENCES])
+    real_sp = mask_sp.bool()
+    with torch.enable_grad(), lm.edited({site: cut, keys: see}):
+        lm.logits(ids_sp, mask_sp)
+    gram_dd = torch.zeros(leaf.shape[-1], leaf.shape[-1], dtype=torch.float64)
+    for key_sp in seen.unbind(-1):  # a key depends on the stream at its own token alone
+        gradient_nd = torch.autograd.grad(key_sp.sum(), leaf, retain_graph=True)[0][real_sp].double().cpu()  # host sync
+        gram_dd += gradient_nd.T @ gradient_nd
+    square_k, directions_dk = torch.linalg.eigh(gram_dd)
+    square_k, directions_dk = square_k.flip(0), directions_dk.flip(1)
+    kept = int((square_k.cumsum(0) < share * square_k.sum()).sum()) + 1
+    return directions_dk[:, :kept]
