@@ -128,6 +128,11 @@ COMMANDS = {
         "steering.studies.effect_map:EffectConfig",
         "What else steering with a feature moves, and a direction that moves it alone.",
     ),
+    "diagnose-breakdown": Command(
+        "steering.breakdown.command:diagnose_breakdown",
+        "steering.breakdown.command:BreakdownConfig",
+        "Why a too large coefficient breaks the model: one direction at rising strengths, in arms that tell causes apart.",
+    ),
     "completion": Command(
         "steering.command_line:print_completion",
         "steering.command_line:CompletionConfig",

@@ -51,8 +51,8 @@ def make_arms(lm: LanguageModel, vector: SteeringVector, seed: int = 0) -> Arms:
     """The arms of one direction of the residual stream.
 
     "rotated" has the cosine to v that adding gives, at the old length: that is also what adding and rescaling to the old length gives.
-    "lengthened" is its counterpart. "all layers" adds v/L at each of L layers. "norms" to "norms, patterns, values" add v everywhere with
-    these parts frozen. Raises `InputError` for a zero vector and for one that is not one direction of the residual stream.
+    "lengthened" is its counterpart. "all layers" adds v/L at each of L layers. "norms frozen" to "norms, patterns, values frozen" add v
+    everywhere. Raises `InputError` for a zero vector and for one that is not one direction of the residual stream.
     """
     site, v_d = vector.site, vector.direction_d
     kind, _ = parse_site(site, lm.n_layers)
@@ -85,7 +85,7 @@ def make_arms(lm: LanguageModel, vector: SteeringVector, seed: int = 0) -> Arms:
         except InputError as reason:
             left_out[name] = str(reason)
     for parts in (("norms",), ("patterns",), ("values",), ("norms", "patterns"), ("patterns", "values"), PARTS):
-        name = ", ".join(parts)
+        name = f"{', '.join(parts)} frozen"
         try:
             with internals(lm, parts):
                 arms.append(Arm(name, vector, frozen=parts))

@@ -151,8 +151,9 @@ def attention_masses(pattern_shqk: Tensor, real_sk: Tensor, steered_sk: Tensor) 
 
 def attention_kl(pattern_shqk: Tensor, steered_shqk: Tensor, real_sk: Tensor) -> Tensor:
     """KL(unsteered ‖ steered) of each head's pattern, nats, [h] float64, mean over the positions that count."""
-    p, other = pattern_shqk.double(), steered_shqk.double().clamp_min(torch.finfo(torch.float32).tiny)  # float32 may have lost it
-    return _mean_of_heads((torch.special.xlogy(p, p) - torch.special.xlogy(p, other)).sum(-1), real_sk[:, -p.shape[2] :])
+    p, tiny = pattern_shqk.double(), torch.finfo(torch.float32).tiny  # below it, float32 may have lost the mass
+    ratio = p.clamp_min(tiny).log() - steered_shqk.double().clamp_min(tiny).log()
+    return _mean_of_heads((p * ratio).sum(-1), real_sk[:, -p.shape[2] :])
 
 
 def _mass(pattern_shqk: Tensor, chosen_sk: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from steering.strength.neutral import SENTENCES
 from steering.vector import SteeringVector
 
 SITE, C = "resid_post.1", 1.5
-FROZEN = ["norms", "patterns", "values", "norms, patterns", "patterns, values", "norms, patterns, values"]
+FROZEN = [f"{parts} frozen" for parts in ("norms", "patterns", "values", "norms, patterns", "patterns, values", "norms, patterns, values")]
 
 
 def direction(lm: LanguageModel, site: str = SITE) -> SteeringVector:
@@ -90,9 +90,9 @@ def test_where_an_arm_steers(byte_lm, arms, name):
 
 
 def test_frozen_arms_write_what_was_written(byte_lm, arms):
-    before, after, real_sp = seen_in(byte_lm, arms["norms, patterns, values"], C, ["attn_out.2", "mlp_out.2"])
+    before, after, real_sp = seen_in(byte_lm, arms["norms, patterns, values frozen"], C, ["attn_out.2", "mlp_out.2"])
     torch.testing.assert_close(after["attn_out.2"][real_sp], before["attn_out.2"][real_sp], rtol=1e-5, atol=1e-5)
-    assert arms["norms, patterns, values"].frozen == PARTS
+    assert arms["norms, patterns, values frozen"].frozen == PARTS
     assert not torch.allclose(after["mlp_out.2"][real_sp], before["mlp_out.2"][real_sp], atol=0.1)
 
 
@@ -139,9 +139,9 @@ def test_what_the_model_cannot_do_is_left_out_and_said(byte_lm):
     lm = randomised(hf.GPTJConfig(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, n_positions=64, **COMMON), 1)
     lm.tokenizer = _Letters()
     _, left_out = make_arms(lm, direction(lm, "resid_post.0"))
-    assert set(left_out) >= {"patterns", "values"}
-    assert "attends by code of its own" in left_out["patterns"]
-    assert "norms" not in left_out
+    assert set(left_out) >= {"patterns frozen", "values frozen"}
+    assert "attends by code of its own" in left_out["patterns frozen"]
+    assert "norms frozen" not in left_out
 
 
 def test_what_is_no_direction_of_the_stream_is_refused(byte_lm):

@@ -1,0 +1,179 @@
+"""The command that finds out why a too large coefficient breaks a model: a sweep of strengths in every arm, as JSON and two tables."""
+
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import OmitArgPrefixes
+
+from sae.dictionaries.dictionary import Dictionary
+from sae.disk.places import require_file
+from sae.disk.writing import jsonable, write_json
+from sae.errors import InputError
+from sae.model.language_model import LanguageModel
+from sae.model.sampling import Sampling
+from sae.progress import progress
+from sae.text_input import text_list
+from steering.breakdown.arms import Arms, make_arms
+from steering.breakdown.sweep import WALL, Setup, make_setup, run_pass, sweep, sweep_passes, sweep_steps
+from steering.dictionary import load_dictionary
+from steering.directions.feature import feature_direction
+from steering.directions.pca import principal_directions_of_texts
+from steering.directions.random import random_direction
+from steering.strength.neutral import FEW_PROMPTS, SENTENCES
+from steering.vector import SteeringVector
+
+FORMAT = "breakdown-1"
+MEASURED, OTHERS = SENTENCES[::3], [text for number, text in enumerate(SENTENCES) if number % 3]
+"""texts on which the damage is measured, and those that say what is neutral"""
+
+
+@dataclass(kw_only=True)
+class BreakdownConfig:
+    model: str
+    """Model by hub name, folder or GGUF file."""
+    vector: str
+    """Direction of the residual stream: a vector file, the number of a feature of --dictionary, pca:N (component N of neutral text) or
+    random:SEED."""
+    dictionary: str | None = None
+    """Folder, file or hub name of a dictionary of this model, whose view of the stream is measured too where it reads at the site."""
+    site: str | None = None
+    """Site, for pca:N and random:SEED, such as resid_post.2. Default: the middle block's resid_post."""
+    strengths: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+    """Lengths of what is added, in units of the stream's typical norm at the site (rho), rising."""
+    prompts: tuple[str, ...] = FEW_PROMPTS
+    """Texts to continue at each strength."""
+    sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
+    out: Path = Path("breakdown.json")
+    """JSON file for every number and every continuation."""
+    device: str = "auto"
+    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    dry_run: bool = False
+    """Say what would be done and about how long it would take, and stop."""
+
+
+def diagnose_breakdown(config: BreakdownConfig) -> dict[str, Any]:
+    """Writes the JSON, prints the tables and gives what is in the JSON (of a dry run, nothing).
+
+    Raises `InputError` for a direction that is none of the residual stream or zero, and for strengths that do not rise or begin above the
+    wall. What the model or the site has no arm for is left out, with a line that says why.
+    """
+    started = time.monotonic()
+    if not text_list(config.prompts, "prompts"):
+        raise InputError("expected at least one prompt, got none")
+    if not config.dry_run:
+        require_file(config.out)
+    lm = LanguageModel.load(config.model, device=config.device)
+    vector, dictionary, feature = direction_of(config, lm)
+    made = make_arms(lm, vector, config.sampling.seed)
+    setup = make_setup(lm, vector, MEASURED, OTHERS, made.arms, dictionary, feature)
+    announce(setup, made, config)
+    if config.dry_run:
+        return {}
+    with progress("measuring", sweep_steps(len(made.arms), len(config.strengths)), "steps") as bar:
+        found = sweep(setup, made.arms, config.strengths, config.prompts, config.sampling, bar)
+    settings = asdict(config) | {"command": shlex.join(sys.argv), "seconds": round(time.monotonic() - started)}
+    result = jsonable(
+        {
+            "format": FORMAT,
+            "model": config.model,
+            "site": vector.site,
+            "vector": vector.provenance,
+            "feature": feature,
+            "wall": WALL,
+            "left_out": made.left_out,
+            "settings": settings,
+            **found,
+        }
+    )
+    write_json(config.out, result)
+    print_tables(result)
+    return result
+
+
+def direction_of(config: BreakdownConfig, lm: LanguageModel) -> tuple[SteeringVector, Dictionary | None, int | None]:
+    """The direction, the dictionary where it reads at the direction's site, and the feature if the direction is one."""
+    kind, _, number = config.vector.partition(":")
+    dictionary, site = None, config.site or f"resid_post.{lm.n_layers // 2}"
+    if config.dictionary is not None:
+        dictionary, site = load_dictionary(config.dictionary, lm, config.site)
+    feature = None
+    if config.vector.isdecimal():
+        if dictionary is None:
+            raise InputError(f"expected --dictionary with the feature {config.vector}, got none; give the dictionary that it belongs to")
+        feature = int(config.vector)
+        vector = feature_direction(dictionary, feature, 1.0, site)
+    elif kind in ("pca", "random") and number.isdecimal():
+        lm.width(site)
+        if kind == "random":
+            vector = random_direction(lm.width(site), site, int(number))
+        else:
+            vector = principal_directions_of_texts(lm, OTHERS, site, max(1, int(number)))[-1]
+    else:
+        if not Path(config.vector).is_file():
+            raise InputError(f"expected a vector file, a feature's number, pca:N or random:SEED as --vector, got {config.vector!r}")
+        vector = SteeringVector.load(config.vector)
+        if dictionary is not None and site != vector.site:
+            raise InputError(f"expected a dictionary of {vector.site}, where the vector is, got one of {site}; leave one of them out")
+    return vector, dictionary, feature
+
+
+def announce(setup: Setup, made: Arms, config: BreakdownConfig) -> None:
+    for name, reason in made.left_out.items():
+        print(f'without the arm "{name}": {reason}', file=sys.stderr)
+    begun = time.monotonic()
+    run_pass(setup)
+    seconds = (time.monotonic() - begun) * sweep_passes(len(made.arms), len(config.strengths))
+    tokens = int(setup.mask_sp.sum())
+    print(
+        f"{len(made.arms)} arms at {len(config.strengths)} strengths at {setup.vector.site} of {config.model}, on {len(MEASURED)} texts of "
+        f"{tokens:,} tokens; rho 1 is a coefficient of {1 / setup.rho_of_1:.4g}; about {max(1, round(seconds / 60))} min to {config.out}",
+        file=sys.stderr,
+    )
+
+
+def print_tables(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    added = [row for row in result["rows"] if row["arm"] == "added"]
+    title = f"added everywhere at {result['site']} of {result['model']}"
+    caption = "slope: d log KL / d log c; text: continuations under the unsteered model"
+    heads = ("rho", "KL", "slope", "entropy", "top-1 flips", "nats/token", "distinct-2")
+    out = Table(*heads, title=title, caption=caption)
+    for row, slope in zip(added, [None, *result["slopes"]["added"]]):
+        logits, text = row.get("logits") or {}, row["text"]
+        shown = [logits.get("kl"), slope, logits.get("steered_entropy"), logits.get("top1_flips"), text.get("nats_per_token")]
+        out.add_row(f"{row['rho']:g}", *map(_figure, [*shown, text.get("distinct_2")]))
+    console.print(out)
+    first = result["first_norm"]
+    title = f"inside: the stream behind the vector and after the last block; what {first or 'no norm'} puts out; in brackets the null"
+    heads = ("rho", "norm ratio", "last", "cos to v", "last", "token share", "eff. rank")
+    inner = Table(*heads, title=title, caption="null: tokens without any structure")
+    for row, null in zip(added, result["null"]):
+        layers = row.get("inside", {}).get("layers", [])
+        streams = [layers[at]["stream"].get("steered", {}) for at in (0, -1)] if layers else [{}, {}]
+        ratios, cosines = ([_figure(stream.get(name)) for stream in streams] for name in ("norm_ratio", "cos_v"))
+        kind, _, number = (first or "").partition(".")
+        behind: dict[str, float | None] = next((layer[kind][1] for layer in layers if str(layer["layer"]) == number and kind in layer), {})
+        blind = [f"{_figure(behind.get(name))} ({_figure(null[name])})" for name in ("token_share", "effective_rank")]
+        inner.add_row(f"{row['rho']:g}", *ratios, f"{cosines[0]} ({_figure(null['cos_v'])})", cosines[1], *blind)
+    console.print(inner)
+    wall = result["walls"]["added"]
+    title = (
+        f'where each arm has a KL of {result["wall"]:g} nat, and the share of the damage of "added" at rho {wall["rho"]:.3g} it restores'
+    )
+    arms = Table("arm", "rho at the wall", "restored (95 %)", title=title, caption="restored: 1 all, 0 none, below 0 it breaks more")
+    for name, own in result["walls"].items():
+        share = result["restored"].get(name, {})
+        restored = f"{_figure(share['value'])} ({_figure(share['low'])} to {_figure(share['high'])})" if share else ""
+        arms.add_row(name, _figure(own["rho"]) if own["reached"] else f"not up to {own['rho']:.3g} (KL {_figure(own['kl'])})", restored)
+    console.print(arms)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}" if abs(value) >= 100 else f"{value:.2f}"

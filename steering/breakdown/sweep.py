@@ -1,0 +1,305 @@
+"""One direction at several strengths in every arm: what the predictions, the stream, the norms, attention and the text become.
+
+s texts · p positions · n tokens · d width · v vocabulary
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae.dictionaries.dictionary import Dictionary
+from sae.errors import InputError
+from sae.features.index.lens import folded_unembedding
+from sae.model.language_model import LanguageModel, NonFiniteLogits
+from sae.model.sampling import Sampling
+from sae.model.sites import parse_site
+from sae.progress import Progress
+from sae.statistics import Estimate, data_and_resamples, estimate
+from steering.breakdown.arms import Arm, applied
+from steering.breakdown.diagnostics import (
+    LogitChange,
+    Neutral,
+    attention_kl,
+    attention_masses,
+    dictionary_change,
+    effective_rank,
+    fit_neutral,
+    isotropic_null,
+    kl_slopes,
+    lens_sharpness,
+    logit_change,
+    mahalanobis,
+    norm_gain,
+    rho,
+    stream_change,
+    token_share,
+    typical_norm,
+    write_change,
+)
+from steering.breakdown.frozen import PARTS, Internals, internals
+from steering.intervention import steered
+from steering.strength.calibration import coefficient_for_kl, encode_cut
+from steering.strength.measure import continuation_loss, distinct_2, first_repeated_step, until_end
+from steering.vector import SteeringVector
+
+WALL = 1.0  # nats per token of KL at which a model counts as broken
+MOST = 30.0  # times the largest rho of the grid that is tried to find an arm's wall
+INSIDE = ("added", "front")  # arms whose passes are looked into; of the others only the predictions are measured
+
+
+class Setup(NamedTuple):
+    """What every arm is measured with."""
+
+    lm: LanguageModel
+    vector: SteeringVector
+    ids_sp: Tensor
+    mask_sp: Tensor
+    parts: tuple[str, ...]
+    """that can be frozen, and so seen"""
+    rho_of_1: float
+    """rho of coefficient 1"""
+    lens_v: Tensor
+    """what the vector adds to the logits when it is read as the final stream"""
+    neutral: dict[str, Neutral]
+    """of the stream, by site, on other texts"""
+    dictionary: Dictionary | None = None
+    feature: int | None = None
+
+
+class Pass(NamedTuple):
+    logits_spv: Tensor
+    values: dict[str, Tensor]
+    inner: Internals
+
+
+def make_setup(
+    lm: LanguageModel,
+    vector: SteeringVector,
+    texts: Sequence[str],
+    others: Sequence[str],
+    arms: Sequence[Arm],
+    dictionary: Dictionary | None = None,
+    feature: int | None = None,
+) -> Setup:
+    """Measured on `texts`; distances are those to the stream on `others`. Raises `InputError` for a zero vector and for empty texts."""
+    ids_sp, mask_sp = encode_cut(lm, texts)
+    site = vector.site
+    h_nd = lm.record(ids_sp, [site], mask_sp)[site][_behind_first(lm, mask_sp)]
+    rho_of_1 = rho(1.0, vector.direction_d.to(h_nd.device), typical_norm(h_nd))
+    W_U_vd, _ = folded_unembedding(lm)
+    streams, (other_sp, other_mask_sp) = _streams(lm, site), encode_cut(lm, others)
+    recorded = lm.record(other_sp, streams, other_mask_sp)
+    neutral = {stream: fit_neutral(recorded[stream][_behind_first(lm, other_mask_sp)]) for stream in streams}
+    parts = tuple(part for part in PARTS if any(part in arm.frozen for arm in arms))
+    lens_v = W_U_vd @ vector.direction_d.to(W_U_vd)
+    return Setup(lm, vector, ids_sp, mask_sp, parts, rho_of_1, lens_v, neutral, dictionary, feature)
+
+
+def _behind_first(lm: LanguageModel, mask_sp: Tensor) -> Tensor:
+    return mask_sp.bool() & (mask_sp.cumsum(1) > (lm.bos_id is not None))
+
+
+def _streams(lm: LanguageModel, site: str) -> list[str]:
+    return [f"resid_post.{layer}" for layer in range(parse_site(site).layer, lm.n_layers)]
+
+
+@torch.no_grad()
+def run_pass(setup: Setup, sites: Sequence[str] = (), arm: Arm | None = None, c: float = 0.0, at: Internals | None = None) -> Pass:
+    """Of the unsteered model, or of an arm at a coefficient, with the parts of `at` where it freezes any."""
+    lm, values = setup.lm, dict[str, Tensor]()
+
+    def keeping(site: str) -> Callable[[Tensor], Tensor]:
+        return lambda value: values.setdefault(site, value)
+
+    with ExitStack() as stack:
+        if arm is not None:
+            stack.enter_context(applied(lm, arm, c, at or Internals(), setup.ids_sp.shape[1]))
+        # every pass runs the same attention code, so that coefficient 0 changes no bit
+        inner = stack.enter_context(internals(lm, setup.parts)) if setup.parts else Internals()
+        stack.enter_context(lm.edited({site: keeping(site) for site in sites}))
+        return Pass(lm.logits(setup.ids_sp, setup.mask_sp), values, inner)
+
+
+def changes_of_texts(setup: Setup, before: Pass, after: Pass) -> list[LogitChange]:
+    """One for each text."""
+    rows = zip(before.logits_spv, after.logits_spv, setup.mask_sp.bool())
+    return [logit_change(one_pv[real_p], other_pv[real_p], setup.lens_v) for one_pv, other_pv, real_p in rows]
+
+
+def first_norm(lm: LanguageModel, site: str) -> str | None:
+    """The site right behind the first norm that reads the stream from `site` on; None where only the final norm does, or it is unclear."""
+    kind, layer = parse_site(site)
+    found = {"resid_pre": f"attn_in.{layer}", "resid_mid": f"mlp_in.{layer}", "resid_post": f"attn_in.{layer + 1}"}[kind]
+    return found if found in lm.sites() else None
+
+
+def sites_inside(setup: Setup) -> list[str]:
+    layers = range(parse_site(setup.vector.site).layer, setup.lm.n_layers)
+    wanted = [f"{kind}.{layer}" for layer in layers for kind in ("attn_in", "attn_out", "mlp_in", "mlp_out", "resid_post")]
+    return sorted({*wanted, setup.vector.site} & set(setup.lm.sites()))
+
+
+def inside(setup: Setup, before: Pass, after: Pass, arm: Arm, c: float) -> dict[str, Any]:
+    """Every diagnostic of one steered pass, layer by layer from the vector's on, as plain values."""
+    real_sp = setup.mask_sp.bool()
+    number_sp = real_sp.cumsum(1) - 1
+    first_sp = real_sp & (number_sp == 0)
+    steered_sp = real_sp if arm.positions == "all" else real_sp & torch.isin(number_sp, torch.tensor(arm.positions).to(number_sp))
+    classes = {"first": first_sp, "steered": steered_sp & ~first_sp, "later": real_sp & ~steered_sp & ~first_sp}
+    behind_sp, v_d, layers = real_sp & ~first_sp, c * setup.vector.direction_d.to(setup.lm.device), []
+
+    def pair(site: str, chosen_sp: Tensor) -> tuple[Tensor, Tensor]:
+        return before.values[site][chosen_sp], after.values[site][chosen_sp]
+
+    for stream in _streams(setup.lm, setup.vector.site):
+        layer = parse_site(stream).layer
+        h_nd, steered_nd = pair(stream, behind_sp)
+        distance_n = mahalanobis(steered_nd, setup.neutral[stream])
+        row: dict[str, Any] = {
+            "layer": layer,
+            "stream": {name: stream_change(*pair(stream, of_sp), v_d)._asdict() for name, of_sp in classes.items() if of_sp.any()},
+            "mahalanobis": float(distance_n.mean()),
+            "beyond_p99": float((distance_n > setup.neutral[stream].p99).double().mean()),
+        }
+        for kind in ("attn_out", "mlp_out"):
+            if (site := f"{kind}.{layer}") in before.values:
+                row[kind] = write_change(*pair(site, behind_sp), h_nd, steered_nd, v_d)._asdict()
+        for kind in ("attn_in", "mlp_in"):
+            if (site := f"{kind}.{layer}") in before.values:
+                row[kind] = [{"token_share": token_share(x), "effective_rank": effective_rank(x)} for x in pair(site, behind_sp)]
+        if layer in before.inner.patterns:
+            patterns = before.inner.patterns[layer], after.inner.patterns[layer]
+            row["attention"] = [
+                {name: mass_h.tolist() for name, mass_h in attention_masses(p, real_sp, steered_sp)._asdict().items()} for p in patterns
+            ]
+            row["attention_kl_h"] = attention_kl(*patterns, real_sp).tolist()
+        layers.append(row)
+    gains = {}
+    for name, scale in before.inner.scales.items():
+        if scale.shape[:2] == real_sp.shape:
+            gains[name] = norm_gain(scale[behind_sp].flatten(), after.inner.scales[name][behind_sp].flatten())
+    found = {"layers": layers, "norm_gain": gains}
+    if setup.dictionary is not None:
+        found["dictionary"] = dictionary_change(setup.dictionary, *pair(setup.vector.site, behind_sp), setup.feature)._asdict()
+    return found
+
+
+def text_at(setup: Setup, c: float, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    """Continuations with c·v added everywhere, and how broken they are."""
+    lm = setup.lm
+    ids_sp, mask_sp = lm.encode(prompts)
+    try:
+        with steered(lm, [(setup.vector, c)]):
+            whole_sp = lm.generate(ids_sp, mask_sp, **vars(sampling))
+    except (NonFiniteLogits, OverflowError) as error:
+        return {"failure": str(error)}
+    new_sn = whole_sp[:, ids_sp.shape[1] :]
+    rows = [row[:real] for row, real in zip(new_sn.tolist(), until_end(lm, new_sn).sum(1).tolist())]  # host sync
+    return {
+        "nats_per_token": continuation_loss(lm, ids_sp, new_sn, mask_sp),
+        "distinct_2": distinct_2(rows),
+        "first_repeated_step": [first_repeated_step(row) for row in rows],
+        "texts": [lm.tokenizer.decode(row, skip_special_tokens=True) for row in rows],
+    }
+
+
+def sweep(setup: Setup, arms: Sequence[Arm], rhos: Sequence[float], prompts: Sequence[str], sampling: Sampling, bar: Progress) -> dict:
+    """Rows for every arm and rho, each arm's wall, and how much of the damage at the wall of "added" each other arm has.
+
+    Raises `InputError` for rhos that do not rise from above 0, or that begin above the wall of "added".
+    """
+    if not rhos or rhos[0] <= 0 or list(rhos) != sorted(set(rhos)):
+        raise InputError(f"expected rising strengths above 0, got {', '.join(map(str, rhos)) or 'none'}")
+    before, rows = run_pass(setup, sites_inside(setup)), []
+    for size in rhos:
+        for arm in arms:
+            rows.append(_row(setup, before, arm, size))
+            bar.advance(1, rho=f"{size:g}")
+            if arm.name == "added" and size == rhos[0] and not (kl := rows[-1].get("logits", {}).get("kl", np.inf)) < WALL:
+                raise InputError(
+                    f"expected strengths that begin below the wall, a KL of {WALL:g} nat, got {kl:.3g} at {size:g}; begin lower"
+                )
+        next(row for row in rows if row["rho"] == size and row["arm"] == "added")["text"] = text_at(
+            setup, size / setup.rho_of_1, prompts, sampling
+        )
+    walls = {}
+    for arm in arms:
+        walls[arm.name] = _wall(setup, before, arm, rhos)
+        bar.advance(1, wall=arm.name)
+    slopes = {arm.name: kl_slopes(rhos, [r.get("logits", {}).get("kl", np.nan) for r in rows if r["arm"] == arm.name]) for arm in arms}
+    tokens, width = int(setup.mask_sp.sum()) - len(setup.mask_sp), setup.lm.d_model  # without each text's first
+    return {
+        "rho_of_1": setup.rho_of_1,
+        "first_norm": first_norm(setup.lm, setup.vector.site),
+        "lens_sharpness": lens_sharpness(setup.lens_v),
+        "unsteered_text": text_at(setup, 0.0, prompts, sampling),
+        "rows": rows,
+        "slopes": {name: slope_c.tolist() for name, slope_c in slopes.items()},
+        "walls": walls,
+        "restored": _restored(setup, before, arms, walls["added"]["coefficient"], bar),
+        "null": [{"rho": size, **isotropic_null(size, tokens, width)._asdict()} for size in rhos],
+    }
+
+
+def sweep_steps(arms: int, strengths: int) -> int:
+    """The steps of the bar: a row each, then for each arm its wall and its share of the damage."""
+    return arms * (strengths + 2)
+
+
+def sweep_passes(arms: int, strengths: int) -> int:
+    """About how many passes a sweep makes: those of its rows, six for each wall, and text as long as ten of them at each strength."""
+    return arms * strengths + 7 * arms + 10 * strengths
+
+
+def _row(setup: Setup, before: Pass, arm: Arm, size: float) -> dict[str, Any]:
+    c, looked_into = size / setup.rho_of_1, arm.name in INSIDE
+    row: dict[str, Any] = {"arm": arm.name, "rho": size, "coefficient": c}
+    try:
+        after = run_pass(setup, sites_inside(setup) if looked_into else (), arm, c, before.inner)
+    except OverflowError as error:
+        return row | {"failure": str(error)}
+    changes = changes_of_texts(setup, before, after)
+    row["logits"] = LogitChange(*(float(np.mean(values)) for values in zip(*changes)))._asdict()
+    row["kl_of_texts"] = [change.kl for change in changes]
+    if looked_into and np.isfinite(row["logits"]["kl"]):
+        row["inside"] = inside(setup, before, after, arm, c)
+    return row
+
+
+def _kl_of_texts(setup: Setup, before: Pass, arm: Arm, c: float) -> np.ndarray:
+    try:
+        return np.array([change.kl for change in changes_of_texts(setup, before, run_pass(setup, (), arm, c, before.inner))])
+    except OverflowError:
+        return np.full(len(setup.ids_sp), np.inf)
+
+
+def _wall(setup: Setup, before: Pass, arm: Arm, rhos: Sequence[float]) -> dict[str, Any]:
+    """The strength at which the arm's KL is the wall: all arms at equal KL."""
+    found = coefficient_for_kl(
+        lambda c: float(_kl_of_texts(setup, before, arm, c).mean()),
+        WALL,
+        start=rhos[0] / setup.rho_of_1,
+        most=MOST * rhos[-1] / setup.rho_of_1,
+    )
+    return {
+        "coefficient": found.coefficient,
+        "rho": found.coefficient * setup.rho_of_1,
+        "kl": found.kl,
+        "reached": found.reached,
+        "monotone": found.monotone,
+    }
+
+
+def _restored(setup: Setup, before: Pass, arms: Sequence[Arm], c: float, bar: Progress) -> Mapping[str, Estimate]:
+    """1 − KL/KL of "added", both at the coefficient c, with the interval over texts: 1 restores all, below 0 breaks more."""
+    kl_s = {}
+    for arm in arms:
+        kl_s[arm.name] = _kl_of_texts(setup, before, arm, c)
+        bar.advance(1, wall=arm.name)
+    weight_rs = data_and_resamples(len(setup.ids_sp), np.random.default_rng(0))
+    with np.errstate(invalid="ignore"):
+        return {name: estimate(1 - (weight_rs @ kl) / (weight_rs @ kl_s["added"])) for name, kl in kl_s.items() if name != "added"}

@@ -1,0 +1,192 @@
+"""The sweep and its command on tiny models, against passes made here."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import rel_entr
+
+from sae.dictionaries.dictionary import Dictionary
+from sae.errors import InputError
+from sae.model.language_model import LanguageModel
+from sae.model.sampling import Sampling
+from sae.progress import progress
+from steering.breakdown.arms import make_arms
+from steering.breakdown.command import BreakdownConfig, diagnose_breakdown, direction_of
+from steering.breakdown.sweep import make_setup, sweep, sweep_steps
+from steering.command_line import main
+from steering.directions.random import random_direction
+from steering.intervention import steered
+from steering.vector import SteeringVector
+
+SITE, RHOS = "resid_post.0", (0.1, 0.8)
+TEXTS, OTHERS = ["the first text of all", "another, a little longer text", "and one"], ["words that are neutral", "more of these words"]
+FEW = ["added", "rotated", "front", "norms frozen", "patterns, values frozen"]
+
+
+def setup_and_arms(lm: LanguageModel, names=FEW):
+    vector = random_direction(32, SITE, 3)
+    arms = [arm for arm in make_arms(lm, vector).arms if arm.name in names]
+    return make_setup(lm, vector, TEXTS, OTHERS, arms), arms
+
+
+def run(lm: LanguageModel, rhos=RHOS, names=FEW) -> dict:
+    setup, arms = setup_and_arms(lm, names)
+    with progress("test", sweep_steps(len(arms), len(rhos)), "steps") as bar:
+        return sweep(setup, arms, rhos, ["A prompt"], Sampling(max_new_tokens=12), bar)
+
+
+@pytest.fixture(scope="module")
+def found(byte_lm) -> dict:
+    return run(byte_lm)
+
+
+def kl_of_texts(lm: LanguageModel, vector, c: float) -> list[float]:
+    """One text at a time, without padding, by scipy."""
+    kls = []
+    for text in TEXTS:
+        ids_sp, _ = lm.encode([text])
+        p = lm.logits(ids_sp)[0].double().softmax(-1).numpy()
+        with steered(lm, [(vector, c)]):
+            kls.append(rel_entr(p, lm.logits(ids_sp)[0].double().softmax(-1).numpy()).sum(1).mean())
+    return kls
+
+
+def test_rho_is_in_units_of_the_stream_and_kl_that_of_each_text(byte_lm, found):
+    vector = random_direction(32, SITE, 3)
+    norms = [byte_lm.record(byte_lm.encode([text])[0], [SITE])[SITE][0, 1:].norm(dim=-1) for text in TEXTS]
+    assert found["rho_of_1"] == pytest.approx(1 / torch.cat(norms).median().item(), rel=1e-4)
+    for row in (row for row in found["rows"] if row["arm"] == "added"):
+        assert row["coefficient"] == pytest.approx(row["rho"] / found["rho_of_1"])
+        by_hand = kl_of_texts(byte_lm, vector, row["coefficient"])
+        assert row["kl_of_texts"] == pytest.approx(by_hand, rel=1e-3)
+        assert row["logits"]["kl"] == pytest.approx(np.mean(by_hand), rel=1e-3)
+
+
+def test_every_arm_has_a_row_at_every_rho_and_all_walls_are_one_nat(byte_lm, found):
+    assert [(row["rho"], row["arm"]) for row in found["rows"]] == [(size, name) for size in RHOS for name in FEW]
+    for name, wall in found["walls"].items():
+        assert wall["kl"] == pytest.approx(1, abs=0.03) or not wall["reached"], name
+    added = found["walls"]["added"]
+    assert added["reached"]
+    at_wall = np.mean(kl_of_texts(byte_lm, random_direction(32, SITE, 3), added["coefficient"]))
+    assert at_wall == pytest.approx(added["kl"], rel=1e-3)
+    assert set(found["restored"]) == set(FEW) - {"added"}
+    for share in found["restored"].values():
+        assert share["low"] <= share["value"] <= share["high"] <= 1
+    assert found["restored"]["front"]["value"] > 0
+
+
+def test_inside_says_what_steering_did_at_the_site(found):
+    rows = {(row["arm"], row["rho"]): row for row in found["rows"]}
+    assert "inside" not in rows["rotated", 0.8]
+    inner = rows["added", 0.8]["inside"]
+    at_site = inner["layers"][0]
+    assert at_site["stream"]["steered"]["cos_change"] == pytest.approx(1, abs=1e-5)
+    assert at_site["attn_out"]["taken_back"] == pytest.approx(0, abs=1e-9)  # written before the vector is added
+    assert [layer["layer"] for layer in inner["layers"]] == [0, 1, 2]
+    assert set(at_site["stream"]) == {"first", "steered"}
+    assert set(rows["front", 0.8]["inside"]["layers"][1]["stream"]) == {"first", "steered", "later"}
+    assert set(inner["norm_gain"]) == {"h.0.ln_1", "h.0.ln_2", *(f"h.{n}.ln_{k}" for n in (1, 2) for k in (1, 2)), "ln_f"}
+    assert inner["norm_gain"]["h.0.ln_1"] == pytest.approx(1)
+    assert inner["norm_gain"]["h.1.ln_1"] < 0.9
+    assert found["first_norm"] == "attn_in.1"
+    masses = inner["layers"][1]["attention"][1]
+    np.testing.assert_allclose(masses["steered_h"], 1, rtol=1e-5)
+
+
+def test_text_breaks_down_with_strength(found):
+    texts = [row["text"] for row in found["rows"] if row["arm"] == "added"]
+    assert all(len(text["texts"]) == 1 and text["nats_per_token"] > 0 for text in [found["unsteered_text"], *texts])
+
+
+def test_strengths_that_do_not_rise_or_begin_above_the_wall_are_refused(byte_lm):
+    for rhos in ((), (0.0, 1.0), (1.0, 0.5)):
+        with pytest.raises(InputError, match="expected rising strengths above 0"):
+            run(byte_lm, rhos, ["added"])
+    with pytest.raises(InputError, match="strengths that begin below the wall, a KL of 1 nat, got"):
+        run(byte_lm, (30.0, 40.0), ["added"])
+
+
+def test_what_is_not_finite_is_a_row(byte_lm):
+    found = run(byte_lm, (0.1, 1e15, 1e30), ["added", "norms frozen"])
+    rows = {(row["arm"], row["rho"]): row for row in found["rows"]}
+    assert "float32 cannot hold its square" in rows["added", 1e30]["failure"]
+    assert "failure" in rows["added", 1e30]["text"]
+    assert np.isfinite(rows["added", 0.1]["logits"]["kl"])
+    json.dumps(found["walls"])
+
+
+@pytest.fixture(scope="module")
+def folder(byte_lm, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    byte_lm.model.save_pretrained(path)
+    byte_lm.tokenizer.save_pretrained(path)
+    return path
+
+
+def config(folder, out, **given) -> BreakdownConfig:
+    settings = dict(model=str(folder), vector="random:1", strengths=(0.1, 1.0), prompts=("A",), out=out, device="cpu")
+    return BreakdownConfig(**settings | {"sampling": Sampling(max_new_tokens=4)} | given)
+
+
+def test_the_command_writes_what_it_prints(folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "b.json"
+    command = ["sae", "diagnose-breakdown", "--model", folder, "--vector", "random:1", "--strengths", "0.1", "1", "--prompts", "A"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in [*command, "--max-new-tokens", 4, "--out", out, "--device", "cpu"]])
+    main()
+    said, result = capsys.readouterr(), json.loads(out.read_text())
+    assert "16 arms at 2 strengths at resid_post.1" in said.err
+    assert "norms, patterns frozen" in said.out
+    assert result["format"] == "breakdown-1"
+    assert result["vector"] == {"method": "random", "seed": 1}
+    assert len(result["rows"]) == 32
+    assert result["left_out"] == {}
+
+
+def test_a_features_direction_is_measured_by_its_dictionary(folder, tmp_path, byte_lm, capsys):
+    """At the site itself the rise is what its encoder makes of the coefficient, for a feature that is active anyway."""
+    dictionary = Dictionary.initial(32, 48, seed=0, decoder_norm=1.0)
+    dictionary.b_enc_f.data += 100  # every feature is always active, so the rise is linear
+    dictionary.metadata |= {"hook_name": "blocks.1.hook_resid_post"}
+    dictionary.save(tmp_path / "sae")
+    result = diagnose_breakdown(config(folder, tmp_path / "b.json", vector="5", dictionary=str(tmp_path / "sae")))
+    assert (result["site"], result["feature"]) == ("resid_post.1", 5)
+    for row in (row for row in result["rows"] if row["arm"] == "added"):
+        view = row["inside"]["dictionary"]
+        assert view["activation_rise"] == pytest.approx(row["coefficient"], rel=1e-3)
+        assert (view["l0"], view["steered_l0"], view["turnover"]) == (48, 48, 0)
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
+    assert diagnose_breakdown(config(folder, tmp_path / "b.json", dry_run=True)) == {}
+    assert not (tmp_path / "b.json").exists()
+    assert "about 1 min" in capsys.readouterr().err
+
+
+def test_directions_by_name_and_from_files(folder, tmp_path, byte_lm):
+    saved = tmp_path / "v.safetensors"
+    random_direction(32, SITE, 3).save(saved)
+    vector, dictionary, feature = direction_of(config(folder, None, vector=str(saved)), byte_lm)
+    assert (vector.site, dictionary, feature) == (SITE, None, None)
+    component, _, _ = direction_of(config(folder, None, vector="pca:2", site="resid_pre.1"), byte_lm)
+    assert (component.site, component.provenance["component"]) == ("resid_pre.1", 2)
+
+
+def test_bad_input_is_one_sentence(folder, tmp_path):
+    zero = tmp_path / "zero.safetensors"
+    SteeringVector.at(SITE, torch.zeros(32)).save(zero)
+    for given, message in (
+        ({"vector": "7"}, "expected --dictionary with the feature 7, got none"),
+        ({"vector": "nothing"}, "expected a vector file, a feature's number, pca:N or random:SEED as --vector, got 'nothing'"),
+        ({"vector": str(zero)}, "expected a steering vector that is not zero"),
+        ({"site": "resid_post.3"}, "expected a site of the model"),
+        ({"site": "mlp_act.1"}, "expected a direction of the residual stream"),
+        ({"prompts": ()}, "expected at least one prompt"),
+    ):
+        with pytest.raises(InputError, match=message):
+            diagnose_breakdown(config(folder, tmp_path / "b.json", **given))
