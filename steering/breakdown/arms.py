@@ -27,6 +27,7 @@ FRONT = 4  # tokens behind beginning-of-text that the arm "front" steers, about 
 SPAN = 10  # principal directions of neutral text in whose span a random direction is drawn
 KEY_SHARE = 0.9  # of the keys' squared sensitivity that the arm "off the keys" gives up
 KEY_SENTENCES = 8
+CONTROL_SEEDS = 1 << 31  # added to the seed of random arms, so that none is the random direction studied; torch uses 32 bits
 STREAM = ("resid_pre", "resid_mid", "resid_post")
 
 
@@ -70,13 +71,13 @@ def make_arms(lm: LanguageModel, vector: SteeringVector, seed: int = 0) -> Arms:
         Arm("lengthened", vector, "lengthen"),
         Arm("opposite", -vector),
         Arm("all layers", everywhere),
-        Arm("random", random_direction(len(v_d), site, seed, length)),
+        Arm("random", random_direction(len(v_d), site, CONTROL_SEEDS + seed, length)),
         Arm("front", vector, positions=front),
         Arm("last", vector, positions="last"),
     ]
     left_out: dict[str, str] = {}
     made: dict[str, Callable[[], SteeringVector]] = {
-        "random in the top span": lambda: _in_top_span(lm, site, seed, length),
+        "random in the top span": lambda: _in_top_span(lm, site, CONTROL_SEEDS + seed, length),
         "off the keys": lambda: off_the_keys(lm, vector),
     }
     for name, make in made.items():

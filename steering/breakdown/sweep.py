@@ -178,14 +178,22 @@ def inside(setup: Setup, before: Pass, after: Pass, arm: Arm, c: float) -> dict[
             ]
             row["attention_kl_h"] = attention_kl(*patterns, real_sp).tolist()
         layers.append(row)
-    gains = {}
-    for name, scale in before.inner.scales.items():
-        if scale.shape[:2] == real_sp.shape:
-            gains[name] = norm_gain(scale[behind_sp].flatten(), after.inner.scales[name][behind_sp].flatten())
+    gains: dict[str, float | None] = {}
+    for name in before.inner.scales:
+        scale, other = (by_token(one.inner.scales[name], real_sp.shape[1]) for one in (before, after))
+        gains[name] = None if scale is None or other is None else norm_gain(scale[behind_sp].flatten(), other[behind_sp].flatten())
     found = {"layers": layers, "norm_gain": gains}
     if setup.dictionary is not None:
         found["dictionary"] = dictionary_change(setup.dictionary, *pair(setup.vector.site, behind_sp), setup.feature)._asdict()
     return found
+
+
+def by_token(scale: Tensor, p: int) -> Tensor | None:
+    """A norm's scale as [s, p, ...], where a norm of each head may have it as [s, heads, p, 1]; None where its layout cannot be told."""
+    as_it_is, transposed = scale.shape[1] == p, scale.ndim == 4 and scale.shape[2] == p
+    if as_it_is == transposed:
+        return None
+    return scale if as_it_is else scale.transpose(1, 2)
 
 
 def text_at(setup: Setup, c: float, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from sae.model.language_model import LanguageModel
 from steering.breakdown.arms import FRONT, Arm, _key_readers, applied, make_arms, off_the_keys
 from steering.breakdown.frozen import PARTS, internals
 from steering.directions.pca import principal_directions_of_texts
+from steering.directions.random import random_direction
 from steering.strength.neutral import SENTENCES
 from steering.vector import SteeringVector
 
@@ -51,6 +52,13 @@ def test_every_arm_is_as_long_as_the_vector(byte_lm, arms):
         lengths = [d.norm().item() for d in arm.vector.directions.values()]
         assert sum(lengths) == pytest.approx(direction(byte_lm).norm, rel=1e-5), name
     assert list(arms["all layers"].vector.directions) == ["resid_post.0", "resid_post.1", "resid_post.2"]
+
+
+def test_the_random_arm_is_no_random_direction_that_is_studied(byte_lm):
+    made, _ = make_arms(byte_lm, random_direction(32, SITE, 0), seed=0)
+    cosines = {arm.name: float(arm.vector.direction_d @ made[0].vector.direction_d) for arm in made if arm.name.startswith("random")}
+    assert len(cosines) == 2
+    assert all(abs(cosine) < 0.9 for cosine in cosines.values())
 
 
 def test_coefficient_zero_keeps_every_bit_in_every_arm(byte_lm, arms):

@@ -15,7 +15,7 @@ from sae.model.sampling import Sampling
 from sae.progress import progress
 from steering.breakdown.arms import make_arms
 from steering.breakdown.command import BreakdownConfig, diagnose_breakdown, direction_of
-from steering.breakdown.sweep import make_setup, sweep, sweep_steps
+from steering.breakdown.sweep import by_token, make_setup, sweep, sweep_steps
 from steering.command_line import main
 from steering.directions.random import random_direction
 from steering.intervention import steered
@@ -95,6 +95,15 @@ def test_inside_says_what_steering_did_at_the_site(found):
     assert found["first_norm"] == "attn_in.1"
     masses = inner["layers"][1]["attention"][1]
     np.testing.assert_allclose(masses["steered_h"], 1, rtol=1e-5)
+
+
+def test_scales_of_heads_are_laid_out_by_token():
+    scale_sphx = torch.rand(2, 7, 4, 1)
+    assert by_token(scale_sphx, 7) is scale_sphx
+    assert torch.equal(by_token(scale_sphx.transpose(1, 2), 7), scale_sphx)
+    assert by_token(torch.rand(2, 4, 4, 1), 4) is None
+    assert by_token(torch.rand(14, 1), 7) is None
+    assert by_token(scale := torch.rand(2, 7, 1), 7) is scale
 
 
 def test_text_breaks_down_with_strength(found):
