@@ -1,7 +1,7 @@
 """A wide dictionary on a small machine: opening it and steering with one feature, one feature's page, an index of a small cache.
 
 A random JumpReLU dictionary in bfloat16, of which about `--l0` features fire on a token, is written into a folder of its own in `--work`
-and removed at the end, with a random model of its width (one layer, the bundled model's tokenizer) and a cache of that model's activations.
+and removed at the end, with a random model of its width (one layer, 512 tokens) and a cache of that model's activations.
 `--features 1048576 --width 2304` needs 10 GB of disk, and 3 GB more for its index.
 
 Every part is measured in a process of its own, with the dictionary's file and the index out of the page cache:
@@ -16,7 +16,6 @@ of it, with libraries, model and the pages of mapped files, which the system tak
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "checkpoints" / "demo-lm"
 SITE = "resid_post.0"
 FEATURE = 12_345
+VOCABULARY = 512
+"""so that little of the time goes into the logit lens"""
 ROWS = 1 << 14
 """of random numbers at a time"""
 
@@ -87,19 +88,31 @@ def benchmark(config: BenchmarkConfig) -> None:
 
 
 def write_model(folder: Path, width: int) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    from sae.disk.reading import read_tensors
 
     torch.manual_seed(0)
-    sizes = dict(vocab_size=4096, n_positions=128, n_embd=width, n_layer=1, n_head=1, n_inner=8)
+    sizes = dict(vocab_size=VOCABULARY, n_positions=128, n_embd=width, n_layer=1, n_head=1, n_inner=8)
     GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
-    for path in DEMO.glob("tokenizer*"):
-        shutil.copy(path, folder)
+    ids_n = read_tensors(DEMO / "tokens.safetensors", "the demo's text")[0]["ids"]
+    text = AutoTokenizer.from_pretrained(DEMO).decode(ids_n[:100_000].tolist())
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|end|>"]
+    bpe.train_from_iterator(
+        [text], trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=special[0], eos_token=special[0]).save_pretrained(folder)
 
 
 def write_cache(folder: Path, tokens: int) -> None:
     from sae.activations.harvest.command import HarvestConfig, harvest
 
-    text = (str(DEMO / "tokens.safetensors"),)
+    text = (str(folder / "model" / "text.txt"),)
     harvest(HarvestConfig(text=text, out=folder / "cache", model=str(folder / "model"), sites=(SITE,), tokens=tokens, device="cpu"))
 
 
@@ -111,7 +124,7 @@ def write_dictionary(folder: Path, config: BenchmarkConfig) -> None:
 
     f, d = config.features, config.width
     cache = ActivationCache.open(folder / "cache", SITE)
-    theta = cache.mean_squared_norm**0.5 * d**-0.5 * float(torch.special.ndtri(torch.tensor(1 - config.l0 / f, dtype=torch.float64)))
+    theta = threshold(torch.cat([cache.read(shard)[0] for shard in cache.shards("train")]).double().norm(dim=1) * d**-0.5, config.l0 / f)
     metadata = {"site": SITE, "model_name": str(folder / "model"), "model_fingerprint": cache.manifest["model"]["fingerprint"]}
     small = Dictionary(
         torch.zeros(1, d), torch.zeros(1), torch.zeros(1, d), torch.zeros(d), gate=Threshold(torch.ones(1)), metadata=metadata
@@ -136,6 +149,16 @@ def write_dictionary(folder: Path, config: BenchmarkConfig) -> None:
             left -= len(numbers)
         for value, size in ((0.0, f), (theta, f), (0.0, d)):
             file.write(torch.full((size,), value).bfloat16().view(torch.uint8).numpy().data)
+
+
+def threshold(std_n: torch.Tensor, density: float) -> float:
+    """Above which a normal variable lies in this share of all cases, if in each it has one of these standard deviations."""
+    low, high = 0.0, 10 * float(std_n.max())
+    for _ in range(60):
+        middle = (low + high) / 2
+        above = float((0.5 * torch.special.erfc(middle / std_n / 2**0.5)).mean())
+        low, high = (middle, high) if above > density else (low, middle)
+    return high
 
 
 class Watch:

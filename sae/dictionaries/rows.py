@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sae.disk.mapped import is_mapped, let_go, read_ahead
+from sae.disk.mapped import fetch, is_mapped, let_go, read_ahead
 from sae.errors import InputError
 
 BLOCK_BYTES = 1 << 26
 """of the float32 copy of one block"""
-RUNS = 64
+RUNS, FEW = 64, 16
 
 
 def computing_dtype(W_fw: Tensor) -> torch.dtype:
@@ -52,11 +52,16 @@ def _copied(W_fw: Tensor, which: slice | Tensor) -> Tensor:
     k, w, dtype = len(range(*which.indices(len(W_fw)))) if isinstance(which, slice) else len(which), W_fw.shape[1], computing_dtype(W_fw)
     if W_fw.stride(0) < W_fw.stride(1):  # as SAELens writes W_enc: a feature is a column
         rows_kw = torch.empty(w, k, dtype=dtype).T
+        if isinstance(which, Tensor) and k <= FEW:
+            places_kw = which[:, None] * W_fw.stride(0) + torch.arange(w) * W_fw.stride(1)
+            fetch(W_fw, places_kw.add(int(W_fw.storage_offset())).flatten().tolist(), 1)
         for part in ranges(w, RUNS):
             rows_kw[:, part] = W_fw[:, part][which]
             let_go(W_fw)
         return rows_kw
     rows_kw = torch.empty(k, w, dtype=dtype)
+    if isinstance(which, Tensor):
+        fetch(W_fw, which.mul(W_fw.stride(0)).add(int(W_fw.storage_offset())).tolist(), w)
     for part in ranges(k, k if isinstance(which, slice) else RUNS):
         rows_kw[part] = W_fw[which] if isinstance(which, slice) else W_fw[which[part]]
         let_go(W_fw)

@@ -18,7 +18,13 @@ from sae.errors import InputError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """by the names of safetensors"""
-_maps: "WeakValueDictionary[int, mmap.mmap]" = WeakValueDictionary()
+
+
+class Map(mmap.mmap):
+    address = 0
+
+
+_maps: "WeakValueDictionary[int, Map]" = WeakValueDictionary()
 """by the address where a tensor begins"""
 
 
@@ -32,7 +38,7 @@ class Place(NamedTuple):
 def map_tensors(path: Path, places: Mapping[str, Place]) -> dict[str, Tensor]:
     """Tensors of a file that may not be written to. The places must lie inside it. Raises `OSError`."""
     with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = Map(file.fileno(), 0, access=mmap.ACCESS_READ)
     tensors = {}
     for name, (dtype, shape, offset) in places.items():
         if 0 in shape:
@@ -41,12 +47,13 @@ def map_tensors(path: Path, places: Mapping[str, Place]) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")
             flat = torch.frombuffer(mapped, dtype=dtype, count=math.prod(shape), offset=offset)
+        mapped.address = flat.untyped_storage().data_ptr() - offset
         _maps[flat.untyped_storage().data_ptr()] = mapped
         tensors[name] = flat.view(shape)
     return tensors
 
 
-def _map_of(tensor: Tensor) -> mmap.mmap | None:
+def _map_of(tensor: Tensor) -> Map | None:
     return _maps.get(tensor.untyped_storage().data_ptr()) if tensor.device.type == "cpu" else None
 
 
@@ -58,6 +65,18 @@ def is_mapped(tensor: Tensor) -> bool:
 def read_ahead(tensor: Tensor, yes: bool) -> None:
     """Whether the system shall read more of the tensor's file than is asked for: good from front to back, a waste for single rows."""
     _advise(tensor, "MADV_NORMAL" if yes else "MADV_RANDOM")
+
+
+def fetch(tensor: Tensor, starts: list[int], length: int) -> None:
+    """Asks the system to read `length` numbers from each place of the tensor's storage on, all at once rather than one after another."""
+    mapped = _map_of(tensor)
+    if mapped is None or not hasattr(mmap, "MADV_WILLNEED"):
+        return
+    origin, size = tensor.untyped_storage().data_ptr() - mapped.address, tensor.element_size()
+    for start in starts:
+        begin = origin + start * size
+        page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_WILLNEED, page, begin + length * size - page)
 
 
 def let_go(tensor: Tensor) -> None:
