@@ -18,6 +18,7 @@ from sae.model.sampling import Sampling
 from sae.progress import progress
 from sae.text_input import text_list
 from steering.breakdown.arms import Arms, make_arms
+from steering.breakdown.findings import SIGNS, crossings, predictions
 from steering.breakdown.sweep import WALL, Setup, make_setup, run_pass, sweep, sweep_passes, sweep_steps
 from steering.dictionary import load_dictionary
 from steering.directions.feature import feature_direction
@@ -89,6 +90,7 @@ def diagnose_breakdown(config: BreakdownConfig) -> dict[str, Any]:
             **found,
         }
     )
+    result |= {"crossings": crossings(result), "predictions": [one._asdict() for one in predictions(result)]}
     write_json(config.out, result)
     print_tables(result)
     return result
@@ -173,6 +175,16 @@ def print_tables(result: dict[str, Any]) -> None:
         restored = f"{_figure(share['value'])} ({_figure(share['low'])} to {_figure(share['high'])})" if share else ""
         arms.add_row(name, _figure(own["rho"]) if own["reached"] else f"not up to {own['rho']:.3g} (KL {_figure(own['kl'])})", restored)
     console.print(arms)
+    limits = {sign.name: f"{'above' if sign.above else 'below'} {sign.limit:g}" for sign in SIGNS}
+    signs = Table("sign", "limit", "rho", title="what crosses its limit first, added everywhere")
+    for name, rho in result["crossings"].items():
+        signs.add_row(name, limits[name], "not crossed" if rho is None else _figure(rho))
+    console.print(signs)
+    null = Table("prediction of the null model", "", "numbers", title="tokens without any structure, held against this direction")
+    for one in result["predictions"]:
+        verdict = "not decided" if one["held"] is None else "held" if one["held"] else "failed"
+        null.add_row(one["prediction"], verdict, ", ".join(f"{name} {_figure(value)}" for name, value in one["numbers"].items()))
+    console.print(null)
 
 
 def _figure(value: float | None) -> str:
