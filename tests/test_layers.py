@@ -44,6 +44,7 @@ ROOMS = (
     "steering",
     "steering.directions",
     "steering.strength",
+    "steering.report_style",
     "steering.breakdown",
     "steering.panel",
     "steering.parts",

@@ -1,4 +1,4 @@
-"""The command that finds out why a too large coefficient breaks a model: a sweep of strengths in every arm, as JSON and two tables."""
+"""The command that finds out why a too large coefficient breaks a model: strengths in every arm, as JSON, a report and tables."""
 
 import shlex
 import sys
@@ -11,7 +11,7 @@ from tyro.conf import OmitArgPrefixes
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.places import require_file
-from sae.disk.writing import jsonable, write_json
+from sae.disk.writing import atomic, jsonable, write_json
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.model.sampling import Sampling
@@ -19,6 +19,7 @@ from sae.progress import progress
 from sae.text_input import text_list
 from steering.breakdown.arms import Arms, make_arms
 from steering.breakdown.findings import SIGNS, crossings, predictions
+from steering.breakdown.report import report_html
 from steering.breakdown.sweep import WALL, Setup, make_setup, run_pass, sweep, sweep_passes, sweep_steps
 from steering.dictionary import load_dictionary
 from steering.directions.feature import feature_direction
@@ -49,7 +50,7 @@ class BreakdownConfig:
     """Texts to continue at each strength."""
     sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
     out: Path = Path("breakdown.json")
-    """JSON file for every number and every continuation."""
+    """JSON file for every number and every continuation; the report, an HTML page, goes beside it."""
     device: str = "auto"
     """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
     dry_run: bool = False
@@ -57,7 +58,7 @@ class BreakdownConfig:
 
 
 def diagnose_breakdown(config: BreakdownConfig) -> dict[str, Any]:
-    """Writes the JSON, prints the tables and gives what is in the JSON (of a dry run, nothing).
+    """Writes the JSON and the report, prints the tables and gives what is in the JSON (of a dry run, nothing).
 
     Raises `InputError` for a direction that is none of the residual stream or zero, and for strengths that do not rise or begin above the
     wall. What the model or the site has no arm for is left out, with a line that says why.
@@ -66,7 +67,10 @@ def diagnose_breakdown(config: BreakdownConfig) -> dict[str, Any]:
     if not text_list(config.prompts, "prompts"):
         raise InputError("expected at least one prompt, got none")
     if not config.dry_run:
-        require_file(config.out)
+        if config.out.suffix == ".html":
+            raise InputError(f"expected a name for the JSON file as --out, got {config.out}, which is the report's; end it in .json")
+        for path in (config.out, config.out.with_suffix(".html")):
+            require_file(path)
     lm = LanguageModel.load(config.model, device=config.device)
     vector, dictionary, feature = direction_of(config, lm)
     made = make_arms(lm, vector, config.sampling.seed)
@@ -76,7 +80,7 @@ def diagnose_breakdown(config: BreakdownConfig) -> dict[str, Any]:
         return {}
     with progress("measuring", sweep_steps(len(made.arms), len(config.strengths)), "steps") as bar:
         found = sweep(setup, made.arms, config.strengths, config.prompts, config.sampling, bar)
-    settings = asdict(config) | {"command": shlex.join(sys.argv), "seconds": round(time.monotonic() - started)}
+    settings = asdict(config) | {"command": f"{sys.argv[0]} {shlex.join(sys.argv[1:])}", "seconds": round(time.monotonic() - started)}
     result = jsonable(
         {
             "format": FORMAT,
@@ -92,7 +96,10 @@ def diagnose_breakdown(config: BreakdownConfig) -> dict[str, Any]:
     )
     result |= {"crossings": crossings(result), "predictions": [one._asdict() for one in predictions(result)]}
     write_json(config.out, result)
+    with atomic(config.out.with_suffix(".html")) as temporary:
+        temporary.write_text(report_html(result), encoding="utf-8")
     print_tables(result)
+    print(f"report: {config.out.with_suffix('.html')}")
     return result
 
 

@@ -76,11 +76,13 @@ def _least_gain(row: dict[str, Any]) -> float | None:
 
 
 SIGNS = (
-    Sign("norm of the stream, times the unsteered one, at any layer", lambda row, _: _most(_streams(row, "norm_ratio")), 2.0),
+    Sign("norm of the stream over the unsteered one, at any layer", lambda row, _: _most(_streams(row, "norm_ratio")), 2.0),
     Sign("cosine of the stream and v, at any layer", lambda row, _: _most(_streams(row, "cos_v")), 0.9),
     Sign("smallest gain of a norm", lambda row, _: _least_gain(row), 0.5, above=False),
-    Sign("token share behind the first norm, times the unsteered one", lambda row, r: _behind(row, r, "token_share"), 0.5, above=False),
-    Sign("effective rank there, times the unsteered one", lambda row, r: _behind(row, r, "effective_rank"), 0.5, above=False),
+    Sign("token share behind the first norm, over the unsteered one", lambda row, r: _behind(row, r, "token_share"), 0.5, above=False),
+    Sign(
+        "effective rank behind the first norm, over the unsteered one", lambda row, r: _behind(row, r, "effective_rank"), 0.5, above=False
+    ),
     Sign("KL of a layer's attention patterns, nats", lambda row, _: _pattern_kl(row), 1.0),
     Sign(
         "share of tokens beyond 99 % of neutral ones",
@@ -89,8 +91,8 @@ SIGNS = (
     ),
     Sign("overlap of the likeliest tokens with the logit lens of v", lambda row, _: row.get("logits", {}).get("lens_overlap"), 0.5),
     Sign("KL of the predictions, nats", lambda row, _: row.get("logits", {}).get("kl"), 1.0),
-    Sign("distinct-2 of the text, times the unsteered one", _distinct, 0.5, above=False),
-    Sign("nats per token of the text, more than the unsteered one", _added_nats, 1.0),
+    Sign("distinct-2 of the text over the unsteered one", _distinct, 0.5, above=False),
+    Sign("nats per token of the text above the unsteered one", _added_nats, 1.0),
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sae.html import document, figure, visible
 from steering.compare.report_plot import Series, marker, pareto_svg, series_of, whisker_svg
-from steering.compare.report_style import STYLE
+from steering.report_style import STYLE
 from steering.strength.measure import listed_words
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"

@@ -71,14 +71,14 @@ def test_what_crosses_first_comes_first():
     found = crossings(result())
     assert set(found) == {sign.name for sign in SIGNS}
     assert found["KL of the predictions, nats"] == pytest.approx(1)
-    assert found["token share behind the first norm, times the unsteered one"] == pytest.approx(1)
+    assert found["token share behind the first norm, over the unsteered one"] == pytest.approx(1)
     assert found["cosine of the stream and v, at any layer"] == 0.25
     share = (0.5 - 1) / (0.4 - 1)
-    assert found["distinct-2 of the text, times the unsteered one"] == pytest.approx(2**share)
+    assert found["distinct-2 of the text over the unsteered one"] == pytest.approx(2**share)
     known = [rho for rho in found.values() if rho is not None]
     assert known == sorted(known)
     assert list(found.values())[len(known) :] == [None] * (len(found) - len(known))
-    assert found["norm of the stream, times the unsteered one, at any layer"] is None
+    assert found["norm of the stream over the unsteered one, at any layer"] is None
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from sae.model.sampling import Sampling
 from sae.progress import progress
 from steering.breakdown.arms import make_arms
 from steering.breakdown.command import BreakdownConfig, diagnose_breakdown, direction_of
+from steering.breakdown.report import report_html
 from steering.breakdown.sweep import by_token, make_setup, sweep, sweep_steps
 from steering.command_line import main
 from steering.directions.random import random_direction
@@ -157,6 +158,9 @@ def test_the_command_writes_what_it_prints(folder, tmp_path, monkeypatch, capsys
     assert (result["crossings"]["KL of the predictions, nats"] is not None) == (result["walls"]["added"]["rho"] <= 1)
     assert "KL of the predictions" in said.out
     assert "not decided" in said.out
+    page = (tmp_path / "b.html").read_text()
+    assert page == report_html(result)
+    assert all(f">{name}</td>" in page for name in result["walls"])
 
 
 def test_a_features_direction_is_measured_by_its_dictionary(folder, tmp_path, byte_lm, capsys):

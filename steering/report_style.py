@@ -1,4 +1,4 @@
-"""Style of the comparison's report, inline because a page must open from file:// alone."""
+"""Style of the reports, inline because a page must open from file:// alone."""
 
 # Nine hues after Okabe and Ito, darker on light ground and lighter on dark; points differ in shape too, so that nothing rests on colour.
 STYLE = """
