@@ -46,7 +46,8 @@ def commands() -> dict:
     from sae.features.terminal import ListConfig, list_features
     from sae.training import TrainingConfig, train
     from sae.training.live import LiveTrainingConfig, train_live
-    from steering.compare.command import CompareConfig, compare_directions
+    from steering.breakdown.command import BreakdownConfig, diagnose_breakdown
+from steering.compare.command import CompareConfig, compare_directions
     from steering.studies.effect_map import EffectConfig, effect_map
     from steering.studies.principal import PrincipalConfig, principal_study
     from steering.studies.strengths import StrengthsConfig, strengths
@@ -84,6 +85,7 @@ def commands() -> dict:
         "effect-map --effects": lambda p: effect_map(
             EffectConfig(model="none", dictionary=none, feature=(1,), text=text, effects=p, fit=100)
         ),
+        "diagnose-breakdown": lambda p: diagnose_breakdown(BreakdownConfig(model="none", vector="random:1", out=p)),
         "sample_demo_text": lambda p: sample_demo_text.sample(sample_demo_text.SampleConfig(model=none, out=p)),
     }
     return {"folder": folders, "file": files}

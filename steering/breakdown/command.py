@@ -69,8 +69,8 @@ def diagnose_breakdown(config: BreakdownConfig) -> dict[str, Any]:
     if not config.dry_run:
         if config.out.suffix == ".html":
             raise InputError(f"expected a name for the JSON file as --out, got {config.out}, which is the report's; end it in .json")
-        for path in (config.out, config.out.with_suffix(".html")):
-            require_file(path)
+        require_file(config.out)
+        require_file(config.out.with_suffix(".html"))
     lm = LanguageModel.load(config.model, device=config.device)
     vector, dictionary, feature = direction_of(config, lm)
     made = make_arms(lm, vector, config.sampling.seed)
