@@ -47,7 +47,7 @@ def commands() -> dict:
     from sae.training import TrainingConfig, train
     from sae.training.live import LiveTrainingConfig, train_live
     from steering.breakdown.command import BreakdownConfig, diagnose_breakdown
-from steering.compare.command import CompareConfig, compare_directions
+    from steering.compare.command import CompareConfig, compare_directions
     from steering.studies.effect_map import EffectConfig, effect_map
     from steering.studies.principal import PrincipalConfig, principal_study
     from steering.studies.strengths import StrengthsConfig, strengths
