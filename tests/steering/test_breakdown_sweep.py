@@ -176,7 +176,7 @@ def test_a_features_direction_is_measured_by_its_dictionary(folder, tmp_path, by
         assert view["activation_rise"] == pytest.approx(row["coefficient"], rel=1e-3)
         assert (view["l0"], view["steered_l0"], view["turnover"]) == (48, 48, 0)
     text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 80
+    assert max(len(line) for line in text.splitlines() if not line.startswith("report: ")) <= 80  # its path may be long
 
 
 def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
