@@ -313,7 +313,10 @@ class Dictionary(nn.Module):
         scale_out = scale_in if scale_out is None else scale_out
         if self.features_at_once < self.d_sae:
             require_room(self.W_enc_fd.nbytes + self.W_dec_fo.nbytes, "a folded dictionary")
-        norm_f = self._of_rows(lambda rows_fo: (rows_fo / scale_out).norm(dim=-1))
+        if isinstance(scale_out, Tensor):
+            norm_f = self._of_rows(lambda rows_fo: (rows_fo / scale_out).norm(dim=-1))
+        else:
+            norm_f = self.norms() / scale_out
         norm_f = torch.where(norm_f > 0, norm_f, torch.ones_like(norm_f))
         gate = self.gate.scaled(norm_f)
         if gate is None:

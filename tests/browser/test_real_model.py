@@ -192,20 +192,3 @@ def test_directions_are_compared_at_equal_kl(way, tab, capsys, monkeypatch):
     assert all(level["kl"] == pytest.approx(0.3, rel=0.05) for level in reached)
     tab.goto(f"file://{out}/report.html")
     assert "curse_words" in tab.inner_text("body")
-
-
-def test_check_dictionary_passes_a_good_one_and_names_a_planted_mistake(way, tmp_path):
-    from sae.dictionaries.dictionary import Dictionary
-    from sae.evaluation.check.check import CheckConfig, check
-    from sae.training import TrainingConfig, train
-
-    train(TrainingConfig(cache=way.folder / "cache", out=tmp_path / "sae", d_sae=2048, l1=(4.0,), steps=800, batch_size=512, device="cpu"))
-    settings = {"model": str(MODEL), "tokens": 600, "device": "cpu"}
-    good = check(CheckConfig(dictionary=str(tmp_path / "sae"), **settings))
-    assert (good["verdict"], good["found"]) == ("good", None)
-    dictionary = Dictionary.load(tmp_path / "sae")
-    facts = {key: value for key, value in dictionary.metadata.items() if key != "hook_name"} | {"site": "resid_post.12"}
-    Dictionary.of(dictionary.parts()._replace(metadata=facts)).save(tmp_path / "moved")
-    moved = check(CheckConfig(dictionary=str(tmp_path / "moved"), **settings))
-    assert moved["verdict"] in ("wrong", "suspicious")
-    assert any(f"at {SITE}" in reason for reason in moved["reasons"])
