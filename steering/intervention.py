@@ -60,7 +60,7 @@ def steered(
 ) -> Iterator[None]:
     """Inside, every forward pass of the model is steered: `lm.logits`, `lm.generate`, or Hugging Face's own `lm.model.generate`.
 
-    Each vector comes with a coefficient c, 1 without one: a number, or one per sequence of the batch (the beams and the several returned
+    Each vector has a coefficient c, by default 1: a number, or one per sequence of the batch (the beams and the several returned
     texts of a sequence share its own). All that happens at a site is computed from one value h there:
 
     - "add": h + Σ c·v.

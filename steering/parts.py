@@ -31,7 +31,7 @@ CALIBRATION_TOKENS = 20_000
 @dataclass(kw_only=True)
 class PartsConfig:
     index: Path | None = None
-    """Folder of the feature index, which knows each feature's maximum activation. Without one give --dictionary and --model."""
+    """Folder of the feature index, which knows each feature's maximum activation. Default: none; then give --dictionary and --model."""
     dictionary: str | None = None
     """Folder, file or hub name of the dictionary. Default: the one the index was built from, or that of --feature's URL."""
     model: str | None = None
@@ -101,7 +101,7 @@ def _without_index(config: PartsConfig, absolute: bool) -> SteeringParts:
     lm = LanguageModel.load(model, device=config.device)
     dictionary = Dictionary.load(source, lm.device)
     dictionary.require_feature(feature)
-    dictionary.require_model(lm.name, lm.fingerprint(), named=config.model is not None)
+    dictionary.require_model(lm.name, lm.fingerprint(), named=True)  # by the user, or by the list of Neuronpedia's names
     site = dictionary.require_site(config.site)
     if dictionary.d_in != lm.width(site):
         raise InputError(f"expected a dictionary {lm.width(site)} wide for {site} of {lm.name}, got one for {dictionary.d_in} in {source}")

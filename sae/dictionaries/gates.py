@@ -50,7 +50,7 @@ class Gate(nn.Module, ABC):
 
 
 class Threshold(Gate):
-    """z where z > theta, else 0. `theta_f` [f] is at least 0; without one it is 0 everywhere, which is ReLU."""
+    """z where z > theta, else 0. `theta_f` [f] is at least 0; by default it is 0 everywhere, which is ReLU."""
 
     def __init__(self, theta_f: Tensor | None = None):
         super().__init__()

@@ -138,7 +138,7 @@ class Notes:
             self._append(self.dictionary, name, [j])
 
     def remove_from_list(self, name: str, j: int | None = None) -> None:
-        """Removes the feature from the list, or without one the whole list."""
+        """Removes the feature from the list; if `feature` is None, the whole list."""
         with self._changing():
             if j is None:
                 self._connection.execute("DELETE FROM lists WHERE dictionary = ? AND name = ?", (self.dictionary, name))

@@ -7,6 +7,7 @@ import torch
 from test_steer import SILENT, config_of, parts  # noqa: F401
 
 from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.neuronpedia import Posted
 from sae.errors import InputError
 from sae.features.exports.command import ExportConfig, export_features
 from sae.features.index.reader import FeatureIndex
@@ -107,3 +108,15 @@ def test_flags_of_an_index_and_of_none_do_not_mix(parts):  # noqa: F811
     config.dictionary = None
     with pytest.raises(InputError, match="expected --index, or --dictionary and --model"):
         steer(config)
+
+
+def test_a_posted_feature_is_steered_though_its_dictionary_names_the_model_otherwise(parts, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """As SAELens' "gpt2-small" is openai-community/gpt2 on the hub."""
+    dictionary = Dictionary.load(parts / "sae")
+    facts = {key: value for key, value in dictionary.metadata.items() if not key.startswith("model_")} | {"model_name": "gpt2-small"}
+    Dictionary.of(dictionary.parts()._replace(metadata=facts)).save(tmp_path / "sae")
+    monkeypatch.setattr("steering.parts.posted", lambda name: Posted(str(parts / "model"), str(tmp_path / "sae"), 3))
+    config = without(parts, feature="https://www.neuronpedia.org/gpt2-small/6-res-jb/3", activation=5.0)
+    config.dictionary = config.model = None
+    assert steer(config)["steered"] == steer(without(parts, activation=5.0))["steered"]
+    assert "it names gpt2-small" in capsys.readouterr().err

@@ -60,7 +60,7 @@ def read_labels(path: Path, d_sae: int) -> dict[int, list[tuple[str, str]]]:
                     "give those of this dictionary"
                 )
             parts = (row.get("typeName"), row.get("explanationModelName"), row.get("authorId"))
-            method, text = "neuronpedia: " + ", ".join(filter(None, parts)), " ".join(row["description"].split())
+            method, text = ": ".join(filter(None, ["neuronpedia", ", ".join(filter(None, parts))])), " ".join(row["description"].split())
             mine = found.setdefault(int(row["index"]), [])
             same = sum(known.partition(" #")[0] == method for known, _ in mine)
             method, text = (replace_surrogates(part)[0] for part in (f"{method} #{same + 1}" if same else method, text))

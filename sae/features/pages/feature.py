@@ -69,7 +69,7 @@ def feature_html(
     """Everything about one feature, as a fragment. Raises `InputError` if it does not exist.
 
     `notes` gives its label, star and note; `explanations` are those of this feature; `link` gives the address of another feature's
-    page, or None; without one, other features are named but not linked.
+    page, or None; if `link` is None, other features are named but not linked.
     """
     index.prefetch(j)
     columns, info = index.feature(j).columns, index.info
