@@ -147,7 +147,8 @@ def in_child(config: HarvestConfig, *, kill_at_file: int | None = None, kill_at_
         except BaseException:
             os._exit(1)
     while kill_at_file is not None and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        if len(list(config.out.rglob("*.safetensors"))) >= kill_at_file:
+        # os.walk passes by a temporary folder that goes while it looks; rglob raises
+        if sum(name.endswith(".safetensors") for _, _, names in os.walk(config.out) for name in names) >= kill_at_file:
             time.sleep(random.uniform(0, 0.01))
             os.kill(child, signal.SIGKILL)
             break
