@@ -45,6 +45,7 @@ ROOMS = (
     "steering.directions",
     "steering.strength",
     "steering.report_style",
+    "steering.circuits",
     "steering.breakdown",
     "steering.panel",
     "steering.parts",

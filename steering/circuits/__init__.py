@@ -1,0 +1,1 @@
+"""Circuits: which parts of a model read which, how much each edge matters, and passes in which edges are cut."""
