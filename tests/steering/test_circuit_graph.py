@@ -77,7 +77,7 @@ def test_graphs_of_models():
 
 
 @pytest.mark.parametrize(
-    "edge, message",
+    ("edge", "message"),
     [
         ("embed", 'expected an edge such as "embed->logits", got'),
         ("embed->q.0.7", "expected a reader: q.0.0 to q.1.1, k and v likewise, mlp_in.0 to mlp_in.1 or logits, got 'q.0.7'"),
