@@ -378,3 +378,15 @@ def test_a_site_that_is_not_what_its_name_says_is_refused_by_name(forward, refus
     for kind in refused:
         with pytest.raises(InputError, match=rf"expected a site of '', got {kind}\.1, which it does not have: "):
             lm.place(f"{kind}.1")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sites_of_a_deep_model_with_a_large_stream_and_massive_activations(dtype):
+    """As SmolLM2-135M has: a gated MLP multiplies whatever the pass of three tokens adds to make values distinct."""
+    lm = randomised(hf.LlamaConfig(**{**GROUPED, "num_hidden_layers": 24}), 0)
+    with torch.no_grad():
+        weight_vd = lm.model.get_input_embeddings().weight
+        weight_vd *= 100
+        weight_vd[:, 3] += 5000
+    lm = LanguageModel(lm.model.to(dtype), lm.tokenizer)
+    assert lm.refused_sites() == {}

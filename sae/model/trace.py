@@ -219,7 +219,7 @@ class _Hooks:
             first = block.added(block.pre, values, [call for call in block.calls if call.ended])
             if first is not None:
                 block.mid, block.first = call, first
-                tensor += self._noise(tensor, values)
+                tensor += self._noise(tensor, values / 4)
                 return values_of(tensor)
         return values
 
@@ -233,14 +233,17 @@ class _Hooks:
             call.y_seen = Seen.now(first)
             if not len(call.raw) or next(module.children(), None) is not None or call.passes_on:
                 return None
-            noisy = first + self._noise(first, call.raw)
+            noisy = first + self._noise(first, call.raw, into_stream=call.raw.shape == self.block.pre.shape and not call.is_norm)
             call.y, call.y_seen = values_of(noisy), Seen.now(noisy)
             return type(output)((noisy, *output[1:])) if isinstance(output, tuple | list) else noisy
 
         return end
 
-    def _noise(self, tensor: Tensor, values: Tensor) -> Tensor:
-        size = values.pow(2).mean().sqrt() / 2 + self.block.pre.pow(2).mean().nan_to_num().sqrt() / 8
+    def _noise(self, tensor: Tensor, values: Tensor, into_stream: bool = False) -> Tensor:
+        """Half as large as the values; what may be added to the stream must be seen in it, and larger noise would grow in every block."""
+        size = values.pow(2).mean().sqrt() / 2
+        if into_stream:
+            size = size + min(1 / 8, 1024 * self.block.precision) * self.block.pre.pow(2).mean().nan_to_num().sqrt()
         return ((float(size) or 1.0) * torch.randn(tensor.shape, generator=self.noise)).to(tensor)
 
 
