@@ -81,26 +81,31 @@ def diagnose_breakdown(config: BreakdownConfig) -> dict[str, Any]:
     with progress("measuring", sweep_steps(len(made.arms), len(config.strengths)), "steps") as bar:
         found = sweep(setup, made.arms, config.strengths, config.prompts, config.sampling, bar)
     settings = asdict(config) | {"command": f"{sys.argv[0]} {shlex.join(sys.argv[1:])}", "seconds": round(time.monotonic() - started)}
-    result = jsonable(
-        {
-            "format": FORMAT,
-            "model": config.model,
-            "site": vector.site,
-            "vector": vector.provenance,
-            "feature": feature,
-            "wall": WALL,
-            "left_out": made.left_out,
-            "settings": settings,
-            **found,
-        }
-    )
-    result |= {"crossings": crossings(result), "predictions": [one._asdict() for one in predictions(result)]}
+    result = result_of(setup, made, found, settings)
     write_json(config.out, result)
     with atomic(config.out.with_suffix(".html")) as temporary:
         temporary.write_text(report_html(result), encoding="utf-8")
     print_tables(result)
     print(f"report: {config.out.with_suffix('.html')}")
     return result
+
+
+def result_of(setup: Setup, made: Arms, found: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """What the JSON holds: a sweep with what it was of, and the findings by rule."""
+    result = jsonable(
+        {
+            "format": FORMAT,
+            "model": setup.lm.name,
+            "site": setup.vector.site,
+            "vector": setup.vector.provenance,
+            "feature": setup.feature,
+            "wall": WALL,
+            "left_out": made.left_out,
+            "settings": settings,
+            **found,
+        }
+    )
+    return result | {"crossings": crossings(result), "predictions": [one._asdict() for one in predictions(result)]}
 
 
 def direction_of(config: BreakdownConfig, lm: LanguageModel) -> tuple[SteeringVector, Dictionary | None, int | None]:

@@ -239,6 +239,7 @@ def sweep(setup: Setup, arms: Sequence[Arm], rhos: Sequence[float], prompts: Seq
         walls[arm.name] = _wall(setup, before, arm, rhos)
         bar.advance(1, wall=arm.name)
     slopes = {arm.name: kl_slopes(rhos, [r.get("logits", {}).get("kl", np.nan) for r in rows if r["arm"] == arm.name]) for arm in arms}
+    kl_at_wall = _kl_at_wall(setup, before, arms, walls["added"]["coefficient"], bar)
     tokens, width = int(setup.mask_sp.sum()) - len(setup.mask_sp), setup.lm.d_model  # without each text's first
     return {
         "rho_of_1": setup.rho_of_1,
@@ -248,7 +249,8 @@ def sweep(setup: Setup, arms: Sequence[Arm], rhos: Sequence[float], prompts: Seq
         "rows": rows,
         "slopes": {name: slope_c.tolist() for name, slope_c in slopes.items()},
         "walls": walls,
-        "restored": _restored(setup, before, arms, walls["added"]["coefficient"], bar),
+        "kl_of_texts_at_wall": {name: kl_s.tolist() for name, kl_s in kl_at_wall.items()},
+        "restored": restored(kl_at_wall),
         "null": [{"rho": size, **isotropic_null(size, tokens, width)._asdict()} for size in rhos],
     }
 
@@ -302,12 +304,18 @@ def _wall(setup: Setup, before: Pass, arm: Arm, rhos: Sequence[float]) -> dict[s
     }
 
 
-def _restored(setup: Setup, before: Pass, arms: Sequence[Arm], c: float, bar: Progress) -> Mapping[str, Estimate]:
-    """1 − KL/KL of "added", both at the coefficient c, with the interval over texts: 1 restores all, below 0 breaks more."""
-    kl_s = {}
+def _kl_at_wall(setup: Setup, before: Pass, arms: Sequence[Arm], c: float, bar: Progress) -> dict[str, np.ndarray]:
+    """Of each arm at the coefficient of the wall of "added", one for each text."""
+    kl_at_wall = {}
     for arm in arms:
-        kl_s[arm.name] = _kl_of_texts(setup, before, arm, c)
+        kl_at_wall[arm.name] = _kl_of_texts(setup, before, arm, c)
         bar.advance(1, wall=arm.name)
-    weight_rs = data_and_resamples(len(setup.ids_sp), np.random.default_rng(0))
+    return kl_at_wall
+
+
+def restored(kl_at_wall: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
+    """1 − KL/KL of "added", both at one coefficient, with the interval over texts: 1 restores all, below 0 breaks more."""
+    added_s = kl_at_wall["added"]
+    weight_rs = data_and_resamples(len(added_s), np.random.default_rng(0))
     with np.errstate(invalid="ignore"):
-        return {name: estimate(1 - (weight_rs @ kl) / (weight_rs @ kl_s["added"])) for name, kl in kl_s.items() if name != "added"}
+        return {name: estimate(1 - (weight_rs @ kl_s) / (weight_rs @ added_s)) for name, kl_s in kl_at_wall.items() if name != "added"}
