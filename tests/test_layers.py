@@ -44,6 +44,7 @@ ROOMS = (
     "steering",
     "steering.directions",
     "steering.strength",
+    "steering.concept",
     "steering.report_style",
     "steering.circuits",
     "steering.breakdown",

@@ -18,7 +18,8 @@ from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import parse_site
 from sae.statistics import auroc
-from steering.compare.concepts import Concept, LabelledTexts, Texts
+from steering.compare.concepts import LabelledTexts, Texts
+from steering.concept import Concept
 from steering.directions.actadd import actadd
 from steering.directions.diffmean import diffmean
 from steering.directions.feature import by_output_score, feature_direction

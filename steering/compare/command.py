@@ -25,9 +25,10 @@ from sae.model.language_model import LanguageModel
 from sae.model.sampling import Sampling
 from sae.text_input import text_list
 from steering.compare.arms import NONE, Arm, ArmInputs, build_arms
-from steering.compare.concepts import Texts, TextScore, concept_texts, load_concept, read_labelled_texts, second_score, target_score
+from steering.compare.concepts import Texts, TextScore, concept_texts, read_labelled_texts, second_score, target_score
 from steering.compare.continuations import ComparisonSetup, continuations, measure_arms
 from steering.compare.scores import comparison_verdict, estimate_text
+from steering.concept import load_concept
 from steering.dictionary import load_dictionary
 from steering.directions.targeted import Effects
 from steering.strength.neutral import PROMPTS

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,18 @@ def listed_words(words: Sequence[str]) -> re.Pattern[str]:
     if not listed or not all(listed):
         raise InputError(f"expected a list of words to count, got {list(words)}")
     return whole_words(listed)
+
+
+def read_words(path: Path) -> list[str]:
+    """The lines of a file, without empty ones and those that begin with #. Raises `InputError` for a file without any."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"expected a text file of words at {path}, but it cannot be read ({error})") from None
+    words = [line for line in lines if line and not line.startswith("#")]
+    if not words:
+        raise InputError(f"expected one word a line in {path}, found none")
+    return words
 
 
 def word_rate(texts: Iterable[str], words: Sequence[str]) -> WordRate:

@@ -22,7 +22,7 @@ from sae.statistics import ratio_interval
 from sae.text_input import text_list
 from steering.intervention import steered
 from steering.parts import PartsConfig, load_steering_parts
-from steering.strength.measure import continuation_loss, until_end, word_rate
+from steering.strength.measure import continuation_loss, read_words, until_end, word_rate
 from steering.strength.neutral import FEW_PROMPTS
 from steering.vector import SteeringVector
 
@@ -83,17 +83,6 @@ def strengths(config: StrengthsConfig) -> list[StrengthRow]:
         write_json(config.out, {"settings": settings, "feature": feature, "rows": [row._asdict() for row in rows]})
     print_strengths(rows, feature, vector.site, config)
     return rows
-
-
-def read_words(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"expected a text file of words at {path}, but it cannot be read ({error})") from None
-    words = [line for line in lines if line and not line.startswith("#")]
-    if not words:
-        raise InputError(f"expected one word a line in {path}, found none")
-    return words
 
 
 def measure_strength(

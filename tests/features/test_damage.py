@@ -41,7 +41,7 @@ from sae.features.pages.feature import FeatureView
 from sae.features.terminal import ListConfig, list_features
 from sae.model.language_model import LanguageModel
 from sae.training import TrainingConfig, train
-from steering.compare.concepts import load_concept
+from steering.concept import load_concept
 from steering.directions.targeted import Effects
 from steering.vector import SteeringVector
 

@@ -10,7 +10,8 @@ from sklearn.metrics import roc_auc_score
 
 from sae.dictionaries.dictionary import Dictionary
 from steering.compare.arms import MAKERS, NONE, PROMPTING, RANDOM, SHUFFLED, ArmInputs, build_arms
-from steering.compare.concepts import Concept, LabelledTexts, Texts
+from steering.compare.concepts import LabelledTexts, Texts
+from steering.concept import Concept
 from steering.directions.targeted import Effects, targeted_direction
 from steering.directions.texts import activations_of_texts
 

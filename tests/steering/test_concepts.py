@@ -16,16 +16,14 @@ from sae.model.language_model import LanguageModel
 from steering.compare.concepts import (
     LABEL_TEXTS,
     LENGTH,
-    Concept,
     LabelledTexts,
     Texts,
     concept_texts,
-    load_concept,
     read_labelled_texts,
     second_score,
-    shipped_concepts,
     target_score,
 )
+from steering.concept import Concept, load_concept, shipped_concepts
 from steering.strength.measure import word_rate
 
 NAMES = ["anger_calm", "bible", "code", "curse_words", "formality", "love_hate", "question_statement", "sentiment", "weddings", "wine"]

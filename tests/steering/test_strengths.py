@@ -3,7 +3,8 @@
 import pytest
 
 from sae.errors import InputError
-from steering.studies.strengths import WORDS, read_words
+from steering.strength.measure import read_words
+from steering.studies.strengths import WORDS
 
 
 def test_word_lists(tmp_path):
