@@ -29,6 +29,7 @@ KEY_SHARE = 0.9  # of the keys' squared sensitivity that the arm "off the keys" 
 KEY_SENTENCES = 8
 CONTROL_SEEDS = 1 << 31  # added to the seed of random arms, so that none is the random direction studied; torch uses 32 bits
 STREAM = ("resid_pre", "resid_mid", "resid_post")
+ONE_DIRECTION = ("lengthened", "front", "last")  # arms that a direction for each position does not have
 
 
 class Arm(NamedTuple):
@@ -52,32 +53,38 @@ def make_arms(lm: LanguageModel, vector: SteeringVector, seed: int = 0) -> Arms:
     """The arms of one direction of the residual stream.
 
     "rotated" has the cosine to v that adding gives, at the old length: that is also what adding and rescaling to the old length gives.
-    "lengthened" is its counterpart. "all layers" adds v/L at each of L layers. "norms frozen" to "norms, patterns, values frozen" add v
-    everywhere. Raises `InputError` for a zero vector and for one that is not one direction of the residual stream.
+    "lengthened" is its counterpart. "all layers" adds v/L at each of L layers. "norms frozen" to "norms, patterns, values frozen" add v as
+    "added" does. A direction for each of the first positions (ActAdd's, [p, d]) has no "lengthened", "front" and "last"; its random
+    counterparts have the length of each row. Raises `InputError` for a zero vector and for one that is not of the residual stream.
     """
-    site, v_d = vector.site, vector.direction_d
+    site = vector.site
+    v = vector.directions[site]
     kind, _ = parse_site(site, lm.n_layers)
     if kind not in STREAM:
         raise InputError(f"expected a direction of the residual stream ({', '.join(STREAM)}), got one at {site}")
-    if len(v_d) != lm.width(site):
-        raise InputError(f"expected a direction of width {lm.width(site)} for {site} of {lm.name!r}, got {len(v_d)}")
+    if v.shape[-1] != lm.width(site):
+        raise InputError(f"expected a direction of width {lm.width(site)} for {site} of {lm.name!r}, got {v.shape[-1]}")
     vector.unit()  # a zero vector has none
-    length = vector.norm
+    seed += CONTROL_SEEDS
     front = list(range(begin := int(lm.bos_id is not None), begin + FRONT))
-    everywhere = SteeringVector({f"{kind}.{layer}": v_d / lm.n_layers for layer in range(lm.n_layers)}, {"all layers": vector.provenance})
+    everywhere = SteeringVector({f"{kind}.{layer}": v / lm.n_layers for layer in range(lm.n_layers)}, {"all layers": vector.provenance})
     arms = [
         Arm("added", vector),
         Arm("rotated", vector, "rotate"),
         Arm("lengthened", vector, "lengthen"),
         Arm("opposite", -vector),
         Arm("all layers", everywhere),
-        Arm("random", random_direction(len(v_d), site, CONTROL_SEEDS + seed, length)),
+        Arm("random", _row_by_row(vector, seed, lambda seed, norm: random_direction(v.shape[-1], site, seed, norm))),
         Arm("front", vector, positions=front),
         Arm("last", vector, positions="last"),
     ]
     left_out: dict[str, str] = {}
+    if v.ndim == 2:
+        arms = [arm for arm in arms if arm.name not in ONE_DIRECTION]
+        for name in ONE_DIRECTION:
+            left_out[name] = f"expected one direction for every position, got one for each of the first {len(v)}"
     made: dict[str, Callable[[], SteeringVector]] = {
-        "random in the top span": lambda: _in_top_span(lm, site, CONTROL_SEEDS + seed, length),
+        "random in the top span": lambda: _in_top_span(lm, vector, seed),
         "off the keys": lambda: off_the_keys(lm, vector),
     }
     for name, make in made.items():
@@ -122,9 +129,19 @@ def _lengthening(added_d: Tensor) -> Edit:
     return lengthen
 
 
-def _in_top_span(lm: LanguageModel, site: str, seed: int, length: float) -> SteeringVector:
-    components = principal_directions_of_texts(lm, SENTENCES, site, min(SPAN, lm.width(site)))
-    return random_in_span(torch.stack([component.unit().direction_d for component in components]), site, seed, length)
+def _row_by_row(vector: SteeringVector, seed: int, make: Callable[[int, float], SteeringVector]) -> SteeringVector:
+    """`make(seed, norm)` for a vector of one direction; else for each of its rows, with a seed of its own."""
+    v = vector.directions[vector.site]
+    if v.ndim == 1:
+        return make(seed, vector.norm)
+    rows = [make(seed + row, float(v_d.double().norm())) for row, v_d in enumerate(v)]
+    return SteeringVector.at(vector.site, torch.stack([row.direction_d for row in rows]), {"rows": [row.provenance for row in rows]})
+
+
+def _in_top_span(lm: LanguageModel, vector: SteeringVector, seed: int) -> SteeringVector:
+    components = principal_directions_of_texts(lm, SENTENCES, vector.site, min(SPAN, lm.width(vector.site)))
+    units_kd = torch.stack([component.unit().direction_d for component in components])
+    return _row_by_row(vector, seed, lambda seed, norm: random_in_span(units_kd, vector.site, seed, norm))
 
 
 def off_the_keys(lm: LanguageModel, vector: SteeringVector, share: float = KEY_SHARE) -> SteeringVector:
@@ -139,12 +156,12 @@ def off_the_keys(lm: LanguageModel, vector: SteeringVector, share: float = KEY_S
     if layer >= lm.n_layers:
         raise InputError(f"expected a direction that an attention reads, but none comes after {vector.site}")
     read_dk = _key_readers(lm, vector.site, f"k.{layer}", share)
-    v_d = vector.direction_d.double()
-    rest_d = v_d - read_dk @ (read_dk.T @ v_d)
-    if not rest_d.norm() > 1e-3 * v_d.norm():
+    v = vector.directions[vector.site].double()  # [d] or [p, d]
+    rest = v - v @ read_dk @ read_dk.T
+    if not rest.norm() > 1e-3 * v.norm():
         raise InputError(f"expected a direction with a part that the keys of block {layer} do not read, got one that they read whole")
     provenance = {"off_the_keys": vector.provenance, "block": layer, "share": share}
-    return SteeringVector.at(vector.site, rest_d * (v_d.norm() / rest_d.norm()), provenance)
+    return SteeringVector.at(vector.site, rest * (v.norm() / rest.norm()), provenance)
 
 
 def _key_readers(lm: LanguageModel, site: str, keys: str, share: float) -> Tensor:

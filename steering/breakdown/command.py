@@ -3,13 +3,13 @@
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tyro.conf import OmitArgPrefixes
 
-from sae.dictionaries.dictionary import Dictionary
 from sae.disk.places import require_file
 from sae.disk.writing import atomic, jsonable, write_json
 from sae.errors import InputError
@@ -18,19 +18,14 @@ from sae.model.sampling import Sampling
 from sae.progress import progress
 from sae.text_input import text_list
 from steering.breakdown.arms import Arms, make_arms
+from steering.breakdown.direction import MEASURED, OTHERS, named_direction
 from steering.breakdown.findings import SIGNS, crossings, predictions
 from steering.breakdown.report import report_html
 from steering.breakdown.sweep import WALL, Setup, make_setup, run_pass, sweep, sweep_passes, sweep_steps
-from steering.dictionary import load_dictionary
-from steering.directions.feature import feature_direction
-from steering.directions.pca import principal_directions_of_texts
-from steering.directions.random import random_direction
-from steering.strength.neutral import FEW_PROMPTS, SENTENCES
+from steering.strength.neutral import FEW_PROMPTS
 from steering.vector import SteeringVector
 
 FORMAT = "breakdown-1"
-MEASURED, OTHERS = SENTENCES[::3], [text for number, text in enumerate(SENTENCES) if number % 3]
-"""texts on which the damage is measured, and those that say what is neutral"""
 
 
 @dataclass(kw_only=True)
@@ -38,12 +33,13 @@ class BreakdownConfig:
     model: str
     """Model by hub name, folder or GGUF file."""
     vector: str
-    """Direction of the residual stream: a vector file, the number of a feature of --dictionary, pca:N (component N of neutral text) or
+    """Direction of the residual stream: a vector file, the number of a feature of --dictionary, actadd:POSITIVE|NEGATIVE (two prompts),
+    diffmean:CONCEPT (a shipped concept such as curse_words, or a concept's .json file), pca:N (component N of neutral text) or
     random:SEED."""
     dictionary: str | None = None
     """Folder, file or hub name of a dictionary of this model, whose view of the stream is measured too where it reads at the site."""
     site: str | None = None
-    """Site, for pca:N and random:SEED, such as resid_post.2. Default: the middle block's resid_post."""
+    """Site, for a direction that is no file, such as resid_post.2. Default: the dictionary's, else the middle block's resid_post."""
     strengths: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
     """Lengths of what is added, in units of the stream's typical norm at the site (rho), rising."""
     prompts: tuple[str, ...] = FEW_PROMPTS
@@ -72,7 +68,8 @@ def diagnose_breakdown(config: BreakdownConfig) -> dict[str, Any]:
         require_file(config.out)
         require_file(config.out.with_suffix(".html"))
     lm = LanguageModel.load(config.model, device=config.device)
-    vector, dictionary, feature = direction_of(config, lm)
+    vector, dictionary, feature = named_direction(lm, config.vector, config.dictionary, config.site)
+    check_prompts(lm, vector, config.prompts)
     made = make_arms(lm, vector, config.sampling.seed)
     setup = make_setup(lm, vector, MEASURED, OTHERS, made.arms, dictionary, feature)
     announce(setup, made, config)
@@ -108,31 +105,17 @@ def result_of(setup: Setup, made: Arms, found: dict[str, Any], settings: dict[st
     return result | {"crossings": crossings(result), "predictions": [one._asdict() for one in predictions(result)]}
 
 
-def direction_of(config: BreakdownConfig, lm: LanguageModel) -> tuple[SteeringVector, Dictionary | None, int | None]:
-    """The direction, the dictionary where it reads at the direction's site, and the feature if the direction is one."""
-    kind, _, number = config.vector.partition(":")
-    dictionary, site = None, config.site or f"resid_post.{lm.n_layers // 2}"
-    if config.dictionary is not None:
-        dictionary, site = load_dictionary(config.dictionary, lm, config.site)
-    feature = None
-    if config.vector.isdecimal():
-        if dictionary is None:
-            raise InputError(f"expected --dictionary with the feature {config.vector}, got none; give the dictionary that it belongs to")
-        feature = int(config.vector)
-        vector = feature_direction(dictionary, feature, 1.0, site)
-    elif kind in ("pca", "random") and number.isdecimal():
-        lm.width(site)
-        if kind == "random":
-            vector = random_direction(lm.width(site), site, int(number))
-        else:
-            vector = principal_directions_of_texts(lm, OTHERS, site, max(1, int(number)))[-1]
-    else:
-        if not Path(config.vector).is_file():
-            raise InputError(f"expected a vector file, a feature's number, pca:N or random:SEED as --vector, got {config.vector!r}")
-        vector = SteeringVector.load(config.vector)
-        if dictionary is not None and site != vector.site:
-            raise InputError(f"expected a dictionary of {vector.site}, where the vector is, got one of {site}; leave one of them out")
-    return vector, dictionary, feature
+def check_prompts(lm: LanguageModel, vector: SteeringVector, prompts: Sequence[str]) -> None:
+    """Says how many prompts get only the first of a vector's directions for each position. Raises `InputError` if all do."""
+    lengths = lm.encode(prompts)[1].sum(1).tolist()  # host sync
+    rows = max(len(direction) if direction.ndim == 2 else 0 for direction in vector.directions.values())
+    if rows > max(lengths):
+        raise InputError(
+            f"expected a prompt of at least {rows} tokens, as many as the vector has directions, got one of {max(lengths)}; "
+            "give a longer one as --prompts"
+        )
+    if short := sum(length < rows for length in lengths):
+        print(f"{short} of {len(lengths)} prompts are shorter than the vector's {rows} positions: they get the first ones", file=sys.stderr)
 
 
 def announce(setup: Setup, made: Arms, config: BreakdownConfig) -> None:
@@ -155,7 +138,7 @@ def print_tables(result: dict[str, Any]) -> None:
 
     console = Console()
     added = [row for row in result["rows"] if row["arm"] == "added"]
-    title = f"added everywhere at {result['site']} of {result['model']}"
+    title = f"added {result['where']} at {result['site']} of {result['model']}"
     caption = "slope: d log KL / d log c; text: continuations under the unsteered model"
     heads = ("rho", "KL", "slope", "entropy", "top-1 flips", "nats/token", "distinct-2")
     out = Table(*heads, title=title, caption=caption)
@@ -188,7 +171,7 @@ def print_tables(result: dict[str, Any]) -> None:
         arms.add_row(name, _figure(own["rho"]) if own["reached"] else f"not up to {own['rho']:.3g} (KL {_figure(own['kl'])})", restored)
     console.print(arms)
     limits = {sign.name: f"{'above' if sign.above else 'below'} {sign.limit:g}" for sign in SIGNS}
-    signs = Table("sign", "limit", "rho", title="what crosses its limit first, added everywhere")
+    signs = Table("sign", "limit", "rho", title=f"what crosses its limit first, added {result['where']}")
     for name, rho in result["crossings"].items():
         signs.add_row(name, limits[name], "not crossed" if rho is None else _figure(rho))
     console.print(signs)

@@ -51,11 +51,11 @@ class StreamChange(NamedTuple):
     """of h' − h and v; 1 where nothing answers the vector"""
 
 
-def stream_change(h_nd: Tensor, steered_nd: Tensor, v_d: Tensor) -> StreamChange:
-    """Of the residual stream at one place."""
-    h_nd, steered_nd, v_d = h_nd.double(), steered_nd.double(), v_d.double()
+def stream_change(h_nd: Tensor, steered_nd: Tensor, v: Tensor) -> StreamChange:
+    """Of the residual stream at one place; `v` is [d], or one for each token, [n, d]."""
+    h_nd, steered_nd, v = h_nd.double(), steered_nd.double(), v.double()
     ratio_n = steered_nd.norm(dim=-1) / h_nd.norm(dim=-1)
-    cosines = (_cosine(steered_nd, v_d), _cosine(steered_nd, h_nd), _cosine(steered_nd - h_nd, v_d))
+    cosines = (_cosine(steered_nd, v), _cosine(steered_nd, h_nd), _cosine(steered_nd - h_nd, v))
     return StreamChange(
         float(ratio_n.mean()), float(ratio_n.quantile(0.95)), *(float(cosine_n.mean()) for cosine_n in cosines)
     )  # host sync
@@ -78,15 +78,16 @@ class WriteChange(NamedTuple):
     steered_share: float
     """‖w'‖/‖h'‖"""
     taken_back: float
-    """−(w' − w)·v/(c‖v‖²): the share of what was added that it cancels; 1 undoes the steering, below 0 it adds to it"""
+    """−(w' − w)·v/(c‖v‖²), mean over the tokens that v was added to: the share that it cancels; 1 undoes the steering, below 0 it adds to
+    it"""
 
 
-def write_change(write_nd: Tensor, steered_write_nd: Tensor, h_nd: Tensor, steered_nd: Tensor, added_d: Tensor) -> WriteChange:
-    """Of the writes to the stream h; `added_d` is c·v. NaN for `taken_back` where nothing was added."""
-    write_nd, steered_write_nd, added_d = write_nd.double(), steered_write_nd.double(), added_d.double()
+def write_change(write_nd: Tensor, steered_write_nd: Tensor, h_nd: Tensor, steered_nd: Tensor, added: Tensor) -> WriteChange:
+    """Of the writes to the stream h; `added` is c·v, [d] or one for each token, [n, d]. NaN for `taken_back` where nothing was added."""
+    write_nd, steered_write_nd, added = write_nd.double(), steered_write_nd.double(), added.double()
     shares = [(w.norm(dim=-1) / h.double().norm(dim=-1)).mean() for w, h in ((write_nd, h_nd), (steered_write_nd, steered_nd))]
-    back_n = -(steered_write_nd - write_nd) @ added_d / added_d.square().sum()
-    return WriteChange(float(shares[0]), float(shares[1]), float(back_n.mean()))  # host sync
+    back_n = -((steered_write_nd - write_nd) * added).sum(-1) / added.square().sum(-1)
+    return WriteChange(float(shares[0]), float(shares[1]), float(back_n.nanmean()))  # host sync
 
 
 def token_share(x_nd: Tensor) -> float:
@@ -202,7 +203,8 @@ def logit_change(logits_nv: Tensor, steered_nv: Tensor, lens_v: Tensor, tokens: 
 def lens_sharpness(lens_v: Tensor, tokens: int = LENS_TOKENS) -> float:
     """How many standard deviations the tokens that the logit lens of v raises most lie above all: can the vector be read as words?
 
-    A stand-in for LAP (arXiv 2604.15557), which needs tokens that name the concept. Compare it with that of a random direction.
+    A stand-in for LAP (arXiv 2604.15557): that is how often the unembedding names the right token from hidden states, so it needs prompts
+    with known answers and is of a layer, not of a vector. Compare it with that of a random direction.
     """
     lens_v = lens_v.double()
     return float((lens_v.topk(min(tokens, len(lens_v))).values.mean() - lens_v.mean()) / lens_v.std(correction=0))  # host sync

@@ -77,7 +77,8 @@ MAPS: tuple[tuple[str, Cell], ...] = (
 def report_html(result: Result) -> str:
     """The whole page. The same result gives the same page, byte for byte."""
     added = [row for row in result["rows"] if row["arm"] == "added"]
-    parts = [_head(result), _findings(result), _curves(result), _arms(result), _null(result, added), _maps(added), _texts(result, added)]
+    parts = [_head(result), _findings(result), _curves(result), _arms(result), _null(result, added)]
+    parts += [_maps(result, added), _texts(result, added)]
     isolate = "".join(
         f".pareto:has(.l{i}:hover) .plot .series:not(.s{i}),.pareto:has(.l{i}:focus) .plot .series:not(.s{i}){{opacity:.09}}"
         for i in range(len(result["walls"]))
@@ -124,7 +125,9 @@ def _findings(result: Result) -> str:
         numbers = ", ".join(f"{escape(name)} {figure(value)}" for name, value in one["numbers"].items())
         null.append(_row(one["prediction"], [kind or "not decided", numbers], kind))
     return _section(
-        "What crosses its limit first", "Added everywhere. The limits are conventions.", _table(("sign", "limit", "rho"), signs)
+        "What crosses its limit first",
+        f"Added {result['where']}. The limits are conventions.",
+        _table(("sign", "limit", "rho"), signs),
     ) + _section(
         "Predictions of the null model",
         "Tokens without any structure, held against this one direction at this one site.",
@@ -220,7 +223,7 @@ def _null(result: Result, added: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _maps(added: Sequence[dict[str, Any]]) -> str:
+def _maps(result: Result, added: Sequence[dict[str, Any]]) -> str:
     rhos = [f"{row['rho']:g}" for row in added]
     maps = []
     for title, value in MAPS:
@@ -237,7 +240,7 @@ def _maps(added: Sequence[dict[str, Any]]) -> str:
                 f"<tbody>{rows}</tbody></table></div></div>"
             )
     return _section(
-        "Layer by layer, added everywhere",
+        f"Layer by layer, added {result['where']}",
         "Columns are rho; the darker, the larger; below 0 in the other colour.",
         f"<div class='maps'>{''.join(maps)}</div>" if maps else "<p>Nothing inside was measured.</p>",
     )
@@ -262,6 +265,6 @@ def _texts(result: Result, added: Sequence[dict[str, Any]]) -> str:
     prompt = result["settings"]["prompts"][0]
     return _section(
         "What the model writes",
-        f"Continuations of “{prompt}”, added everywhere.",
+        f"Continuations of “{prompt}”, added {result['where']}.",
         _table(("", "text", "nats per token", "distinct-2"), rows),
     )

@@ -23,6 +23,7 @@ from steering.breakdown.arms import Arm, applied
 from steering.breakdown.diagnostics import (
     LogitChange,
     Neutral,
+    Null,
     attention_kl,
     attention_masses,
     dictionary_change,
@@ -46,6 +47,7 @@ from steering.strength.calibration import coefficient_for_kl, encode_cut
 from steering.strength.measure import continuation_loss, distinct_2, first_repeated_step, until_end
 from steering.vector import SteeringVector
 
+NO_NULL = Null(*[float("nan")] * 3)  # of a vector that is not added at every position
 WALL = 1.0  # nats per token of KL at which a model counts as broken
 MOST = 30.0  # times the largest rho of the grid that is tried to find an arm's wall
 INSIDE = ("added", "front")  # arms whose passes are looked into; of the others only the predictions are measured
@@ -61,13 +63,18 @@ class Setup(NamedTuple):
     parts: tuple[str, ...]
     """that can be frozen, and so seen"""
     rho_of_1: float
-    """rho of coefficient 1"""
+    """rho of coefficient 1; of several directions, that of the longest"""
     lens_v: Tensor
-    """what the vector adds to the logits when it is read as the final stream"""
+    """what the vector, or its longest direction, adds to the logits when it is read as the final stream"""
     neutral: dict[str, Neutral]
     """of the stream, by site, on other texts"""
     dictionary: Dictionary | None = None
     feature: int | None = None
+
+    @property
+    def everywhere(self) -> bool:
+        """whether the vector is one direction, which is added at every position"""
+        return self.vector.directions[self.vector.site].ndim == 1
 
 
 class Pass(NamedTuple):
@@ -85,17 +92,27 @@ def make_setup(
     dictionary: Dictionary | None = None,
     feature: int | None = None,
 ) -> Setup:
-    """Measured on `texts`; distances are those to the stream on `others`. Raises `InputError` for a zero vector and for empty texts."""
+    """Measured on `texts`; distances are those to the stream on `others`.
+
+    Raises `InputError` for a zero vector, for empty texts, and for directions of more positions than a text has.
+    """
     ids_sp, mask_sp = encode_cut(lm, texts)
     site = vector.site
+    rows = vector.directions[site].reshape(-1, lm.width(site))
+    if len(rows) > (shortest := int(mask_sp.sum(1).min())):  # host sync
+        raise InputError(
+            f"expected directions for at most {shortest} positions, as many as the shortest text has tokens, got {len(rows)}; "
+            "give shorter prompts"
+        )
+    longest_d = rows[rows.norm(dim=-1).argmax()]
     h_nd = lm.record(ids_sp, [site], mask_sp)[site][_behind_first(lm, mask_sp)]
-    rho_of_1 = rho(1.0, vector.direction_d.to(h_nd.device), typical_norm(h_nd))
+    rho_of_1 = rho(1.0, longest_d.to(h_nd.device), typical_norm(h_nd))
     W_U_vd, _ = folded_unembedding(lm)
     streams, (other_sp, other_mask_sp) = _streams(lm, site), encode_cut(lm, others)
     recorded = lm.record(other_sp, streams, other_mask_sp)
     neutral = {stream: fit_neutral(recorded[stream][_behind_first(lm, other_mask_sp)]) for stream in streams}
     parts = tuple(part for part in PARTS if any(part in arm.frozen for arm in arms))
-    lens_v = W_U_vd @ vector.direction_d.to(W_U_vd)
+    lens_v = W_U_vd @ longest_d.to(W_U_vd)
     return Setup(lm, vector, ids_sp, mask_sp, parts, rho_of_1, lens_v, neutral, dictionary, feature)
 
 
@@ -148,9 +165,20 @@ def inside(setup: Setup, before: Pass, after: Pass, arm: Arm, c: float) -> dict[
     real_sp = setup.mask_sp.bool()
     number_sp = real_sp.cumsum(1) - 1
     first_sp = real_sp & (number_sp == 0)
-    steered_sp = real_sp if arm.positions == "all" else real_sp & torch.isin(number_sp, torch.tensor(arm.positions).to(number_sp))
+    added = c * setup.vector.directions[setup.vector.site].to(setup.lm.device)
+    if added.ndim == 2:
+        padded_pd = torch.nn.functional.pad(added, (0, 0, 0, real_sp.shape[1]))
+        added = padded_pd[number_sp.clamp_min(0)]  # [s, p, d]
+        steered_sp = real_sp & (added != 0).any(-1)
+    elif arm.positions == "all":
+        steered_sp = real_sp
+    else:
+        steered_sp = real_sp & torch.isin(number_sp, torch.tensor(arm.positions).to(number_sp))
     classes = {"first": first_sp, "steered": steered_sp & ~first_sp, "later": real_sp & ~steered_sp & ~first_sp}
-    behind_sp, v_d, layers = real_sp & ~first_sp, c * setup.vector.direction_d.to(setup.lm.device), []
+    behind_sp, layers = real_sp & ~first_sp, []
+
+    def v_of(chosen_sp: Tensor) -> Tensor:
+        return added if added.ndim == 1 else added[chosen_sp]
 
     def pair(site: str, chosen_sp: Tensor) -> tuple[Tensor, Tensor]:
         return before.values[site][chosen_sp], after.values[site][chosen_sp]
@@ -161,13 +189,13 @@ def inside(setup: Setup, before: Pass, after: Pass, arm: Arm, c: float) -> dict[
         distance_n = mahalanobis(steered_nd, setup.neutral[stream])
         row: dict[str, Any] = {
             "layer": layer,
-            "stream": {name: stream_change(*pair(stream, of_sp), v_d)._asdict() for name, of_sp in classes.items() if of_sp.any()},
+            "stream": {name: stream_change(*pair(stream, of_sp), v_of(of_sp))._asdict() for name, of_sp in classes.items() if of_sp.any()},
             "mahalanobis": float(distance_n.mean()),
             "beyond_p99": float((distance_n > setup.neutral[stream].p99).double().mean()),
         }
         for kind in ("attn_out", "mlp_out"):
             if (site := f"{kind}.{layer}") in before.values:
-                row[kind] = write_change(*pair(site, behind_sp), h_nd, steered_nd, v_d)._asdict()
+                row[kind] = write_change(*pair(site, behind_sp), h_nd, steered_nd, v_of(behind_sp))._asdict()
         for kind in ("attn_in", "mlp_in"):
             if (site := f"{kind}.{layer}") in before.values:
                 row[kind] = [{"token_share": token_share(x), "effective_rank": effective_rank(x)} for x in pair(site, behind_sp)]
@@ -197,11 +225,12 @@ def by_token(scale: Tensor, p: int) -> Tensor | None:
 
 
 def text_at(setup: Setup, c: float, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
-    """Continuations with c·v added everywhere, and how broken they are."""
+    """Continuations with c·v added everywhere, or its rows at the first positions of the prompt, and how broken they are."""
     lm = setup.lm
     ids_sp, mask_sp = lm.encode(prompts)
+    begin = None if setup.everywhere else ids_sp.shape[1]  # a prompt shorter than the rows gets only the first of them
     try:
-        with steered(lm, [(setup.vector, c)]):
+        with steered(lm, [(setup.vector, c)], prompt_length=begin):
             whole_sp = lm.generate(ids_sp, mask_sp, **vars(sampling))
     except (NonFiniteLogits, OverflowError) as error:
         return {"failure": str(error)}
@@ -251,7 +280,8 @@ def sweep(setup: Setup, arms: Sequence[Arm], rhos: Sequence[float], prompts: Seq
         "walls": walls,
         "kl_of_texts_at_wall": {name: kl_s.tolist() for name, kl_s in kl_at_wall.items()},
         "restored": restored(kl_at_wall),
-        "null": [{"rho": size, **isotropic_null(size, tokens, width)._asdict()} for size in rhos],
+        "where": "everywhere" if setup.everywhere else f"at the first {len(setup.vector.directions[setup.vector.site])} tokens",
+        "null": [{"rho": size, **(isotropic_null(size, tokens, width) if setup.everywhere else NO_NULL)._asdict()} for size in rhos],
     }
 
 

@@ -16,11 +16,10 @@ from torch import Tensor
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
-from sae.model.sites import parse_site
 from sae.statistics import auroc
 from steering.compare.concepts import LabelledTexts, Texts
 from steering.concept import Concept
-from steering.directions.actadd import actadd
+from steering.directions.actadd import actadd, site_before_block
 from steering.directions.diffmean import diffmean
 from steering.directions.feature import by_output_score, feature_direction
 from steering.directions.iti import fit_iti
@@ -199,11 +198,8 @@ def _feature(m: ArmInputs, vector: SteeringVector, said: str) -> NewArm:
 def _actadd(m: ArmInputs) -> NewArm:
     if not m.concept.prompt_pairs:
         raise InputError(f"the concept {m.concept.name} has no pair of prompts")
-    kind, layer = parse_site(m.site)
-    if kind not in ("resid_pre", "resid_post") or (kind == "resid_post" and layer + 1 == m.lm.n_layers):
-        raise InputError(f"it adds before a block, which {m.site} is not")
     pair = m.concept.prompt_pairs[0]
-    vector = actadd(m.lm, *pair, m.site if kind == "resid_pre" else f"resid_pre.{layer + 1}")
+    vector = actadd(m.lm, *pair, site_before_block(m.site, m.lm.n_layers))
     rows, columns = len(next(iter(vector.directions.values()))), m.lm.encode(m.prompts)[0].shape[1]
     if rows > columns:
         raise InputError(f"its prompts have {rows} tokens, more than the longest prompt to continue, {columns}")

@@ -37,6 +37,16 @@ def actadd(lm: LanguageModel, positive: str, negative: str, site: str) -> Steeri
     return SteeringVector.at(site, difference_pd, provenance)
 
 
+def site_before_block(site: str, n_layers: int) -> str:
+    """The `resid_pre` at the same place of the stream. Raises `InputError` where no block begins there."""
+    kind, layer = parse_site(site, n_layers)
+    if kind == "resid_pre":
+        return site
+    if kind != "resid_post" or layer + 1 == n_layers:
+        raise InputError(f"expected a site in front of a block, where activation addition adds, got {site}")
+    return f"resid_pre.{layer + 1}"
+
+
 def _space(lm: LanguageModel) -> int:
     ids = lm.tokenizer(" ", add_special_tokens=False)["input_ids"]
     if len(ids) != 1:

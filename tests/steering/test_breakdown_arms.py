@@ -152,12 +152,44 @@ def test_what_the_model_cannot_do_is_left_out_and_said(byte_lm):
     assert "norms frozen" not in left_out
 
 
+def test_directions_of_positions_have_the_arms_that_make_sense(byte_lm):
+    v_pd = 3 * torch.randn(4, 32, generator=torch.Generator().manual_seed(2))
+    v_pd[0] = 0
+    made, left_out = make_arms(byte_lm, SteeringVector.at(SITE, v_pd))
+    arms = {arm.name: arm for arm in made}
+    reason = "expected one direction for every position, got one for each of the first 4"
+    assert left_out == dict.fromkeys(("lengthened", "front", "last"), reason)
+    assert list(arms) == [
+        *("added", "rotated", "opposite", "all layers", "random", "random in the top span", "off the keys"),
+        *FROZEN,
+    ]
+    span = torch.stack([v.unit().direction_d for v in principal_directions_of_texts(byte_lm, SENTENCES, SITE, 10)])
+    for name in ("random", "random in the top span"):
+        (rows_pd,) = arms[name].vector.directions.values()
+        torch.testing.assert_close(rows_pd.norm(dim=1), v_pd.norm(dim=1))
+        assert (torch.nn.functional.cosine_similarity(rows_pd[1:], v_pd[1:]).abs() < 0.9).all()
+        assert abs(torch.nn.functional.cosine_similarity(rows_pd[1], rows_pd[2], dim=0)) < 0.9
+    torch.testing.assert_close(rows_pd @ span.T @ span, rows_pd, rtol=1e-3, atol=1e-3)
+    (off_pd,) = arms["off the keys"].vector.directions.values()
+    read_dk = _key_readers(byte_lm, SITE, "k.2", 0.9).float()
+    assert off_pd.norm().item() == pytest.approx(v_pd.norm().item(), rel=1e-5)
+    assert (off_pd @ read_dk).norm() < 1e-3 * v_pd.norm()
+    for name in ("added", "rotated", "norms, patterns, values frozen"):
+        before, after, real_sp = seen_in(byte_lm, arms[name], C, [SITE])
+        for h_pd, found_pd, real_p in zip(before[SITE], after[SITE], real_sp):
+            by_hand = h_pd[real_p].clone()
+            by_hand[:4] += C * v_pd
+            if name == "rotated":
+                by_hand *= h_pd[real_p].norm(dim=-1, keepdim=True) / by_hand.norm(dim=-1, keepdim=True)
+            torch.testing.assert_close(found_pd[real_p], by_hand, rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_no_direction_of_the_stream_is_refused(byte_lm):
     zero = SteeringVector.at(SITE, torch.zeros(32))
     for vector, message in (
         (zero, "expected a steering vector that is not zero"),
         (direction(byte_lm, "mlp_act.1"), "expected a direction of the residual stream"),
-        (SteeringVector.at(SITE, torch.ones(3, 32)), "expected one direction for all positions"),
+        (SteeringVector.at(SITE, torch.ones(3, 5)), "expected a direction of width 32 for resid_post.1 of 'tiny bytes', got 5"),
         (SteeringVector.at(SITE, torch.ones(5)), "expected a direction of width 32 for resid_post.1"),
         (SteeringVector.at("resid_post.9", torch.ones(32)), "expected a site of the model"),
     ):

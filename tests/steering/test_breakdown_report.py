@@ -23,6 +23,7 @@ def whole(**changes) -> dict:
             row["text"] |= {"texts": [f" text at {row['rho']:g}", "another"]}
     found["unsteered_text"] |= {"texts": [" plain text"]}
     found |= {"model": "m", "site": "resid_post.0", "vector": {"method": "random", "seed": 1}, "wall": 1.0, "left_out": {}, "rho_of_1": 0.2}
+    found["where"] = "everywhere"
     found |= {"settings": {"command": "sae diagnose-breakdown", "prompts": ["I think"]}}
     found["null"] = [{"rho": rho, "cos_v": 0.123, "token_share": 0.456, "effective_rank": 78.9} for rho in RHOS]
     return found | {"crossings": crossings(found), "predictions": [one._asdict() for one in predictions(found)]}

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from sae.model.language_model import LanguageModel
 from sae.model.sampling import Sampling
 from sae.progress import progress
 from steering.breakdown.arms import make_arms
-from steering.breakdown.command import BreakdownConfig, diagnose_breakdown, direction_of
+from steering.breakdown.command import BreakdownConfig, diagnose_breakdown
+from steering.breakdown.direction import named_direction
 from steering.breakdown.report import report_html
 from steering.breakdown.sweep import by_token, make_setup, sweep, sweep_steps
 from steering.command_line import main
+from steering.directions.actadd import actadd
 from steering.directions.random import random_direction
 from steering.intervention import steered
 from steering.vector import SteeringVector
@@ -163,6 +166,17 @@ def test_the_command_writes_what_it_prints(folder, tmp_path, monkeypatch, capsys
     assert all(f">{name}</td>" in page for name in result["walls"])
 
 
+def test_prompts_shorter_than_two_prompts_rows_are_counted(folder, tmp_path, capsys):
+    given = {"vector": "actadd:Love|Hate", "strengths": (0.1,), "prompts": ("A", "A longer one")}
+    result = diagnose_breakdown(config(folder, tmp_path / "b.json", **given))
+    said = capsys.readouterr()
+    assert "1 of 2 prompts are shorter than the vector's 5 positions: they get the first ones" in said.err
+    assert 'without the arm "last": expected one direction for every position' in said.err
+    assert "added at the first 5 tokens" in said.out
+    assert "added at the first 5 tokens" in (tmp_path / "b.html").read_text()
+    assert set(result["left_out"]) == {"lengthened", "front", "last"}
+
+
 def test_a_features_direction_is_measured_by_its_dictionary(folder, tmp_path, byte_lm, capsys):
     """At the site itself the rise is what its encoder makes of the coefficient, for a feature that is active anyway."""
     dictionary = Dictionary.initial(32, 48, seed=0, decoder_norm=1.0)
@@ -185,13 +199,79 @@ def test_a_dry_run_writes_nothing(folder, tmp_path, capsys):
     assert "about 1 min" in capsys.readouterr().err
 
 
-def test_directions_by_name_and_from_files(folder, tmp_path, byte_lm):
+def test_directions_by_name_and_from_files(tmp_path, byte_lm):
     saved = tmp_path / "v.safetensors"
     random_direction(32, SITE, 3).save(saved)
-    vector, dictionary, feature = direction_of(config(folder, None, vector=str(saved)), byte_lm)
+    vector, dictionary, feature = named_direction(byte_lm, str(saved))
     assert (vector.site, dictionary, feature) == (SITE, None, None)
-    component, _, _ = direction_of(config(folder, None, vector="pca:2", site="resid_pre.1"), byte_lm)
+    component, _, _ = named_direction(byte_lm, "pca:2", site="resid_pre.1")
     assert (component.site, component.provenance["component"]) == ("resid_pre.1", 2)
+    assert named_direction(byte_lm, "random:7").vector.site == "resid_post.1"
+
+
+def test_two_prompts_by_name(byte_lm):
+    """At the input of the block behind the site; spaces count."""
+    found, by_hand = named_direction(byte_lm, "actadd: Love|Hate", site=SITE).vector, actadd(byte_lm, " Love", "Hate", "resid_pre.1")
+    assert found.site == "resid_pre.1"
+    assert torch.equal(found.directions["resid_pre.1"], by_hand.directions["resid_pre.1"])
+    assert named_direction(byte_lm, "actadd:a||", site="resid_pre.2").vector.provenance["negative"] == "|"
+
+
+def test_a_concept_by_name_is_the_difference_of_all_its_tokens(byte_lm, tmp_path):
+    concept = {"name": "x", "positive": ["yes, gladly", "of course"], "negative": ["no", "never again"]}
+    (tmp_path / "c.json").write_text(json.dumps(concept))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # so few texts
+        found = named_direction(byte_lm, f"diffmean:{tmp_path / 'c.json'}", site=SITE).vector
+    means = [
+        torch.cat([byte_lm.record(byte_lm.encode([text])[0], [SITE])[SITE][0, 1:] for text in concept[side]]).double().mean(0)
+        for side in ("positive", "negative")
+    ]
+    torch.testing.assert_close(found.direction_d.double(), means[0] - means[1], rtol=1e-3, atol=1e-5)
+    shipped = named_direction(byte_lm, "diffmean:curse_words").vector
+    assert (shipped.site, shipped.provenance["method"], shipped.provenance["positive"]) == ("resid_post.1", "diffmean", 54)
+
+
+def test_activation_addition_is_measured_where_it_adds(byte_lm):
+    """Rows by hand, one text at a time: KL, cosines at the tokens that have a row, and no null beside it."""
+    vector = actadd(byte_lm, "Love", "Hate", "resid_pre.1")
+    rows_pd = vector.directions["resid_pre.1"]
+    arms = [arm for arm in make_arms(byte_lm, vector).arms if arm.name in ("added", "norms, patterns, values frozen")]
+    setup = make_setup(byte_lm, vector, TEXTS, OTHERS, arms)
+    with progress("test", sweep_steps(len(arms), 2), "steps") as bar:
+        found = sweep(setup, arms, (0.1, 0.8), ["A prompt"], Sampling(max_new_tokens=4), bar)
+    assert found["where"] == "at the first 5 tokens"
+    assert all(np.isnan(row["cos_v"]) for row in found["null"])
+    row = next(row for row in found["rows"] if (row["arm"], row["rho"]) == ("added", 0.8))
+    c, kls, cosines, norms = row["coefficient"], [], [], []
+
+    def add(value_spd):
+        changed = value_spd.clone()
+        changed[:, : len(rows_pd)] += c * rows_pd
+        return changed
+
+    for text in TEXTS:
+        ids_sp, _ = byte_lm.encode([text])
+        h_pd = byte_lm.record(ids_sp, ["resid_pre.1"])["resid_pre.1"][0]
+        norms.append(h_pd[1:].norm(dim=-1))
+        p = byte_lm.logits(ids_sp)[0].double().softmax(-1).numpy()
+        with byte_lm.edited({"resid_pre.1": add}):
+            kls.append(rel_entr(p, byte_lm.logits(ids_sp)[0].double().softmax(-1).numpy()).sum(1).mean())
+            after_pd = byte_lm.record(ids_sp, ["resid_post.1"])["resid_post.1"][0]
+        cosines.append(torch.nn.functional.cosine_similarity(after_pd[1:5], rows_pd[1:]))
+    assert found["rho_of_1"] == pytest.approx(rows_pd.norm(dim=-1).max().item() / torch.cat(norms).median().item(), rel=1e-4)
+    assert row["kl_of_texts"] == pytest.approx(kls, rel=1e-3)
+    streams = row["inside"]["layers"][0]["stream"]
+    assert streams["steered"]["cos_v"] == pytest.approx(torch.cat(cosines).mean().item(), rel=1e-3)
+    assert np.isnan(streams["later"]["cos_v"])
+    assert 0 < row["inside"]["layers"][1]["attention"][1]["steered_h"][0] < 1
+    assert np.isfinite(row["inside"]["layers"][0]["mlp_out"]["taken_back"])
+
+
+def test_directions_of_more_positions_than_a_text_has_are_refused(byte_lm):
+    vector = SteeringVector.at(SITE, torch.ones(9, 32))
+    with pytest.raises(InputError, match="expected directions for at most 8 positions, as many as the shortest text has tokens, got 9"):
+        make_setup(byte_lm, vector, TEXTS, OTHERS, ())
 
 
 def test_bad_input_is_one_sentence(folder, tmp_path):
@@ -199,11 +279,17 @@ def test_bad_input_is_one_sentence(folder, tmp_path):
     SteeringVector.at(SITE, torch.zeros(32)).save(zero)
     for given, message in (
         ({"vector": "7"}, "expected --dictionary with the feature 7, got none"),
-        ({"vector": "nothing"}, "expected a vector file, a feature's number, pca:N or random:SEED as --vector, got 'nothing'"),
+        ({"vector": "nothing"}, "expected a vector file, a feature's number, actadd:.* or random:SEED as --vector, got 'nothing'"),
+        ({"vector": "actadd:Love"}, "expected two prompts with | between them as actadd:POSITIVE|NEGATIVE, got 'actadd:Love'"),
+        ({"vector": "actadd:a|a"}, "expected two different prompts"),
+        ({"vector": "actadd:a|b", "site": "resid_post.2"}, "expected a site in front of a block, where activation addition adds"),
+        ({"vector": "actadd:a|much longer"}, "expected a prompt of at least 12 tokens, as many as the vector has directions, got one of 2"),
+        ({"vector": "diffmean:angry"}, "expected a concept, one of anger_calm"),
+        ({"vector": "diffmean:label:x"}, "expected a concept with positive and negative texts as diffmean:CONCEPT, but 'label:x' has none"),
         ({"vector": str(zero)}, "expected a steering vector that is not zero"),
         ({"site": "resid_post.3"}, "expected a site of the model"),
         ({"site": "mlp_act.1"}, "expected a direction of the residual stream"),
         ({"prompts": ()}, "expected at least one prompt"),
     ):
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(InputError, match=message.replace("|", "[|]")):
             diagnose_breakdown(config(folder, tmp_path / "b.json", **given))
