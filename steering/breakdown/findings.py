@@ -7,16 +7,23 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+WALL = 1.0  # nats per token of KL at which a model counts as broken
+KL_SIGN = "KL of the predictions, nats"
+
 Value = Callable[[dict[str, Any], dict[str, Any]], float | None]
 """of a row of the arm "added", and the whole result"""
 
 
 class Sign(NamedTuple):
     name: str
+    beyond: str
+    """what holds behind the crossing, in plain words"""
     value: Value
     limit: float
     above: bool = True
     """crossed from below"""
+    of_text: bool = False
+    """needs what the model writes"""
 
 
 class Finding(NamedTuple):
@@ -76,23 +83,55 @@ def _least_gain(row: dict[str, Any]) -> float | None:
 
 
 SIGNS = (
-    Sign("norm of the stream over the unsteered one, at any layer", lambda row, _: _most(_streams(row, "norm_ratio")), 2.0),
-    Sign("cosine of the stream and v, at any layer", lambda row, _: _most(_streams(row, "cos_v")), 0.9),
-    Sign("smallest gain of a norm", lambda row, _: _least_gain(row), 0.5, above=False),
-    Sign("token share behind the first norm, over the unsteered one", lambda row, r: _behind(row, r, "token_share"), 0.5, above=False),
     Sign(
-        "effective rank behind the first norm, over the unsteered one", lambda row, r: _behind(row, r, "effective_rank"), 0.5, above=False
+        "norm of the stream over the unsteered one, at any layer",
+        "the stream is twice as long as without steering",
+        lambda row, _: _most(_streams(row, "norm_ratio")),
+        2.0,
     ),
-    Sign("KL of a layer's attention patterns, nats", lambda row, _: _pattern_kl(row), 1.0),
+    Sign(
+        "cosine of the stream and v, at any layer",
+        "the stream is little else than the direction",
+        lambda row, _: _most(_streams(row, "cos_v")),
+        0.9,
+    ),
+    Sign(
+        "smallest gain of a norm",
+        "a norm makes everything but the direction half as large",
+        lambda row, _: _least_gain(row),
+        0.5,
+        above=False,
+    ),
+    Sign(
+        "token share behind the first norm, over the unsteered one",
+        "the next block sees tokens half as different",
+        lambda row, r: _behind(row, r, "token_share"),
+        0.5,
+        above=False,
+    ),
+    Sign(
+        "effective rank behind the first norm, over the unsteered one",
+        "the next block sees tokens that differ in half as many ways",
+        lambda row, r: _behind(row, r, "effective_rank"),
+        0.5,
+        above=False,
+    ),
+    Sign("KL of a layer's attention patterns, nats", "attention looks elsewhere", lambda row, _: _pattern_kl(row), 1.0),
     Sign(
         "share of tokens beyond 99 % of neutral ones",
+        "most tokens are unlike those of plain text",
         lambda row, _: _most(one["beyond_p99"] for one in _layers(row)),
         0.5,
     ),
-    Sign("overlap of the likeliest tokens with the logit lens of v", lambda row, _: row.get("logits", {}).get("lens_overlap"), 0.5),
-    Sign("KL of the predictions, nats", lambda row, _: row.get("logits", {}).get("kl"), 1.0),
-    Sign("distinct-2 of the text over the unsteered one", _distinct, 0.5, above=False),
-    Sign("nats per token of the text above the unsteered one", _added_nats, 1.0),
+    Sign(
+        "overlap of the likeliest tokens with the logit lens of v",
+        "the model predicts what the direction alone says",
+        lambda row, _: row.get("logits", {}).get("lens_overlap"),
+        0.5,
+    ),
+    Sign(KL_SIGN, "the predictions are broken", lambda row, _: row.get("logits", {}).get("kl"), WALL),
+    Sign("distinct-2 of the text over the unsteered one", "the text repeats itself", _distinct, 0.5, above=False, of_text=True),
+    Sign("nats per token of the text above the unsteered one", "the text is unlikely", _added_nats, 1.0, of_text=True),
 )
 
 

@@ -41,6 +41,7 @@ from steering.breakdown.diagnostics import (
     typical_norm,
     write_change,
 )
+from steering.breakdown.findings import WALL
 from steering.breakdown.frozen import PARTS, Internals, internals
 from steering.intervention import steered
 from steering.strength.calibration import coefficient_for_kl, encode_cut
@@ -48,7 +49,6 @@ from steering.strength.measure import continuation_loss, distinct_2, first_repea
 from steering.vector import SteeringVector
 
 NO_NULL = Null(*[float("nan")] * 3)  # of a vector that is not added at every position
-WALL = 1.0  # nats per token of KL at which a model counts as broken
 MOST = 30.0  # times the largest rho of the grid that is tried to find an arm's wall
 INSIDE = ("added", "front")  # arms whose passes are looked into; of the others only the predictions are measured
 
@@ -62,6 +62,8 @@ class Setup(NamedTuple):
     mask_sp: Tensor
     parts: tuple[str, ...]
     """that can be frozen, and so seen"""
+    norm: float
+    """typical norm of the stream at the site"""
     rho_of_1: float
     """rho of coefficient 1; of several directions, that of the longest"""
     lens_v: Tensor
@@ -98,22 +100,26 @@ def make_setup(
     """
     ids_sp, mask_sp = encode_cut(lm, texts)
     site = vector.site
-    rows = vector.directions[site].reshape(-1, lm.width(site))
-    if len(rows) > (shortest := int(mask_sp.sum(1).min())):  # host sync
+    norm = typical_norm(lm.record(ids_sp, [site], mask_sp)[site][_behind_first(lm, mask_sp)])
+    streams, (other_sp, other_mask_sp) = _streams(lm, site), encode_cut(lm, others)
+    recorded = lm.record(other_sp, streams, other_mask_sp)
+    neutral = {stream: fit_neutral(recorded[stream][_behind_first(lm, other_mask_sp)]) for stream in streams}
+    parts = tuple(part for part in PARTS if any(part in arm.frozen for arm in arms))
+    setup = Setup(lm, vector, ids_sp, mask_sp, parts, norm, 0.0, torch.empty(0), neutral, dictionary, feature)
+    return with_vector(setup, vector)
+
+
+def with_vector(setup: Setup, vector: SteeringVector) -> Setup:
+    """The same for another vector at the site. Raises `InputError` for a zero one, and for directions of more positions than a text has."""
+    rows = vector.directions[vector.site].reshape(-1, setup.lm.width(vector.site))
+    if len(rows) > (shortest := int(setup.mask_sp.sum(1).min())):  # host sync
         raise InputError(
             f"expected directions for at most {shortest} positions, as many as the shortest text has tokens, got {len(rows)}; "
             "give shorter prompts"
         )
     longest_d = rows[rows.norm(dim=-1).argmax()]
-    h_nd = lm.record(ids_sp, [site], mask_sp)[site][_behind_first(lm, mask_sp)]
-    rho_of_1 = rho(1.0, longest_d.to(h_nd.device), typical_norm(h_nd))
-    W_U_vd, _ = folded_unembedding(lm)
-    streams, (other_sp, other_mask_sp) = _streams(lm, site), encode_cut(lm, others)
-    recorded = lm.record(other_sp, streams, other_mask_sp)
-    neutral = {stream: fit_neutral(recorded[stream][_behind_first(lm, other_mask_sp)]) for stream in streams}
-    parts = tuple(part for part in PARTS if any(part in arm.frozen for arm in arms))
-    lens_v = W_U_vd @ longest_d.to(W_U_vd)
-    return Setup(lm, vector, ids_sp, mask_sp, parts, rho_of_1, lens_v, neutral, dictionary, feature)
+    W_U_vd, _ = folded_unembedding(setup.lm)
+    return setup._replace(vector=vector, rho_of_1=rho(1.0, longest_d, setup.norm), lens_v=W_U_vd @ longest_d.to(W_U_vd))
 
 
 def _behind_first(lm: LanguageModel, mask_sp: Tensor) -> Tensor:
@@ -254,7 +260,7 @@ def sweep(setup: Setup, arms: Sequence[Arm], rhos: Sequence[float], prompts: Seq
     before, rows = run_pass(setup, sites_inside(setup)), []
     for size in rhos:
         for arm in arms:
-            rows.append(_row(setup, before, arm, size))
+            rows.append(measured_row(setup, before, arm, size))
             bar.advance(1, rho=f"{size:g}")
             if arm.name == "added" and size == rhos[0] and not (kl := rows[-1].get("logits", {}).get("kl", np.inf)) < WALL:
                 raise InputError(
@@ -295,7 +301,7 @@ def sweep_passes(arms: int, strengths: int) -> int:
     return arms * strengths + 7 * arms + 10 * strengths
 
 
-def _row(setup: Setup, before: Pass, arm: Arm, size: float) -> dict[str, Any]:
+def measured_row(setup: Setup, before: Pass, arm: Arm, size: float) -> dict[str, Any]:
     c, looked_into = size / setup.rho_of_1, arm.name in INSIDE
     row: dict[str, Any] = {"arm": arm.name, "rho": size, "coefficient": c}
     try:
