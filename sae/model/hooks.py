@@ -126,7 +126,7 @@ class Hooks:
         """Gives the function that detaches it."""
         view = place.view
         if view is None:
-            return _register(place, lambda raw, _received: replace(raw))
+            return register(place, lambda raw, _received: replace(raw))
         edits = self._viewed.setdefault(place, [])
 
         def change(raw: Tensor, received: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class Hooks:
             return raw if new is value else view.write(raw, new, received)
 
         if not edits:
-            self._unregister[place] = _register(place, change)
+            self._unregister[place] = register(place, change)
         edits.append(replace)
 
         def detach() -> None:
@@ -170,7 +170,7 @@ def _is_two_dimensional(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.ndim == 2
 
 
-def _register(place: Place, change: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
+def register(place: Place, change: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
     """One forward hook, on the module's output or an input of it; `change` gets that and the first input."""
     key = place.argument
 

@@ -32,6 +32,8 @@ class Inspection(NamedTuple):
     attentions: list[Attention | str]
     """of each block, in which q, k and v are looked for, or why there is none"""
     final_norm: nn.Module | None
+    norms: dict[str, nn.Module | None]
+    """the norm that made what is at attn_in and mlp_in of the stream; None where they read the stream itself"""
 
 
 class Found(NamedTuple):
@@ -64,14 +66,15 @@ def inspect(model: Any, decoder: Any, blocks: Sequence[nn.Module], run: Callable
         constants = [float(value) for value in vars(config).values() if isinstance(value, float)]
         traced = trace(blocks, constants, run)
     found: dict[str, Found | str] = {EMBED: _embed(embedding, embedded, traced[0])}
-    attentions = []
+    attentions, before = [], dict[str, nn.Module | None]()
     for layer, block in enumerate(traced):
-        sites, attention = _sites(block)
+        sites, attention, norms_of = _sites(block)
         found |= {f"{kind}.{layer}": place for kind, place in sites.items()}
         attentions.append(attention)
+        before |= {f"{kind}.{layer}": norm for kind, norm in norms_of.items()}
     finished = {site: f if isinstance(f, str) else _finished(f) for site, f in found.items()}
     final = [norm for norm, x_td in normed if same(x_td, traced[-1].post)]
-    return Inspection(finished, attentions, final[0] if final else None)
+    return Inspection(finished, attentions, final[0] if final else None, before)
 
 
 def _finished(found: Found) -> Place:
@@ -92,15 +95,15 @@ def _embed(embedding: nn.Module, embedded: list[tuple[Tensor, Seen]], first: Blo
     return Found(Place(embedding, True, values.shape[1], view=None if factor == 1 else Scaled(factor)), seen)
 
 
-def _sites(block: Block) -> tuple[dict[str, Found | str], Attention | str]:
-    """All of a block's but q, k and v by kind: where it is or why it is not there; and its attention."""
+def _sites(block: Block) -> tuple[dict[str, Found | str], Attention | str, dict[str, nn.Module | None]]:
+    """All of a block's but q, k and v by kind: where it is or why it is not there; its attention; the norms before its branches."""
     reason = ""
     if block.times != 1:
         reason = f"a pass goes through the block {block.times} times"
     elif not block.pre.numel() or block.pre.shape != block.post.shape:
         reason = "the block does not take and give one vector a token"
     if reason:
-        return {kind: reason for kind in KINDS if kind not in SEPARATE}, reason
+        return {kind: reason for kind in KINDS if kind not in SEPARATE}, reason, {}
     width = block.pre.shape[1]
     attention, mlp, middle = branches(block)
     sites, heads = _attention_sites(attention)
@@ -116,7 +119,9 @@ def _sites(block: Block) -> tuple[dict[str, Found | str], Attention | str]:
     if isinstance(heads, Attention):
         single = {kind: module for kind, module in heads.projections.items() if not block.repeats(module)}
         heads = REPEATED if block.repeats(heads.output) else heads._replace(projections=single)
-    return sites, heads
+    read = {"attn_in": attention, "mlp_in": mlp}
+    received = {kind: _received(branch) for kind, branch in read.items() if isinstance(branch, Branch)}
+    return sites, heads, {kind: one.norm.module if one.norm else None for kind, one in received.items() if one is not None}
 
 
 def _attention_sites(branch: Branch | str) -> tuple[dict[str, Found | str], Attention | str]:

@@ -22,7 +22,7 @@ from sae.model.offload import device_of
 from sae.model.places import Place
 from sae.model.sampling import sample
 from sae.model.sites import EMBED, KINDS, parse_site
-from sae.model.trace import short_pass
+from sae.model.trace import decoder_and_blocks, short_pass
 from sae.text_input import text_list
 
 CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")  # what configurations call it
@@ -47,7 +47,7 @@ class LanguageModel:
             tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         config = model.config.get_text_config()
         self._refuse_virtual_tokens()
-        self._decoder, self._blocks = _decoder_and_blocks(model, getattr(config, "num_hidden_layers", 0), name)
+        self._decoder, self._blocks = decoder_and_blocks(model, getattr(config, "num_hidden_layers", 0), name)
         self._hooks = Hooks(model, self._decoder)
         self.n_layers: int = len(self._blocks)
         self.d_model: int = config.hidden_size
@@ -118,7 +118,8 @@ class LanguageModel:
         return {f"{kind}.{layer}": place for layer, own in enumerate(found) for kind, place in own.items()}
 
     @cached_property
-    def _norms(self) -> dict[str, Norm | str]:
+    def norms(self) -> dict[str, Norm | str]:
+        """By name, every norm that a pass goes through; a reason where its formula is not known."""
         with self._hooks.paused(), torch.inference_mode(False), torch.no_grad():
             return find_norms(self._decoder, partial(short_pass, self.model, self._decoder, self.name))
 
@@ -131,6 +132,11 @@ class LanguageModel:
     def final_norm(self) -> nn.Module | None:
         """The norm before the unembedding; None for the few models without one (OPT-350m)."""
         return self._inspection.final_norm
+
+    def norm_before(self, site: str) -> nn.Module | None:
+        """Of attn_in.L or mlp_in.L, the norm that made it of the stream; None where it is the stream itself. Raises as `place` does."""
+        self.place(site)
+        return self._inspection.norms[str(parse_site(site))]
 
     def sites(self) -> list[str]:
         """Those that the model has, in the order in which they are computed."""
@@ -262,7 +268,7 @@ class LanguageModel:
         An edit that returns the scale it got keeps every bit. Raises `InputError` for a model with a norm whose formula is not known.
         """
         self.sites()  # the pass that looks for them must not be edited
-        with self.edited({}), scales_edited(self._norms, edit, self.name):
+        with self.edited({}), scales_edited(self.norms, edit, self.name):
             yield
 
     @contextmanager
@@ -386,14 +392,3 @@ class LanguageModel:
 def _position_ids(mask_sp: Tensor) -> Tensor:
     """Positions counted from each row's first real token, so that left padding does not shift it."""
     return (mask_sp.cumsum(-1) - 1).clamp(min=0)
-
-
-def _decoder_and_blocks(model: Any, n_layers: int, name: str) -> tuple[nn.Module, list[nn.Module]]:
-    """The model below the unembedding, and its first list of as many modules as it has blocks. Raises `InputError` where there is none."""
-    decoder = model.get_decoder()
-    for below in (decoder, model.base_model):  # what ModernBERT calls its decoder is its unembedding
-        for part in below.modules():
-            if isinstance(part, nn.ModuleList) and len(part) == n_layers:
-                return below, list(part)
-    name = name or type(model).__name__
-    raise InputError(f"expected {name!r} to keep its {n_layers} blocks in a list of modules, found none in {type(decoder).__name__}")

@@ -144,6 +144,17 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.numel() > 0 and torch.equal(a, b)
 
 
+def decoder_and_blocks(model: Any, n_layers: int, name: str) -> tuple[nn.Module, list[nn.Module]]:
+    """The model below the unembedding, and its first list of as many modules as it has blocks. Raises `InputError` where there is none."""
+    decoder = model.get_decoder()
+    for below in (decoder, model.base_model):  # what ModernBERT calls its decoder is its unembedding
+        for part in below.modules():
+            if isinstance(part, nn.ModuleList) and len(part) == n_layers:
+                return below, list(part)
+    name = name or type(model).__name__
+    raise InputError(f"expected {name!r} to keep its {n_layers} blocks in a list of modules, found none in {type(decoder).__name__}")
+
+
 def short_pass(model: Any, decoder: Any, name: str) -> None:
     """A pass of three tokens from the middle of the vocabulary, where no special ones are. Raises `InputError` where the model fails."""
     embedding = model.get_input_embeddings()

@@ -149,6 +149,21 @@ class Graph:
             blocks += [*range(heads.start, heads.stop)] * 3 + [self.mlp(layer)]
         return torch.tensor([*blocks, -1])
 
+    def cuts(self) -> dict[str, Tensor]:
+        """By the name of a place of the stream, the edges across it, bool [r, w]: all that the model does goes along them."""
+        found = {}
+        for layer in range(self.n_layers):
+            found[f"resid_pre.{layer}"] = self._across(self.heads(layer).start, self.head_inputs("q", layer).start)
+            if not self.parallel:
+                found[f"resid_mid.{layer}"] = self._across(self.mlp(layer), self.mlp_in(layer))
+        found[f"resid_post.{self.n_layers - 1}"] = self._across(len(self.writers), len(self.readers) - 1)
+        return found
+
+    def _across(self, writers: int, first_reader: int) -> Tensor:
+        across_rw = torch.zeros_like(self.exists_rw)
+        across_rw[first_reader:, :writers] = True
+        return across_rw
+
     def prune(self, circuit_rw: Tensor) -> Tensor:
         """Only the edges on a path from "embed" to "logits" in the circuit, bool [r, w]. Raises `InputError` as `checked` does."""
         kept_rw = self.checked(circuit_rw).cpu()

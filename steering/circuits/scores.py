@@ -1,0 +1,150 @@
+"""How much every edge of a model matters: estimates of what cutting it alone would do to a metric, from a few passes with gradients.
+
+`conductance` follows any path of passes; `edge_scores` is the methods for pairs of prompts. A score is how much the metric would rise if
+the edge alone carried what it carries in the corrupt run.
+
+s sequences · p positions · d width of the stream · r readers · w writers
+"""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from sae.errors import InputError
+from steering.circuits.engine import Engine, Gradient, Metric
+from steering.circuits.graph import Graph
+
+METHODS = ("ceap", "eap", "eap-ig", "clean-corrupted")
+STEPS = 5
+STREAM = "resid_pre.0"
+
+Path: TypeAlias = Callable[[float], AbstractContextManager[None]]
+"""gives the context in which passes are those at a point between 0, clean, and 1, corrupt"""
+
+
+class Scores(NamedTuple):
+    score_srw: Tensor
+    """of each sequence: its own metric's rise; 0 where there is no edge"""
+    clean_s: Tensor
+    """the metric"""
+    corrupt_s: Tensor
+    """the metric of the corrupt run; NaN where none was made"""
+
+
+def edge_scores(
+    engine: Engine,
+    clean_sp: Tensor,
+    corrupt: Tensor,
+    metric: Metric,
+    mask_sp: Tensor | None = None,
+    *,
+    method: str = "ceap",
+    steps: int = STEPS,
+) -> Scores:
+    """Of pairs of prompts, whose tokens stand at the same positions.
+
+    `corrupt` are the corrupt prompts' ids [s, p] (resample ablation), or what each writer writes instead, [w, s or 1, p or 1, d], from
+    `engine.mean_writers` or `engine.zero_writers`.
+
+    | method | score of an edge, Δ being what its writer writes more in the corrupt run | forward | backward |
+    |---|---|---|---|
+    | `eap` | Δ · gradient at the clean run | 3 | 1 |
+    | `clean-corrupted` | Δ · mean of the gradients at both runs | 4 | 2 |
+    | `eap-ig` | Δ · mean of the gradients on the line from the corrupt embedding to the clean one, its end left out | 2 + steps | steps |
+    | `ceap` | conductance on that line: scores across any cut add up to the metric's change | 1 + 2 · steps | steps |
+
+    Held are three times what all writers write, [w, s, p, d]. Raises `InputError` for a method that is none of these, for prompts of
+    different shapes, and for `ceap` and `clean-corrupted` without a corrupt run.
+    """
+    is_run = not corrupt.is_floating_point()
+    _check(engine, clean_sp, corrupt, method, steps)
+    if method == "ceap":
+        clean_spd, corrupt_spd = (engine.lm.record(ids_sp, [STREAM], mask_sp)[STREAM] for ids_sp in (clean_sp, corrupt))
+        return conductance(engine, clean_sp, mask_sp, _between(engine, clean_spd, corrupt_spd), metric, steps)
+    clean = engine.run(clean_sp, mask_sp)
+    clean_s, corrupt_s = metric(clean.logits_spv), torch.full((len(clean_sp),), torch.nan)
+    stands_in_wspd = corrupt.to(clean.written_wspd)
+    if is_run:
+        corrupted = engine.run(corrupt, mask_sp)
+        corrupt_s, stands_in_wspd = metric(corrupted.logits_spv), corrupted.written_wspd
+    change_wspd = stands_in_wspd - clean.written_wspd
+    at = _between(engine, clean.written_wspd[0].clone(), stands_in_wspd[0].clone())
+    del clean, stands_in_wspd
+    points = {"eap": [0.0], "clean-corrupted": [0.0, 1.0], "eap-ig": [1 - step / steps for step in range(steps)]}[method]
+    total_srw = _zeros(engine, change_wspd)
+    for point in points:
+        with at(point):
+            _, gradients = engine.gradients(clean_sp, mask_sp, metric)
+            _add_products(engine, total_srw, gradients, change_wspd)
+    return Scores(total_srw / len(points), clean_s, corrupt_s)
+
+
+def conductance(
+    engine: Engine,
+    ids_sp: Tensor,
+    mask_sp: Tensor | None,
+    at: Path,
+    metric: Metric,
+    steps: int = STEPS,
+    first_layer: int = 0,
+) -> Scores:
+    """Σ over steps of (what a writer writes at the step's end − at its beginning) · the gradient in its middle.
+
+    The more steps, the nearer are the scores' sums across any of the graph's `cuts` to the metric's change from one end of the path to the
+    other. Readers before `first_layer` get 0: no writer may change before it along the path. Held are three times what all writers write.
+    """
+    with at(0.0):
+        run = engine.run(ids_sp, mask_sp)
+    clean_s, total_srw = metric(run.logits_spv), _zeros(engine, run.written_wspd)
+    for step in range(steps):
+        before_wspd = run.written_wspd
+        with at((step + 1) / steps):
+            run = engine.run(ids_sp, mask_sp)
+        with at((step + 0.5) / steps):
+            _, gradients = engine.gradients(ids_sp, mask_sp, metric, first_layer)
+            _add_products(engine, total_srw, gradients, run.written_wspd - before_wspd)
+    return Scores(total_srw, clean_s, metric(run.logits_spv))
+
+
+def completeness(graph: Graph, score_rw: Tensor, change: float) -> dict[str, float]:
+    """The sum of the scores across each cut of the graph over the metric's change: 1 where they account for all of it."""
+    return {place: float(score_rw.cpu()[across_rw].sum()) / change for place, across_rw in graph.cuts().items()}
+
+
+def _add_products(engine: Engine, total_srw: Tensor, gradients: Iterable[Gradient], change_wspd: Tensor) -> None:
+    for readers, gradient_nspd in gradients:
+        seen = int(engine.graph.seen_r[readers.start])
+        total_srw[:, readers, :seen] += torch.einsum("nspd,wspd->snw", gradient_nspd, change_wspd[:seen])
+
+
+def _zeros(engine: Engine, written_wspd: Tensor) -> Tensor:
+    dtype = torch.promote_types(written_wspd.dtype, torch.float32)
+    return torch.zeros(written_wspd.shape[1], *engine.graph.exists_rw.shape, dtype=dtype, device=written_wspd.device)
+
+
+def _between(engine: Engine, clean_spd: Tensor, corrupt_spd: Tensor) -> Path:
+    """The line from one input of block 0 to another; at its ends they are those inputs to the bit."""
+
+    def at(share: float) -> AbstractContextManager[None]:
+        return engine.lm.edited({STREAM: lambda _: torch.lerp(clean_spd, corrupt_spd.expand_as(clean_spd), share)})
+
+    return at
+
+
+def _check(engine: Engine, clean_sp: Tensor, corrupt: Tensor, method: str, steps: int) -> None:
+    if method not in METHODS:
+        raise InputError(f"expected one of the methods {', '.join(METHODS)}, got {method!r}")
+    if steps < 1:
+        raise InputError(f"expected at least one step, got {steps}")
+    if corrupt.is_floating_point():
+        if method in ("ceap", "clean-corrupted"):
+            raise InputError(f"expected corrupt prompts for {method}, which needs their run, got values of the writers; take eap or eap-ig")
+        if corrupt.ndim != 4 or len(corrupt) != len(engine.graph.writers):
+            raise InputError(f"expected values of {len(engine.graph.writers)} writers [w, s, p, d], got shape {tuple(corrupt.shape)}")
+    elif corrupt.shape != clean_sp.shape:
+        raise InputError(
+            f"expected corrupt prompts of the clean ones' shape {tuple(clean_sp.shape)}, got {tuple(corrupt.shape)}; pair equal lengths"
+        )
