@@ -19,6 +19,7 @@ from sae.progress import progress
 from sae.text_input import text_list
 from steering.breakdown.arms import Arms, make_arms
 from steering.breakdown.direction import MEASURED, OTHERS, named_direction
+from steering.breakdown.edges import SHOWN, damage_by_edge
 from steering.breakdown.findings import SIGNS, crossings, predictions
 from steering.breakdown.report import report_html
 from steering.breakdown.sweep import WALL, Setup, make_setup, run_pass, sweep, sweep_passes, sweep_steps
@@ -77,6 +78,7 @@ def diagnose_breakdown(config: BreakdownConfig) -> dict[str, Any]:
         return {}
     with progress("measuring", sweep_steps(len(made.arms), len(config.strengths)), "steps") as bar:
         found = sweep(setup, made.arms, config.strengths, config.prompts, config.sampling, bar)
+    found["damage_by_edge"] = _damage_by_edge(setup, found["walls"]["added"]["coefficient"])
     settings = asdict(config) | {"command": f"{sys.argv[0]} {shlex.join(sys.argv[1:])}", "seconds": round(time.monotonic() - started)}
     result = result_of(setup, made, found, settings)
     write_json(config.out, result)
@@ -85,6 +87,15 @@ def diagnose_breakdown(config: BreakdownConfig) -> dict[str, Any]:
     print_tables(result)
     print(f"report: {config.out.with_suffix('.html')}")
     return result
+
+
+def _damage_by_edge(setup: Setup, coefficient: float) -> dict[str, Any]:
+    """Or why there is none, which is said."""
+    try:
+        return damage_by_edge(setup, coefficient)
+    except InputError as reason:
+        print(f"without the damage by edge: {reason}", file=sys.stderr)
+        return {"left_out": str(reason)}
 
 
 def result_of(setup: Setup, made: Arms, found: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -170,6 +181,18 @@ def print_tables(result: dict[str, Any]) -> None:
         restored = f"{_figure(share['value'])} ({_figure(share['low'])} to {_figure(share['high'])})" if share else ""
         arms.add_row(name, _figure(own["rho"]) if own["reached"] else f"not up to {own['rho']:.3g} (KL {_figure(own['kl'])})", restored)
     console.print(arms)
+    carried = result["damage_by_edge"]
+    if "writers" in carried:
+        title = f'which parts carry the damage of "added" at rho {carried["rho"]:.3g}: shares of its KL'
+        caption = (
+            f"the shares of all writers add up to {_figure(carried['sum'])} (1: all of the KL); heads {_figure(carried['heads'])}, MLPs "
+            f"{_figure(carried['mlps'])}; through: what it writes to any reader"
+        )
+        parts = Table("writer", "to the logits (95 %)", "through", title=title, caption=caption)
+        for one in carried["writers"][:SHOWN]:
+            interval = f"{_figure(one['value'])} ({_figure(one['low'])} to {_figure(one['high'])})"
+            parts.add_row(one["writer"], interval, _figure(one["through"]))
+        console.print(parts)
     limits = {sign.name: f"{'above' if sign.above else 'below'} {sign.limit:g}" for sign in SIGNS}
     signs = Table("sign", "limit", "rho", title=f"what crosses its limit first, added {result['where']}")
     for name, rho in result["crossings"].items():

@@ -9,6 +9,7 @@ from html import escape
 from typing import Any
 
 from sae.html import document, figure, visible
+from steering.breakdown.edges import SHOWN
 from steering.breakdown.findings import SIGNS
 from steering.report_style import STYLE
 
@@ -77,7 +78,7 @@ MAPS: tuple[tuple[str, Cell], ...] = (
 def report_html(result: Result) -> str:
     """The whole page. The same result gives the same page, byte for byte."""
     added = [row for row in result["rows"] if row["arm"] == "added"]
-    parts = [_head(result), _findings(result), _curves(result), _arms(result), _null(result, added)]
+    parts = [_head(result), _findings(result), _curves(result), _arms(result), _carried(result), _null(result, added)]
     parts += [_maps(result, added), _texts(result, added)]
     isolate = "".join(
         f".pareto:has(.l{i}:hover) .plot .series:not(.s{i}),.pareto:has(.l{i}:focus) .plot .series:not(.s{i}){{opacity:.09}}"
@@ -204,6 +205,26 @@ def _arms(result: Result) -> str:
         "over texts; 1 is all, 0 none, below 0 it breaks more.",
         _table(("arm", "rho at the wall", "restored"), rows),
     )
+
+
+def _carried(result: Result) -> str:
+    carried, title = result.get("damage_by_edge", {"left_out": "it was not measured"}), "Which parts carry the damage"
+    if "left_out" in carried:
+        return _section(title, f"Not here: {carried['left_out']}", "")
+    writers = [
+        _row(one["writer"], [f"{figure(one['value'])}<small>{figure(one['low'])} to {figure(one['high'])}</small>", figure(one["through"])])
+        for one in carried["writers"][:SHOWN]
+    ]
+    edges = [_row(one["edge"], [figure(one["share"])]) for one in carried["edges"]]
+    note = (
+        f"Shares of the KL of “added” at rho {figure(carried['rho'])}, {figure(carried['kl'])} nat, by conductance along the coefficient "
+        f"in {carried['steps']} steps. What all parts write to the logits adds up to {figure(carried['sum'])} of it (heads "
+        f"{figure(carried['heads'])}, MLPs {figure(carried['mlps'])}); the edges across the other places of the stream behind the vector "
+        f"to {figure(carried['least_across'])} to {figure(carried['most_across'])}. Through: what a part writes to any reader. Intervals "
+        "(95 %) over texts."
+    )
+    tables = _table(("writer", "to the logits", "through"), writers) + _table(("edge", "share"), edges)
+    return _section(title, note, f"<div class='maps'>{tables}</div>")
 
 
 def _null(result: Result, added: Sequence[dict[str, Any]]) -> str:

@@ -13,9 +13,11 @@ from torch import Tensor
 from sae.errors import InputError
 from sae.model.branches import SIDE_BY_SIDE
 from sae.model.language_model import LanguageModel
+from sae.model.sites import parse_site
 
 EMBED, LOGITS = "embed", "logits"
 HEAD_INPUTS = ("q", "k", "v")
+STREAM = ("resid_pre", "resid_mid", "resid_post")
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,15 @@ class Graph:
             heads = self.heads(layer)
             blocks += [*range(heads.start, heads.stop)] * 3 + [self.mlp(layer)]
         return torch.tensor([*blocks, -1])
+
+    def first_behind(self, site: str) -> int:
+        """The first reader that sees a change of the stream at `site`. Raises `InputError` for a site that is not the stream's."""
+        kind, layer = parse_site(site, self.n_layers)
+        if kind not in STREAM:
+            raise InputError(f"expected a site of the residual stream ({', '.join(STREAM)}), got {site}")
+        if kind == "resid_mid":
+            return self.mlp_in(layer)
+        return self.head_inputs("q", layer + (kind == "resid_post")).start
 
     def cuts(self) -> dict[str, Tensor]:
         """By the name of a place of the stream, the edges across it, bool [r, w]: all that the model does goes along them."""

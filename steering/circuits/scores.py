@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from sae.errors import InputError
-from steering.circuits.engine import Engine, Gradient, Metric
+from steering.circuits.engine import Engine, Gradient, Metric, Run
 from steering.circuits.graph import Graph
+from steering.circuits.hooking import Latest
 
 METHODS = ("ceap", "eap", "eap-ig", "clean-corrupted")
 STEPS = 5
@@ -89,24 +90,37 @@ def conductance(
     at: Path,
     metric: Metric,
     steps: int = STEPS,
-    first_layer: int = 0,
+    site: str | None = None,
 ) -> Scores:
     """Σ over steps of (what a writer writes at the step's end − at its beginning) · the gradient in its middle.
 
     The more steps, the nearer are the scores' sums across any of the graph's `cuts` to the metric's change from one end of the path to the
-    other. Readers before `first_layer` get 0: no writer may change before it along the path. Held are three times what all writers write.
+    other. With `site`, passes of the path differ by what is edited there, a place of the residual stream, instead of by their embeddings:
+    then what the edit adds has the place of "embed", for the readers behind it. Held are three times what all writers write.
     """
-    with at(0.0):
-        run = engine.run(ids_sp, mask_sp)
+    first_reader = 0 if site is None else engine.graph.first_behind(site)
+    first_layer = min(first_reader // (3 * engine.graph.n_heads + 1), engine.graph.n_layers)
+    run = _run_at(engine, ids_sp, mask_sp, at(0.0), site)
     clean_s, total_srw = metric(run.logits_spv), _zeros(engine, run.written_wspd)
     for step in range(steps):
-        before_wspd = run.written_wspd
-        with at((step + 1) / steps):
-            run = engine.run(ids_sp, mask_sp)
+        before_wspd, run = run.written_wspd, _run_at(engine, ids_sp, mask_sp, at((step + 1) / steps), site)
         with at((step + 0.5) / steps):
             _, gradients = engine.gradients(ids_sp, mask_sp, metric, first_layer)
             _add_products(engine, total_srw, gradients, run.written_wspd - before_wspd)
+    total_srw[:, :first_reader] = 0
     return Scores(total_srw, clean_s, metric(run.logits_spv))
+
+
+def _run_at(engine: Engine, ids_sp: Tensor, mask_sp: Tensor | None, point: AbstractContextManager[None], site: str | None) -> Run:
+    """The pass at a point of the path; with `site`, what is added there has the place of the embedding."""
+    if site is None:
+        with point:
+            return engine.run(ids_sp, mask_sp)
+    before, after = Latest(), Latest()
+    with engine.lm.edited({site: before.unchanged}), point, engine.lm.edited({site: after.unchanged}):
+        run = engine.run(ids_sp, mask_sp)
+    run.written_wspd[0] = after.value - before.value
+    return run
 
 
 def completeness(graph: Graph, score_rw: Tensor, change: float) -> dict[str, float]:

@@ -161,9 +161,13 @@ def test_the_command_writes_what_it_prints(folder, tmp_path, monkeypatch, capsys
     assert (result["crossings"]["KL of the predictions, nats"] is not None) == (result["walls"]["added"]["rho"] <= 1)
     assert "KL of the predictions" in said.out
     assert "not decided" in said.out
+    carried = result["damage_by_edge"]
+    assert carried["sum"] == pytest.approx(1, abs=0.05)
+    assert carried["kl"] == pytest.approx(result["walls"]["added"]["kl"], rel=1e-3)
+    assert "which parts carry the damage" in said.out
     page = (tmp_path / "b.html").read_text()
     assert page == report_html(result)
-    assert all(f">{name}</td>" in page for name in result["walls"])
+    assert all(f">{name}</td>" in page for name in [*result["walls"], *(one["writer"] for one in carried["writers"][:10])])
 
 
 def test_prompts_shorter_than_two_prompts_rows_are_counted(folder, tmp_path, capsys):
