@@ -40,6 +40,7 @@ svg rect.control{fill:var(--control);opacity:.13}
 .series line{stroke-width:1.3;opacity:.6}
 .series .dot{fill:var(--c);stroke:var(--card);stroke-width:1.2}
 .series.unreached .dot,.series .dot.open{fill:var(--card);stroke:var(--c);stroke-width:2}
+.series .ring{fill:none;stroke:var(--c);stroke-width:1.2}
 .series.control path{stroke-dasharray:5 4}
 .legend{list-style:none;margin:0;padding:0;font-size:.9rem}
 .legend li{display:flex;gap:.55rem;align-items:center;padding:.16rem .4rem;border-radius:6px;cursor:default}
@@ -51,6 +52,7 @@ table{border-collapse:collapse;width:100%;font-size:.9rem}
 th,td{text-align:left;padding:.38rem .5rem;border-bottom:1px solid var(--line);vertical-align:middle}
 th{font-weight:600;vertical-align:bottom;line-height:1.25}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+td small.beyond{color:rgb(var(--neg))}
 td small,td .soft{display:block;color:var(--soft);font-size:.78rem;font-weight:400}
 td.m{min-width:10rem;max-width:19rem;font-weight:600;overflow-wrap:anywhere;position:sticky;left:0;background:var(--card)}
 tr.chosen td.m{background:var(--grid)}

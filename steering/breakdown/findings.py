@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 WALL = 1.0  # nats per token of KL at which a model counts as broken
 KL_SIGN = "KL of the predictions, nats"
+UNUSUAL = "share of tokens beyond 99 % of neutral ones"
 
 Value = Callable[[dict[str, Any], dict[str, Any]], float | None]
 """of a row of the arm "added", and the whole result"""
@@ -118,7 +119,7 @@ SIGNS = (
     ),
     Sign("KL of a layer's attention patterns, nats", "attention looks elsewhere", lambda row, _: _pattern_kl(row), 1.0),
     Sign(
-        "share of tokens beyond 99 % of neutral ones",
+        UNUSUAL,
         "most tokens are unlike those of plain text",
         lambda row, _: _most(one["beyond_p99"] for one in _layers(row)),
         0.5,

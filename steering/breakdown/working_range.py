@@ -9,7 +9,7 @@ from sae.model.language_model import LanguageModel
 from sae.model.sites import parse_site
 from steering.breakdown.arms import STREAM, Arm
 from steering.breakdown.direction import MEASURED, OTHERS
-from steering.breakdown.findings import KL_SIGN, SIGNS, WALL, crossing
+from steering.breakdown.findings import SIGNS, UNUSUAL, WALL, crossing
 from steering.breakdown.frozen import PARTS, internals
 from steering.breakdown.sweep import Setup, first_norm, make_setup, measured_row, run_pass, sites_inside, with_vector
 from steering.directions.random import random_direction
@@ -17,24 +17,29 @@ from steering.vector import SteeringVector
 
 RHOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
 """lengths of what is added that are tried, in units of the stream, up to the first whose predictions are broken"""
-CHEAP = tuple(sign for sign in SIGNS if not sign.of_text)
+BREAKING = tuple(sign for sign in SIGNS if not sign.of_text and sign.name != UNUSUAL)
+"""the signs that end a range; tokens unlike those of neutral text come long before the text breaks, so they are told apart"""
 
 
 class WorkingRange(NamedTuple):
     """Coefficients of the vector, above 0. None where nothing was crossed up to the largest that was tried."""
 
     coefficient: float | None
-    """the largest before the first sign crosses its limit (steering/breakdown/findings.py)"""
+    """the largest before the first sign of breaking crosses its limit (steering/breakdown/findings.py)"""
     sign: str | None
     """its name"""
     beyond: str | None
     """what holds behind it, in plain words"""
-    broken: float | None
-    """where the KL of the predictions on neutral text reaches 1 nat"""
+    unusual: float | None
+    """where half of the tokens are further from neutral text than 99 % of its own: much earlier, as a rule"""
     tried: float
     """the largest that was tried"""
     rho_of_1: float
     """rho of coefficient 1"""
+
+    def excludes(self, coefficient: float) -> bool:
+        """Whether a strength lies beyond the range."""
+        return self.coefficient is not None and coefficient > self.coefficient
 
 
 class RangeFinder:
@@ -65,17 +70,18 @@ class RangeFinder:
                 break
         result: dict[str, Any] = {"rows": rows, "first_norm": first_norm(setup.lm, vector.site)}
         found = {
-            sign: rho
-            for sign in CHEAP
-            if (rho := crossing([(row["rho"], sign.value(row, result)) for row in rows], sign.limit, above=sign.above)) is not None
+            sign: at
+            for sign in SIGNS
+            if not sign.of_text
+            and (at := crossing([(row["rho"], sign.value(row, result)) for row in rows], sign.limit, above=sign.above)) is not None
         }
-        first = min(found, key=lambda sign: found[sign], default=None)
-        wall = next((rho for sign, rho in found.items() if sign.name == KL_SIGN), None)
+        first = min((sign for sign in BREAKING if sign in found), key=lambda sign: found[sign], default=None)
+        unusual = next((at for sign, at in found.items() if sign.name == UNUSUAL), None)
         return WorkingRange(
             coefficient=None if first is None else found[first] / setup.rho_of_1,
             sign=first and first.name,
             beyond=first and first.beyond,
-            broken=None if wall is None else wall / setup.rho_of_1,
+            unusual=None if unusual is None else unusual / setup.rho_of_1,
             tried=rows[-1]["coefficient"],
             rho_of_1=setup.rho_of_1,
         )

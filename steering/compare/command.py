@@ -174,6 +174,14 @@ def cosines(arms: Sequence[Arm], site: str) -> dict[str, Any]:
     return {"methods": [method for method, _ in there], "matrix": (units_kd @ units_kd.T).tolist()}
 
 
+def works_up_to(arm: dict[str, Any]) -> str:
+    """The end of an arm's working range, for a cell; nothing for an arm that has none."""
+    works = arm["working_range"]
+    if works is None:
+        return ""
+    return f"over {works['tried']:.3g}" if works["coefficient"] is None else f"{works['coefficient']:.3g}"
+
+
 def score_facts(scorer: TextScore | None) -> dict[str, Any] | None:
     return None if scorer is None else {name: getattr(scorer, name) for name in ("kind", "describe", "held_out_auroc")}
 
@@ -204,7 +212,12 @@ def print_comparison(result: dict[str, Any], out: Path) -> None:
     from rich.table import Table
 
     columns = ("method", "budget", "gain (95 %)", "detection", "nats/token", "distinct-2", "off-topic KL", "coefficient, ρ, max. act.")
-    table = Table(*columns, title=f"{result['concept']['name']} at {result['site']} of {result['model']}: {result['target']['describe']}")
+    table = Table(
+        *columns,
+        "works up to",
+        title=f"{result['concept']['name']} at {result['site']} of {result['model']}: {result['target']['describe']}",
+        caption="works up to: the largest coefficient before the first sign of breaking; beyond: the strength of this row is larger",
+    )
     for arm in result["arms"]:
         best = arm["best"]
         if best is None:
@@ -221,10 +234,13 @@ def print_comparison(result: dict[str, Any], out: Path) -> None:
             "" if level["distinct_2"] is None else f"{level['distinct_2']:.2f}",
             f"{level['off_topic_kl'] or 0:.2f}",
             ", ".join("-" if units is None else f"{units:.3g}" for units in strengths) if level["coefficient"] else "",
+            works_up_to(arm) + ", beyond" * bool(level["beyond_working_range"]),
         )
     Console(width=None if sys.stdout.isatty() else 160).print(table)  # a log has no width of its own
     for arm in result["arms"]:
         if arm["left_out"]:
             print(f"left out: {arm['method']}, {arm['left_out']}")
+        if arm["no_working_range"]:
+            print(f"without a working range: {arm['method']}, {arm['no_working_range']}")
     print("\n".join(result["verdict"]))
     print(f"everything is in {out / 'comparison.json'}, to look at in {out / 'report.html'}")

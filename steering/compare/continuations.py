@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sae.errors import InputError
 from sae.model.language_model import LanguageModel, NonFiniteLogits
 from sae.model.sampling import Sampling
 from sae.progress import progress
 from sae.statistics import Estimate, auroc_estimate, mean_estimate
+from steering.breakdown.working_range import RangeFinder, WorkingRange
 from steering.compare.arms import NONE, Arm
 from steering.compare.concepts import TextScore
 from steering.compare.scores import choose_best
@@ -60,34 +62,54 @@ class Continuations(NamedTuple):
 
 
 def measure_arms(setup: ComparisonSetup, arms: Sequence[Arm]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The entries of all arms, and the samples of broken text, as plain values. The first arm is the one without steering."""
+    """The entries of all arms, and the samples of broken text, as plain values. The first arm is the one without steering.
+
+    Levels whose coefficient lies beyond the arm's working range say so; an arm without such a range says why.
+    """
     ids_sp, mask_sp = encode_cut(setup.lm, OFF_TOPIC_SENTENCES)
     unsteered_nv = log_probs(setup.lm, ids_sp, mask_sp)
     entries: list[dict[str, Any]] = []
     broken: list[dict[str, Any]] = []
+    finders: dict[str, RangeFinder] = {}
     none_p = np.zeros(0)
     present = [arm for arm in arms if arm.left_out is None]
     total = sum(len(setup.budgets) + 1 if arm.vector else 1 for arm in present)
     with progress("comparing", total, "strengths") as bar:
         for arm in arms:
             entry: dict[str, Any] = {"method": arm.method, "kind": arm.kind, "note": arm.note, "left_out": arm.left_out}
-            entry |= {"detection_auroc": None, "levels": [], "best": None}
+            entry |= {"detection_auroc": None, "levels": [], "best": None, "working_range": None, "no_working_range": None}
             entries.append(entry)
             if arm.left_out is not None:
                 continue
             *calibrations, breaking = _strengths(setup, arm)
+            works = None
+            if arm.vector is not None:
+                try:
+                    works = found_range(setup.lm, arm.vector, finders)
+                    entry["working_range"] = works._asdict()
+                except InputError as reason:
+                    entry["no_working_range"] = str(reason)
             for calibration in calibrations:
                 continued = continuations(setup, arm, calibration.coefficient, setup.samples)
                 if arm.method == NONE:
                     none_p = _by_prompt(setup, setup.target.score(continued.texts))  # type: ignore[union-attr]
                 off_topic = _off_topic(setup.lm, arm, calibration.coefficient, (ids_sp, mask_sp), unsteered_nv)
-                entry["levels"].append(level(setup, calibration, continued, off_topic, none_p))
+                measured = level(setup, calibration, continued, off_topic, none_p)
+                measured["beyond_working_range"] = works.excludes(calibration.coefficient) if works else None
+                entry["levels"].append(measured)
                 bar.advance(1, arm=arm.method)
             if arm.vector is not None:
                 broken.append(_broken(setup, arm, breaking))
                 bar.advance(1)
             entry |= {"detection_auroc": detection_auroc(setup, arm.vector), "best": choose_best(entry["levels"])}
     return entries, broken
+
+
+def found_range(lm: LanguageModel, vector: SteeringVector, finders: dict[str, RangeFinder]) -> WorkingRange:
+    """The vector's working range; `finders` keeps what was measured of its site. Raises `InputError` for a vector that has none."""
+    if vector.site not in finders:
+        finders[vector.site] = RangeFinder(lm, vector.site)
+    return finders[vector.site].of(vector)
 
 
 def _strengths(setup: ComparisonSetup, arm: Arm) -> list[Calibration]:

@@ -28,6 +28,7 @@ def report_html(result: Result) -> str:
             _verdict(result["verdict"]),
             _pareto(result, series),
             _table(result, series),
+            _ranges(result["arms"]),
             _left_out(result["arms"]),
             _samples(result),
             _cosines(result["cosines"]),
@@ -93,7 +94,7 @@ def _pareto(result: Result, series: Sequence[Series]) -> str:
         "<section><h2>What is gained, and what it costs</h2><p class='soft'>Gain in the target score over no steering on the same prompts, "
         "against how far the model's predictions on off-topic text have moved. Up and to the left is better. Bars are 95 % intervals over "
         "prompts, the band is that of the controls; points that would cover each other are set apart a little. Hollow points did not reach "
-        "their budget. Point at a name to see it alone.</p>"
+        "their budget; ringed ones lie beyond their direction's working range. Point at a name to see it alone.</p>"
         f'<div class="pareto">{pareto_svg(series, result["target"]["kind"])}<ul class="legend">{legend}</ul></div></section>'
     )
 
@@ -112,7 +113,7 @@ def _table(result: Result, series: Sequence[Series]) -> str:
     for arm, level in scored:
         gain, score = level["score"]["gain"], level["score"]
         note = f'<span class="soft">{escape(arm["note"])}</span>' if arm["note"] else ""
-        budget = _budget(level) + ("" if level["reached"] else "<small>not reached</small>")
+        budget = _budget(level) + ("" if level["reached"] else "<small>not reached</small>") + _beyond(level)
         estimates = [score["target"], *[score["second_target"]] * second, arm["detection_auroc"]]
         cells = [*map(estimate_cell, estimates), budget, estimate_cell(level["nats_per_token"])]
         cells += [figure(level[name]) for name in ("distinct_2", "longest_repeat", "off_topic_kl", "top1_flips")]
@@ -128,6 +129,45 @@ def _table(result: Result, series: Sequence[Series]) -> str:
         "<section><h2>Each method at its best budget</h2><p class='soft'>The budget is the one with the highest gain on one half of the "
         "prompts; every number here is of the other half. The grey band is the interval of the controls.</p>"
         f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
+    )
+
+
+def _beyond(level: dict[str, Any]) -> str:
+    return '<small class="beyond">beyond its range</small>' if level["beyond_working_range"] else ""
+
+
+def _ranges(arms: Sequence[dict[str, Any]]) -> str:
+    """Up to which strength each direction works, and what holds behind it."""
+    rows = []
+    for arm in arms:
+        works = arm["working_range"]
+        if works is None:
+            continue
+        if works["coefficient"] is None:
+            end, beyond = f"over {figure(works['tried'])}", "no sign of breaking up to there"
+        else:
+            end = f"{figure(works['coefficient'])}<small>ρ {figure(works['coefficient'] * works['rho_of_1'])}</small>"
+            beyond = works["beyond"]
+        unusual = "–" if works["unusual"] is None else figure(works["unusual"])
+        outside = ", ".join(_budget(level) for level in arm["levels"] if level["beyond_working_range"]) or "none"
+        rows.append(
+            f'<tr><td class="m">{escape(arm["method"])}</td><td class="n">{end}</td><td>{escape(beyond)}</td><td class="n">{unusual}</td>'
+            f'<td class="n">{outside}</td></tr>'
+        )
+    without = "".join(
+        f"<p class='soft'>Without a working range: {escape(arm['method'])}, {escape(arm['no_working_range'])}</p>"
+        for arm in arms
+        if arm["no_working_range"]
+    )
+    if not rows and not without:
+        return ""
+    heads = ("method", "works up to", "beyond it", "unlike plain text from", "budgets beyond it")
+    head = "".join(f'<th class="{"" if i in (0, 2) else "n"}">{text}</th>' for i, text in enumerate(heads))
+    return (
+        "<section><h2>How far each direction works</h2><p class='soft'>The largest coefficient before the first sign that the text "
+        "will break, measured on neutral sentences, and what holds beyond it. From the next coefficient on, most tokens are further from neutral "
+        "text than 99 % of its own, which text survives. The last column names the budgets beyond the range.</p>"
+        f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{without}</section>"
     )
 
 
@@ -245,6 +285,7 @@ def _all_levels(result: Result) -> str:
             reached = "" if level["reached"] else "<small>not reached</small>"
             cells = [_budget(level), figure(level["kl"]) + reached]
             cells += [figure(level.get(key)) for key in ("off_topic_kl", "coefficient", "rho", "max_activations")]
+            cells[3] += _beyond(level)
             cells += [figure(choose.get("gain"), True), estimate_cell(score.get("gain"), True), estimate_cell(score.get("target"))]
             cells += [
                 estimate_cell(level["nats_per_token"]),

@@ -15,6 +15,8 @@ class Point(NamedTuple):
     kl: float
     gain: dict[str, float]
     reached: bool
+    beyond: bool
+    """above the direction's working range"""
     title: str
 
 
@@ -52,8 +54,10 @@ def _point(method: str, level: dict[str, Any]) -> Point | None:
         return None
     gain = level["score"]["gain"]
     budget = "" if level["budget"] is None else f" at a budget of {level['budget']:g} nats"
+    beyond = bool(level["beyond_working_range"])
     title = f"{method}{budget}: gain {gain['value']:.3g} ({gain['low']:.3g} to {gain['high']:.3g}), off-topic KL {kl:.3g}"
-    return Point(kl, gain, level["reached"], title)
+    title += ", beyond its working range" * beyond
+    return Point(kl, gain, level["reached"], beyond, title)
 
 
 def pareto_svg(series: Sequence[Series], kind: str) -> str:
@@ -114,8 +118,15 @@ def _series(s: Series, shift: float, x_of: Any, y_of: Any) -> str:
     at = [(x_of(p.kl) + shift, y_of(p.gain["value"]), p) for p in s.points]
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y, _ in at)
     bars = "".join(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y_of(p.gain["low"]):.1f}" y2="{y_of(p.gain["high"]):.1f}"/>' for x, _, p in at)
-    dots = "".join(f"<g>{marker(s.shape, x, y, p.reached)}<title>{escape(p.title)}</title></g>" for x, y, p in at)
+    dots = "".join(
+        f"<g>{ring(x, y) if p.beyond else ''}{marker(s.shape, x, y, p.reached)}<title>{escape(p.title)}</title></g>" for x, y, p in at
+    )
     return f'<g class="series s{s.number} {escape(s.kind)}" style="--c:{s.colour}">{bars}<path d="{path}"/>{dots}</g>'
+
+
+def ring(x: float, y: float) -> str:
+    """Around a point beyond its direction's working range."""
+    return f'<circle class="ring" cx="{x:.1f}" cy="{y:.1f}" r="9.5"/>'
 
 
 def marker(shape: str, x: float, y: float, filled: bool = True) -> str:

@@ -12,9 +12,11 @@ from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.model.sampling import Sampling
+from steering.breakdown.working_range import working_range
 from steering.command_line import main
 from steering.compare.arms import MAKERS, NONE, PROMPTING
-from steering.compare.command import CompareConfig, compare_directions, cosines, fitting
+from steering.compare.command import CompareConfig, compare_directions, cosines, fitting, print_comparison, works_up_to
+from steering.directions.random import random_direction
 
 SITE = "resid_post.1"
 pytestmark = pytest.mark.filterwarnings("ignore:few texts of")
@@ -76,6 +78,38 @@ def test_both_files_hold_the_whole_comparison(parts, result):
     assert "a <b>" not in page
     assert all(arm["method"] in page for arm in result["arms"])
     assert sorted(path.name for path in (parts / "out").iterdir()) == ["comparison.json", "report.html"]
+
+
+def test_every_direction_of_the_stream_has_a_working_range(parts, result):
+    """Those of the arms' own vectors, and a mark at every strength above; ITI acts at several heads."""
+    lm = LanguageModel.load(str(parts / "model"), device="cpu")
+    arms = {arm["method"]: arm for arm in result["arms"]}
+    found = working_range(lm, random_direction(32, SITE, 0).unit())
+    own = arms["random direction"]["working_range"]
+    assert [own["coefficient"], own["unusual"], own["tried"]] == pytest.approx([found.coefficient, found.unusual, found.tried], rel=1e-4)
+    assert own["sign"] == found.sign
+    assert arms["ITI"]["working_range"] is None
+    assert "expected a steering vector at one site, got one at head_out." in arms["ITI"]["no_working_range"]
+    for method in ("DiffMean", "ActAdd", "SAE feature by AUROC"):
+        arm = arms[method]
+        assert arm["no_working_range"] is None
+        end = arm["working_range"]["coefficient"]
+        assert [level["beyond_working_range"] for level in arm["levels"]] == [level["coefficient"] > end for level in arm["levels"]]
+    assert (arms[NONE]["working_range"], arms[NONE]["no_working_range"]) == (None, None)
+    assert arms[NONE]["levels"][0]["beyond_working_range"] is None
+
+
+def test_what_is_printed_names_the_range(result, tmp_path, capsys):
+    print_comparison(result, tmp_path)
+    said = capsys.readouterr().out
+    assert "works up to" in said
+    arm = next(arm for arm in result["arms"] if arm["method"] == "DiffMean")
+    chosen = next(level for level in arm["levels"] if level["budget"] == arm["best"]["budget"])
+    row = next(line for line in said.splitlines() if "DiffMean" in line)
+    assert works_up_to(arm) in row
+    assert ("beyond" in row) == chosen["beyond_working_range"]
+    assert "without a working range: ITI, expected a steering vector at one site" in said
+    assert works_up_to(arm | {"working_range": arm["working_range"] | {"coefficient": None, "tried": 12.0}}) == "over 12"
 
 
 def test_one_seed_gives_one_result(parts, result, tmp_path):

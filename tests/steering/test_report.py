@@ -42,6 +42,13 @@ def spread(value: float, half: float) -> dict[str, float]:
     return {"value": value, "low": value - half, "high": value + half}
 
 
+def range_of(method: str) -> dict:
+    crossed = {"coefficient": 2.46, "sign": "KL", "beyond": "the predictions are broken", "unusual": 0.98}
+    if method == "ActAdd":
+        crossed = dict.fromkeys(crossed)
+    return crossed | {"tried": 109.3, "rho_of_1": 0.073}
+
+
 def invented() -> dict:
     """A result in the form of comparison.json; nothing in it was measured."""
     rng = np.random.default_rng(0)
@@ -65,6 +72,7 @@ def invented() -> dict:
                     "reached": not (method == "ActAdd" and budget == 1.0),
                     "monotone": True,
                     "failure": None,
+                    "beyond_working_range": None if kind == "baseline" or method == "ITI" else method != "ActAdd" and size > 0.2,
                     "choose": {"target": 3 + gain, "gain": gain - 0.2},
                     "score": {
                         "target": spread(3 + gain, 2),
@@ -93,6 +101,8 @@ def invented() -> dict:
                 "detection_auroc": spread(0.8, 0.07) if kind != "baseline" else None,
                 "levels": levels,
                 "best": {"budget": best["budget"], "gain": best["score"]["gain"]},
+                "working_range": None if kind == "baseline" or method == "ITI" else range_of(method),
+                "no_working_range": "expected a steering vector at one site" if method == "ITI" else None,
             }
         )
         if kind != "baseline":
@@ -110,7 +120,7 @@ def invented() -> dict:
                 }
             )
     left_out = {"method": "SAE-TS", "kind": "method", "note": None, "left_out": "no effect map was given"}
-    arms.append(left_out | {"detection_auroc": None, "levels": [], "best": None})
+    arms.append(left_out | dict.fromkeys(("detection_auroc", "best", "working_range", "no_working_range")) | {"levels": []})
     methods = [method for method, kind in METHODS if kind != "baseline" and method not in ("ActAdd", "ITI")]
     unit = rng.normal(size=(len(methods), 8)) + 0.6
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)
@@ -228,8 +238,25 @@ def test_plot_has_a_point_for_every_level_with_text_and_one_line_for_each_interv
     assert len(hollow) == 1  # ActAdd at 1 nat
 
 
+def test_strengths_beyond_the_working_range_are_marked_everywhere():
+    result = invented()
+    html = report_html(result)
+    page = Page(html)
+    beyond = [(arm, level) for arm in result["arms"] for level in arm["levels"] if level["beyond_working_range"]]
+    drawn = [level for _, level in beyond if level["score"]]
+    assert sum(attrs.get("class") == "ring" for _, attrs in page.tags) == len(drawn) > 5
+    assert html.count(", beyond its working range</title>") == len(drawn)
+    best = [level for arm, level in beyond if arm["best"]["budget"] == level["budget"]]
+    assert html.count('<small class="beyond">') == len(beyond) + len(best)
+    ranges = page.text.split("How far each direction works")[1].split("Left out")[0]
+    assert ranges.count("the predictions are broken") == 7
+    assert "ActAddover 109no sign of breaking up to there–none" in ranges
+    assert "DiffMean2.46ρ 0.180the predictions are broken0.9800.3, 1" in ranges
+    assert "Without a working range: ITI, expected a steering vector at one site" in ranges
+
+
 def test_table_is_sorted_by_gain():
-    text = Page(report_html(invented())).text.split("Each method at its best budget")[1].split("Left out")[0]
+    text = Page(report_html(invented())).text.split("Each method at its best budget")[1].split("How far")[0]
     assert (
         text.index("SAE feature by output score") < text.index("DiffMean") < text.index("SAE feature by AUROC") < text.index("no steering")
     )

@@ -14,7 +14,7 @@ from sae.model.sampling import Sampling
 from sae.progress import progress
 from steering.breakdown.arms import make_arms
 from steering.breakdown.direction import MEASURED, OTHERS
-from steering.breakdown.findings import SIGNS, crossings
+from steering.breakdown.findings import KL_SIGN, SIGNS, crossings
 from steering.breakdown.sweep import make_setup, sweep, sweep_steps
 from steering.breakdown.working_range import RHOS, RangeFinder, working_range
 from steering.directions.actadd import actadd
@@ -41,16 +41,18 @@ def test_it_is_the_first_crossing_of_a_sweep(byte_lm, finder, vector):
     with progress("test", sweep_steps(len(arms), len(rhos)), "steps") as bar:
         whole = sweep(setup, arms, rhos, ["A"], Sampling(max_new_tokens=2), bar)
     crossed = {name: rho for name, rho in crossings(whole).items() if rho is not None and name not in OF_TEXT}
+    unusual = crossed.pop("share of tokens beyond 99 % of neutral ones")
     assert len(crossed) > 2
     assert found.rho_of_1 == pytest.approx(whole["rho_of_1"])
     assert found.sign == next(iter(crossed))
     assert found.coefficient == pytest.approx(min(crossed.values()) / whole["rho_of_1"])
-    assert found.broken == pytest.approx(crossed["KL of the predictions, nats"] / whole["rho_of_1"])
+    assert found.unusual == pytest.approx(unusual / whole["rho_of_1"])
     assert found.beyond == next(sign.beyond for sign in SIGNS if sign.name == found.sign)
     assert {sign.name for sign in SIGNS if sign.of_text} == set(OF_TEXT)
 
 
-def test_the_strength_that_breaks_lies_where_scipys_kl_passes_one_nat(byte_lm, finder):
+def test_where_only_the_predictions_break_the_range_ends_at_scipys_kl_of_one_nat(byte_lm, finder, monkeypatch):
+    monkeypatch.setattr("steering.breakdown.working_range.BREAKING", [sign for sign in SIGNS if sign.name == KL_SIGN])
     vector = random_direction(32, SITE, 5, 3.0)
     found = finder.of(vector)
 
@@ -66,9 +68,8 @@ def test_the_strength_that_breaks_lies_where_scipys_kl_passes_one_nat(byte_lm, f
     above = next(i for i, rho in enumerate(RHOS) if kl(rho / found.rho_of_1) >= 1)
     low, high = (RHOS[i] / found.rho_of_1 for i in (above - 1, above))
     share = (1 - kl(low)) / (kl(high) - kl(low))
-    assert found.broken == pytest.approx(low * (high / low) ** share, rel=1e-3)
+    assert found.coefficient == pytest.approx(low * (high / low) ** share, rel=1e-3)
     assert found.tried == pytest.approx(high)
-    assert found.coefficient <= found.broken
 
 
 def test_it_scales_with_the_vector_and_one_finder_serves_many(byte_lm, finder):
@@ -93,14 +94,13 @@ def test_passes_leave_the_model_free_between_them(byte_lm, finder):
 def test_directions_of_positions_that_never_break_the_predictions(byte_lm):
     found = working_range(byte_lm, actadd(byte_lm, "ab", "ba", "resid_pre.2"))
     assert found.tried * found.rho_of_1 == pytest.approx(RHOS[-1])
-    assert found.broken is None
-    assert found.coefficient is not None
+    assert found.sign in (None, "norm of the stream over the unsteered one, at any layer", "cosine of the stream and v, at any layer")
 
 
 def test_what_float32_cannot_hold_ends_the_search(byte_lm, finder):
     found = finder.of(random_direction(32, SITE, 5), rhos=(0.1, 1e30, 2e30))
-    assert found.coefficient == found.broken == found.tried == pytest.approx(1e30 / found.rho_of_1)
-    assert found.sign == "KL of the predictions, nats"
+    assert found.coefficient == found.tried == pytest.approx(1e30 / found.rho_of_1)
+    assert (found.sign, found.unusual) == (KL_SIGN, None)
 
 
 def test_a_model_whose_attention_is_not_seen_has_a_range(byte_lm):
