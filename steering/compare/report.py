@@ -164,9 +164,9 @@ def _ranges(arms: Sequence[dict[str, Any]]) -> str:
     heads = ("method", "works up to", "beyond it", "unlike plain text from", "budgets beyond it")
     head = "".join(f'<th class="{"" if i in (0, 2) else "n"}">{text}</th>' for i, text in enumerate(heads))
     return (
-        "<section><h2>How far each direction works</h2><p class='soft'>The largest coefficient before the first sign that the text "
-        "will break, measured on neutral sentences, and what holds beyond it. From the next coefficient on, most tokens are further from neutral "
-        "text than 99 % of its own, which text survives. The last column names the budgets beyond the range.</p>"
+        "<section><h2>How far each direction works</h2><p class='soft'>The largest coefficient before the first sign that the text will "
+        "break, measured on neutral sentences, and what holds beyond it. From the next coefficient on, most tokens are further from "
+        "neutral text than 99 % of its own, which text survives. The last column names the budgets beyond the range.</p>"
         f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>{without}</section>"
     )
 
