@@ -76,9 +76,11 @@ class Prompts:
         if not len(numbers):
             raise InputError("expected at least one pair, got none; ask for more pairs")
         at = torch.as_tensor(list(numbers), device=self.pair_a.device)
-        places = [(self.pair_a == number).nonzero()[:, 0] for number in numbers]
-        kept_a = torch.cat(places)
-        pair_a = torch.cat([torch.full_like(place, new) for new, place in enumerate(places)])
+        count_n = torch.bincount(self.pair_a, minlength=len(self))
+        first_n, count_m = count_n.cumsum(0) - count_n, count_n[at]
+        pair_a = torch.repeat_interleave(count_m)
+        within_a = torch.arange(len(pair_a), device=at.device) - (count_m.cumsum(0) - count_m)[pair_a]
+        kept_a = first_n[at][pair_a] + within_a
         rows = {name: getattr(self, name)[at] for name in ("clean_np", "clean_mask_np", "corrupt_np", "corrupt_mask_np", "aligned_np")}
         pairs = tuple(self.pairs[int(number)] for number in numbers)
         return replace(self, pairs=pairs, pair_a=pair_a, token_a=self.token_a[kept_a], weight_a=self.weight_a[kept_a], **rows)
