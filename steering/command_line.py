@@ -133,6 +133,11 @@ COMMANDS = {
         "steering.breakdown.command:BreakdownConfig",
         "Why a too large coefficient breaks the model: one direction at rising strengths, in arms that tell causes apart.",
     ),
+    "study-breakdown": Command(
+        "steering.breakdown.study:study",
+        "steering.breakdown.study:StudyConfig",
+        "What breaks a model along many directions: features, differences of means, principal and random ones, at several layers.",
+    ),
     "completion": Command(
         "steering.command_line:print_completion",
         "steering.command_line:CompletionConfig",

@@ -47,6 +47,7 @@ def commands() -> dict:
     from sae.training import TrainingConfig, train
     from sae.training.live import LiveTrainingConfig, train_live
     from steering.breakdown.command import BreakdownConfig, diagnose_breakdown
+    from steering.breakdown.study import StudyConfig, study
     from steering.compare.command import CompareConfig, compare_directions
     from steering.studies.effect_map import EffectConfig, effect_map
     from steering.studies.principal import PrincipalConfig, principal_study
@@ -73,6 +74,7 @@ def commands() -> dict:
         "list-features --html": lambda p: list_features(ListConfig(index=none, html=p)),
         "principal-directions": lambda p: principal_study(PrincipalConfig(model="none", site="resid_post.0", text=text, out=p)),
         "compare-directions": lambda p: compare_directions(CompareConfig(concept="bible", model="none", out=p)),
+        "study-breakdown": lambda p: study(StudyConfig(model="none", out=p)),
         "train_demo_model": lambda p: train_demo_model.train(train_demo_model.DemoModelConfig(corpora=none, out=p)),
         "make_pictures": lambda p: make_pictures.make_pictures(make_pictures.PicturesConfig(demo=none, out=p)),
         "demo": lambda p: demo.demo(demo.DemoConfig(out=p)),

@@ -77,7 +77,7 @@ def diagnose_breakdown(config: BreakdownConfig) -> dict[str, Any]:
     if config.dry_run:
         return {}
     with progress("measuring", sweep_steps(len(made.arms), len(config.strengths)), "steps") as bar:
-        found = sweep(setup, made.arms, config.strengths, config.prompts, config.sampling, bar)
+        found = sweep(setup, made.arms, config.strengths, config.prompts, config.sampling, bar.advance)
     found["damage_by_edge"] = _damage_by_edge(setup, found["walls"]["added"]["coefficient"])
     settings = asdict(config) | {"command": f"{sys.argv[0]} {shlex.join(sys.argv[1:])}", "seconds": round(time.monotonic() - started)}
     result = result_of(setup, made, found, settings)

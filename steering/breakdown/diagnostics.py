@@ -98,7 +98,9 @@ def token_share(x_nd: Tensor) -> float:
 
 def effective_rank(x_nd: Tensor) -> float:
     """exp of the entropy of the shares of ‖x‖² along the singular directions (not centred): 1 when all tokens are parallel."""
-    share_k = torch.linalg.svdvals(x_nd.double()).square()
+    x_nd = x_nd.double()
+    gram = x_nd @ x_nd.T if len(x_nd) < x_nd.shape[1] else x_nd.T @ x_nd
+    share_k = torch.linalg.eigvalsh(gram).clamp_min(0)  # three times as fast as singular values, which are not needed exactly near 0
     share_k = share_k / share_k.sum()
     return float(torch.special.entr(share_k).sum().exp())  # host sync
 

@@ -17,7 +17,6 @@ from sae.features.index.lens import folded_unembedding
 from sae.model.language_model import LanguageModel, NonFiniteLogits
 from sae.model.sampling import Sampling
 from sae.model.sites import parse_site
-from sae.progress import Progress
 from sae.statistics import Estimate, data_and_resamples, estimate
 from steering.breakdown.arms import Arm, applied
 from steering.breakdown.diagnostics import (
@@ -250,18 +249,30 @@ def text_at(setup: Setup, c: float, prompts: Sequence[str], sampling: Sampling) 
     }
 
 
-def sweep(setup: Setup, arms: Sequence[Arm], rhos: Sequence[float], prompts: Sequence[str], sampling: Sampling, bar: Progress) -> dict:
+def sweep(
+    setup: Setup,
+    arms: Sequence[Arm],
+    rhos: Sequence[float],
+    prompts: Sequence[str],
+    sampling: Sampling,
+    advance: Callable[..., None] = lambda *_, **__: None,
+    *,
+    brief: bool = False,
+) -> dict[str, Any]:
     """Rows for every arm and rho, each arm's wall, and how much of the damage at the wall of "added" each other arm has.
 
-    Raises `InputError` for rhos that do not rise from above 0, or that begin above the wall of "added".
+    `advance(1, ...)` is called after each step, as that of a `Progress` is. With `brief`, rows are of the arms in `INSIDE`, and
+    "added" alone is looked into and has its wall sought, for a tenth of the passes. Raises `InputError` for rhos that do not rise from
+    above 0, or that begin above the wall of "added".
     """
     if not rhos or rhos[0] <= 0 or list(rhos) != sorted(set(rhos)):
         raise InputError(f"expected rising strengths above 0, got {', '.join(map(str, rhos)) or 'none'}")
     before, rows = run_pass(setup, sites_inside(setup)), []
+    at_every_rho = [arm for arm in arms if arm.name in INSIDE or not brief]
     for size in rhos:
-        for arm in arms:
-            rows.append(measured_row(setup, before, arm, size))
-            bar.advance(1, rho=f"{size:g}")
+        for arm in at_every_rho:
+            rows.append(measured_row(setup, before, arm, size, look=arm.name == "added" if brief else arm.name in INSIDE))
+            advance(1, rho=f"{size:g}")
             if arm.name == "added" and size == rhos[0] and not (kl := rows[-1].get("logits", {}).get("kl", np.inf)) < WALL:
                 raise InputError(
                     f"expected strengths that begin below the wall, a KL of {WALL:g} nat, got {kl:.3g} at {size:g}; begin lower"
@@ -271,10 +282,11 @@ def sweep(setup: Setup, arms: Sequence[Arm], rhos: Sequence[float], prompts: Seq
         )
     walls = {}
     for arm in arms:
-        walls[arm.name] = _wall(setup, before, arm, rhos)
-        bar.advance(1, wall=arm.name)
-    slopes = {arm.name: kl_slopes(rhos, [r.get("logits", {}).get("kl", np.nan) for r in rows if r["arm"] == arm.name]) for arm in arms}
-    kl_at_wall = _kl_at_wall(setup, before, arms, walls["added"]["coefficient"], bar)
+        if arm.name == "added" or not brief:
+            walls[arm.name] = _wall(setup, before, arm, rhos)
+            advance(1, wall=arm.name)
+    kl_by_arm = {arm.name: [row.get("logits", {}).get("kl", np.nan) for row in rows if row["arm"] == arm.name] for arm in at_every_rho}
+    kl_at_wall = _kl_at_wall(setup, before, arms, walls["added"]["coefficient"], advance)
     tokens, width = int(setup.mask_sp.sum()) - len(setup.mask_sp), setup.lm.d_model  # without each text's first
     return {
         "rho_of_1": setup.rho_of_1,
@@ -282,7 +294,7 @@ def sweep(setup: Setup, arms: Sequence[Arm], rhos: Sequence[float], prompts: Seq
         "lens_sharpness": lens_sharpness(setup.lens_v),
         "unsteered_text": text_at(setup, 0.0, prompts, sampling),
         "rows": rows,
-        "slopes": {name: slope_c.tolist() for name, slope_c in slopes.items()},
+        "slopes": {name: kl_slopes(rhos, kl_c).tolist() for name, kl_c in kl_by_arm.items()},
         "walls": walls,
         "kl_of_texts_at_wall": {name: kl_s.tolist() for name, kl_s in kl_at_wall.items()},
         "restored": restored(kl_at_wall),
@@ -301,26 +313,32 @@ def sweep_passes(arms: int, strengths: int) -> int:
     return arms * strengths + 7 * arms + 10 * strengths
 
 
-def measured_row(setup: Setup, before: Pass, arm: Arm, size: float) -> dict[str, Any]:
-    c, looked_into = size / setup.rho_of_1, arm.name in INSIDE
+def measured_row(setup: Setup, before: Pass, arm: Arm, size: float, *, look: bool = True) -> dict[str, Any]:
+    """The arm at a rho; what it is inside too where `look`."""
+    c = size / setup.rho_of_1
     row: dict[str, Any] = {"arm": arm.name, "rho": size, "coefficient": c}
     try:
-        after = run_pass(setup, sites_inside(setup) if looked_into else (), arm, c, before.inner)
+        after = run_pass(setup, sites_inside(setup) if look else (), arm, c, before.inner)
     except OverflowError as error:
         return row | {"failure": str(error)}
     changes = changes_of_texts(setup, before, after)
     row["logits"] = LogitChange(*(float(np.mean(values)) for values in zip(*changes)))._asdict()
     row["kl_of_texts"] = [change.kl for change in changes]
-    if looked_into and np.isfinite(row["logits"]["kl"]):
+    if look and np.isfinite(row["logits"]["kl"]):
         row["inside"] = inside(setup, before, after, arm, c)
     return row
 
 
 def _kl_of_texts(setup: Setup, before: Pass, arm: Arm, c: float) -> np.ndarray:
     try:
-        return np.array([change.kl for change in changes_of_texts(setup, before, run_pass(setup, (), arm, c, before.inner))])
+        after = run_pass(setup, (), arm, c, before.inner)
     except OverflowError:
         return np.full(len(setup.ids_sp), np.inf)
+    kl_s = []
+    for one_pv, other_pv, real_p in zip(before.logits_spv, after.logits_spv, setup.mask_sp.bool()):
+        log_p_nv, log_q_nv = (logits_pv[real_p].double().log_softmax(-1) for logits_pv in (one_pv, other_pv))
+        kl_s.append(float(torch.nn.functional.kl_div(log_q_nv, log_p_nv, reduction="batchmean", log_target=True)))  # host sync
+    return np.array(kl_s)
 
 
 def _wall(setup: Setup, before: Pass, arm: Arm, rhos: Sequence[float]) -> dict[str, Any]:
@@ -340,12 +358,12 @@ def _wall(setup: Setup, before: Pass, arm: Arm, rhos: Sequence[float]) -> dict[s
     }
 
 
-def _kl_at_wall(setup: Setup, before: Pass, arms: Sequence[Arm], c: float, bar: Progress) -> dict[str, np.ndarray]:
+def _kl_at_wall(setup: Setup, before: Pass, arms: Sequence[Arm], c: float, advance: Callable[..., None]) -> dict[str, np.ndarray]:
     """Of each arm at the coefficient of the wall of "added", one for each text."""
     kl_at_wall = {}
     for arm in arms:
         kl_at_wall[arm.name] = _kl_of_texts(setup, before, arm, c)
-        bar.advance(1, wall=arm.name)
+        advance(1, wall=arm.name)
     return kl_at_wall
 
 

@@ -39,7 +39,7 @@ def setup_and_arms(lm: LanguageModel, names=FEW):
 def run(lm: LanguageModel, rhos=RHOS, names=FEW) -> dict:
     setup, arms = setup_and_arms(lm, names)
     with progress("test", sweep_steps(len(arms), len(rhos)), "steps") as bar:
-        return sweep(setup, arms, rhos, ["A prompt"], Sampling(max_new_tokens=12), bar)
+        return sweep(setup, arms, rhos, ["A prompt"], Sampling(max_new_tokens=12), bar.advance)
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +243,7 @@ def test_activation_addition_is_measured_where_it_adds(byte_lm):
     arms = [arm for arm in make_arms(byte_lm, vector).arms if arm.name in ("added", "norms, patterns, values frozen")]
     setup = make_setup(byte_lm, vector, TEXTS, OTHERS, arms)
     with progress("test", sweep_steps(len(arms), 2), "steps") as bar:
-        found = sweep(setup, arms, (0.1, 0.8), ["A prompt"], Sampling(max_new_tokens=4), bar)
+        found = sweep(setup, arms, (0.1, 0.8), ["A prompt"], Sampling(max_new_tokens=4), bar.advance)
     assert found["where"] == "at the first 5 tokens"
     assert all(np.isnan(row["cos_v"]) for row in found["null"])
     row = next(row for row in found["rows"] if (row["arm"], row["rho"]) == ("added", 0.8))
