@@ -138,6 +138,11 @@ COMMANDS = {
         "steering.breakdown.study:StudyConfig",
         "What breaks a model along many directions: features, differences of means, principal and random ones, at several layers.",
     ),
+    "find-circuit": Command(
+        "steering.circuits.command:find_circuit",
+        "steering.circuits.command:CircuitConfig",
+        "Which edges of a model do a task: scores of all edges, a circuit, and how good it is on held-out pairs.",
+    ),
     "completion": Command(
         "steering.command_line:print_completion",
         "steering.command_line:CompletionConfig",

@@ -48,6 +48,7 @@ def commands() -> dict:
     from sae.training.live import LiveTrainingConfig, train_live
     from steering.breakdown.command import BreakdownConfig, diagnose_breakdown
     from steering.breakdown.study import StudyConfig, study
+    from steering.circuits.command import CircuitConfig, find_circuit
     from steering.compare.command import CompareConfig, compare_directions
     from steering.studies.effect_map import EffectConfig, effect_map
     from steering.studies.principal import PrincipalConfig, principal_study
@@ -88,6 +89,8 @@ def commands() -> dict:
             EffectConfig(model="none", dictionary=none, feature=(1,), text=text, effects=p, fit=100)
         ),
         "diagnose-breakdown": lambda p: diagnose_breakdown(BreakdownConfig(model="none", vector="random:1", out=p)),
+        "find-circuit": lambda p: find_circuit(CircuitConfig(model="none", task="ioi", out=p)),
+        "find-circuit --mib": lambda p: find_circuit(CircuitConfig(model="none", task="ioi", mib=p)),
         "sample_demo_text": lambda p: sample_demo_text.sample(sample_demo_text.SampleConfig(model=none, out=p)),
     }
     return {"folder": folders, "file": files}

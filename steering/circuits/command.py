@@ -1,0 +1,258 @@
+"""The command that finds a task's circuit: is the task there, what every edge scores, which edges do it, and how well on other pairs."""
+
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sae.disk.places import require_file
+from sae.disk.writing import jsonable
+from sae.errors import InputError
+from sae.model.language_model import LanguageModel
+from sae.progress import Progress, progress
+from steering.circuits.engine import Engine
+from steering.circuits.files import Circuit, write_mib
+from steering.circuits.metrics import (
+    COUNTS,
+    bounds,
+    evaluate_circuit,
+    evaluate_scores,
+    evaluation_runs,
+    fraction_counts,
+    minimality,
+    stability,
+    top_edges,
+)
+from steering.circuits.presence import presence, require_present
+from steering.circuits.prompts import Prompts, make_prompts, own_prompts
+from steering.circuits.report import print_tables
+from steering.circuits.scores import STEPS, completeness, edge_scores
+from steering.circuits.searches import BATCH, Patching, acdc, eliminate, exact_scores
+from steering.circuits.tasks import corruption_of, read_pairs
+
+HELD = 1 << 30
+"""bytes of what all writers write that a pass may hold"""
+SHORT_LIST = 0.2
+"""of all edges, by score: what elimination begins with"""
+DRAWS = 20
+"""random circuits of the circuit's size"""
+
+
+@dataclass(kw_only=True)
+class CircuitConfig:
+    model: str
+    """Model by hub name, folder or GGUF file."""
+    task: str | None = None
+    """Task: ioi, greater-than, agreement, agreement-attractor, pronoun, induction, docstring or fact; see docs/circuit_tasks.md."""
+    pairs: Path | None = None
+    """Instead of --task: a .jsonl file of pairs, each line with clean, corrupt, right and wrong."""
+    corruption: str | None = None
+    """What the corrupt prompts of --task are. Default: the task's first."""
+    examples: int = 64
+    """Pairs of --task: one half to find the circuit on, the other to measure it on."""
+    method: Literal["ceap", "eap", "eap-ig", "clean-corrupted", "exact"] = "ceap"
+    """How edges are scored: ceap (conductance, 5 steps), eap, eap-ig (5 steps) and clean-corrupted estimate; exact cuts each edge alone."""
+    search: Literal["top", "eliminate", "acdc"] = "top"
+    """How the circuit is found: top takes the --edges of the largest scores; eliminate begins with a fifth of the graph by score and
+    takes away the weakest first; acdc takes away from all edges, from the logits backwards."""
+    edges: int = 100
+    """Edges that top takes; those on no path are left out."""
+    tau: float = 0.01
+    """Rise of the KL to the model's predictions, in nats, that one edge may cost for eliminate and acdc to keep it cut."""
+    minimality: bool = False
+    """Cut every edge of the circuit alone too, one run for each."""
+    seed: int = 0
+    """Seed of the pairs, the halves, the intervals and the random circuits."""
+    out: Path = Path("circuit.json")
+    """JSON file for the circuit, the scores of all edges and every measure."""
+    mib: Path | None = None
+    """JSON file for the scores under MIB's names, as its leaderboard takes them. Default: none."""
+    device: str = "auto"
+    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    dry_run: bool = False
+    """Say whether the task is there, what would be done and about how long it would take, and stop."""
+
+
+def find_circuit(config: CircuitConfig) -> Circuit | None:
+    """Writes the JSON, prints the tables and gives the circuit (of a dry run, None).
+
+    Raises `InputError` for flags that do not go together, for a task that the model does not do, with the numbers, for pairs of different
+    lengths, and for a model that the graph does not describe.
+    """
+    started = time.monotonic()
+    _check(config)
+    lm = LanguageModel.load(config.model, device=config.device)
+    prompts = prompts_of(config, lm)
+    there = presence(lm, prompts, config.seed)
+    print(f"{prompts.task} ({prompts.corruption}): {prompts.summary()}\n{config.model}: {there.sentence()}", file=sys.stderr)
+    require_present(there, prompts.task, config.model)
+    engine, (found_on, held_out) = Engine(lm), prompts.halves(config.seed)
+    if config.search == "top":
+        top_edges(engine.graph, engine.graph.exists_rw.float(), config.edges, absolute=True)  # says so if there are not as many
+    rows = rows_of_pass(engine, prompts)
+    finding, measuring = Patching(engine, found_on, rows), Patching(engine, held_out, rows)
+    if config.dry_run:
+        _announce(config, engine, measuring)
+        return None
+    score_nrw = pair_scores(engine, found_on, config.method, rows, finding)
+    score_rw = score_nrw.mean(0)
+    edges_rw, found = searched(config, finding, score_rw)
+    evaluation = measured(config, measuring, score_rw, edges_rw)
+    if config.method != "exact":
+        change = found_change(engine, found_on, finding)
+        evaluation["completeness"] = completeness(engine.graph, score_rw, change)
+    sizes = [n for n in (*COUNTS, fraction_counts(engine.graph)[5]) if 0 < n <= engine.graph.n_edges]
+    evaluation["stability"] = stability(
+        lambda numbers: score_nrw[list(numbers)].mean(0), len(found_on), engine.graph, sorted(set(sizes)), seed=config.seed
+    )
+    settings = asdict(config) | {"command": f"{sys.argv[0]} {shlex.join(sys.argv[1:])}", "seconds": round(time.monotonic() - started)}
+    task = {
+        "name": prompts.task,
+        "corruption": prompts.corruption,
+        "metric": prompts.metric,
+        "pairs": len(prompts),
+        "found_on": len(found_on),
+        "held_out": len(held_out),
+        "left_out": prompts.dropped,
+        "example": prompts.pairs[0]._asdict(),
+        "accuracy": there.accuracy,
+        "clean": there.clean,
+        "corrupt": there.corrupt,
+        "effect": there.effect,
+    }
+    method = {"scores": config.method, "steps": STEPS, "search": config.search, **found, "settings": settings}
+    parts = (jsonable(part) for part in (task, method, evaluation))
+    circuit = Circuit(config.model, lm.fingerprint(), engine.graph, edges_rw, score_rw, *parts)
+    circuit.save(config.out)
+    if config.mib is not None:
+        write_mib(circuit, lm.d_model, config.mib)
+    print_tables(circuit)
+    print(f"circuit: {config.out}" + (f", for MIB: {config.mib}" if config.mib else ""))
+    return circuit
+
+
+def prompts_of(config: CircuitConfig, lm: LanguageModel) -> Prompts:
+    if config.pairs is not None:
+        return own_prompts(lm, read_pairs(config.pairs))
+    assert config.task is not None
+    return make_prompts(lm, config.task, config.examples, config.seed, config.corruption)
+
+
+def rows_of_pass(engine: Engine, prompts: Prompts) -> int:
+    """Sequences of a pass, so that what their writers write, held a few times over, stays within `HELD`."""
+    one = 3 * len(engine.graph.writers) * prompts.clean_np.shape[1] * engine.lm.d_model * torch.finfo(engine.lm.dtype).bits // 8
+    return max(1, min(BATCH, HELD // one))
+
+
+def pair_scores(engine: Engine, prompts: Prompts, method: str, rows: int, patching: Patching) -> Tensor:
+    """How much the metric of every pair falls when an edge alone is cut, or the method's estimate of it, [n, r, w]."""
+    graph = engine.graph
+    if method == "exact":
+        edges = [(r, w) for r, w in graph.exists_rw.nonzero().tolist()]
+        with progress("cutting every edge alone", len(edges), "edges") as bar:
+            rise_en = exact_scores(patching, edges, bar)
+        score_nrw = torch.zeros(len(prompts), *graph.exists_rw.shape)
+        r_e, w_e = torch.tensor(edges).unbind(1)
+        score_nrw[:, r_e, w_e] = -torch.from_numpy(rise_en.T).float()
+        return score_nrw
+    parts = []
+    with progress(f"scoring edges by {method}", len(prompts), "pairs") as bar:
+        for start in range(0, len(prompts), rows):
+            part = prompts.subset(range(start, min(start + rows, len(prompts))))
+            metric = _of_last(part)
+            scores = edge_scores(engine, part.clean_np, part.corrupt_np, metric, part.clean_mask_np, method=method)
+            parts.append(-scores.score_srw.float().cpu())
+            bar.advance(len(part))
+    return torch.cat(parts)
+
+
+def found_change(engine: Engine, prompts: Prompts, patching: Patching) -> float:
+    """How much the mean metric falls when every edge is cut."""
+    ends = [patching(circuit_rw).mean() for circuit_rw in (engine.graph.exists_rw, torch.zeros_like(engine.graph.exists_rw))]
+    return float(ends[0] - ends[1])
+
+
+def searched(config: CircuitConfig, patching: Patching, score_rw: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    """The circuit and what is to be said about the search."""
+    graph = patching.graph
+    if config.search == "top":
+        return top_edges(graph, score_rw, config.edges, absolute=True), {"edges": config.edges}
+    n = graph.n_edges if config.search == "acdc" else round(SHORT_LIST * graph.n_edges)
+    with progress(f"taking edges away ({config.search})", n, "edges") as bar:
+        found = acdc(patching, config.tau, bar) if config.search == "acdc" else eliminate(patching, score_rw, n, config.tau, bar)
+    if not found.circuit_rw.any():
+        raise InputError(f"expected a tau at which edges are left, got {config.tau:g}, at which every edge may go; give a smaller one")
+    return found.circuit_rw, {"tau": config.tau, "begun_with": n, "runs": found.runs, "kl": found.kl}
+
+
+def measured(config: CircuitConfig, patching: Patching, score_rw: Tensor, edges_rw: Tensor) -> dict[str, Any]:
+    """The curve of the scores, and the circuit among random ones, on the held-out pairs."""
+    graph, single = patching.graph, int(edges_rw.sum()) if config.minimality else 0
+    with progress("running circuits", measuring_runs(single), "circuits") as bar:
+        evaluation = evaluate_scores(patching, graph, score_rw, config.seed, bar)
+        run = _counted(patching, bar)
+        ends = bounds(run, graph, config.seed)
+        evaluation["circuit"] = evaluate_circuit(run, graph, edges_rw, ends, DRAWS, config.seed)
+        if config.minimality:
+            worth = minimality(run, graph, edges_rw, ends)
+            evaluation["minimality"] = [{"edge": name, **value} for name, value in worth]
+    return evaluation
+
+
+def measuring_runs(single: int) -> int:
+    return evaluation_runs() + 2 + 2 + DRAWS + (single + 1 if single else 0)
+
+
+def _counted(patching: Patching, bar: Progress) -> Any:
+    def run(circuit_rw: Tensor) -> np.ndarray:
+        metric_n = patching(circuit_rw)
+        bar.advance(1)
+        return metric_n
+
+    return run
+
+
+def _of_last(prompts: Prompts) -> Any:
+    return lambda logits_spv: prompts.measure(logits_spv[:, -1])
+
+
+def _check(config: CircuitConfig) -> None:
+    if (config.task is None) == (config.pairs is None):
+        raise InputError("expected either --task or --pairs, got both or neither; give one of them")
+    if config.pairs is not None and config.corruption is not None:
+        raise InputError("--corruption is for the package's tasks, got --pairs too; leave one of them out")
+    if config.examples < 4:
+        raise InputError(f"expected at least 4 examples, two to find the circuit on and two to measure it on, got {config.examples}")
+    if not config.tau > 0:
+        raise InputError(f"expected tau above 0, the rise of the KL that one edge may cost, got {config.tau:g}")
+    if config.edges < 1:
+        raise InputError(f"expected at least one edge, got {config.edges}")
+    if config.task is not None:
+        corruption_of(config.task, config.corruption)
+    for path in () if config.dry_run else (config.mib, config.out):
+        if path is not None:
+            require_file(path)
+
+
+def _announce(config: CircuitConfig, engine: Engine, patching: Patching) -> None:
+    """How long it takes, by one run."""
+    graph = engine.graph
+    patching.kls([torch.zeros_like(graph.exists_rw)])  # what is kept for all runs
+    begun = time.monotonic()
+    patching(torch.zeros_like(graph.exists_rw))
+    seconds = time.monotonic() - begun
+    searching = {"top": 0, "eliminate": round(SHORT_LIST * graph.n_edges), "acdc": graph.n_edges}[config.search]
+    scoring = graph.n_edges if config.method == "exact" else 4 * STEPS
+    single = config.edges if config.minimality else 0
+    minutes = seconds * (searching + scoring + measuring_runs(single)) / 60
+    print(
+        f"{graph.n_edges:,} edges of {config.model}; {searching:,} runs to find the circuit, {measuring_runs(single):,} to measure it; "
+        f"about {max(1, round(minutes))} min to {config.out}",
+        file=sys.stderr,
+    )

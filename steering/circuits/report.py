@@ -1,0 +1,58 @@
+"""A circuit and how good it is, as tables in the terminal."""
+
+from typing import Any
+
+from steering.circuits.files import Circuit
+
+STRONGEST = 15
+"""edges that are listed"""
+
+
+def print_tables(circuit: Circuit) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console, found, task = Console(), circuit.evaluation, circuit.task
+    title = f"{task['name']} in {circuit.model}: the highest scores by {circuit.method['scores']}, on {found['n_pairs']} held-out pairs"
+    areas = f"CPR {interval(found['cpr'])} · CMD {interval(found['cmd'])} · CMD on log size {interval(found['cmd_log'])}"
+    curve = Table("edges", "share", "on a path", "faithfulness (95 %)", "NDF", title=title, caption=areas)
+    for row in [*found["counts"], *found["absolute"]]:
+        share = f"{100 * row['fraction']:g} %" if "fraction" in row else "-"
+        curve.add_row(f"{row['edges']:,}", share, f"{row['kept']:,}", interval(row["f"]), figure(row["ndf"]["value"]))
+    console.print(curve)
+    if "completeness" in found:
+        sums = Table("cut", "scores / change", title="what the scores across a cut of the model account for: 1 all of it")
+        for place, share in found["completeness"].items():
+            sums.add_row(place, figure(share))
+        console.print(sums)
+    stable = Table("edges", "mean", "lowest", title="share of edges that circuits of resampled pairs have in common (Jaccard)")
+    for row in found["stability"]:
+        stable.add_row(f"{row['asked']:,}", figure(row["mean"]), figure(row["lowest"]))
+    console.print(stable)
+    one = found["circuit"]
+    title = f"the circuit ({circuit.method['search']}): {one['n_edges']:,} of {circuit.graph.n_edges:,} edges"
+    measures = Table("measure", "", title=title, caption="1 as the whole model, 0 as none of it")
+    measures.add_row("faithfulness", interval(one["f"]))
+    measures.add_row("the model without it", interval(one["without"]))
+    draws = one["random"]["f"]
+    measures.add_row(f"{len(draws)} random circuits of its size, mean", figure(one["random"]["mean"]))
+    measures.add_row("the best of them", figure(one["random"]["highest"]))
+    console.print(measures)
+    console.print(_strongest(circuit, Table))
+
+
+def _strongest(circuit: Circuit, table: Any) -> Any:
+    assert circuit.score_rw is not None
+    listed = table("edge", "score", title="its strongest edges", caption="score: what cutting the edge alone takes from the metric")
+    score_rw, inside = circuit.score_rw.cpu(), circuit.edges_rw.cpu().nonzero().tolist()
+    for r, w in sorted(inside, key=lambda edge: -abs(float(score_rw[tuple(edge)])))[:STRONGEST]:
+        listed.add_row(circuit.graph.edge_name(r, w), figure(float(score_rw[r, w])))
+    return listed
+
+
+def interval(value: dict[str, float | None]) -> str:
+    return f"{figure(value['value'])} ({figure(value['low'])} to {figure(value['high'])})"
+
+
+def figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}" if abs(value) >= 100 else f"{value:.2f}"
