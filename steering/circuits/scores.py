@@ -3,7 +3,7 @@
 `conductance` follows any path of passes; `edge_scores` is the methods for pairs of prompts. A score is how much the metric would rise if
 the edge alone carried what it carries in the corrupt run.
 
-s sequences · p positions · d width of the stream · r readers · w writers
+s sequences · p positions · d width of the stream · x positions times width · n some readers · r readers · w writers
 """
 
 from collections.abc import Callable, Iterable
@@ -131,7 +131,9 @@ def completeness(graph: Graph, score_rw: Tensor, change: float) -> dict[str, flo
 def _add_products(engine: Engine, total_srw: Tensor, gradients: Iterable[Gradient], change_wspd: Tensor) -> None:
     for readers, gradient_nspd in gradients:
         seen = int(engine.graph.seen_r[readers.start])
-        total_srw[:, readers, :seen] += torch.einsum("nspd,wspd->snw", gradient_nspd, change_wspd[:seen])
+        # views, which bmm takes as they are; einsum would copy all writers for every place that is read
+        gradient_snx, change_sxw = gradient_nspd.flatten(2).transpose(0, 1), change_wspd[:seen].flatten(2).permute(1, 2, 0)
+        total_srw[:, readers, :seen] += torch.bmm(gradient_snx, change_sxw)
 
 
 def _zeros(engine: Engine, written_wspd: Tensor) -> Tensor:
