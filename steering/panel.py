@@ -18,6 +18,7 @@ from sae.features.index.reader import FeatureIndex
 from sae.model.language_model import LanguageModel, NonFiniteLogits
 from sae.model.sampling import Sampling
 from sae.model.vocabulary import Vocabulary, vocabulary
+from steering.breakdown.working_range import RangeFinder, WorkingRange
 from steering.directions.feature import feature_direction
 from steering.intervention import steered
 from steering.strength.measure import continuation_loss
@@ -27,7 +28,7 @@ SIDES = ("unsteered", "steered")
 
 def browse(config: BrowseConfig) -> None:
     """Starts the feature browser, and with a model also its steering panel."""
-    serve(config, make_steering)
+    serve(config, make_steering, make_ranges)
 
 
 def make_steering(
@@ -58,6 +59,54 @@ def make_steering(
         return _both_sides(lm, vocab, ids_sp, mask_sp, vectors, sampling)
 
     return steer
+
+
+def make_ranges(
+    lm: LanguageModel, dictionary: Dictionary, index: FeatureIndex
+) -> Callable[[int], Generator[dict[str, Any] | None, None, None]]:
+    """The function that finds up to which strengths a feature works, for one model and dictionary; it remembers what it found."""
+    finder: RangeFinder | None = None
+    known: dict[int, dict[str, Any]] = {}
+
+    def ranges(j: int) -> Generator[dict[str, Any] | None, None, None]:
+        """None after each pass of the model, then {"feature", "up", "down", "sentence", "details"}, or {"feature", "why"} where there is
+        no range.
+
+        "up" and "down" are the `WorkingRange` above and below 0, in multiples of the maximum activation, each counted from 0 upwards.
+        """
+        nonlocal finder
+        if j not in known:
+            try:
+                vector = feature_direction(dictionary, j, float(index.feature(j).columns["max"]), index.info["site"])
+                if finder is None:
+                    finder = RangeFinder(lm, vector.site)
+                    yield None
+                found = []
+                for signed in (vector, -vector):
+                    passes = finder.passes(signed)
+                    found.append((yield from passes))
+                up, down = found
+                known[j] = {"feature": j, "up": up._asdict(), "down": down._asdict(), **range_words(up, down)}
+            except InputError as reason:
+                known[j] = {"feature": j, "why": str(reason)}
+        yield known[j]
+
+    return ranges
+
+
+def range_words(up: WorkingRange, down: WorkingRange) -> dict[str, str]:
+    """Both ends of a feature's range in plain words: a sentence, and the details behind it."""
+
+    def end(side: WorkingRange, sign: str) -> str:
+        return f"{sign}{side.tried:.2g} and further" if side.coefficient is None else f"{sign}{side.coefficient:.2g}"
+
+    sides = [("above", up, ""), ("below", down, "−")]
+    details = [f"{where} {sign}{side.coefficient:.2g}, {side.beyond}" for where, side, sign in sides if side.coefficient is not None]
+    unusual = [f"{where} {sign}{side.unusual:.2g}" for where, side, sign in sides if side.unusual is not None]
+    if unusual:
+        details.append(f"{' and '.join(unusual)}, most tokens are unlike those of plain text, which text survives")
+    beyond = "; beyond, the text usually breaks" if up.coefficient is not None or down.coefficient is not None else ""
+    return {"sentence": f"works from about {end(down, '−')} to {end(up, '')}{beyond}", "details": "; ".join(details)}
 
 
 def _both_sides(

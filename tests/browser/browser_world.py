@@ -15,6 +15,7 @@ class Site(NamedTuple):
     lm: Any = None
     dictionary: Any = None
     steering: Any = None
+    ranges: Any = None
 
 
 class served:

@@ -56,7 +56,7 @@ def demo(tmp_path_factory) -> Iterator[Site]:
     from sae.features.index.build import IndexConfig, build_index
     from sae.features.index.reader import FeatureIndex
     from sae.features.notes import Notes
-    from steering.panel import make_steering
+    from steering.panel import make_ranges, make_steering
 
     folder = tmp_path_factory.mktemp("browser")
     model = ROOT / "checkpoints" / "demo-lm"
@@ -75,8 +75,9 @@ def demo(tmp_path_factory) -> Iterator[Site]:
     lm, dictionary = parts_of(index, None, None, "cpu")
     notes = Notes.open(None, index)
     steering = make_steering(lm, dictionary, index)
-    with served(create_app(index, notes, model=lm, dictionary=dictionary, steering=steering)) as url:
-        yield Site(url, index, notes, lm, dictionary, steering)
+    ranges = make_ranges(lm, dictionary, index)
+    with served(create_app(index, notes, model=lm, dictionary=dictionary, steering=steering, ranges=ranges)) as url:
+        yield Site(url, index, notes, lm, dictionary, steering, ranges)
     notes.close()
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from urllib.parse import urlencode
 
 import numpy as np
+import pytest
 from browser_world import FEATURE, HOSTILE, served
 
 from sae.features.browser.app import create_app
@@ -260,6 +261,71 @@ def test_two_sides_are_written_and_the_address_brings_them_back(demo, tab):
     tab.get_by_role("button", name="Write").click()
     done(tab)
     assert written(tab, "steered") == written(tab, "unsteered") == sides["unsteered"]
+
+
+def test_strengths_beyond_a_features_range_are_marked(demo, tab):
+    tab.goto(f"{demo.url}/steer?prompt=I+think&feature={FEATURE}&strength=1")
+    row = tab.locator(".strength")
+    row.locator(".range", has_text="works from about").wait_for(timeout=60_000)
+    *_, found = demo.ranges(FEATURE)  # known by now
+    sentence, high = found["sentence"], found["up"]["coefficient"]
+    assert row.locator(".range").inner_text() == sentence
+    assert row.locator(".range").get_attribute("title") == found["details"]
+    assert 1 < high < 5
+    track = row.locator("[type=range]").evaluate("slider => getComputedStyle(slider).getPropertyValue('--high')")
+    share = float(track.split("+")[1].split("*")[0])
+    assert share == pytest.approx((high + 5) / 10)
+    field = tab.get_by_label(f"strength of {FEATURE} as a number")
+    for strength, beyond in ((high + 0.1, True), (high - 0.1, False), (-found["down"]["coefficient"] - 0.1, True), (0, False)):
+        field.fill(f"{strength:.3f}")
+        assert ("beyond" in row.get_attribute("class").split()) is beyond
+        assert row.locator(".range").inner_text() == "beyond its range: " * beyond + sentence
+    tab.get_by_label(f"strength of {FEATURE}", exact=True).fill("5")
+    assert "beyond" in row.get_attribute("class").split()
+
+
+def test_writing_does_not_wait_for_a_range_that_is_measured(demo, tab):
+    """The range never comes; the text does, and the page was there before."""
+
+    def endless(_):
+        while True:
+            time.sleep(0.05)
+            yield None
+
+    app = create_app(demo.index, demo.notes, model=demo.lm, dictionary=demo.dictionary, steering=demo.steering, ranges=endless)
+    with served(app) as url:
+        tab.goto(f"{url}/steer?prompt=I+think&feature={FEATURE}&strength=1&max_new_tokens=8")
+        assert tab.locator(".range").inner_text() == "measuring how far it works …"
+        tab.get_by_role("button", name="Write").click()
+        done(tab)
+        assert len(written(tab, "steered")) > len("I think")
+        assert tab.locator(".range").inner_text() == "measuring how far it works …"
+        tab.goto("about:blank")  # who leaves ends it
+
+
+def test_a_range_that_is_not_known_says_why_and_none_is_asked_for_without_the_function(demo, tab):
+    silent = int((demo.index.columns["max"][:] == 0).argmax())
+    tab.goto(f"{demo.url}/steer?feature={silent}&strength=1")
+    tab.locator(".range", has_text="how far it works is not known: feature").wait_for()
+    with served(create_app(demo.index, demo.notes, model=demo.lm, dictionary=demo.dictionary, steering=demo.steering)) as url:
+        asked = []
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.goto(f"{url}/steer?feature={FEATURE}&strength=1")
+        assert not tab.locator(".range").is_visible()
+        assert not [one for one in asked if "range" in one]
+        assert refused(f"{url}/api/range?feature=1") == "expected a model to steer, but the server was started without one"
+    for wanted, sentence in (("x", "expected a whole number as feature"), ("99999", "feature 99999 does not exist")):
+        assert sentence in refused(f"{demo.url}/api/range?feature={wanted}")
+
+
+def refused(url: str) -> str:
+    """The sentence of an answer that is an error."""
+    host, _, path = url.removeprefix("http://").partition("/")
+    connection = http.client.HTTPConnection(host)
+    connection.request("GET", f"/{path}")
+    reply = connection.getresponse()
+    assert reply.status in (400, 404)
+    return json.loads(reply.read())["error"]
 
 
 def test_a_strength_that_breaks_the_model_is_said_and_not_printed(demo, tab):

@@ -7,6 +7,9 @@ from browser_world import FEATURE
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.model.sampling import Sampling
+from steering.breakdown.working_range import WorkingRange, working_range
+from steering.panel import range_words
+from steering.vector import SteeringVector
 
 SETTINGS = Sampling(max_new_tokens=16, temperature=0.9, top_p=0.95, seed=5)
 PROMPT = "I think 🦓"
@@ -68,6 +71,43 @@ def test_a_strength_beyond_the_arithmetic_is_a_sentence(demo, strength):
         assert texts["steered"] == ""
     assert failures or abs(strength) < 1e20
     assert texts["unsteered"]
+
+
+def last_of(pieces):
+    *waits, found = pieces
+    assert set(waits) <= {None}
+    return found, len(waits)
+
+
+def test_the_range_of_a_feature_is_that_of_its_direction_both_ways(demo):
+    """In multiples of the maximum activation; found once, then remembered."""
+    found, passes = last_of(demo.ranges(FEATURE))
+    row_d, highest = demo.dictionary.rows([FEATURE])[0].float(), float(demo.index.feature(FEATURE).columns["max"])
+    for side, sign in (("up", 1), ("down", -1)):
+        alone = working_range(demo.lm, SteeringVector.at("resid_post.2", sign * row_d))
+        assert found[side]["coefficient"] * highest == pytest.approx(alone.coefficient, rel=1e-3)
+        assert found[side]["sign"] == alone.sign
+    assert passes >= 8
+    assert last_of(demo.ranges(FEATURE)) == (found, 0)
+    low, high = (f"{found[side]['coefficient']:.2g}" for side in ("down", "up"))
+    assert found["sentence"] == f"works from about −{low} to {high}; beyond, the text usually breaks"
+    assert f"above {high}, {found['up']['beyond']}" in found["details"]
+
+
+def test_a_range_without_an_end_says_so():
+    crossed = WorkingRange(1.5, "KL", "the predictions are broken", 0.5, 2.0, 0.1)
+    never = WorkingRange(None, None, None, None, 80.0, 0.1)
+    assert range_words(never, crossed) == {
+        "sentence": "works from about −1.5 to 80 and further; beyond, the text usually breaks",
+        "details": "below −1.5, the predictions are broken; below −0.5, most tokens are unlike those of plain text, which text survives",
+    }
+    assert range_words(never, never) == {"sentence": "works from about −80 and further to 80 and further", "details": ""}
+
+
+def test_a_feature_that_has_no_range_says_why(demo):
+    silent = int((demo.index.columns["max"][:] == 0).argmax())
+    found, _ = last_of(demo.ranges(silent))
+    assert found["why"].startswith(f"feature {silent} never fires")
 
 
 def test_what_cannot_be_steered_is_refused_before_the_first_piece(demo):

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Generator
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -64,6 +64,22 @@ async def steer(request: Request) -> Response:
         raise
 
 
+async def working_range(request: Request) -> Response:
+    """In pieces, each of which waits for its turn: a text that somebody wants written never waits for more than one."""
+    browser = browser_of(request)
+    if browser.ranges is None:
+        raise InputError("expected a model to steer, but the server was started without one")
+    j = whole("feature", request.query_params.get("feature", ""))
+    browser.require(j)
+    pieces, found = browser.ranges(j), None
+    while found is None:
+        if await request.is_disconnected():
+            raise ClientDisconnect
+        async with browser.model.turn("range", request):
+            found = await run_in_threadpool(next, pieces)
+    return JSONResponse(jsonable(found))
+
+
 async def body(request: Request) -> dict[str, Any]:
     try:
         value = json.loads(await request.body())
@@ -120,5 +136,6 @@ ROUTES = [
     Route("/api/feature/{model:path}/{source}/{j}", feature),
     Route("/api/features", features),
     Route("/api/prompt", prompt),
+    Route("/api/range", working_range),
     Route("/api/steer", steer, methods=["POST"]),
 ]

@@ -22,7 +22,7 @@ from sae.errors import InputError
 from sae.features.browser import api, panels, screens
 from sae.features.browser.guard import Guard, Unfit
 from sae.features.browser.query import Query, finite
-from sae.features.browser.state import LONGEST_PROMPT, Browser, NotThere, Steering, browser_of, digits, feature_of, sampling, whole
+from sae.features.browser.state import LONGEST_PROMPT, Browser, NotThere, Ranges, Steering, browser_of, digits, feature_of, sampling, whole
 from sae.features.browser.turns import Busy
 from sae.features.index.reader import FeatureIndex
 from sae.features.notes import Notes, NotesUnusable
@@ -45,8 +45,12 @@ def create_app(
     model: "LanguageModel | None" = None,
     dictionary: "Dictionary | None" = None,
     steering: Steering | None = None,
+    ranges: Ranges | None = None,
 ) -> Any:
-    """The ASGI application. Without `model` and `dictionary` there are no prompts, without `steering` there is no steering panel."""
+    """The ASGI application. Without `model` and `dictionary` there are no prompts, without `steering` there is no steering panel.
+
+    `ranges` finds up to which strengths a feature works, which the panel then shows.
+    """
     pages: dict[str, Callable] = {
         "/": table,
         "/f/{j}": feature,
@@ -67,7 +71,7 @@ def create_app(
     ]
     refusals: Any = {InputError: unusable, Unfit: unfit, HTTPException: nothing_there, Exception: broken}
     app = Starlette(routes=routes, exception_handlers=refusals, lifespan=_few_threads)
-    app.state.browser = Browser(index, notes, model, dictionary, steering)
+    app.state.browser = Browser(index, notes, model, dictionary, steering, ranges)
     return Guard(app)
 
 

@@ -144,4 +144,5 @@ def _strength(browser: "Browser", j: int, strength: float) -> str:
 <span class="soft">{name_html(browser, j)}</span>
 <input type="range" min="-{STRONGEST}" max="{STRONGEST}" step="0.1" value="{strength:g}" aria-label="strength of {j}">
 <input name="strength" type="number" step="any" value="{strength:g}" aria-label="strength of {j} as a number" required>
-× its maximum of {highest} <button type="button" class="drop" title="remove">✕</button></p>"""
+× its maximum of {highest} <button type="button" class="drop" title="remove">✕</button>
+<span class="range soft"{"" if browser.ranges else " hidden"}></span></p>"""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
-from sae.features.browser.state import Steering
+from sae.features.browser.state import Ranges, Steering
 from sae.features.index.reader import FeatureIndex
 from sae.features.notes import Notes
 from sae.model.language_model import LanguageModel
@@ -43,8 +43,12 @@ class BrowseConfig:
     """First compare every file's checksum. Default: only those of files up to 32 MB."""
 
 
-def serve(config: BrowseConfig, make_steering: Callable[[LanguageModel, Dictionary, FeatureIndex], Steering] | None = None) -> None:
-    """Serves until Ctrl-C. `make_steering` gives the function behind the steering panel, which this package does not have.
+def serve(
+    config: BrowseConfig,
+    make_steering: Callable[[LanguageModel, Dictionary, FeatureIndex], Steering] | None = None,
+    make_ranges: Callable[[LanguageModel, Dictionary, FeatureIndex], Ranges] | None = None,
+) -> None:
+    """Serves until Ctrl-C. `make_steering` and `make_ranges` give the functions behind the steering panel, which are not in this package.
 
     Raises `InputError` for parts that do not belong together, or a port that is taken.
     """
@@ -55,11 +59,12 @@ def serve(config: BrowseConfig, make_steering: Callable[[LanguageModel, Dictiona
         notes = Notes.open(config.notes, index)
         if notes.read_only:
             print(f"the notes in {notes.path} can only be read: they are shown, but no change is kept", flush=True)
-        lm, dictionary, steering = None, None, None
+        lm, dictionary, steering, ranges = None, None, None, None
         if config.model != "none":
             lm, dictionary = parts_of(index, config.dictionary, config.model, config.device)
             steering = make_steering(lm, dictionary, index) if make_steering else None
-        app = create_app(index, notes, model=lm, dictionary=dictionary, steering=steering)
+            ranges = make_ranges(lm, dictionary, index) if make_ranges else None
+        app = create_app(index, notes, model=lm, dictionary=dictionary, steering=steering, ranges=ranges)
         url = f"http://{HOST}:{listener.getsockname()[1]}/"
         print(f"features of {config.index} at {url} (Ctrl-C ends it)", flush=True)
         if config.open:

@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 
 Steering: TypeAlias = Callable[[str, Sequence[tuple[int, float]], Sampling], Generator[dict[str, Any], None, None]]
+Ranges: TypeAlias = Callable[[int], Generator[dict[str, Any] | None, None, None]]
+"""of a feature: None after every piece of work, between which others may use the model, then what was found"""
 
 
 class NotThere(InputError):
@@ -38,13 +40,15 @@ class Browser:
         lm: "LanguageModel | None",
         dictionary: "Dictionary | None",
         steering: Steering | None,
+        ranges: Ranges | None = None,
     ):
         from sae.features.explanations.explanation import read_explanations
 
         self.index, self.notes, self.lm, self.dictionary, self.steering = index, notes, lm, dictionary, steering
+        self.ranges = ranges
         self.explanations = read_explanations(index.folder)
         self.tables = Tables(index, notes)
-        self.model, self.searches = Turns("the model", "prompt", "steer"), Turns("the search through the index", "search")
+        self.model, self.searches = Turns("the model", "prompt", "steer", "range"), Turns("the search through the index", "search")
         notes.update_search(index, self.explanations)
 
     def require(self, j: int) -> None:

@@ -62,10 +62,46 @@ function steering(form) {
     slider.addEventListener("input", () => { field.value = slider.value; remember(); });
     field.addEventListener("input", () => { slider.value = field.value; remember(); });
     row.querySelector(".drop").addEventListener("click", () => { row.remove(); remember(); });
+    if (!row.querySelector(".range").hidden) range(row, slider, field);
   }
   form.addEventListener("input", remember);
   one("#stop").addEventListener("click", () => stopper?.abort());
   one("#run").addEventListener("click", () => { if (form.reportValidity()) write(); });
+
+  // Up to which strengths a feature works: measured while the page is already used, and shown when it is there.
+  async function range(row, slider, field) {
+    const place = row.querySelector(".range"), number = row.querySelector("[name=feature]").value;
+    place.textContent = "measuring how far it works …";
+    let reply;
+    try {
+      do {
+        if (reply) await new Promise(resolve => setTimeout(resolve, 3000));
+        reply = await fetch("/api/range?feature=" + number);
+      } while (reply.status === 503);  // the model is at work on long texts
+    } catch {
+      place.textContent = "";
+      return;
+    }
+    const found = await reply.json();
+    if (!found.sentence) {
+      place.textContent = "how far it works is not known: " + (found.why || found.error);
+      return;
+    }
+    const low = -(found.down.coefficient ?? Infinity), high = found.up.coefficient ?? Infinity;
+    for (const [name, end] of [["--low", low], ["--high", high]]) {
+      const share = Math.min(1, Math.max(0, (end - slider.min) / (slider.max - slider.min)));
+      slider.style.setProperty(name, `calc(.55rem + ${share} * (100% - 1.1rem))`);  // where the thumb's middle is
+    }
+    slider.classList.add("measured");
+    place.title = found.details;
+    const mark = () => {
+      const strength = Number(field.value), beyond = strength < low || strength > high;
+      row.classList.toggle("beyond", beyond);
+      place.textContent = (beyond ? "beyond its range: " : "") + found.sentence;
+    };
+    for (const input of [slider, field]) input.addEventListener("input", mark);
+    mark();
+  }
 
   function remember() {
     const address = new URLSearchParams(new FormData(form));
