@@ -31,6 +31,7 @@ from steering.circuits.metrics import (
 )
 from steering.circuits.presence import presence, require_present
 from steering.circuits.prompts import Prompts, make_prompts, own_prompts
+from steering.circuits.published import compared_with_ioi, is_gpt2_small
 from steering.circuits.report import print_tables
 from steering.circuits.scores import STEPS, completeness, edge_scores
 from steering.circuits.searches import BATCH, Patching, acdc, eliminate, exact_scores
@@ -111,6 +112,8 @@ def find_circuit(config: CircuitConfig) -> Circuit | None:
     evaluation["stability"] = stability(
         lambda numbers: score_nrw[list(numbers)].mean(0), len(found_on), engine.graph, sorted(set(sizes)), seed=config.seed
     )
+    if prompts.task == "ioi" and is_gpt2_small(lm):
+        evaluation["published"] = compared_with_ioi(engine.graph, edges_rw)
     settings = asdict(config) | {"command": f"{sys.argv[0]} {shlex.join(sys.argv[1:])}", "seconds": round(time.monotonic() - started)}
     task = {
         "name": prompts.task,

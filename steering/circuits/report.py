@@ -39,6 +39,17 @@ def print_tables(circuit: Circuit) -> None:
     measures.add_row("the best of them", figure(one["random"]["highest"]))
     console.print(measures)
     console.print(_strongest(circuit, Table))
+    if "published" in found:
+        console.print(_published(found["published"], Table))
+
+
+def _published(found: dict[str, Any], table: Any) -> Any:
+    caption = f"{found['heads_of_circuit']} of its heads write; as many random ones would be {found['by_chance']:.1f} of the published"
+    rows = table("class", "published", "in the circuit", title="the 26 published heads of GPT-2 small", caption=caption)
+    for name, row in found["classes"].items():
+        rows.add_row(name, f"{len(row['heads'])}", ", ".join(head.removeprefix("head.") for head in row["found"]) or "-")
+    rows.add_row("all", f"{found['published']}", f"{found['found']}")
+    return rows
 
 
 def _strongest(circuit: Circuit, table: Any) -> Any:
