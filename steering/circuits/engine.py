@@ -234,9 +234,9 @@ class Engine:
         def each() -> Iterator[Gradient]:
             for layer in layers:
                 block, x_spd = self._blocks[layer], streams.pop((layer, "attention"))
-                for kind, one in block.inputs.items():
-                    gradient_hspd = back_through(one, gradients[layer, one.module])
-                    yield Gradient(self.graph.head_inputs(kind, layer), through_norm(block.attention_norm, x_spd, gradient_hspd))
+                back = (back_through(one, gradients[layer, one.module]) for one in block.inputs.values())
+                of_inputs = torch.cat([through_norm(block.attention_norm, x_spd, gradient_hspd) for gradient_hspd in back])
+                yield Gradient(slice(self.graph.head_inputs("q", layer).start, self.graph.mlp_in(layer)), of_inputs)
                 x_spd, reader = streams.pop((layer, "mlp")), self.graph.mlp_in(layer)
                 gradient_nspd = gradients[layer, None].view_as(x_spd)[None]
                 yield Gradient(slice(reader, reader + 1), through_norm(block.mlp_norm, x_spd, gradient_nspd))

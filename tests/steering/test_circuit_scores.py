@@ -3,6 +3,10 @@
 s sequences · p positions · r readers · w writers
 """
 
+import ast
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from circuit_world import FAMILIES, P, engine_of, exact, logit_difference  # noqa: F401  (a fixture)
@@ -115,3 +119,16 @@ def test_unusable_input_is_refused():
         edge_scores(engine, CLEAN, CORRUPT[:, 1:], logit_difference)
     with pytest.raises(InputError, match=r"expected values of 16 writers \[w, s, p, d\], got shape \(3, 1, 1, 32\)"):
         edge_scores(engine, CLEAN, engine.zero_writers()[:3], logit_difference, method="eap")
+
+
+def test_the_example_of_the_docs_prints_what_they_say(monkeypatch, capsys):
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    text = (root / "docs" / "circuits.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    exec(code, {})
+    change, sums, circuit, kept = capsys.readouterr().out.splitlines()
+    assert change == "from 3.84 by -7.49"
+    assert set(ast.literal_eval(sums).values()) <= {n / 1000 for n in range(1000, 1011)}
+    assert circuit.endswith(" 44")
+    assert [f"{value:.2f}" for value in ast.literal_eval(kept)] == ["3.39", "4.44"]
