@@ -14,7 +14,7 @@ from sae.errors import InputError
 from sae.model.hooks import Edit
 from sae.model.language_model import LanguageModel
 from sae.model.sites import parse_site
-from steering.breakdown.frozen import PARTS, Internals, frozen, internals
+from steering.breakdown.frozen import PARTS, Internals, frozen, frozen_as_unsteered, internals
 from steering.directions.pca import principal_directions_of_texts
 from steering.directions.random import random_direction, random_in_span
 from steering.intervention import steered
@@ -103,18 +103,22 @@ def make_arms(lm: LanguageModel, vector: SteeringVector, seed: int = 0) -> Arms:
 
 
 @contextmanager
-def applied(lm: LanguageModel, arm: Arm, coefficient: float, unsteered: Internals, prompt_length: int) -> Iterator[None]:
-    """Inside, passes are those of the arm; `unsteered` has what they freeze, of the same tokens, and `prompt_length` is their columns."""
+def applied(lm: LanguageModel, arm: Arm, coefficient: float, unsteered: Internals | None, prompt_length: int) -> Iterator[None]:
+    """Inside, passes are those of the arm; `unsteered` has what they freeze, of the same tokens, and `prompt_length` is their columns.
+
+    With None, each pass first reads its tokens without edits, so that text can be generated.
+    """
     with ExitStack() as stack:
         if arm.operation == "lengthen":
             stack.enter_context(lm.edited({arm.vector.site: _lengthening(coefficient * arm.vector.direction_d)}))
         else:
-            length = prompt_length if arm.positions == "last" else None
+            per_position = any(direction.ndim == 2 for direction in arm.vector.directions.values())
+            length = prompt_length if per_position or arm.positions == "last" else None  # or rows would reach generated tokens
             stack.enter_context(
                 steered(lm, [(arm.vector, coefficient)], operation=arm.operation, positions=arm.positions, prompt_length=length)
             )
         if arm.frozen:
-            stack.enter_context(frozen(lm, arm.frozen, unsteered))
+            stack.enter_context(frozen(lm, arm.frozen, unsteered) if unsteered else frozen_as_unsteered(lm, arm.frozen))
         yield
 
 

@@ -79,7 +79,7 @@ def report_html(result: Result) -> str:
     """The whole page. The same result gives the same page, byte for byte."""
     added = [row for row in result["rows"] if row["arm"] == "added"]
     parts = [_head(result), _findings(result), _curves(result), _arms(result), _carried(result), _null(result, added)]
-    parts += [_maps(result, added), _texts(result, added)]
+    parts += [_maps(result, added), _texts(result, added), _texts_at_walls(result)]
     isolate = "".join(
         f".pareto:has(.l{i}:hover) .plot .series:not(.s{i}),.pareto:has(.l{i}:focus) .plot .series:not(.s{i}){{opacity:.09}}"
         for i in range(len(result["walls"]))
@@ -276,16 +276,34 @@ def _cell(value: float | None, most: float) -> str:
 def _texts(result: Result, added: Sequence[dict[str, Any]]) -> str:
     some = sorted({round(i * (len(added) - 1) / (SHOWN_TEXTS - 1)) for i in range(SHOWN_TEXTS)}) if len(added) > 1 else [0]
     chosen = [("unsteered", result["unsteered_text"])] + [(f"rho {added[i]['rho']:g}", added[i].get("text", {})) for i in some]
-    rows = []
-    for name, text in chosen:
-        shown = visible(text["texts"][0]) if text.get("texts") else escape(text.get("failure", "not measured"))
-        rows.append(
-            f'<tr><td class="m">{escape(name)}</td><td class="text">{shown}</td>'
-            f"<td>{figure(text.get('nats_per_token'))}</td><td>{figure(text.get('distinct_2'))}</td></tr>"
-        )
+    rows = [_text_row(name, text) for name, text in chosen]
     prompt = result["settings"]["prompts"][0]
     return _section(
         "What the model writes",
         f"Continuations of “{prompt}”, added {result['where']}.",
         _table(("", "text", "nats per token", "distinct-2"), rows),
     )
+
+
+def _texts_at_walls(result: Result) -> str:
+    """Of a sweep that sought every arm's wall."""
+    walls = {name: wall for name, wall in result["walls"].items() if "text" in wall}
+    if not walls:
+        return ""
+    rows = [
+        _text_row(f"{name}, rho {figure(wall['rho'])}" + ("" if wall["reached"] else " (not reached)"), wall["text"])
+        for name, wall in walls.items()
+    ]
+    prompt = next(iter(walls.values()))["text"]["prompt"]
+    return _section(
+        "What each arm writes at equal KL",
+        f"Continuations of “{prompt}” where each arm's KL is {result['wall']:g} nat, or at the largest rho that was tried. Frozen parts "
+        "are those of the unsteered model on the same text.",
+        _table(("arm", "text", "nats per token", "distinct-2"), rows),
+    )
+
+
+def _text_row(name: str, text: dict[str, Any]) -> str:
+    shown = visible(text["texts"][0]) if text.get("texts") else escape(text.get("failure", "not measured"))
+    numbers = f"<td>{figure(text.get('nats_per_token'))}</td><td>{figure(text.get('distinct_2'))}</td>"
+    return f'<tr><td class="m">{escape(name)}</td><td class="text">{shown}</td>{numbers}</tr>'

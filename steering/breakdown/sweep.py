@@ -42,7 +42,6 @@ from steering.breakdown.diagnostics import (
 )
 from steering.breakdown.findings import WALL
 from steering.breakdown.frozen import PARTS, Internals, internals
-from steering.intervention import steered
 from steering.strength.calibration import coefficient_for_kl, encode_cut
 from steering.strength.measure import continuation_loss, distinct_2, first_repeated_step, until_end
 from steering.vector import SteeringVector
@@ -229,13 +228,11 @@ def by_token(scale: Tensor, p: int) -> Tensor | None:
     return scale if as_it_is else scale.transpose(1, 2)
 
 
-def text_at(setup: Setup, c: float, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
-    """Continuations with c·v added everywhere, or its rows at the first positions of the prompt, and how broken they are."""
-    lm = setup.lm
+def text_at(lm: LanguageModel, arm: Arm, c: float, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+    """Continuations by an arm at a coefficient, and how broken they are; a prompt shorter than a vector's rows gets only the first ones."""
     ids_sp, mask_sp = lm.encode(prompts)
-    begin = None if setup.everywhere else ids_sp.shape[1]  # a prompt shorter than the rows gets only the first of them
     try:
-        with steered(lm, [(setup.vector, c)], prompt_length=begin):
+        with applied(lm, arm, c, None, ids_sp.shape[1]):
             whole_sp = lm.generate(ids_sp, mask_sp, **vars(sampling))
     except (NonFiniteLogits, OverflowError) as error:
         return {"failure": str(error)}
@@ -268,6 +265,7 @@ def sweep(
     if not rhos or rhos[0] <= 0 or list(rhos) != sorted(set(rhos)):
         raise InputError(f"expected rising strengths above 0, got {', '.join(map(str, rhos)) or 'none'}")
     before, rows = run_pass(setup, sites_inside(setup)), []
+    added = next(arm for arm in arms if arm.name == "added")
     at_every_rho = [arm for arm in arms if arm.name in INSIDE or not brief]
     for size in rhos:
         for arm in at_every_rho:
@@ -278,12 +276,16 @@ def sweep(
                     f"expected strengths that begin below the wall, a KL of {WALL:g} nat, got {kl:.3g} at {size:g}; begin lower"
                 )
         next(row for row in rows if row["rho"] == size and row["arm"] == "added")["text"] = text_at(
-            setup, size / setup.rho_of_1, prompts, sampling
+            setup.lm, added, size / setup.rho_of_1, prompts, sampling
         )
-    walls = {}
+    shown = _with_room(setup, prompts)
+    walls: dict[str, dict[str, Any]] = {}
     for arm in arms:
         if arm.name == "added" or not brief:
             walls[arm.name] = _wall(setup, before, arm, rhos)
+            if not brief:
+                written = text_at(setup.lm, arm, walls[arm.name]["coefficient"], [shown], sampling)
+                walls[arm.name]["text"] = {"prompt": shown, **written}
             advance(1, wall=arm.name)
     kl_by_arm = {arm.name: [row.get("logits", {}).get("kl", np.nan) for row in rows if row["arm"] == arm.name] for arm in at_every_rho}
     kl_at_wall = _kl_at_wall(setup, before, arms, walls["added"]["coefficient"], advance)
@@ -292,7 +294,7 @@ def sweep(
         "rho_of_1": setup.rho_of_1,
         "first_norm": first_norm(setup.lm, setup.vector.site),
         "lens_sharpness": lens_sharpness(setup.lens_v),
-        "unsteered_text": text_at(setup, 0.0, prompts, sampling),
+        "unsteered_text": text_at(setup.lm, added, 0.0, prompts, sampling),
         "rows": rows,
         "slopes": {name: kl_slopes(rhos, kl_c).tolist() for name, kl_c in kl_by_arm.items()},
         "walls": walls,
@@ -303,14 +305,21 @@ def sweep(
     }
 
 
+def _with_room(setup: Setup, prompts: Sequence[str]) -> str:
+    """The first prompt that is as long as the vector's directions are many, else the longest."""
+    lengths = setup.lm.encode(prompts)[1].sum(1).tolist()  # host sync
+    rows = 0 if setup.everywhere else len(setup.vector.directions[setup.vector.site])
+    return next((prompt for prompt, length in zip(prompts, lengths) if length >= rows), prompts[lengths.index(max(lengths))])
+
+
 def sweep_steps(arms: int, strengths: int) -> int:
     """The steps of the bar: a row each, then for each arm its wall and its share of the damage."""
     return arms * (strengths + 2)
 
 
 def sweep_passes(arms: int, strengths: int) -> int:
-    """About how many passes a sweep makes: those of its rows, six for each wall, and text as long as ten of them at each strength."""
-    return arms * strengths + 7 * arms + 10 * strengths
+    """About how many passes a sweep makes: those of its rows, six for each wall, and text as long as three for each arm, ten at each strength."""
+    return arms * strengths + 10 * arms + 10 * strengths
 
 
 def measured_row(setup: Setup, before: Pass, arm: Arm, size: float, *, look: bool = True) -> dict[str, Any]:

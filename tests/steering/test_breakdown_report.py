@@ -86,6 +86,18 @@ def test_findings_walls_null_and_texts_are_there():
     assert text.count("0.123") == len(RHOS)
 
 
+def test_texts_at_the_walls_are_there_where_they_were_written():
+    found = whole()
+    assert "What each arm writes" not in report_html(found)
+    for name, wall in found["walls"].items():
+        wall["text"] = {"prompt": "It was", "texts": [f" said by {name}"], "nats_per_token": 7.25, "distinct_2": 0.5}
+    found["walls"]["random"] |= {"reached": False, "text": {"prompt": "It was", "failure": "not finite"}}
+    text = "".join(Page(report_html(found)).text).split("What each arm writes at equal KL")[1]
+    assert "Continuations of “It was”" in text
+    assert "added, rho 1.50 said by added7.250.500" in text
+    assert "random, rho 1.40 (not reached)not finite" in text
+
+
 def test_a_map_has_a_cell_for_every_layer_and_strength():
     html = report_html(whole())
     table = html.partition("cosine of the stream and v</h3>")[2].partition("</table>")[0]

@@ -14,9 +14,10 @@ from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.model.sampling import Sampling
 from sae.progress import progress
-from steering.breakdown.arms import make_arms
+from steering.breakdown.arms import applied, make_arms
 from steering.breakdown.command import BreakdownConfig, diagnose_breakdown
 from steering.breakdown.direction import named_direction
+from steering.breakdown.frozen import internals
 from steering.breakdown.report import report_html
 from steering.breakdown.sweep import by_token, make_setup, sweep, sweep_steps
 from steering.command_line import main
@@ -115,6 +116,25 @@ def test_text_breaks_down_with_strength(found):
     assert all(len(text["texts"]) == 1 and text["nats_per_token"] > 0 for text in [found["unsteered_text"], *texts])
 
 
+def test_every_arm_writes_at_its_wall_as_passes_without_a_cache_would(byte_lm):
+    """The likeliest token each time, with what is frozen taken from the unsteered pass of the same text."""
+    setup, arms = setup_and_arms(byte_lm, ["added", "rotated", "lengthened", "front", "last", "norms frozen", "patterns, values frozen"])
+    found = sweep(setup, arms, RHOS, ["A prompt", "another"], Sampling(max_new_tokens=8, temperature=0.0))
+    for arm in arms:
+        wall = found["walls"][arm.name]
+        ids_sp, _ = byte_lm.encode(["A prompt"])
+        begin = ids_sp.shape[1]
+        for _ in range(8):
+            with internals(byte_lm, arm.frozen or ("patterns",)) as unsteered:
+                byte_lm.logits(ids_sp)
+            with applied(byte_lm, arm, wall["coefficient"], unsteered, begin):
+                ids_sp = torch.cat([ids_sp, byte_lm.logits(ids_sp)[:, -1:].argmax(-1)], dim=1)
+        written = byte_lm.tokenizer.decode(ids_sp[0, begin:], skip_special_tokens=True)
+        assert (wall["text"]["prompt"], wall["text"]["texts"]) == ("A prompt", [written]), arm.name
+    brief = sweep(setup, arms, RHOS, ["A prompt"], Sampling(max_new_tokens=2), brief=True)
+    assert "text" not in brief["walls"]["added"]
+
+
 def test_strengths_that_do_not_rise_or_begin_above_the_wall_are_refused(byte_lm):
     for rhos in ((), (0.0, 1.0), (1.0, 0.5)):
         with pytest.raises(InputError, match="expected rising strengths above 0"):
@@ -179,6 +199,7 @@ def test_prompts_shorter_than_two_prompts_rows_are_counted(folder, tmp_path, cap
     assert "added at the first 5 tokens" in said.out
     assert "added at the first 5 tokens" in (tmp_path / "b.html").read_text()
     assert set(result["left_out"]) == {"lengthened", "front", "last"}
+    assert {wall["text"]["prompt"] for wall in result["walls"].values()} == {"A longer one"}
 
 
 def test_a_features_direction_is_measured_by_its_dictionary(folder, tmp_path, byte_lm, capsys):
