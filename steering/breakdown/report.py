@@ -26,7 +26,7 @@ OWN_STYLE = """
 .maps{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,34rem),1fr));gap:1rem 2rem}
 .maps h3{font-size:1rem;margin:.6rem 0 .2rem}
 tr.held td.m::before{content:"✓ ";color:var(--yes)}tr.failed td.m::before{content:"✗ ";color:var(--k6)}
-td.text{white-space:pre-wrap;overflow-wrap:anywhere}
+td.text{white-space:pre-wrap;overflow-wrap:anywhere;min-width:15rem}
 """
 
 Result = dict[str, Any]

@@ -318,7 +318,7 @@ def sweep_steps(arms: int, strengths: int) -> int:
 
 
 def sweep_passes(arms: int, strengths: int) -> int:
-    """About how many passes a sweep makes: those of its rows, six for each wall, and text as long as three for each arm, ten at each strength."""
+    """About how many passes a sweep makes: its rows, six for each wall, and text as long as three for each arm and ten at each strength."""
     return arms * strengths + 10 * arms + 10 * strengths
 
 
