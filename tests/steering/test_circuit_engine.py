@@ -3,6 +3,8 @@
 s sequences · p positions · d width · r readers · w writers · e edges
 """
 
+import copy
+
 import pytest
 import torch
 from circuit_world import FAMILIES, P, engine_of, exact, logit_difference  # noqa: F401  (a fixture)
@@ -10,6 +12,7 @@ from test_language_model import ids_of, tiny
 from test_sites import made
 
 from sae.errors import InputError
+from sae.model.language_model import LanguageModel
 from steering.circuits.engine import Engine
 from steering.circuits.scores import edge_scores
 
@@ -193,3 +196,19 @@ def test_other_cuts_and_metrics_are_refused():
         pass
     with pytest.raises(InputError, match="expected a metric that makes one number"):
         engine.gradients(CLEAN, None, lambda logits_spv: logits_spv.sum())
+
+
+def test_projections_that_are_no_plain_linear_maps_are_refused():
+    class Adapted(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return 2 * self.inner(x)
+
+    model = copy.deepcopy(tiny("llama").model)
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = Adapted(attention.q_proj)
+    with pytest.raises(InputError, match="expected projections that are plain linear maps in 'adapted', got Adapted; load the model whole"):
+        Engine(LanguageModel(model, name="adapted"))
