@@ -11,11 +11,10 @@ from test_language_model import COMMON, randomised
 
 from sae.errors import InputError
 from sae.model.sampling import Sampling
-from sae.progress import progress
 from steering.breakdown.arms import make_arms
 from steering.breakdown.direction import MEASURED, OTHERS
 from steering.breakdown.findings import KL_SIGN, SIGNS, crossings
-from steering.breakdown.sweep import make_setup, sweep, sweep_steps
+from steering.breakdown.sweep import make_setup, sweep
 from steering.breakdown.working_range import RHOS, RangeFinder, working_range
 from steering.directions.actadd import actadd
 from steering.directions.random import random_direction
@@ -38,8 +37,7 @@ def test_it_is_the_first_crossing_of_a_sweep(byte_lm, finder, vector):
     made = make_arms(byte_lm, vector).arms
     arms = [arm for arm in made if arm.name in ("added", "norms, patterns, values frozen")]
     setup = make_setup(byte_lm, vector, MEASURED, OTHERS, arms)
-    with progress("test", sweep_steps(len(arms), len(rhos)), "steps") as bar:
-        whole = sweep(setup, arms, rhos, ["A"], Sampling(max_new_tokens=2), bar)
+    whole = sweep(setup, arms, rhos, ["A"], Sampling(max_new_tokens=2))
     crossed = {name: rho for name, rho in crossings(whole).items() if rho is not None and name not in OF_TEXT}
     unusual = crossed.pop("share of tokens beyond 99 % of neutral ones")
     assert len(crossed) > 2
