@@ -1,4 +1,4 @@
-"""Make the pictures of the README from what `make demo` left: pages of the browser in headless Chromium, and a plot of strengths."""
+"""Make the pictures of the README and the docs: pages of the browser in headless Chromium, and plots of what the demo and studies left."""
 
 import json
 import shutil
@@ -12,16 +12,19 @@ from typing import Any
 
 from sae.command_line import run
 from sae.disk.places import require_folder
+from sae.disk.reading import read_json
 from sae.disk.writing import atomic
 from sae.errors import InputError
 
 
 @dataclass
 class PicturesConfig:
-    demo: Path = Path("runs/demo")
-    """Folder of the demo's results."""
+    demo: Path | None = Path("runs/demo")
+    """Folder of the demo's results. None leaves its pictures as they are."""
     comparison: Path | None = None
     """Folder of a comparison (sae compare) whose report becomes comparison.png. Default: that picture stays as it is."""
+    breakdown: tuple[Path, ...] = ()
+    """Folders of breakdown studies (sae study-breakdown), which become breakdown.png. Default: that picture stays as it is."""
     out: Path = Path("docs/pictures")
     """Folder for the pictures."""
     chromium: str = "chromium"
@@ -30,9 +33,18 @@ class PicturesConfig:
 
 def make_pictures(config: PicturesConfig) -> None:
     require_folder(config.out)
-    table = config.demo / "steering.json"
+    if config.breakdown:
+        plot_breakdown([read_json(folder / "study.json", "a breakdown study") for folder in config.breakdown], config.out / "breakdown.png")
+    if config.demo is not None:
+        pictures_of_demo(config, config.demo)
+    elif config.comparison is not None:
+        raise InputError("expected the demo's results with --comparison, whose picture is taken beside theirs; leave out --demo None")
+
+
+def pictures_of_demo(config: PicturesConfig, demo: Path) -> None:
+    table = demo / "steering.json"
     if not table.exists():
-        raise InputError(f"expected the demo's results in {config.demo}, found no {table.name}; run make demo first")
+        raise InputError(f"expected the demo's results in {demo}, found no {table.name}; run make demo first")
     chromium = shutil.which(config.chromium)
     if chromium is None:
         raise InputError(f"expected the browser {config.chromium!r}, which is not installed; give another with --chromium")
@@ -40,7 +52,7 @@ def make_pictures(config: PicturesConfig) -> None:
     if report and not report.exists():
         raise InputError(f"expected a comparison in {config.comparison}, found no {report.name}; run sae compare first")
     result = json.loads(table.read_text())
-    with browser(config.demo / "index") as url:
+    with browser(demo / "index") as url:
         screenshots(config, chromium, url, result["feature"], report)
     plot(result, config.out / "steering.png")
 
@@ -108,6 +120,47 @@ def plot(result: dict, picture: Path) -> None:
     left.set(xlabel="strength (multiples of maximum activation)", ylabel="curse words per 1,000 words")
     right.set(xlabel="strength (multiples of maximum activation)", ylabel="nats per token, unsteered model")
     left.legend(frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    with atomic(picture) as temporary:
+        figure.savefig(temporary, dpi=140, format="png")
+    print(picture)
+
+
+ARMS = (
+    *("rotated", "lengthened", "norms frozen", "patterns frozen", "values frozen", "patterns, values frozen"),
+    *("norms, patterns, values frozen", "random", "front", "last"),
+)
+COLOURS = ("#1b7f5c", "#c2571a", "#3d5fb3", "#8a8a8a")
+
+
+def plot_breakdown(studies: list[dict[str, Any]], picture: Path) -> None:
+    """At each model's middle site: what each arm restores at the wall, and where the wall is for each kind of direction."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4.4), layout="constrained", width_ratios=(3, 2))
+    kinds = ("feature", "diffmean", "pca", "random")
+    for number, (study, colour) in enumerate(zip(studies, COLOURS)):
+        site, found = max(study["summary"]["sites"].items(), key=lambda item: item[1]["directions"])  # where the features are
+        label, shift = f"{Path(study['model']).name}, {site}", (number - (len(studies) - 1) / 2) * 0.22
+        for axes, names, estimates in (
+            (left, ARMS, found["restored"]),
+            (right, kinds, {kind: wall["median"] for kind, wall in found["walls"].items()}),
+        ):
+            rows = [(y + shift, estimates[name]) for y, name in enumerate(names) if estimates.get(name, {}).get("value") is not None]
+            values = [one["value"] for _, one in rows]
+            ends = [[max(0.0, one["value"] - one["low"]) for _, one in rows], [max(0.0, one["high"] - one["value"]) for _, one in rows]]
+            axes.errorbar(values, [y for y, _ in rows], xerr=ends, fmt="o", markersize=4, capsize=2, color=colour, label=label)
+            axes.set_yticks(range(len(names)), names)
+            axes.invert_yaxis() if number == 0 else None
+    left.axvline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
+    left.axvline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
+    left.set(xlabel="share of the damage restored at the wall (1 all, 0 none, below 0 it breaks more)", xlim=(-1.6, 1.1))
+    right.set(xlabel="rho at the wall (KL 1 nat)", xlim=(0, None))
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(studies), frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     with atomic(picture) as temporary:
