@@ -15,6 +15,10 @@ Value = Callable[[dict[str, Any], dict[str, Any]], float | None]
 """of a row of the arm "added", and the whole result"""
 
 
+SATURATED = 1 / 3
+"""d log KL / d log c below which a KL has stopped growing: a tenth more for a third more strength"""
+
+
 class Sign(NamedTuple):
     name: str
     beyond: str
@@ -159,19 +163,21 @@ def crossings(result: dict[str, Any]) -> dict[str, float | None]:
 
 
 def predictions(result: dict[str, Any]) -> list[Finding]:
-    """The null model's five, each held or failed by a rule on this one direction; that of several layers is left open."""
+    """The null model's five, the first in two parts, each held or failed by a rule on this one direction; that of several layers is left
+    open."""
     walls = {name: wall["rho"] if wall["reached"] else None for name, wall in result["walls"].items()}
     wall, random, rotated = walls["added"], walls.get("random"), result["restored"].get("rotated")
-    front = [row.get("logits", {}).get("kl") for row in result["rows"] if row["arm"] == "front"][-2:]
-    growth = front[1] / front[0] if len(front) == 2 and front[0] and front[1] is not None else None
+    front = result["slopes"].get("front", [])[-1:]
+    growth = front[0] if front and front[0] is not None and math.isfinite(front[0]) else None
     last: dict[str, Any] = next((row for row in reversed(result["rows"]) if row["arm"] == "added" and _layers(row)), {})
     cosine = _streams(last, "cos_v")[-1] if last else None
     taken = _most(layer[kind]["taken_back"] for layer in _layers(last) for kind in ("attn_out", "mlp_out") if kind in layer)
     return [
+        Finding("added everywhere, the model breaks at rho 1 to 4", None if wall is None else 1 <= wall <= 4, {"wall": wall}),
         Finding(
-            "added everywhere, the model breaks at rho 1 to 4; added in front alone, the KL stops growing",
-            None if growth is None else wall is not None and 1 <= wall <= 4 and growth < 1.1,
-            {"wall": wall, "front's KL at the largest rho over that before": growth},
+            "added in front alone, the KL stops growing",
+            None if growth is None else growth < SATURATED,
+            {"front's slope, d log KL / d log c, at the largest rho": growth},
         ),
         Finding("late layers break at smaller rho than early ones", None, {}),
         Finding(

@@ -11,7 +11,7 @@ import numpy as np
 
 from sae.model.sites import parse_site
 from sae.statistics import Estimate, data_and_resamples, estimate
-from steering.breakdown.findings import SIGNS
+from steering.breakdown.findings import SIGNS, predictions
 
 Result = dict[str, Any]
 """of one direction, as `sae diagnose-breakdown` writes it, with its "kind" and "name"""
@@ -43,6 +43,9 @@ def of_site(results: Sequence[Result]) -> dict[str, Any]:
         },
         "signs": signs(results),
         "predictions": held(results),
+        "random_over_others": ratio_of_walls(
+            [result for result in results if result["kind"] == "random"], [result for result in results if result["kind"] != "random"]
+        ),
         "lens": rank_correlation([result["lens_sharpness"] for result in results], [_wall(result) for result in results]),
     }
 
@@ -104,9 +107,9 @@ def signs(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
 def held(results: Sequence[Result]) -> dict[str, dict[str, int]]:
     """How many directions each prediction of the null model holds for, of those that decide it."""
     found: dict[str, dict[str, int]] = {}
-    for one in (prediction for result in results for prediction in result["predictions"]):
-        counts = found.setdefault(one["prediction"], {"held": 0, "failed": 0, "not_decided": 0})
-        counts["not_decided" if one["held"] is None else "held" if one["held"] else "failed"] += 1
+    for one in (prediction for result in results for prediction in predictions(result)):
+        counts = found.setdefault(one.prediction, {"held": 0, "failed": 0, "not_decided": 0})
+        counts["not_decided" if one.held is None else "held" if one.held else "failed"] += 1
     return found
 
 
@@ -116,18 +119,23 @@ def late_layers(early: Sequence[Result], late: Sequence[Result]) -> dict[str, An
     "Late layers break at smaller rho" holds where the whole interval is below 1 and fails where it is above.
     """
     kinds = {result["kind"] for result in early} & {result["kind"] for result in late}
-    first_n, last_n = (np.array([_wall(result) for result in side if result["kind"] in kinds]) for side in (early, late))
-    first_n, last_n = first_n[np.isfinite(first_n)], last_n[np.isfinite(last_n)]
-    found: dict[str, Any] = {"first": early[0]["site"], "last": late[0]["site"], "held": None}
-    if not (len(first_n) and len(last_n)):
-        return found
+    ratio = ratio_of_walls(*([result for result in side if result["kind"] in kinds] for side in (late, early)))
+    held = None if ratio is None else True if ratio["high"] < 1 else False if ratio["low"] > 1 else None
+    return {"first": early[0]["site"], "last": late[0]["site"], "ratio": ratio, "held": held}
+
+
+def ratio_of_walls(some: Sequence[Result], others: Sequence[Result]) -> Estimate | None:
+    """Median wall of some directions over that of others, each drawn apart; None where none of either reaches it."""
+    some_n, others_n = (np.array([_wall(result) for result in side]) for side in (some, others))
+    some_n, others_n = some_n[np.isfinite(some_n)], others_n[np.isfinite(others_n)]
+    if not (len(some_n) and len(others_n)):
+        return None
     rng = np.random.default_rng(0)
 
     def median(value_n: np.ndarray) -> float:
         return float(np.median(value_n[rng.integers(0, len(value_n), len(value_n))]))
 
-    ratio = estimate(np.array([np.median(last_n) / np.median(first_n), *(median(last_n) / median(first_n) for _ in range(2000))]))
-    return found | {"ratio": ratio, "held": True if ratio["high"] < 1 else False if ratio["low"] > 1 else None}
+    return estimate(np.array([np.median(some_n) / np.median(others_n), *(median(some_n) / median(others_n) for _ in range(2000))]))
 
 
 def rank_correlation(x_n: Sequence[float], y_n: Sequence[float]) -> dict[str, Any]:
@@ -171,12 +179,13 @@ def markdown(study: dict[str, Any]) -> str:
             ("prediction of the null model", "held", "failed"),
             ((name, str(n["held"]), str(n["failed"])) for name, n in found["predictions"].items() if n["held"] + n["failed"]),
         )
+        parts += [f"Median rho at the wall of random directions over that of the others: {_estimate(found['random_over_others'])}.", ""]
         parts += [f"Sharpness of the logit lens of v against rho at the wall: Spearman {_estimate(found['lens'])}.", ""]
     if (late := study["summary"]["late_layers"]) is not None:
         verdict = "not decided" if late["held"] is None else "held" if late["held"] else "failed"
         parts += [
             f"Late layers break at smaller rho than early ones: {verdict}; median wall at {late['last']} over that at {late['first']}: "
-            f"{_estimate(late.get('ratio'))}.",
+            f"{_estimate(late['ratio'])}.",
             "",
         ]
     return "\n".join(parts)

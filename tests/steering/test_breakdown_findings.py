@@ -45,6 +45,7 @@ def result(taken_back=0.05, cosine=0.95, front=(0.5, 0.52), rotated=0.1, wall=1.
         "rows": rows,
         "first_norm": "attn_in.1",
         "unsteered_text": {"distinct_2": 0.8, "nats_per_token": 3.0},
+        "slopes": {"front": [2.0, math.log(front[1] / front[0]) / math.log(RHOS[-1] / RHOS[-2])]},
         "walls": {"added": {"rho": wall} | reached, "random": {"rho": random} | reached},
         "restored": {"rotated": {"value": rotated, "low": rotated - 0.1, "high": rotated + 0.1}},
     }
@@ -84,13 +85,13 @@ def test_what_crosses_first_comes_first():
 @pytest.mark.parametrize(
     ("changes", "held"),
     [
-        ({}, [True, None, True, True, True]),
-        ({"wall": 0.7}, [False, None, True, False, True]),
-        ({"front": (0.5, 0.9)}, [False, None, True, True, True]),
-        ({"rotated": 0.6}, [True, None, False, True, True]),
-        ({"random": 3.0}, [True, None, True, False, True]),
-        ({"taken_back": 0.4}, [True, None, True, True, False]),
-        ({"cosine": 0.6}, [True, None, True, True, False]),
+        ({}, [True, True, None, True, True, True]),
+        ({"wall": 0.7}, [False, True, None, True, False, True]),
+        ({"front": (0.5, 0.9)}, [True, False, None, True, True, True]),
+        ({"rotated": 0.6}, [True, True, None, False, True, True]),
+        ({"random": 3.0}, [True, True, None, True, False, True]),
+        ({"taken_back": 0.4}, [True, True, None, True, True, False]),
+        ({"cosine": 0.6}, [True, True, None, True, True, False]),
     ],
 )
 def test_predictions_are_held_or_failed_by_their_rules(changes, held):
@@ -102,5 +103,6 @@ def test_what_was_not_measured_decides_nothing():
     bare["rows"] = [{"arm": "added", "rho": 1.0, "failure": "overflow"}]
     bare["restored"], bare["first_norm"] = {}, None
     bare["walls"] = {"added": {"rho": 9.0, "reached": False, "kl": 0.1}}
-    assert [one.held for one in predictions(bare)] == [None] * 5
+    bare["slopes"] = {}
+    assert [one.held for one in predictions(bare)] == [None] * 6
     assert set(crossings(bare).values()) == {None}

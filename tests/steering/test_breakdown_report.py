@@ -78,7 +78,7 @@ def test_findings_walls_null_and_texts_are_there():
     for name, rho in found["crossings"].items():
         assert name in text
         assert rho is None or figure(rho) in text
-    assert html.count('<tr class="held">') == 2
+    assert html.count('<tr class="held">') == 3
     assert html.count('<tr class="failed">') == 2
     assert html.count("not decided") == 1
     assert "plain text" in text

@@ -27,7 +27,9 @@ def made(kind: str, rho: float, *, site: str = "resid_post.0", reached: bool = T
         "walls": {"added": {"rho": rho, "reached": reached}},
         "kl_of_texts_at_wall": kl_of_texts,
         "crossings": {sign.name: crossed.get(sign.name) for sign in SIGNS} | {KL: rho},
-        "predictions": [{"prediction": "one", "held": rho < 1}, {"prediction": "open", "held": None}],
+        "rows": [],
+        "restored": {"rotated": {"value": 0.1, "low": 0.0, "high": 0.2}},
+        "slopes": {},
         "lens_sharpness": float(RNG.normal()),
     }
 
@@ -78,16 +80,25 @@ def test_late_layers_are_decided_by_the_whole_interval():
     assert late_layers(early, [*late, *other_kind])["ratio"] == found["ratio"]  # features are at one site alone
 
 
+def test_random_directions_are_held_against_the_others():
+    results = [made("random", 2.0), made("random", 4.0), made("pca", 1.0), made("feature", 2.0), made("pca", 1.5)]
+    found = summary(results)["sites"]["resid_post.0"]["random_over_others"]
+    assert found["value"] == pytest.approx(3.0 / 1.5)
+    assert found["low"] < 2 < found["high"]
+    assert summary(results[2:])["sites"]["resid_post.0"]["random_over_others"] is None
+
+
 def test_the_tables_have_every_site_and_arm():
     results = [made("pca", rho, site=site) for site in ("resid_post.10", "resid_post.9") for rho in (0.5, 2.0)]
     found = summary(results)
     assert list(found["sites"]) == ["resid_post.9", "resid_post.10"]
-    assert found["sites"]["resid_post.9"]["predictions"]["one"] == {"held": 1, "failed": 1, "not_decided": 0}
+    breaks, front = "added everywhere, the model breaks at rho 1 to 4", "added in front alone, the KL stops growing"
+    assert found["sites"]["resid_post.9"]["predictions"][breaks] == {"held": 1, "failed": 1, "not_decided": 0}
     text = markdown({"model": "m", "summary": found})
     assert "## resid_post.10: 2 directions" in text
     assert "| rotated | " in text
-    assert "| one | 1 | 1 |" in text
-    assert "| open |" not in text
+    assert f"| {breaks} | 1 | 1 |" in text
+    assert front not in text
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +132,8 @@ def test_a_study_holds_what_single_directions_give_and_goes_on_where_it_stopped(
         other = next(one for one in studied["rows"] if (one["arm"], one["rho"]) == (row["arm"], row["rho"]))
         left = {"text", "inside"} if row["arm"] == "front" else {"text"}
         assert {name: value for name, value in other.items() if name not in left} == {n: v for n, v in row.items() if n not in left}
-    assert studied["walls"] == {"added": alone["walls"]["added"]}
+    assert list(studied["walls"]) == ["added"]
+    assert {**studied["walls"]["added"], "text": None} == {**alone["walls"]["added"], "text": None}
     assert studied["restored"]["norms frozen"] == alone["restored"]["norms frozen"]
     assert studied["crossings"] == alone["crossings"]
 

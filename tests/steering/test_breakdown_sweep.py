@@ -177,7 +177,7 @@ def test_the_command_writes_what_it_prints(folder, tmp_path, monkeypatch, capsys
     assert result["vector"] == {"method": "random", "seed": 1}
     assert len(result["rows"]) == 32
     assert result["left_out"] == {}
-    assert [one["held"] for one in result["predictions"]][1] is None
+    assert [one["held"] for one in result["predictions"]][2] is None
     assert (result["crossings"]["KL of the predictions, nats"] is not None) == (result["walls"]["added"]["rho"] <= 1)
     assert "KL of the predictions" in said.out
     assert "not decided" in said.out
