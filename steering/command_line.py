@@ -143,6 +143,11 @@ COMMANDS = {
         "steering.circuits.command:CircuitConfig",
         "Which edges of a model do a task: scores of all edges, a circuit, and how good it is on held-out pairs.",
     ),
+    "steer-circuit": Command(
+        "steering.circuits.steer_command:steer_circuit",
+        "steering.circuits.steer_command:SteerCircuitConfig",
+        "Steer at a circuit's nodes: its heads, their queries, keys and values, against the whole stream and random heads at equal KL.",
+    ),
     "completion": Command(
         "steering.command_line:print_completion",
         "steering.command_line:CompletionConfig",

@@ -49,6 +49,7 @@ def commands() -> dict:
     from steering.breakdown.command import BreakdownConfig, diagnose_breakdown
     from steering.breakdown.study import StudyConfig, study
     from steering.circuits.command import CircuitConfig, find_circuit
+    from steering.circuits.steer_command import SteerCircuitConfig, steer_circuit
     from steering.compare.command import CompareConfig, compare_directions
     from steering.studies.effect_map import EffectConfig, effect_map
     from steering.studies.principal import PrincipalConfig, principal_study
@@ -91,6 +92,7 @@ def commands() -> dict:
         "diagnose-breakdown": lambda p: diagnose_breakdown(BreakdownConfig(model="none", vector="random:1", out=p)),
         "find-circuit": lambda p: find_circuit(CircuitConfig(model="none", task="ioi", out=p)),
         "find-circuit --mib": lambda p: find_circuit(CircuitConfig(model="none", task="ioi", mib=p)),
+        "steer-circuit": lambda p: steer_circuit(SteerCircuitConfig(model="none", circuit=none, out=p)),
         "sample_demo_text": lambda p: sample_demo_text.sample(sample_demo_text.SampleConfig(model=none, out=p)),
     }
     return {"folder": folders, "file": files}
