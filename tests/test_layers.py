@@ -45,6 +45,7 @@ ROOMS = (
     "steering.directions",
     "steering.strength",
     "steering.concept",
+    "steering.named_direction",
     "steering.report_style",
     "steering.circuits",
     "steering.breakdown",

@@ -18,12 +18,12 @@ from sae.model.sampling import Sampling
 from sae.progress import progress
 from sae.text_input import text_list
 from steering.breakdown.arms import Arms, make_arms
-from steering.breakdown.direction import MEASURED, OTHERS, named_direction
 from steering.breakdown.edges import SHOWN, damage_by_edge
 from steering.breakdown.findings import SIGNS, crossings, predictions
 from steering.breakdown.report import report_html
 from steering.breakdown.sweep import WALL, Setup, make_setup, run_pass, sweep, sweep_passes, sweep_steps
-from steering.strength.neutral import FEW_PROMPTS
+from steering.named_direction import named_direction
+from steering.strength.neutral import FEW_PROMPTS, MEASURED, OTHERS
 from steering.vector import SteeringVector
 
 FORMAT = "breakdown-1"

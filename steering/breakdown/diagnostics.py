@@ -10,23 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.activations.harvest.massive import is_massive
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.evaluation.reconstruction import ReconstructionMetrics
 
 LENS_TOKENS = 10  # of the steered prediction and of the logit lens whose overlap is measured
 ROWS = 1024  # of a dictionary's activations that are in memory at once
-
-
-def typical_norm(h_nd: Tensor) -> float:
-    """Median ‖h‖ of the rows that are not massive; give none of beginning-of-text. Raises `InputError` for no or zero rows."""
-    norm_n = h_nd.double().norm(dim=-1)
-    norm_n = norm_n[~is_massive(norm_n)]
-    median = float(norm_n.median()) if len(norm_n) else 0.0  # host sync
-    if not median > 0:
-        raise InputError("expected activations of tokens besides beginning-of-text that are not zero, got none; give longer texts")
-    return median
 
 
 def rho(coefficient: float, v_d: Tensor, norm: float) -> float:

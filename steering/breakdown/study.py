@@ -23,13 +23,13 @@ from sae.progress import progress
 from sae.text_input import text_list
 from steering.breakdown.arms import make_arms
 from steering.breakdown.command import result_of
-from steering.breakdown.direction import MEASURED, OTHERS, named_direction
 from steering.breakdown.study_summary import markdown, summary
 from steering.breakdown.sweep import make_setup, sweep
 from steering.concept import load_concept, shipped_concepts
 from steering.dictionary import load_dictionary
 from steering.directions.texts import activations_of_texts
-from steering.strength.neutral import FEW_PROMPTS
+from steering.named_direction import named_direction
+from steering.strength.neutral import FEW_PROMPTS, MEASURED, OTHERS
 
 FORMAT = "breakdown-study-1"
 DEPTHS = (1 / 6, 1 / 2, 5 / 6)

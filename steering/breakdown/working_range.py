@@ -8,11 +8,11 @@ from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.model.sites import parse_site
 from steering.breakdown.arms import STREAM, Arm
-from steering.breakdown.direction import MEASURED, OTHERS
 from steering.breakdown.findings import SIGNS, UNUSUAL, WALL, crossing
 from steering.breakdown.frozen import PARTS, internals
 from steering.breakdown.sweep import Setup, first_norm, make_setup, measured_row, run_pass, sites_inside, with_vector
 from steering.directions.random import random_direction
+from steering.strength.neutral import MEASURED, OTHERS
 from steering.vector import SteeringVector
 
 RHOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)

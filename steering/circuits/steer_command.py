@@ -16,8 +16,6 @@ from sae.disk.writing import jsonable, write_json
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.progress import progress
-from steering.breakdown.diagnostics import typical_norm
-from steering.breakdown.direction import MEASURED, OTHERS, named_direction
 from steering.circuits.command import CircuitConfig, prompts_of
 from steering.circuits.engine import Engine
 from steering.circuits.files import Circuit, open_circuit
@@ -25,7 +23,9 @@ from steering.circuits.prompts import Prompts
 from steering.circuits.steering import Arm, Measured, carriers, make_arms, mean_over, measure_arm, of_one_answer, task_direction
 from steering.directions.random import random_direction
 from steering.directions.texts import activations_of_texts
-from steering.strength.calibration import encode_cut
+from steering.named_direction import named_direction
+from steering.strength.calibration import encode_cut, typical_norm
+from steering.strength.neutral import MEASURED, OTHERS
 from steering.vector import SteeringVector
 
 FORMAT = "circuit-steering-1"

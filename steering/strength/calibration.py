@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sae.activations.harvest.massive import is_massive
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.text_input import text_list
@@ -120,6 +121,16 @@ def _between(low: tuple[float, float], high: tuple[float, float]) -> float:
 def _monotone(tried: list[tuple[float, float]], budget: float) -> bool:
     kls = [kl for _, kl in sorted(tried)]
     return all(after >= before - 1e-3 * budget for before, after in pairwise(kls))
+
+
+def typical_norm(h_nd: Tensor) -> float:
+    """Median ‖h‖ of the rows that are not massive; give none of beginning-of-text. Raises `InputError` for no or zero rows."""
+    norm_n = h_nd.double().norm(dim=-1)
+    norm_n = norm_n[~is_massive(norm_n)]
+    median = float(norm_n.median()) if len(norm_n) else 0.0  # host sync
+    if not median > 0:
+        raise InputError("expected activations of tokens besides beginning-of-text that are not zero, got none; give longer texts")
+    return median
 
 
 def encode_cut(lm: LanguageModel, texts: Sequence[str], tokens: int = TOKENS) -> tuple[Tensor, Tensor]:

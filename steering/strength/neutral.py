@@ -94,3 +94,6 @@ SENTENCES = (
     "The letter was sent on the third of May and reached the company eight days later.",
     "From the top of the tower one can see the fields, the railway and a part of the lake.",
 )
+
+MEASURED, OTHERS = SENTENCES[::3], [text for number, text in enumerate(SENTENCES) if number % 3]
+"""sentences on which damage is measured, and those that say what is neutral"""

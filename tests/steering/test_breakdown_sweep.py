@@ -16,7 +16,6 @@ from sae.model.sampling import Sampling
 from sae.progress import progress
 from steering.breakdown.arms import applied, make_arms
 from steering.breakdown.command import BreakdownConfig, diagnose_breakdown
-from steering.breakdown.direction import named_direction
 from steering.breakdown.frozen import internals
 from steering.breakdown.report import report_html
 from steering.breakdown.sweep import by_token, make_setup, sweep, sweep_steps
@@ -24,6 +23,7 @@ from steering.command_line import main
 from steering.directions.actadd import actadd
 from steering.directions.random import random_direction
 from steering.intervention import steered
+from steering.named_direction import named_direction
 from steering.vector import SteeringVector
 
 SITE, RHOS = "resid_post.0", (0.1, 0.8)

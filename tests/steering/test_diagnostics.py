@@ -30,9 +30,9 @@ from steering.breakdown.diagnostics import (
     rho,
     stream_change,
     token_share,
-    typical_norm,
     write_change,
 )
+from steering.strength.calibration import typical_norm
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

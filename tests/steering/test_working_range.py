@@ -12,13 +12,13 @@ from test_language_model import COMMON, randomised
 from sae.errors import InputError
 from sae.model.sampling import Sampling
 from steering.breakdown.arms import make_arms
-from steering.breakdown.direction import MEASURED, OTHERS
 from steering.breakdown.findings import KL_SIGN, SIGNS, crossings
 from steering.breakdown.sweep import make_setup, sweep
 from steering.breakdown.working_range import RHOS, RangeFinder, working_range
 from steering.directions.actadd import actadd
 from steering.directions.random import random_direction
 from steering.intervention import steered
+from steering.strength.neutral import MEASURED, OTHERS
 from steering.vector import SteeringVector
 
 SITE = "resid_post.1"

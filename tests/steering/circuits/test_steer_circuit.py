@@ -13,13 +13,14 @@ from scipy.special import rel_entr
 
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
-from steering.breakdown.direction import MEASURED
 from steering.circuits.command import CircuitConfig, find_circuit
 from steering.circuits.engine import Engine
 from steering.circuits.prompts import make_prompts
 from steering.circuits.steer_command import DIRECTIONS, SteerCircuitConfig, steer_circuit
 from steering.circuits.steering import make_arms, mean_over, of_one_answer, steered_at, task_direction
 from steering.intervention import steered
+from steering.strength.calibration import typical_norm
+from steering.strength.neutral import MEASURED, OTHERS
 from steering.vector import SteeringVector
 
 DEMO = str(Path(__file__).resolve().parents[3] / "checkpoints" / "demo-lm")
@@ -168,9 +169,6 @@ def test_numbers_are_those_of_passes_made_here(result):
 
 
 def _typical(lm: LanguageModel) -> float:
-    from steering.breakdown.diagnostics import typical_norm
-    from steering.breakdown.direction import OTHERS
-
     rows = [lm.record(lm.encode([text])[0], ["resid_post.1"])["resid_post.1"][0] for text in OTHERS]
     return typical_norm(torch.cat([row_pd[int(lm.bos_id is not None) :] for row_pd in rows]))
 

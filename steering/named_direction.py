@@ -13,11 +13,9 @@ from steering.directions.diffmean import diffmean_of_texts
 from steering.directions.feature import feature_direction
 from steering.directions.pca import principal_directions_of_texts
 from steering.directions.random import random_direction
-from steering.strength.neutral import SENTENCES
+from steering.strength.neutral import OTHERS
 from steering.vector import SteeringVector
 
-MEASURED, OTHERS = SENTENCES[::3], [text for number, text in enumerate(SENTENCES) if number % 3]
-"""texts on which damage is measured, and those that say what is neutral"""
 SPELLINGS = "a vector file, a feature's number, actadd:POSITIVE|NEGATIVE, diffmean:CONCEPT, pca:N or random:SEED"
 
 
