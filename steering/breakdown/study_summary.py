@@ -71,22 +71,22 @@ def _over_directions(value_n: np.ndarray, statistic: Callable[[np.ndarray], Any]
 
 
 def restored_by(results: Sequence[Result], arm: str) -> dict[str, Any] | None:
-    """1 − KL of the arm / KL of "added", each the mean over directions at their walls, with the interval over directions and texts, which
-    are drawn apart; and the least and most of a direction. None where no direction at its wall has the arm."""
-    chosen = [result["kl_of_texts_at_wall"] for result in results if _has(result, arm)]
-    if not chosen:
+    """1 − KL of the arm / KL of "added" at the direction's wall: the median of directions, which one that explodes does not move, with the
+    interval over directions and texts, drawn apart; the least and the most of a direction; how many are not finite and left out. None where
+    no direction at its wall has the arm."""
+    chosen = [one["kl_of_texts_at_wall"] for one in results if math.isfinite(_wall(one)) and arm in one["kl_of_texts_at_wall"]]
+    pairs = [[np.array(one[name], dtype=np.float64) for name in (arm, "added")] for one in chosen]
+    finite = [pair for pair in pairs if np.isfinite(pair).all()]
+    if not finite:
         return None
-    arm_ns, added_ns = (np.array([kl_of_texts[name] for kl_of_texts in chosen], dtype=np.float64) for name in (arm, "added"))
-    rng = np.random.default_rng(0)
-    of_direction_rn, of_text_rs = (data_and_resamples(n, rng) for n in arm_ns.shape)
-    damage_r, whole_r = (np.einsum("rn,ns,rs->r", of_direction_rn, kl_ns, of_text_rs) for kl_ns in (arm_ns, added_ns))
-    share_n = 1 - arm_ns.mean(1) / added_ns.mean(1)
-    return {"directions": len(arm_ns), **estimate(1 - damage_r / whole_r), "least": float(share_n.min()), "most": float(share_n.max())}
-
-
-def _has(result: Result, arm: str) -> bool:
-    kl_s = result["kl_of_texts_at_wall"].get(arm)
-    return kl_s is not None and None not in kl_s and bool(np.isfinite(kl_s).all()) and math.isfinite(_wall(result))
+    arm_ns, added_ns = (np.stack(values) for values in zip(*finite))
+    n, rng = len(arm_ns), np.random.default_rng(0)
+    weight_rs = data_and_resamples(arm_ns.shape[1], rng)
+    share_rn = 1 - (weight_rs @ arm_ns.T) / (weight_rs @ added_ns.T)
+    drawn_rn = np.concatenate([np.arange(n)[None], rng.integers(0, n, (len(share_rn) - 1, n))])
+    median = estimate(np.median(np.take_along_axis(share_rn, drawn_rn, axis=1), axis=1))
+    ends = {"least": float(share_rn[0].min()), "most": float(share_rn[0].max())}
+    return {"directions": n, "not_finite": len(pairs) - n, **median, **ends}
 
 
 def signs(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
@@ -167,8 +167,11 @@ def markdown(study: dict[str, Any]) -> str:
             ),
         )
         parts += _table(
-            ("arm, at the wall of added", "damage restored (95 %)", "from", "to"),
-            ((arm, _estimate(r), _figure(r["least"]), _figure(r["most"])) for arm, r in found["restored"].items()),
+            ("arm, at the wall of added", "damage restored, median (95 %)", "from", "to"),
+            (
+                (arm, _estimate(r) + f", {r['not_finite']} not finite" * (r["not_finite"] > 0), _figure(r["least"]), _figure(r["most"]))
+                for arm, r in found["restored"].items()
+            ),
         )
         ordered = sorted(found["signs"].items(), key=lambda item: math.inf if item[1]["median_rho"] is None else item[1]["median_rho"])
         parts += _table(
