@@ -158,7 +158,7 @@ def plot_breakdown(studies: list[dict[str, Any]], picture: Path) -> None:
             axes.invert_yaxis() if number == 0 else None
     left.axvline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
     left.axvline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
-    left.set(xlabel="share of the damage restored at the wall (1 all, 0 none, below 0 it breaks more)", xlim=(-1.6, 1.1))
+    left.set(xlabel="share of the damage restored at the wall (1 all, 0 none, below 0 it breaks more)", xlim=(-2, 1.1))
     right.set(xlabel="rho at the wall (KL 1 nat)", xlim=(0, None))
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(studies), frameon=False)
     for axes in (left, right):
