@@ -57,8 +57,9 @@ class CircuitConfig:
     """What the corrupt prompts of --task are. Default: the task's first."""
     examples: int = 64
     """Pairs of --task: one half to find the circuit on, the other to measure it on."""
-    method: Literal["ceap", "eap", "eap-ig", "clean-corrupted", "exact"] = "ceap"
-    """How edges are scored: ceap (conductance, 5 steps), eap, eap-ig (5 steps) and clean-corrupted estimate; exact cuts each edge alone."""
+    method: Literal["ceap", "eap", "eap-ig", "clean-corrupted", "relp", "gim", "exact"] = "ceap"
+    """How edges are scored: ceap (conductance, 5 steps), eap, eap-ig (5 steps), clean-corrupted, and relp and gim (rules for the
+    backward pass) estimate; exact cuts each edge alone."""
     search: Literal["top", "eliminate", "acdc"] = "top"
     """How the circuit is found: top takes the --edges of the largest scores; eliminate begins with a fifth of the graph by score and
     takes away the weakest first; acdc takes away from all edges, from the logits backwards."""

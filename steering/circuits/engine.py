@@ -8,7 +8,7 @@ s sequences · p positions · d width of the stream · v vocabulary · n some re
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sae.errors import InputError
 from sae.model.hooks import register
 from sae.model.language_model import LanguageModel
+from sae.model.norms import Norm
 from steering.circuits.blocks import Block, HeadInput, find_blocks
 from steering.circuits.graph import Graph
 from steering.circuits.hooking import (
@@ -33,6 +34,7 @@ from steering.circuits.hooking import (
     weighted,
     widen,
 )
+from steering.circuits.rules import Neurons, find_neurons, gradient_rules, with_constant_scale
 
 Metric: TypeAlias = Callable[[Tensor], Tensor]
 """of logits [s, p, v], one number for each sequence [s], which depends on that sequence's logits alone"""
@@ -193,11 +195,14 @@ class Engine:
 
         stack.callback(register(block.mlp_in, change))
 
-    def gradients(self, ids_sp: Tensor, mask_sp: Tensor | None, metric: Metric, first_layer: int = 0) -> tuple[Tensor, Iterator[Gradient]]:
+    def gradients(
+        self, ids_sp: Tensor, mask_sp: Tensor | None, metric: Metric, first_layer: int = 0, rules: Collection[str] = ()
+    ) -> tuple[Tensor, Iterator[Gradient]]:
         """The metric of a pass [s], and its gradients at the readers from `first_layer` on; inside an edit, those of the edited pass.
 
-        Held until the last is taken are the stream as each norm reads it and the gradient of what each projection gives; of the gradients
-        at readers, only those that are being taken. Raises `InputError` for a metric that is not one number for each sequence.
+        With `rules`, of `steering.circuits.rules.RULES`, the gradients follow them. Held until the last is taken are the stream as each
+        norm reads it and the gradient of what each projection gives; of the gradients at readers, only those that are being taken. Raises
+        `InputError` for a metric that is not one number for each sequence, and for rules that cannot be in force in this model.
         """
         streams: dict[tuple[int, str], Tensor] = {}
         seen: dict[tuple[int, nn.Module | None], Tensor] = {}  # None: what the MLP, or behind the last layer the final norm, gets
@@ -213,7 +218,9 @@ class Engine:
         def keep_input(layer: int, raw: Tensor, _received: Tensor) -> Tensor:
             return keep((layer, None), raw)
 
+        neurons = self._neurons if not {"activations", "gates"}.isdisjoint(rules) else []
         with self._begun() as stack, torch.enable_grad():
+            stack.enter_context(gradient_rules(self.lm, rules, neurons))
             stack.callback(register(self._embed, lambda raw, _: raw.detach().clone().requires_grad_().clone()))
             for layer in layers:
                 block = self._blocks[layer]
@@ -229,21 +236,36 @@ class Engine:
                 got = f"shape {tuple(metric_s.shape)}" if isinstance(metric_s, Tensor) else type(metric_s).__name__
                 raise InputError(f"expected a metric that makes one number of the logits of each of {len(ids_sp)} sequences, got {got}")
             found = torch.autograd.grad(metric_s.sum(), list(seen.values()), materialize_grads=True)
-        gradients = dict(zip(seen, found, strict=True))
+        gradients, norms = dict(zip(seen, found, strict=True)), self._norms_run("norms" in rules)
 
         def each() -> Iterator[Gradient]:
             for layer in layers:
                 block, x_spd = self._blocks[layer], streams.pop((layer, "attention"))
                 back = (back_through(one, gradients[layer, one.module]) for one in block.inputs.values())
-                of_inputs = torch.cat([through_norm(block.attention_norm, x_spd, gradient_hspd) for gradient_hspd in back])
+                of_inputs = torch.cat([through_norm(norms[layer][0], x_spd, gradient_hspd) for gradient_hspd in back])
                 yield Gradient(slice(self.graph.head_inputs("q", layer).start, self.graph.mlp_in(layer)), of_inputs)
                 x_spd, reader = streams.pop((layer, "mlp")), self.graph.mlp_in(layer)
                 gradient_nspd = gradients[layer, None].view_as(x_spd)[None]
-                yield Gradient(slice(reader, reader + 1), through_norm(block.mlp_norm, x_spd, gradient_nspd))
+                yield Gradient(slice(reader, reader + 1), through_norm(norms[layer][1], x_spd, gradient_nspd))
             readers = len(self.graph.readers)
             yield Gradient(slice(readers - 1, readers), gradients[last][None])
 
         return metric_s.detach(), each()
+
+    @cached_property
+    def _neurons(self) -> list[Neurons]:
+        return find_neurons(self.lm)
+
+    def _norms_run(self, constant: bool) -> list[tuple[Callable[[Tensor], Tensor] | None, ...]]:
+        """Of each block, how the norms of attention and MLP are run without the hooks on them; `constant` is the rule "norms"."""
+        formulas = {norm.module: norm for norm in self.lm.norms.values() if isinstance(norm, Norm)} if constant else {}
+
+        def run_of(norm: nn.Module | None) -> Callable[[Tensor], Tensor] | None:
+            if norm is None:
+                return None
+            return partial(with_constant_scale, formulas[norm]) if constant else norm.forward
+
+        return [(run_of(block.attention_norm), run_of(block.mlp_norm)) for block in self._blocks]
 
     @contextmanager
     def _begun(self) -> Iterator[ExitStack]:

@@ -108,13 +108,13 @@ def normed(norm: nn.Module | None, x: Tensor) -> Tensor:
     return x if norm is None else norm.forward(x)
 
 
-def through_norm(norm: nn.Module | None, x_spd: Tensor, gradient_nspd: Tensor) -> Tensor:
+def through_norm(run_norm: Callable[[Tensor], Tensor] | None, x_spd: Tensor, gradient_nspd: Tensor) -> Tensor:
     """The gradients with respect to what the norm gives, taken back to what it takes."""
-    if norm is None:
+    if run_norm is None:
         return gradient_nspd
     with torch.enable_grad():
         x_nspd = x_spd.detach().expand_as(gradient_nspd).requires_grad_()
-        return torch.autograd.grad(norm.forward(x_nspd), x_nspd, gradient_nspd)[0]
+        return torch.autograd.grad(run_norm(x_nspd), x_nspd, gradient_nspd)[0]
 
 
 def back_through(one: HeadInput, gradient: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ from sae.errors import InputError
 from steering.circuits.engine import Engine, Gradient, Metric, Run
 from steering.circuits.graph import Graph
 from steering.circuits.hooking import Latest
+from steering.circuits.rules import RULES_OF
 
-METHODS = ("ceap", "eap", "eap-ig", "clean-corrupted")
+METHODS = ("ceap", "eap", "eap-ig", "clean-corrupted", "relp", "gim")
 STEPS = 5
 STREAM = "resid_pre.0"
 
@@ -53,12 +54,14 @@ def edge_scores(
     | method | score of an edge, Δ being what its writer writes more in the corrupt run | forward | backward |
     |---|---|---|---|
     | `eap` | Δ · gradient at the clean run | 3 | 1 |
+    | `relp`, `gim` | Δ · gradient at the clean run under their rules, `steering.circuits.rules.RULES_OF` | 3 | 1 |
     | `clean-corrupted` | Δ · mean of the gradients at both runs | 4 | 2 |
     | `eap-ig` | Δ · mean of the gradients on the line from the corrupt embedding to the clean one, its end left out | 2 + steps | steps |
     | `ceap` | conductance on that line: scores across any cut add up to the metric's change | 1 + 2 · steps | steps |
 
-    Held are three times what all writers write, [w, s, p, d]. Raises `InputError` for a method that is none of these, for prompts of
-    different shapes, and for `ceap` and `clean-corrupted` without a corrupt run.
+    Under `relp` edges into queries and keys score 0, since its patterns are constant. Held are three times what all writers write,
+    [w, s, p, d]. Raises `InputError` for a method that is none of these, for prompts of different shapes, for `ceap` and
+    `clean-corrupted` without a corrupt run, and for `relp` and `gim` in a model whose MLPs, norms or attention their rules cannot change.
     """
     is_run = not corrupt.is_floating_point()
     _check(engine, clean_sp, corrupt, method, steps)
@@ -74,11 +77,11 @@ def edge_scores(
     change_wspd = stands_in_wspd - clean.written_wspd
     at = _between(engine, clean.written_wspd[0].clone(), stands_in_wspd[0].clone())
     del clean, stands_in_wspd
-    points = {"eap": [0.0], "clean-corrupted": [0.0, 1.0], "eap-ig": [1 - step / steps for step in range(steps)]}[method]
+    points = {"clean-corrupted": [0.0, 1.0], "eap-ig": [1 - step / steps for step in range(steps)]}.get(method, [0.0])
     total_srw = _zeros(engine, change_wspd)
     for point in points:
         with at(point):
-            _, gradients = engine.gradients(clean_sp, mask_sp, metric)
+            _, gradients = engine.gradients(clean_sp, mask_sp, metric, rules=RULES_OF.get(method, ()))
             _add_products(engine, total_srw, gradients, change_wspd)
     return Scores(total_srw / len(points), clean_s, corrupt_s)
 
