@@ -159,6 +159,11 @@ def test_activations_and_gates_are_found_and_both_methods_score(family):
     neurons = find_neurons(engine.lm)
     assert {own.gated for own in neurons} == {family in GATED}
     assert len({own.activation for own in neurons}) == engine.lm.n_layers
+    if family == "gptj":  # attends by code of its own
+        for method in RULES_OF:
+            with pytest.raises(InputError, match="expected attention patterns in all blocks of 'gptj'"):
+                edge_scores(engine, CLEAN, CORRUPT, logit_difference, method=method)
+        return
     scores = [edge_scores(engine, CLEAN, CORRUPT, logit_difference, method=method).score_srw for method in ("eap", *RULES_OF)]
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert float((scores[one] - scores[other]).norm() / scores[one].norm()) > 0.01
