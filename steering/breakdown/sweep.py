@@ -298,7 +298,7 @@ def sweep(
         "slopes": {name: kl_slopes(rhos, kl_c).tolist() for name, kl_c in kl_by_arm.items()},
         "walls": walls,
         "kl_of_texts_at_wall": {name: kl_s.tolist() for name, kl_s in kl_at_wall.items()},
-        "restored": restored(kl_at_wall),
+        "restored": restored(kl_at_wall) if walls["added"]["reached"] else {},  # without a wall there is nothing to share
         "where": "everywhere" if setup.everywhere else f"at the first {len(setup.vector.directions[setup.vector.site])} tokens",
         "null": [{"rho": size, **(isotropic_null(size, tokens, width) if setup.everywhere else NO_NULL)._asdict()} for size in rhos],
     }

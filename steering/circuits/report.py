@@ -54,7 +54,7 @@ def _published(found: dict[str, Any], table: Any) -> Any:
 
 def _strongest(circuit: Circuit, table: Any) -> Any:
     assert circuit.score_rw is not None
-    listed = table("edge", "score", title="its strongest edges", caption="score: what cutting the edge alone takes from the metric")
+    listed = table("edge", "score", title="its strongest edges", caption="score: what the edge carries of the metric")
     score_rw, inside = circuit.score_rw.cpu(), circuit.edges_rw.cpu().nonzero().tolist()
     for r, w in sorted(inside, key=lambda edge: -abs(float(score_rw[tuple(edge)])))[:STRONGEST]:
         listed.add_row(circuit.graph.edge_name(r, w), figure(float(score_rw[r, w])))

@@ -4,7 +4,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from steering.strength.neutral import MEASURED, OTHERS
 from steering.vector import SteeringVector
 
 FORMAT = "circuit-steering-1"
-RANDOM, DIRECTION = "random heads", "random direction, whole stream"
+RANDOM, VALUES, DIRECTION = "random heads", "values of random heads", "random direction, whole stream"
 DIRECTIONS = 5
 """random directions of the whole stream"""
 STEPS = 6
@@ -43,8 +43,8 @@ class SteerCircuitConfig:
     circuit: Path
     """JSON file of a circuit that find-circuit wrote for this model, whose task is measured."""
     vector: str | None = None
-    """Direction: a vector file, diffmean:CONCEPT, pca:N or random:SEED. Default: the task's own, the mean stream of clean prompts minus
-    that of corrupt ones at their last token, over the most frequent answer's pairs."""
+    """Direction: a vector file with one direction, diffmean:CONCEPT, pca:N or random:SEED. Default: the task's own, the mean stream of clean
+    prompts minus that of corrupt ones at their last token, over the pairs with the most frequent answers."""
     site: str | None = None
     """Site of the residual stream behind which readers are steered. Default: resid_post a third of the way in."""
     budgets: tuple[float, ...] = (0.01, 0.1, 0.5)
@@ -54,7 +54,7 @@ class SteerCircuitConfig:
     examples: int = 256
     """Pairs of the task: one half for the direction, of the other those with its answer to measure on."""
     seed: int = 1
-    """Seed of the pairs and of all that is random; give another than find-circuit had, so that the pairs are others."""
+    """Seed of the pairs and of all that is random. Pairs that the circuit was found on are left out whatever the seed."""
     out: Path = Path("circuit-steering.json")
     """JSON file for every number."""
     device: str = "auto"
@@ -74,7 +74,7 @@ def steer_circuit(config: SteerCircuitConfig) -> dict[str, Any]:
     lm = LanguageModel.load(config.model, device=config.device)
     circuit = open_circuit(config.circuit, lm)
     engine = Engine(lm)
-    found_on, held_out = prompts_of(_task(config, circuit), lm).halves(config.seed)
+    found_on, held_out = _others(config, circuit, lm).halves(config.seed)
     site = config.site or f"resid_post.{lm.n_layers // 3}"
     vector = named_direction(lm, config.vector, None, site).vector if config.vector else task_direction(engine, found_on, site)
     if vector.site != site and config.site is not None:
@@ -129,17 +129,36 @@ def steer_circuit(config: SteerCircuitConfig) -> dict[str, Any]:
     return result
 
 
+def _others(config: SteerCircuitConfig, circuit: Circuit, lm: LanguageModel) -> Prompts:
+    """Pairs none of whose prompts the circuit was found on. Raises `InputError` where none is left."""
+    asked = _task(config, circuit)
+    prompts = prompts_of(asked, lm)
+    settings = circuit.method["settings"]
+    before, _ = prompts_of(replace(asked, examples=settings["examples"], seed=settings["seed"]), lm).halves(settings["seed"])
+    known = {side for pair in before.pairs for side in (pair.clean, pair.corrupt)}
+    left = [number for number, pair in enumerate(prompts.pairs) if pair.clean not in known and pair.corrupt not in known]
+    if len(left) < 2:
+        raise InputError(f"expected pairs that the circuit was not found on, got {len(left)} of {len(prompts)}; ask for more --examples")
+    if len(left) < config.examples:
+        print(
+            f"{len(left)} pairs: {len(prompts)} different ones of {config.examples}, less those the circuit was found on", file=sys.stderr
+        )
+    return prompts.subset(left)
+
+
 def rows_of(arms: Sequence[Arm], found: dict[str, list[Measured]], budgets: Sequence[float]) -> list[dict[str, Any]]:
-    """One for each arm and budget; draws of random heads and random directions are one arm each, with the interval over draws and pairs."""
+    """One for each arm and budget. Draws of random heads and random directions are one arm each, with the interval over draws and pairs;
+    draws that do not reach the budget are left out, unless none does."""
     groups: dict[str, list[str]] = {}
     for name in found:
-        group = next((group for group in (RANDOM, DIRECTION) if name.startswith(group)), name)
+        group = next((group for group in (RANDOM, VALUES, DIRECTION) if name.startswith(group)), name)
         groups.setdefault(group, []).append(name)
     readers = {arm.name: len(arm.readers) for arm in arms}
     rows = []
     for number, budget in enumerate(budgets):
         for group, names in groups.items():
-            one = [found[name][number] for name in names]
+            every = [found[name][number] for name in names]
+            one = [measured for measured in every if measured.reached] or every  # equal KL is what makes arms comparable
             change_kn = np.stack([measured.change_n for measured in one])
             rows.append(
                 {
@@ -149,7 +168,7 @@ def rows_of(arms: Sequence[Arm], found: dict[str, list[Measured]], budgets: Sequ
                     "draws": len(names),
                     "rho": float(np.median([measured.coefficient for measured in one])),
                     "kl": float(np.mean([measured.kl for measured in one])),
-                    "reached": sum(measured.reached for measured in one),
+                    "reached": sum(measured.reached for measured in every),
                     "change": mean_over(change_kn),
                     "of_draws": change_kn.mean(1).tolist(),
                 }
@@ -182,7 +201,11 @@ def _task(config: SteerCircuitConfig, circuit: Circuit) -> CircuitConfig:
 
 
 def _check(config: SteerCircuitConfig) -> None:
-    if not config.budgets or config.budgets[0] <= 0 or list(config.budgets) != sorted(set(config.budgets)):
+    if (
+        not config.budgets
+        or not all(0 < budget < np.inf for budget in config.budgets)
+        or list(config.budgets) != sorted(set(config.budgets))
+    ):
         raise InputError(f"expected rising budgets above 0, got {', '.join(map(str, config.budgets)) or 'none'}")
     if config.draws < 2:
         raise InputError(f"expected at least 2 draws of random heads, got {config.draws}")
@@ -196,11 +219,19 @@ def print_tables(result: dict[str, Any]) -> None:
 
     console = Console()
     title = f"{result['task']} in {result['model']}: change of the metric at equal KL (clean minus corrupt is {result['full_effect']:.2f})"
-    table = Table("readers that are steered", "of them", "KL", "rho", "change (95 %)", title=title, caption="rho of draws: their median")
+    table = Table(
+        "readers that are steered",
+        "of them",
+        "KL",
+        "rho",
+        "change (95 %)",
+        title=title,
+        caption="at most: the budget is not reached; rho of draws: their median",
+    )
     for row in result["arms"]:
         change = row["change"]
-        missed = "" if row["reached"] == row["draws"] else f", {row['draws'] - row['reached']} not reached"
-        kl = f"{row['kl']:.3f}{missed}"
+        missed = row["draws"] - row["reached"]
+        kl = f"{row['kl']:.3f}" + (" at most" if missed == row["draws"] else f", {missed} draws left out" if missed else "")
         name = row["arm"] if row["draws"] == 1 else f"{row['arm']}, {row['draws']} draws"
         cells = f"{change['value']:.2f} ({change['low']:.2f} to {change['high']:.2f})"
         table.add_row(name, str(row["readers"]), kl, f"{row['rho']:.2f}", cells, end_section=row["arm"] == DIRECTION)

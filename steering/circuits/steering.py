@@ -58,7 +58,7 @@ def steered_at(engine: Engine, readers: Collection[int], added_d: Tensor) -> Ite
 
 def make_arms(graph: Graph, circuit_rw: Tensor, site: str, draws: int, rng: np.random.Generator) -> list[Arm]:
     """All readers behind the site; the circuit's heads, their queries, keys and values apart; the circuit's MLPs; as many random heads in
-    each layer, `draws` times; the other heads; all MLPs. Arms without a reader are left out.
+    each layer, `draws` times, whole and their values alone; the other heads; all MLPs. Arms without a reader are left out.
 
     A head is in the circuit if an edge into its query, key or value is. Raises `InputError` for a circuit none of whose heads reads behind
     the site.
@@ -85,6 +85,7 @@ def make_arms(graph: Graph, circuit_rw: Tensor, site: str, draws: int, rng: np.r
         *(Arm(f"circuit's heads, {name}", inputs_of(heads, kind)) for kind, name in (("q", "queries"), ("k", "keys"), ("v", "values"))),
         Arm("circuit's MLPs", tuple(mlp for mlp in mlps if in_circuit[mlp])),
         *(Arm(f"random heads {number}", inputs_of(some)) for number, some in enumerate(drawn)),
+        *(Arm(f"values of random heads {number}", inputs_of(some, "v")) for number, some in enumerate(drawn)),
         Arm("other heads", inputs_of(others)),
         Arm("all heads", inputs_of({layer: range(graph.n_heads) for layer in heads})),
         Arm("all MLPs", tuple(mlps)),

@@ -16,8 +16,8 @@ from sae.model.language_model import LanguageModel
 from steering.circuits.command import CircuitConfig, find_circuit
 from steering.circuits.engine import Engine
 from steering.circuits.prompts import make_prompts
-from steering.circuits.steer_command import DIRECTIONS, SteerCircuitConfig, steer_circuit
-from steering.circuits.steering import make_arms, mean_over, of_one_answer, steered_at, task_direction
+from steering.circuits.steer_command import DIRECTIONS, SteerCircuitConfig, rows_of, steer_circuit
+from steering.circuits.steering import Arm, Measured, make_arms, mean_over, of_one_answer, steered_at, task_direction
 from steering.intervention import steered
 from steering.strength.calibration import typical_norm
 from steering.strength.neutral import MEASURED, OTHERS
@@ -107,6 +107,8 @@ def test_arms_are_sets_of_readers_behind_the_site():
     assert arms["whole stream"] == arms["all heads"] | arms["all MLPs"] | {"logits"}
     drawn = [arm for name, arm in arms.items() if name.startswith("random heads")]
     assert len(drawn) == 6
+    values = [arm for name, arm in arms.items() if name.startswith("values of random heads")]
+    assert values == [{name for name in one if name.startswith("v.")} for one in drawn]
     for one in drawn:
         assert Counter(name.split(".")[1] for name in one) == {"1": 3, "2": 6}  # q, k and v of one and of two heads
     with pytest.raises(InputError, match=r"a circuit with heads behind resid_post\.1, got one without"):
@@ -140,7 +142,11 @@ def result(circuit):
 def test_numbers_are_those_of_passes_made_here(result):
     """The whole stream, steered by hand: KL on neutral sentences one at a time, the metric pair by pair."""
     lm = LanguageModel.load(DEMO, device="cpu")
-    found_on, held_out = make_prompts(lm, "agreement", 40, 1).halves(1)
+    prompts, (before, _) = make_prompts(lm, "agreement", 40, 1), make_prompts(lm, "agreement", 16, 0).halves(0)
+    known = {text for pair in before.pairs for text in ("".join(pair.clean), "".join(pair.corrupt))}
+    new = [n for n, pair in enumerate(prompts.pairs) if not known & {"".join(pair.clean), "".join(pair.corrupt)}]
+    assert 4 < len(new) < 40  # the circuit was found on some of them
+    found_on, held_out = prompts.subset(new).halves(1)
     vector = task_direction(Engine(lm), found_on, "resid_post.1")
     row = next(row for row in result["arms"] if (row["arm"], row["budget"]) == ("whole stream", 0.2))
     assert result["pairs"] == sum(pair.right == tuple(result["answer"]) for pair in held_out.pairs)
@@ -191,6 +197,17 @@ def test_arms_meet_their_budgets_and_shares_add_up(result):
     assert carried["change"] == pytest.approx(rows["whole stream", 0.2]["change"]["value"], rel=1e-3)
 
 
+def test_draws_that_miss_the_budget_are_left_out():
+    def one(change: float, reached: bool) -> Measured:
+        return Measured(1.0, 0.2, reached, np.full(3, change))
+
+    arms = [Arm(name, (0,)) for name in ("whole stream", "random heads 0", "random heads 1", "values of random heads 0")]
+    found = {"whole stream": [one(1, True)], "random heads 0": [one(2, True)], "random heads 1": [one(50, False)]}
+    rows = {row["arm"]: row for row in rows_of(arms, found | {"values of random heads 0": [one(4, False)]}, [0.2])}
+    assert (rows["random heads"]["change"]["value"], rows["random heads"]["reached"], rows["random heads"]["draws"]) == (2, 1, 2)
+    assert (rows["values of random heads"]["change"]["value"], rows["values of random heads"]["reached"]) == (4, 0)
+
+
 def test_a_dry_run_and_what_is_refused(circuit, tmp_path, capsys):
     def config(**given) -> SteerCircuitConfig:
         return SteerCircuitConfig(**dict(model=DEMO, circuit=circuit, out=tmp_path / "s.json", examples=40) | given)
@@ -204,6 +221,7 @@ def test_a_dry_run_and_what_is_refused(circuit, tmp_path, capsys):
     (tmp_path / "none.json").write_text(json.dumps(no_task))
     for given, message in (
         ({"budgets": (0.2, 0.1)}, "expected rising budgets above 0, got 0.2, 0.1"),
+        ({"budgets": (math.nan,), "dry_run": True}, "expected rising budgets above 0, got nan"),
         ({"draws": 1}, "expected at least 2 draws"),
         ({"vector": "nothing"}, "expected a vector file"),
         ({"site": "mlp_out.1"}, "expected a site of the residual stream"),
