@@ -43,7 +43,7 @@ class SteerCircuitConfig:
     circuit: Path
     """JSON file of a circuit that find-circuit wrote for this model, whose task is measured."""
     vector: str | None = None
-    """Direction: a vector file with one direction, diffmean:CONCEPT, pca:N or random:SEED. Default: the task's own, the mean stream of clean
+    """Direction: a file with one direction, diffmean:CONCEPT, pca:N or random:SEED. Default: the task's own, the mean stream of clean
     prompts minus that of corrupt ones at their last token, over the pairs with the most frequent answers."""
     site: str | None = None
     """Site of the residual stream behind which readers are steered. Default: resid_post a third of the way in."""
