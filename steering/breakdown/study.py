@@ -139,6 +139,7 @@ def measured(config: StudyConfig, lm: LanguageModel, one: Named, number: int) ->
         kept = read_json(path, "the measurement of a direction")
         if kept.get("settings") == settings:
             return kept
+        print(f"{path} was made with other settings: measured again", file=sys.stderr)
     vector, dictionary, feature = named_direction(lm, one.name, config.dictionary if one.kind == "feature" else None, one.site)
     made = make_arms(lm, vector, config.sampling.seed + number)
     setup = make_setup(lm, vector, MEASURED, OTHERS, made.arms, dictionary, feature)

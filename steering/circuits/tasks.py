@@ -70,6 +70,8 @@ def read_pairs(path: Path) -> list[Pair]:
             raise InputError(f"expected texts that are not empty in {where}, got an empty one; fill it or remove the line")
         if len(sides[0]) != len(sides[1]):
             raise InputError(f"expected as many pieces of clean as of corrupt in {where}, got {len(sides[0])} and {len(sides[1])}")
+        if sides[0] == sides[1]:
+            raise InputError(f"expected a corrupt prompt other than the clean one in {where}, got the same; change one or remove the line")
         if both := set(sides[2]) & set(sides[3]):
             raise InputError(f"expected other texts as wrong than as right in {where}, got {min(both)!r} in both; remove it from one")
         pairs.append(Pair(*sides))

@@ -143,7 +143,9 @@ def test_a_study_holds_what_single_directions_give_and_goes_on_where_it_stopped(
     again = study(config(folder, tmp_path / "study"))
     assert again["summary"] == found["summary"]
     assert {path: path.stat().st_mtime_ns for path in times} == times
+    capsys.readouterr()
     study(config(folder, tmp_path / "study", strengths=(0.1, 2.0)))
+    assert capsys.readouterr().err.count("was made with other settings: measured again") == len(times) + 1
     assert all(path.stat().st_mtime_ns > before for path, before in times.items())
 
 

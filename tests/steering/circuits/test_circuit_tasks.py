@@ -152,6 +152,7 @@ def test_own_pairs(tmp_path):
         ({**GOOD, "clean": ""}, "not empty in line 3"),
         ({**GOOD, "clean": ["a", "b"]}, "as many pieces of clean as of corrupt in line 3 of .*2 and 1"),
         ({**GOOD, "right": " e"}, "in line 3 of .*' e' in both"),
+        ({**GOOD, "corrupt": GOOD["clean"]}, "a corrupt prompt other than the clean one in line 3 of"),
     ],
 )
 def test_a_bad_line_is_one_sentence_that_names_it(tmp_path, row, said):
