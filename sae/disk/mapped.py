@@ -63,7 +63,7 @@ def is_mapped(tensor: Tensor) -> bool:
 
 
 def read_ahead(tensor: Tensor, yes: bool) -> None:
-    """Whether the system shall read more of the tensor's file than is asked for: good from front to back, a waste for single rows."""
+    """Whether the system should read more of the tensor's file than is asked for: good from front to back, a waste for single rows."""
     _advise(tensor, "MADV_NORMAL" if yes else "MADV_RANDOM")
 
 

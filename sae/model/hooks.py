@@ -94,7 +94,7 @@ class Hooks:
             stack.enter_context(self._one_thread())
             # Compiled code neither sees new hooks nor forgets those it was compiled with
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.callback(setattr, self, "_outer_mask", None)  # no later pass shall take it for its own
+            stack.callback(setattr, self, "_outer_mask", None)  # so that no later pass takes it for its own
             for module in (self._model, self._decoder):
                 stack.callback(module.register_forward_pre_hook(begin, with_kwargs=True).remove)
             stack.callback(self._model.register_forward_hook(leave_model, always_call=True).remove)

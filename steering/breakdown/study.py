@@ -45,7 +45,8 @@ class StudyConfig:
     dictionary: str | None = None
     """Folder, file or hub name of a dictionary of the residual stream. Default: no features are measured."""
     sites: tuple[str, ...] = ()
-    """Sites of the residual stream. Default: resid_post about a sixth, a half and five sixths of the way in, and the dictionary's."""
+    """Sites of the residual stream. Default: resid_post about a sixth, a half and five sixths of the way in (never the last block), and the
+    dictionary's."""
     each: int = 6
     """Directions of each kind at each site: features, differences of means, principal components, random ones."""
     strengths: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)

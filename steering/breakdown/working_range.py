@@ -18,7 +18,7 @@ from steering.vector import SteeringVector
 RHOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
 """lengths of what is added that are tried, in units of the stream, up to the first whose predictions are broken"""
 BREAKING = tuple(sign for sign in SIGNS if not sign.of_text and sign.name != UNUSUAL)
-"""the signs that end a range; tokens unlike those of neutral text come long before the text breaks, so they are told apart"""
+"""the signs that end a range; tokens unlike those of neutral text come long before the text breaks, so they are reported apart"""
 
 
 class WorkingRange(NamedTuple):

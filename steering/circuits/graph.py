@@ -80,7 +80,7 @@ class Graph:
 
     @cached_property
     def seen_r(self) -> Tensor:
-        """How many writers each reader sees, [r]: the first so many."""
+        """How many writers each reader sees, [r]; they are the first ones."""
         blocks = []
         for layer in range(self.n_layers):
             before = self.heads(layer).start

@@ -156,7 +156,7 @@ def evaluate_scores(run: Run, graph: Graph, score_rw: Tensor, seed: int = 0, bar
 
 
 def evaluate_circuit(run: Run, graph: Graph, circuit_rw: Tensor, ends: Bounds, draws: int = 20, seed: int = 0) -> dict[str, Any]:
-    """One circuit: its faithfulness, what the model does without it, and random circuits of its size, as it goes into JSON."""
+    """One circuit: its faithfulness, what the model does when it is cut, and random circuits of its size, as it goes into JSON."""
     n_edges = int(graph.checked(circuit_rw).sum())
     f_d = [float(ends.faithfulness(run(one_rw))[0]) for one_rw in random_circuits(graph, n_edges, draws, seed)] if n_edges else []
     f_b = ends.faithfulness(run(circuit_rw))

@@ -14,7 +14,7 @@ from sae.model.language_model import LanguageModel
 from sae.statistics import Estimate, mean_estimate, wilson_interval
 from steering.circuits.prompts import Prompts
 
-BATCH_TOKENS = 4096  # logits of so many tokens at a time
+BATCH_TOKENS = 4096  # whose logits are in memory at once
 
 
 class Presence(NamedTuple):

@@ -33,7 +33,7 @@ def print_tables(circuit: Circuit) -> None:
     title = f"the circuit ({circuit.method['search']}): {one['n_edges']:,} of {circuit.graph.n_edges:,} edges"
     measures = Table("measure", "", title=title, caption="1 as the whole model, 0 as none of it")
     measures.add_row("faithfulness", interval(one["f"]))
-    measures.add_row("the model without it", interval(one["without"]))
+    measures.add_row("the model with the circuit cut", interval(one["without"]))
     draws = one["random"]["f"]
     measures.add_row(f"{len(draws)} random circuits of its size, mean", figure(one["random"]["mean"]))
     measures.add_row("the best of them", figure(one["random"]["highest"]))

@@ -108,7 +108,7 @@ def _comes_twice(row: Sequence[int], length: int) -> bool:
 
 
 def first_repeated_step(row: Sequence[int], length: int = 3) -> int | None:
-    """The first new token, counted from 0, that ends a run of `length` tokens which came before in the row; None where none does."""
+    """The first new token, counted from 0, that ends a run of `length` tokens that the row has already had; None where none does."""
     seen: set[tuple[int, ...]] = set()
     for end in range(length, len(row) + 1):
         run = tuple(row[end - length : end])
