@@ -10,9 +10,9 @@ from sae.disk.writing import atomic
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.progress import progress
-from steering.circuits.presence import Presence, presence
-from steering.circuits.prompts import make_prompts
-from steering.circuits.tasks import TASKS
+from steering.circuits.tasks.generators import TASKS
+from steering.circuits.tasks.presence import Presence, presence
+from steering.circuits.tasks.prompts import make_prompts
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "circuit_tasks.md"
 START, END = "<!-- tasks -->\n", "<!-- /tasks -->\n"

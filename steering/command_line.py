@@ -139,13 +139,13 @@ COMMANDS = {
         "What breaks a model along many directions: features, differences of means, principal and random ones, at several layers.",
     ),
     "find-circuit": Command(
-        "steering.circuits.command:find_circuit",
-        "steering.circuits.command:CircuitConfig",
+        "steering.circuits.finding.command:find_circuit",
+        "steering.circuits.finding.command:CircuitConfig",
         "Which edges of a model do a task: scores of all edges, a circuit, and how good it is on held-out pairs.",
     ),
     "steer-circuit": Command(
-        "steering.circuits.steer_command:steer_circuit",
-        "steering.circuits.steer_command:SteerCircuitConfig",
+        "steering.circuits.steering_nodes.command:steer_circuit",
+        "steering.circuits.steering_nodes.command:SteerCircuitConfig",
         "Steer at a circuit's nodes: its heads, their queries, keys and values, against the whole stream and random heads at equal KL.",
     ),
     "completion": Command(

@@ -48,8 +48,8 @@ def commands() -> dict:
     from sae.training.live import LiveTrainingConfig, train_live
     from steering.breakdown.command import BreakdownConfig, diagnose_breakdown
     from steering.breakdown.study import StudyConfig, study
-    from steering.circuits.command import CircuitConfig, find_circuit
-    from steering.circuits.steer_command import SteerCircuitConfig, steer_circuit
+    from steering.circuits.finding.command import CircuitConfig, find_circuit
+    from steering.circuits.steering_nodes.command import SteerCircuitConfig, steer_circuit
     from steering.compare.command import CompareConfig, compare_directions
     from steering.studies.effect_map import EffectConfig, effect_map
     from steering.studies.principal import PrincipalConfig, principal_study

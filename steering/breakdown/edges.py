@@ -18,8 +18,8 @@ from torch import Tensor
 from sae.errors import InputError
 from sae.statistics import data_and_resamples, estimate
 from steering.breakdown.sweep import Setup
-from steering.circuits.engine import Engine
-from steering.circuits.scores import conductance
+from steering.circuits.finding.scores import conductance
+from steering.circuits.model_graph.engine import Engine
 from steering.intervention import steered
 
 STEPS = 6

@@ -15,7 +15,7 @@ from sae.disk.reading import Count, Number, read_json
 from sae.disk.writing import write_json
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
-from steering.circuits.graph import EMBED, LOGITS, Graph
+from steering.circuits.model_graph.graph import EMBED, LOGITS, Graph
 
 FORMAT = "circuit-1"
 

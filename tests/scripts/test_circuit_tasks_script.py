@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sae.errors import InputError
-from steering.circuits.tasks import TASKS
+from steering.circuits.tasks.generators import TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,7 +31,7 @@ def test_the_page_has_every_task_and_corruption(script):
 
 
 def test_a_cell_says_what_was_measured(script):
-    from steering.circuits.presence import Presence
+    from steering.circuits.tasks.presence import Presence
 
     accuracy, effect = {"value": 0.5, "low": 0.25, "high": 0.75}, {"value": -1.0, "low": -2.0, "high": 0.5}
     assert script.cell(Presence(128, accuracy, effect, effect, effect)) == "50 % (25–75); −1.00 (−2.00 to 0.50)"

@@ -7,7 +7,7 @@ import torch
 
 from sae.errors import InputError
 from steering.circuits.files import Circuit, open_circuit, write_mib
-from steering.circuits.graph import Graph
+from steering.circuits.model_graph.graph import Graph
 
 GRAPH = Graph(2, 2)
 

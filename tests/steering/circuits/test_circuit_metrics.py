@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from sae.errors import InputError
-from steering.circuits.graph import Graph
-from steering.circuits.metrics import (
+from steering.circuits.finding.metrics import (
     COUNTS,
     FRACTIONS,
     bounds,
@@ -27,6 +26,7 @@ from steering.circuits.metrics import (
     stability,
     top_edges,
 )
+from steering.circuits.model_graph.graph import Graph
 
 ONE = Graph(1, 1)  # embed -> q, k, v; embed, head -> mlp; embed, head, mlp -> logits
 BIG = Graph(3, 4)

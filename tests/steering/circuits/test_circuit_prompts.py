@@ -8,9 +8,9 @@ import torch
 
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
-from steering.circuits.presence import last_logits, presence, presence_of, require_present
-from steering.circuits.prompts import encode_pair, make_prompts, one_token_words, own_prompts
-from steering.circuits.tasks import Pair
+from steering.circuits.tasks.generators import Pair
+from steering.circuits.tasks.presence import last_logits, presence, presence_of, require_present
+from steering.circuits.tasks.prompts import encode_pair, make_prompts, one_token_words, own_prompts
 
 
 @pytest.fixture(scope="module")

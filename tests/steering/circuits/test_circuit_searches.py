@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from sae.errors import InputError
-from steering.circuits.engine import Engine
-from steering.circuits.metrics import random_circuits, top_edges
-from steering.circuits.prompts import own_prompts
-from steering.circuits.searches import Patching, acdc, eliminate, exact_scores
-from steering.circuits.tasks import Pair
+from steering.circuits.finding.metrics import random_circuits, top_edges
+from steering.circuits.finding.searches import Patching, acdc, eliminate, exact_scores
+from steering.circuits.model_graph.engine import Engine
+from steering.circuits.tasks.generators import Pair
+from steering.circuits.tasks.prompts import own_prompts
 
 ROWS = [("abcd", "abxd"), ("hello", "jelly"), ("aaaa", "bbbb"), ("longer text", "linger tent"), ("zz", "yz")]
 

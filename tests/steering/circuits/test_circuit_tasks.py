@@ -7,7 +7,7 @@ from random import Random
 import pytest
 
 from sae.errors import InputError
-from steering.circuits.tasks import TASKS, Pair, corruption_of, read_pairs
+from steering.circuits.tasks.generators import TASKS, Pair, corruption_of, read_pairs
 
 WORDS = [f" {a}{b}{c}" for a in "bdfglm" for b in "aeiou" for c in "nrst"]
 

@@ -9,10 +9,10 @@ import torch
 
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
-from steering.circuits.command import CircuitConfig, find_circuit
-from steering.circuits.engine import Engine
 from steering.circuits.files import open_circuit
-from steering.circuits.prompts import make_prompts
+from steering.circuits.finding.command import CircuitConfig, find_circuit
+from steering.circuits.model_graph.engine import Engine
+from steering.circuits.tasks.prompts import make_prompts
 
 DEMO = str(Path(__file__).resolve().parents[3] / "checkpoints" / "demo-lm")
 

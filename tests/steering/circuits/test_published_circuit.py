@@ -5,8 +5,8 @@ import torch
 import transformers as hf
 
 from sae.model.language_model import LanguageModel
-from steering.circuits.graph import Graph
-from steering.circuits.published import compared_with_ioi, ioi_heads, is_gpt2_small
+from steering.circuits.finding.published import compared_with_ioi, ioi_heads, is_gpt2_small
+from steering.circuits.model_graph.graph import Graph
 
 GPT2 = Graph(12, 12)
 

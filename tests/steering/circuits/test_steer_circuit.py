@@ -13,11 +13,11 @@ from scipy.special import rel_entr
 
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
-from steering.circuits.command import CircuitConfig, find_circuit
-from steering.circuits.engine import Engine
-from steering.circuits.prompts import make_prompts
-from steering.circuits.steer_command import DIRECTIONS, SteerCircuitConfig, rows_of, steer_circuit
-from steering.circuits.steering import Arm, Measured, make_arms, mean_over, of_one_answer, steered_at, task_direction
+from steering.circuits.finding.command import CircuitConfig, find_circuit
+from steering.circuits.model_graph.engine import Engine
+from steering.circuits.steering_nodes.arms import Arm, Measured, make_arms, mean_over, of_one_answer, steered_at, task_direction
+from steering.circuits.steering_nodes.command import DIRECTIONS, SteerCircuitConfig, rows_of, steer_circuit
+from steering.circuits.tasks.prompts import make_prompts
 from steering.intervention import steered
 from steering.strength.calibration import typical_norm
 from steering.strength.neutral import MEASURED, OTHERS

@@ -15,12 +15,12 @@ import torch
 import transformers as hf
 
 from sae.model.language_model import LanguageModel
-from steering.circuits.engine import Engine
-from steering.circuits.metrics import jaccard
-from steering.circuits.prompts import Prompts
-from steering.circuits.scores import completeness, edge_scores
-from steering.circuits.searches import Patching, acdc, eliminate, exact_scores
-from steering.circuits.tasks import Pair
+from steering.circuits.finding.metrics import jaccard
+from steering.circuits.finding.scores import completeness, edge_scores
+from steering.circuits.finding.searches import Patching, acdc, eliminate, exact_scores
+from steering.circuits.model_graph.engine import Engine
+from steering.circuits.tasks.generators import Pair
+from steering.circuits.tasks.prompts import Prompts
 
 V, P, HEADS = 12, 9, 2
 M = 1e5  # what makes a norm's scale the same for every stream

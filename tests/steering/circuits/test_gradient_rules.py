@@ -11,9 +11,9 @@ from circuit_world import FAMILIES, P, engine_of, exact, logit_difference  # noq
 from test_language_model import CONFIGS, ids_of, randomised
 
 from sae.errors import InputError
-from steering.circuits.engine import Engine
-from steering.circuits.rules import RULES, RULES_OF, find_neurons, gradient_rules
-from steering.circuits.scores import edge_scores
+from steering.circuits.finding.scores import edge_scores
+from steering.circuits.model_graph.engine import Engine
+from steering.circuits.model_graph.rules import RULES, RULES_OF, find_neurons, gradient_rules
 
 CLEAN, CORRUPT = ids_of(2, P, seed=1), ids_of(2, P, seed=2)
 GATED = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite"}

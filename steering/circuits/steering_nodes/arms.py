@@ -16,10 +16,10 @@ from torch import Tensor
 
 from sae.errors import InputError
 from sae.statistics import Estimate, data_and_resamples, estimate
-from steering.circuits.engine import Engine
-from steering.circuits.graph import HEAD_INPUTS, Graph
-from steering.circuits.prompts import Prompts
-from steering.circuits.scores import conductance
+from steering.circuits.finding.scores import conductance
+from steering.circuits.model_graph.engine import Engine
+from steering.circuits.model_graph.graph import HEAD_INPUTS, Graph
+from steering.circuits.tasks.prompts import Prompts
 from steering.intervention import steered
 from steering.strength.calibration import coefficient_for_kl, divergence, log_probs
 from steering.vector import SteeringVector

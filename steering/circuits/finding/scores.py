@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from sae.errors import InputError
-from steering.circuits.engine import Engine, Gradient, Metric, Run
-from steering.circuits.graph import Graph
-from steering.circuits.hooking import Latest
-from steering.circuits.rules import RULES_OF
+from steering.circuits.model_graph.engine import Engine, Gradient, Metric, Run
+from steering.circuits.model_graph.graph import Graph
+from steering.circuits.model_graph.hooking import Latest
+from steering.circuits.model_graph.rules import RULES_OF
 
 METHODS = ("ceap", "eap", "eap-ig", "clean-corrupted", "relp", "gim")
 STEPS = 5
@@ -54,7 +54,7 @@ def edge_scores(
     | method | score of an edge, Δ being what its writer writes more in the corrupt run | forward | backward |
     |---|---|---|---|
     | `eap` | Δ · gradient at the clean run | 3 | 1 |
-    | `relp`, `gim` | Δ · gradient at the clean run under their rules, `steering.circuits.rules.RULES_OF` | 3 | 1 |
+    | `relp`, `gim` | Δ · gradient at the clean run under their rules, `steering.circuits.model_graph.rules.RULES_OF` | 3 | 1 |
     | `clean-corrupted` | Δ · mean of the gradients at both runs | 4 | 2 |
     | `eap-ig` | Δ · mean of the gradients on the line from the corrupt embedding to the clean one, its end left out | 2 + steps | steps |
     | `ceap` | conductance on that line: scores across any cut add up to the metric's change | 1 + 2 · steps | steps |

@@ -8,7 +8,7 @@ import torch
 from test_language_model import tiny
 
 from sae.errors import InputError
-from steering.circuits.graph import Graph
+from steering.circuits.model_graph.graph import Graph
 
 
 def sees(reader: str, writer: str, *, parallel: bool) -> bool:

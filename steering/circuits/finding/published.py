@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sae.disk.reading import read_json
 from sae.model.language_model import LanguageModel
-from steering.circuits.graph import Graph
+from steering.circuits.model_graph.graph import Graph
 
 HEADS = Path(__file__).with_name("data") / "ioi_gpt2_heads.json"
 

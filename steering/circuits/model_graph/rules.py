@@ -19,7 +19,7 @@ from sae.model.hooks import register
 from sae.model.language_model import LanguageModel
 from sae.model.norms import Norm
 from sae.model.places import Place
-from steering.circuits.hooking import see
+from steering.circuits.model_graph.hooking import see
 
 RULES = {
     "norms": "a norm's scale is constant",
@@ -30,7 +30,7 @@ RULES = {
     "products": "queries and keys get a quarter of their gradient, values half",
 }
 RULES_OF = {"relp": ("norms", "patterns", "activations", "gates"), "gim": ("norms", "softmax", "products", "gates")}
-"""by the method of `steering.circuits.scores`"""
+"""by the method of `steering.circuits.finding.scores`"""
 
 
 class Neurons(NamedTuple):

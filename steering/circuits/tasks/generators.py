@@ -1,6 +1,6 @@
 """Tasks whose circuits can be looked for: pairs of prompts that differ in what decides the answer, drawn with a seed.
 
-The words of the tasks are in `steering/circuits/data/`; docs/circuit_tasks.md says what each task asks.
+The words of the tasks are in `steering/circuits/tasks/data/`; docs/circuit_tasks.md says what each task asks.
 """
 
 from collections.abc import Callable, Sequence

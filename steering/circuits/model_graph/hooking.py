@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sae.model.hooks import register
 from sae.model.places import Place
 from sae.model.trace import first_tensor
-from steering.circuits.blocks import Block, HeadInput
+from steering.circuits.model_graph.blocks import Block, HeadInput
 
 
 class Latest:

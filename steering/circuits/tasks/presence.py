@@ -12,7 +12,7 @@ from torch import Tensor
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.statistics import Estimate, mean_estimate, wilson_interval
-from steering.circuits.prompts import Prompts
+from steering.circuits.tasks.prompts import Prompts
 
 BATCH_TOKENS = 4096  # whose logits are in memory at once
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from sae.errors import InputError
 from sae.progress import Progress
 from sae.statistics import Estimate, data_and_resamples, estimate, mean_estimate, ratio
-from steering.circuits.graph import Graph
+from steering.circuits.model_graph.graph import Graph
 
 Run = Callable[[Tensor], np.ndarray]
 """of a circuit, bool [r, w], the metric of every pair, [n]"""

@@ -13,8 +13,8 @@ from test_sites import made
 
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
-from steering.circuits.engine import Engine
-from steering.circuits.scores import edge_scores
+from steering.circuits.finding.scores import edge_scores
+from steering.circuits.model_graph.engine import Engine
 
 CLEAN, CORRUPT = ids_of(2, P, seed=1), ids_of(2, P, seed=2)
 FLOAT32_INSIDE = ("gptj", "mixtral")  # queries and keys, the router, whatever the dtype

@@ -16,9 +16,8 @@ from sae.disk.writing import jsonable
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.progress import Progress, progress
-from steering.circuits.engine import Engine
 from steering.circuits.files import Circuit, write_mib
-from steering.circuits.metrics import (
+from steering.circuits.finding.metrics import (
     COUNTS,
     bounds,
     evaluate_circuit,
@@ -29,13 +28,14 @@ from steering.circuits.metrics import (
     stability,
     top_edges,
 )
-from steering.circuits.presence import presence, require_present
-from steering.circuits.prompts import Prompts, make_prompts, own_prompts
-from steering.circuits.published import compared_with_ioi, is_gpt2_small
-from steering.circuits.report import print_tables
-from steering.circuits.scores import STEPS, completeness, edge_scores
-from steering.circuits.searches import BATCH, Patching, acdc, eliminate, exact_scores
-from steering.circuits.tasks import corruption_of, read_pairs
+from steering.circuits.finding.published import compared_with_ioi, is_gpt2_small
+from steering.circuits.finding.report import print_tables
+from steering.circuits.finding.scores import STEPS, completeness, edge_scores
+from steering.circuits.finding.searches import BATCH, Patching, acdc, eliminate, exact_scores
+from steering.circuits.model_graph.engine import Engine
+from steering.circuits.tasks.generators import corruption_of, read_pairs
+from steering.circuits.tasks.presence import presence, require_present
+from steering.circuits.tasks.prompts import Prompts, make_prompts, own_prompts
 
 HELD = 1 << 30
 """bytes of what all writers write that a pass may hold"""

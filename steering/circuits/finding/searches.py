@@ -13,9 +13,9 @@ from torch import Tensor
 
 from sae.errors import InputError
 from sae.progress import Progress
-from steering.circuits.engine import Engine
-from steering.circuits.metrics import top_edges
-from steering.circuits.prompts import Prompts
+from steering.circuits.finding.metrics import top_edges
+from steering.circuits.model_graph.engine import Engine
+from steering.circuits.tasks.prompts import Prompts
 
 BATCH = 64
 """sequences of a pass: pairs times circuits"""

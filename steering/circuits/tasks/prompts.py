@@ -15,7 +15,7 @@ from torch import Tensor
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.model.vocabulary import vocabulary
-from steering.circuits.tasks import OWN, TASKS, MetricName, Pair, corruption_of
+from steering.circuits.tasks.generators import OWN, TASKS, MetricName, Pair, corruption_of
 
 TRIES = 40  # draws for each pair that is asked for
 LONGEST_WORD, SHORTEST_WORD = 12, 3  # letters of the words that induction is made of

@@ -12,7 +12,7 @@ from test_language_model import CONFIGS, tiny
 from test_sites import made
 
 from sae.model.language_model import LanguageModel
-from steering.circuits.engine import Engine
+from steering.circuits.model_graph.engine import Engine
 
 FAMILIES = (
     "gpt2",

@@ -16,11 +16,11 @@ from sae.disk.writing import jsonable, write_json
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.progress import progress
-from steering.circuits.command import CircuitConfig, prompts_of
-from steering.circuits.engine import Engine
 from steering.circuits.files import Circuit, open_circuit
-from steering.circuits.prompts import Prompts
-from steering.circuits.steering import Arm, Measured, carriers, make_arms, mean_over, measure_arm, of_one_answer, task_direction
+from steering.circuits.finding.command import CircuitConfig, prompts_of
+from steering.circuits.model_graph.engine import Engine
+from steering.circuits.steering_nodes.arms import Arm, Measured, carriers, make_arms, mean_over, measure_arm, of_one_answer, task_direction
+from steering.circuits.tasks.prompts import Prompts
 from steering.directions.random import random_direction
 from steering.directions.texts import activations_of_texts
 from steering.named_direction import named_direction

@@ -13,8 +13,8 @@ from circuit_world import FAMILIES, P, engine_of, exact, logit_difference  # noq
 from test_language_model import ids_of
 
 from sae.errors import InputError
-from steering.circuits.engine import Engine
-from steering.circuits.scores import METHODS, completeness, edge_scores
+from steering.circuits.finding.scores import METHODS, completeness, edge_scores
+from steering.circuits.model_graph.engine import Engine
 
 CLEAN, CORRUPT = ids_of(2, P, seed=1), ids_of(2, P, seed=2)
 
@@ -127,7 +127,7 @@ def test_unusable_input_is_refused():
 
 
 def test_the_example_of_the_docs_prints_what_they_say(monkeypatch, capsys):
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     monkeypatch.chdir(root)
     text = (root / "docs" / "circuits.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.S)

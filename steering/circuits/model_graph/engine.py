@@ -18,9 +18,9 @@ from sae.errors import InputError
 from sae.model.hooks import register
 from sae.model.language_model import LanguageModel
 from sae.model.norms import Norm
-from steering.circuits.blocks import Block, HeadInput, find_blocks
-from steering.circuits.graph import Graph
-from steering.circuits.hooking import (
+from steering.circuits.model_graph.blocks import Block, HeadInput, find_blocks
+from steering.circuits.model_graph.graph import Graph
+from steering.circuits.model_graph.hooking import (
     Latest,
     back_through,
     change_input,
@@ -34,7 +34,7 @@ from steering.circuits.hooking import (
     weighted,
     widen,
 )
-from steering.circuits.rules import Neurons, find_neurons, gradient_rules, with_constant_scale
+from steering.circuits.model_graph.rules import Neurons, find_neurons, gradient_rules, with_constant_scale
 
 Metric: TypeAlias = Callable[[Tensor], Tensor]
 """of logits [s, p, v], one number for each sequence [s], which depends on that sequence's logits alone"""
@@ -200,7 +200,7 @@ class Engine:
     ) -> tuple[Tensor, Iterator[Gradient]]:
         """The metric of a pass [s], and its gradients at the readers from `first_layer` on; inside an edit, those of the edited pass.
 
-        With `rules`, of `steering.circuits.rules.RULES`, the gradients follow them. Held until the last is taken are the stream as each
+        With `rules`, some of `RULES` of the module `rules`, the gradients follow them. Held until the last is taken are the stream as each
         norm reads it and the gradient of what each projection gives; of the gradients at readers, only those that are being taken. Raises
         `InputError` for a metric that is not one number for each sequence, and for rules that cannot be in force in this model.
         """

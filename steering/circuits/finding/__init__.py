@@ -1,0 +1,1 @@
+"""Which edges of a model do a task, and how well they do it."""

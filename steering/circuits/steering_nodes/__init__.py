@@ -1,0 +1,1 @@
+"""Steering at a circuit's nodes."""

@@ -1,0 +1,1 @@
+"""Tasks whose circuits can be looked for."""
