@@ -1,4 +1,4 @@
-"""HTML that every page is made of: the frame of a file of its own, text that is escaped and visible, and numbers as people read them."""
+"""HTML that every page is made of: the frame of a file of its own, text that is escaped and visible, numbers as people read them."""
 
 import math
 from functools import lru_cache
@@ -61,3 +61,12 @@ def figure(value: float | None, signed: bool = False) -> str:
 
 def percent(share: float) -> str:
     return f"{100 * float(share):.3g}%"
+
+
+def ticks(low: float, high: float, about: int = 6) -> list[float]:
+    """Round numbers between `low` and `high`: 1, 2 or 5 times a power of ten apart, 0 exactly where it is among them."""
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(k * step, 12) + 0.0 for k in range(first, last + 1)]

@@ -25,6 +25,8 @@ class PicturesConfig:
     """Folder of a comparison (sae compare) whose report becomes comparison.png. Default: that picture stays as it is."""
     breakdown: tuple[Path, ...] = ()
     """Folders of breakdown studies (sae study-breakdown), which become breakdown.png. Default: that picture stays as it is."""
+    circuit: Path | None = None
+    """Page of a circuit (sae find-circuit), whose drawing becomes circuit.png. Default: that picture stays as it is."""
     out: Path = Path("docs/pictures")
     """Folder for the pictures."""
     chromium: str = "chromium"
@@ -35,6 +37,8 @@ def make_pictures(config: PicturesConfig) -> None:
     require_folder(config.out)
     if config.breakdown:
         plot_breakdown([read_json(folder / "study.json", "a breakdown study") for folder in config.breakdown], config.out / "breakdown.png")
+    if config.circuit is not None:
+        picture_of_circuit(config, config.circuit)
     if config.demo is not None:
         pictures_of_demo(config, config.demo)
     elif config.comparison is not None:
@@ -45,9 +49,7 @@ def pictures_of_demo(config: PicturesConfig, demo: Path) -> None:
     table = demo / "steering.json"
     if not table.exists():
         raise InputError(f"expected the demo's results in {demo}, found no {table.name}; run make demo first")
-    chromium = shutil.which(config.chromium)
-    if chromium is None:
-        raise InputError(f"expected the browser {config.chromium!r}, which is not installed; give another with --chromium")
+    chromium = chromium_of(config)
     report = config.comparison and config.comparison / "report.html"
     if report and not report.exists():
         raise InputError(f"expected a comparison in {config.comparison}, found no {report.name}; run sae compare first")
@@ -55,6 +57,29 @@ def pictures_of_demo(config: PicturesConfig, demo: Path) -> None:
     with browser(demo / "index") as url:
         screenshots(config, chromium, url, result["feature"], report)
     plot(result, config.out / "steering.png")
+
+
+def chromium_of(config: PicturesConfig) -> str:
+    chromium = shutil.which(config.chromium)
+    if chromium is None:
+        raise InputError(f"expected the browser {config.chromium!r}, which is not installed; give another with --chromium")
+    return chromium
+
+
+def picture_of_circuit(config: PicturesConfig, circuit: Path) -> None:
+    """The page's first section: filters, legend, drawing."""
+    if not circuit.exists():
+        raise InputError(f"expected the page of a circuit at {circuit}, which does not exist; run sae find-circuit first")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        window = playwright.chromium.launch(executable_path=chromium_of(config), args=["--no-sandbox", "--hide-scrollbars"])
+        page = window.new_page(viewport={"width": 1280, "height": 900})
+        page.goto(circuit.resolve().as_uri())
+        with atomic(config.out / "circuit.png") as temporary:
+            temporary.write_bytes(page.locator("section").first.screenshot())
+        window.close()
+    print(config.out / "circuit.png")
 
 
 @contextmanager

@@ -143,6 +143,11 @@ COMMANDS = {
         "steering.circuits.finding.command:CircuitConfig",
         "Which edges of a model do a task: scores of all edges, a circuit, and how good it is on held-out pairs.",
     ),
+    "draw-circuit": Command(
+        "steering.circuits.pages.command:draw_circuit",
+        "steering.circuits.pages.command:DrawConfig",
+        "Draw a circuit's file as a page with filters that opens without a network.",
+    ),
     "steer-circuit": Command(
         "steering.circuits.steering_nodes.command:steer_circuit",
         "steering.circuits.steering_nodes.command:SteerCircuitConfig",

@@ -50,6 +50,7 @@ ROOMS = (
     "steering.circuits.model_graph",
     "steering.circuits.tasks",
     "steering.circuits",
+    "steering.circuits.pages",
     "steering.circuits.finding",
     "steering.circuits.steering_nodes",
     "steering.breakdown",

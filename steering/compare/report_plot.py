@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+from sae.html import ticks
+
 COLOURS = 9
 SHAPES = ("circle", "square", "triangle", "diamond", "down")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 900.0, 480.0, 62.0, 12.0, 12.0, 46.0
@@ -163,15 +165,6 @@ def whisker_svg(gain: dict[str, float], span: tuple[float, float], control: Sequ
         f'<line x1="{x_of(gain["low"]):.1f}" x2="{x_of(gain["high"]):.1f}" y1="17" y2="17"/>'
         f'<circle cx="{x_of(gain["value"]):.1f}" cy="17" r="4.5"/></svg>'
     )
-
-
-def ticks(low: float, high: float, about: int = 6) -> list[float]:
-    """Round numbers between `low` and `high`: 1, 2 or 5 times a power of ten apart, 0 exactly where it is among them."""
-    raw = (high - low) / about
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(k * step, 12) + 0.0 for k in range(first, last + 1)]
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:

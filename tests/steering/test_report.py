@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae.html import figure
+from sae.html import figure, ticks
 from steering.compare.report import report_html
-from steering.compare.report_plot import ticks
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'></style></title>"
 METHODS = (

@@ -33,6 +33,7 @@ from steering.circuits.finding.report import print_tables
 from steering.circuits.finding.scores import STEPS, completeness, edge_scores
 from steering.circuits.finding.searches import BATCH, Patching, acdc, eliminate, exact_scores
 from steering.circuits.model_graph.engine import Engine
+from steering.circuits.pages.page import write_page
 from steering.circuits.tasks.generators import corruption_of, read_pairs
 from steering.circuits.tasks.presence import presence, require_present
 from steering.circuits.tasks.prompts import Prompts, make_prompts, own_prompts
@@ -72,7 +73,7 @@ class CircuitConfig:
     seed: int = 0
     """Seed of the pairs, the halves, the intervals and the random circuits."""
     out: Path = Path("circuit.json")
-    """JSON file for the circuit, the scores of all edges and every measure."""
+    """JSON file for the circuit, the scores of all edges and every measure; the page that draws it has the same name with .html."""
     mib: Path | None = None
     """JSON file for the scores under MIB's names, as its leaderboard takes them. Default: none."""
     device: str = "auto"
@@ -82,7 +83,7 @@ class CircuitConfig:
 
 
 def find_circuit(config: CircuitConfig) -> Circuit | None:
-    """Writes the JSON, prints the tables and gives the circuit (of a dry run, None).
+    """Writes the JSON and the page, prints the tables and gives the circuit (of a dry run, None).
 
     Raises `InputError` for flags that do not go together, for a task that the model does not do, with the numbers, for pairs of different
     lengths, and for a model that the graph does not describe.
@@ -136,8 +137,9 @@ def find_circuit(config: CircuitConfig) -> Circuit | None:
     circuit.save(config.out)
     if config.mib is not None:
         write_mib(circuit, lm.d_model, config.mib)
+    write_page(circuit, config.out.with_suffix(".html"))
     print_tables(circuit)
-    print(f"circuit: {config.out}" + (f", for MIB: {config.mib}" if config.mib else ""))
+    print(f"circuit: {config.out}, its page: {config.out.with_suffix('.html')}" + (f", for MIB: {config.mib}" if config.mib else ""))
     return circuit
 
 
@@ -239,9 +241,13 @@ def _check(config: CircuitConfig) -> None:
         raise InputError(f"expected at least one edge, got {config.edges}")
     if config.task is not None:
         corruption_of(config.task, config.corruption)
-    for path in () if config.dry_run else (config.mib, config.out):
-        if path is not None:
-            require_file(path)
+    if config.out.suffix == ".html":
+        raise InputError(f"expected a name for the JSON file as --out, got {config.out}, which is the page's; end it in .json")
+    if not config.dry_run:
+        if config.mib is not None:
+            require_file(config.mib)
+        require_file(config.out)
+        require_file(config.out.with_suffix(".html"))
 
 
 def _announce(config: CircuitConfig, engine: Engine, patching: Patching) -> None:

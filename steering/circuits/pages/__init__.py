@@ -1,0 +1,1 @@
+"""A circuit as a page of its own, which opens without a network."""
