@@ -111,7 +111,7 @@ def drawing(circuit: Circuit, edges: Sequence[Edge]) -> str:
     label = escape(f"{sum(edge.inside for edge in edges)} edges of {circuit.model}, layers from bottom to top")
     size = f'viewBox="0 0 {layout.width:.0f} {layout.height:.0f}" style="max-width:{1.5 * layout.width:.0f}px"'
     body = "".join([*_rows(graph, layout), f"<g>{''.join(paths)}</g>", *_nodes(graph, layout, edges)])
-    return f'<svg id="graph" class="graph" {size} role="group" aria-label="{label}">{body}</svg>'
+    return f'<svg id="graph" class="graph" {size} tabindex="-1" role="group" aria-label="{label}">{body}</svg>'
 
 
 def _edge(graph: Graph, layout: Layout, number: int, edge: Edge, strongest: float) -> str:

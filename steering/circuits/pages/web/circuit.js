@@ -90,6 +90,7 @@
     });
     container.addEventListener("focusin", (event) => {
       const one = event.target.closest(kind === "node" ? ".node" : "tr");
+      if (one === null) return;
       [...usable[kind]()].forEach((other) => other.setAttribute("tabindex", other === one ? "0" : "-1"));
       look(one);
     });
