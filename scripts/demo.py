@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sae.command_line import run
-from sae.dictionaries.formats.saelens import WEIGHTS
+from sae.dictionaries.formats.saelens.files import WEIGHTS
 from sae.disk.checksum import crc32
 from sae.disk.places import require_folder
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sae.dictionaries.formats.saelens import save
+from sae.dictionaries.formats.saelens.files import save
 from sae.dictionaries.frames import Frame
 from sae.dictionaries.gates import Choice, Chosen, Gate, Threshold
 from sae.dictionaries.parts import Parts, Port

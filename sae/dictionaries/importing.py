@@ -10,8 +10,8 @@ import torch
 from tyro.conf import Positional
 
 from sae.dictionaries.formats import format_of
-from sae.dictionaries.formats.saelens import save
-from sae.dictionaries.formats.saelens_cfg import CFG
+from sae.dictionaries.formats.saelens.cfg import CFG
+from sae.dictionaries.formats.saelens.files import save
 from sae.dictionaries.gates import Threshold
 from sae.dictionaries.parts import Parts
 from sae.dictionaries.source import locate, read, weights_crc32

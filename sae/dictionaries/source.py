@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from sae.dictionaries.formats import format_of, load
-from sae.dictionaries.formats.saelens import WEIGHTS
+from sae.dictionaries.formats.saelens.files import WEIGHTS
 from sae.dictionaries.formats.tensors import Device, name_of
 from sae.dictionaries.neuronpedia import URL as NEURONPEDIA
 from sae.dictionaries.neuronpedia import posted

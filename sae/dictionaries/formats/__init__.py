@@ -1,30 +1,24 @@
-"""Formats of dictionaries on disk, one row each. `load` finds the row of a folder or file; saelens.py is the one that is written too.
+"""Formats of dictionaries on disk, one row each. `load` finds the row of a folder or file; `saelens/` is the one that is written too.
 
-tensors.py is what the rows share.
+`trainers/` has what training programs write, `releases/` published dictionaries in layouts of their own, tensors.py what the rows share.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from sae.dictionaries.formats import (
+from sae.dictionaries.formats.releases import gemma_scope, goodfire, kissane, kissane_attention, learned_dicts, llama_scope, qwen_scope
+from sae.dictionaries.formats.saelens import files as saelens
+from sae.dictionaries.formats.tensors import Device, has
+from sae.dictionaries.formats.trainers import (
     bussmann,
     circuit_tracer,
     crosscoder_learning,
     dictionary_learning,
-    gemma_scope,
-    goodfire,
-    kissane,
-    kissane_attention,
-    learned_dicts,
-    llama_scope,
     llamascopium,
     openai,
-    qwen_scope,
-    saelens,
     sparsify,
 )
-from sae.dictionaries.formats.tensors import Device, has
 from sae.dictionaries.parts import Layers, Parts
 from sae.errors import InputError
 

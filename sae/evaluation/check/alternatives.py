@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sae.dictionaries.dictionary import Dictionary
-from sae.dictionaries.formats.saelens_cfg import CENTRED_KINDS
+from sae.dictionaries.formats.saelens.cfg import CENTRED_KINDS
 from sae.dictionaries.frames import Frame
 from sae.dictionaries.gates import Threshold, TopK
 from sae.evaluation.check.recording import Point, Recorder

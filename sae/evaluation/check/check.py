@@ -10,7 +10,7 @@ from tyro.conf import Positional
 
 from sae.activations.text.documents import TextConfig
 from sae.dictionaries.dictionary import Dictionary
-from sae.dictionaries.formats.saelens_cfg import CFG
+from sae.dictionaries.formats.saelens.cfg import CFG
 from sae.dictionaries.source import locate
 from sae.disk.folders import fresh_folder, require_replaceable
 from sae.disk.mapped import is_mapped, require_room

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sae.dictionaries.formats.circuit_tracer import CONFIG
-from sae.dictionaries.formats.circuit_tracer_writer import save_set
+from sae.dictionaries.formats.trainers.circuit_tracer import CONFIG
+from sae.dictionaries.formats.trainers.circuit_tracer_writer import save_set
 from sae.dictionaries.parts import Parts
 from sae.dictionaries.source import read
 from sae.disk.folders import fresh_folder

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae.dictionaries.dictionary import Dictionary
-from sae.dictionaries.formats import goodfire
+from sae.dictionaries.formats.releases import goodfire
 from sae.errors import InputError
 
 D, F, K = 6, 12, 3

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sae.dictionaries.dictionary import Dictionary
-from sae.dictionaries.formats.saelens_cfg import ARCHITECTURES, REFUSED
+from sae.dictionaries.formats.saelens.cfg import ARCHITECTURES, REFUSED
 from sae.dictionaries.frames import Frame
 from sae.dictionaries.gates import AbsTopK, Threshold, TopK
 from sae.errors import InputError

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.dictionaries.formats.dictionary_learning import CROSSCODERS, NORMALISER, class_of, facts_of, find, normalised, read_state
 from sae.dictionaries.formats.tensors import Device, checked
+from sae.dictionaries.formats.trainers.dictionary_learning import CROSSCODERS, NORMALISER, class_of, facts_of, find, normalised, read_state
 from sae.dictionaries.gates import Threshold
 from sae.dictionaries.parts import Parts
 from sae.errors import InputError

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from sae.dictionaries.formats.saelens_cfg import CFG, Settings
-from sae.dictionaries.formats.saelens_published import factor_of
+from sae.dictionaries.formats.saelens.cfg import CFG, Settings
+from sae.dictionaries.formats.saelens.published import factor_of
 from sae.disk.reading import Number, read_json, read_tensors
 from sae.errors import InputError
 

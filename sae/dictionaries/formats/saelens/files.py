@@ -1,4 +1,4 @@
-"""SAELens' folder, `cfg.json` + `sae_weights.safetensors`, read strictly and written; saelens_cfg.py understands cfg.json.
+"""SAELens' folder, `cfg.json` + `sae_weights.safetensors`, read strictly and written; cfg.py understands cfg.json.
 
 d model width · f features · o width of what is written
 """
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.dictionaries.formats.saelens_cfg import CENTRED, CFG, DECIDED, HEADS, Settings, read_settings
-from sae.dictionaries.formats.saelens_estimates import Estimates, fold_factor, fold_whitening, read_estimates
+from sae.dictionaries.formats.saelens.cfg import CENTRED, CFG, DECIDED, HEADS, Settings, read_settings
+from sae.dictionaries.formats.saelens.estimates import Estimates, fold_factor, fold_whitening, read_estimates
 from sae.dictionaries.formats.tensors import read_weights, require_finite, unit_rows
 from sae.dictionaries.formats.transformer_lens import hook_of_site
 from sae.dictionaries.frames import Frame

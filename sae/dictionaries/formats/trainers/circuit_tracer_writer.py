@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sae.dictionaries.formats.circuit_tracer import CONFIG, THRESHOLD
+from sae.dictionaries.formats.trainers.circuit_tracer import CONFIG, THRESHOLD
 from sae.dictionaries.formats.transformer_lens import hook_of_site
 from sae.dictionaries.gates import BareTopK, Threshold, TopK
 from sae.dictionaries.parts import Parts

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from sae.dictionaries.formats import gemma_scope
+from sae.dictionaries.formats.releases import gemma_scope
 from sae.dictionaries.formats.tensors import AGAIN, FLOATS, WHAT, Device, checked, name_of, read_weights
 from sae.dictionaries.formats.transformer_lens import HOOK_NAMES
 from sae.dictionaries.gates import BareTopK, Gate, Threshold

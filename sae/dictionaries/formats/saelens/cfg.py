@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from typing_extensions import NotRequired, TypedDict
 
-from sae.dictionaries.formats.saelens_published import settings_of
+from sae.dictionaries.formats.saelens.published import settings_of
 from sae.dictionaries.formats.transformer_lens import FOLDED, HOOK_NAMES, site_of_hook, tell_folded
 from sae.dictionaries.frames import Frame
 from sae.disk.reading import read_json

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from sae.dictionaries.formats.llama_scope import home, model_of, read_state, sites
+from sae.dictionaries.formats.releases.llama_scope import home, model_of, read_state, sites
 from sae.dictionaries.formats.tensors import (
     AGAIN,
     Device,

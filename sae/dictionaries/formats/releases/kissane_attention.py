@@ -13,7 +13,7 @@ from typing import Any
 
 from typing_extensions import NotRequired, TypedDict
 
-from sae.dictionaries.formats.kissane import dimensions, files
+from sae.dictionaries.formats.releases.kissane import dimensions, files
 from sae.dictionaries.formats.tensors import Device, checked, read_weights, require_value
 from sae.dictionaries.formats.transformer_lens import FOLDED, site_of_hook, tell_folded
 from sae.dictionaries.gates import Threshold

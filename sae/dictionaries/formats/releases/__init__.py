@@ -1,0 +1,1 @@
+"""Published dictionaries in layouts of their own."""

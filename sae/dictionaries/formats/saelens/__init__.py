@@ -1,0 +1,1 @@
+"""SAELens' folders, read and written."""
