@@ -6,6 +6,8 @@ from steering.circuits.files import Circuit
 
 STRONGEST = 15
 """edges that are listed"""
+CUTS = 10
+"""of which about so many are listed, from the embedding to the last layer; the file has all"""
 
 
 def print_tables(circuit: Circuit) -> None:
@@ -21,9 +23,11 @@ def print_tables(circuit: Circuit) -> None:
         curve.add_row(f"{row['edges']:,}", share, f"{row['kept']:,}", interval(row["f"]), figure(row["ndf"]["value"]))
     console.print(curve)
     if "completeness" in found:
-        sums = Table("cut", "scores / change", title="what the scores across a cut of the model account for: 1 all of it")
-        for place, share in found["completeness"].items():
-            sums.add_row(place, figure(share))
+        shares = found["completeness"]
+        caption = f"of {len(shares)} cuts, the lowest {figure(min(shares.values()))}, the highest {figure(max(shares.values()))}"
+        sums = Table("cut", "scores / change", title="what the scores across a cut of the model account for: 1 all of it", caption=caption)
+        for place in list(shares)[:: max(1, len(shares) // CUTS)]:
+            sums.add_row(place, figure(shares[place]))
         console.print(sums)
     stable = Table("edges", "mean", "lowest", title="share of edges that circuits of resampled pairs have in common (Jaccard)")
     for row in found["stability"]:
