@@ -139,9 +139,9 @@ COMMANDS = {
         "What breaks a model along many directions: features, differences of means, principal and random ones, at several layers.",
     ),
     "find-circuit": Command(
-        "steering.circuits.finding.command:find_circuit",
-        "steering.circuits.finding.command:CircuitConfig",
-        "Which edges of a model do a task: scores of all edges, a circuit, and how good it is on held-out pairs.",
+        "steering.circuits.features.command:find",
+        "steering.circuits.features.command:FindCircuitConfig",
+        "Which edges of a model, or features of dictionaries, do a task: scores, a circuit, and how good it is on held-out pairs.",
     ),
     "draw-circuit": Command(
         "steering.circuits.pages.command:draw_circuit",

@@ -52,6 +52,7 @@ ROOMS = (
     "steering.circuits",
     "steering.circuits.pages",
     "steering.circuits.finding",
+    "steering.circuits.features",
     "steering.circuits.steering_nodes",
     "steering.breakdown",
     "steering.panel",

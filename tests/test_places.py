@@ -48,6 +48,7 @@ def commands() -> dict:
     from sae.training.live import LiveTrainingConfig, train_live
     from steering.breakdown.command import BreakdownConfig, diagnose_breakdown
     from steering.breakdown.study import StudyConfig, study
+    from steering.circuits.features.command import FindCircuitConfig, find
     from steering.circuits.finding.command import CircuitConfig, find_circuit
     from steering.circuits.pages.command import DrawConfig, draw_circuit
     from steering.circuits.steering_nodes.command import SteerCircuitConfig, steer_circuit
@@ -92,6 +93,7 @@ def commands() -> dict:
         ),
         "diagnose-breakdown": lambda p: diagnose_breakdown(BreakdownConfig(model="none", vector="random:1", out=p)),
         "find-circuit": lambda p: find_circuit(CircuitConfig(model="none", task="ioi", out=p)),
+        "find-circuit --features": lambda p: find(FindCircuitConfig(model="none", task="ioi", features=("none",), out=p)),
         "find-circuit --mib": lambda p: find_circuit(CircuitConfig(model="none", task="ioi", mib=p)),
         "draw-circuit": lambda p: draw_circuit(DrawConfig(circuit=none, out=p)),
         "steer-circuit": lambda p: steer_circuit(SteerCircuitConfig(model="none", circuit=none, out=p)),

@@ -98,7 +98,8 @@ class Choice(Gate):
 
     def forward(self, z_bf: Tensor) -> Tensor:
         feature_bk, value_bk = self.choose([(0, z_bf)], z_bf.shape[-1])
-        return z_bf.zero_().scatter_(-1, feature_bk, value_bk)
+        rest_bf = torch.zeros_like(z_bf) if z_bf.requires_grad else z_bf.zero_()  # a gradient needs what was chosen from
+        return rest_bf.scatter_(-1, feature_bk, value_bk)
 
     def extra_repr(self) -> str:
         return f"k={self.k}"

@@ -228,19 +228,20 @@ def _of_last(prompts: Prompts) -> Any:
     return lambda logits_spv: prompts.measure(logits_spv[:, -1])
 
 
-def _check(config: CircuitConfig) -> None:
+def check_task(config: CircuitConfig) -> None:
+    """Raises `InputError` for flags about the pairs that do not go together."""
     if (config.task is None) == (config.pairs is None):
         raise InputError("expected either --task or --pairs, got both or neither; give one of them")
     if config.pairs is not None and config.corruption is not None:
         raise InputError("--corruption is for the package's tasks, got --pairs too; leave one of them out")
     if config.examples < 4:
         raise InputError(f"expected at least 4 examples, two to find the circuit on and two to measure it on, got {config.examples}")
-    if not config.tau > 0:
-        raise InputError(f"expected tau above 0, the rise of the KL that one edge may cost, got {config.tau:g}")
-    if config.edges < 1:
-        raise InputError(f"expected at least one edge, got {config.edges}")
     if config.task is not None:
         corruption_of(config.task, config.corruption)
+
+
+def check_places(config: CircuitConfig) -> None:
+    """Raises `InputError` for places that cannot be written."""
     if config.out.suffix == ".html":
         raise InputError(f"expected a name for the JSON file as --out, got {config.out}, which is the page's; end it in .json")
     if not config.dry_run:
@@ -248,6 +249,15 @@ def _check(config: CircuitConfig) -> None:
             require_file(config.mib)
         require_file(config.out)
         require_file(config.out.with_suffix(".html"))
+
+
+def _check(config: CircuitConfig) -> None:
+    check_task(config)
+    if not config.tau > 0:
+        raise InputError(f"expected tau above 0, the rise of the KL that one edge may cost, got {config.tau:g}")
+    if config.edges < 1:
+        raise InputError(f"expected at least one edge, got {config.edges}")
+    check_places(config)
 
 
 def _announce(config: CircuitConfig, engine: Engine, patching: Patching) -> None:

@@ -1,0 +1,1 @@
+"""Circuits whose nodes are features of dictionaries: scores, edges, curves against other bases, a page."""
