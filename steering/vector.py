@@ -20,7 +20,7 @@ from torch import Tensor
 from sae.disk.reading import one_sentence, parse_json, read_tensors
 from sae.disk.writing import atomic, write_tensors
 from sae.errors import InputError
-from sae.model.fingerprint import COMPILED
+from sae.model.opening.fingerprint import COMPILED
 from sae.model.sites import parse_site
 
 if TYPE_CHECKING:

@@ -128,7 +128,7 @@ def massive_activations(cache: ActivationCache, norm_n: Tensor, positions_n: np.
 
 def token_texts(cache: ActivationCache) -> list[bytes] | None:
     """UTF-8 of every token id; None, with a line on stderr, where text or tokenizer is not at hand."""
-    from sae.model.loading import load_tokenizer
+    from sae.model.opening.loading import load_tokenizer
     from sae.model.vocabulary import vocabulary
 
     try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.errors import InputError
-from sae.model.places import InPlace, Place
+from sae.model.structure.places import InPlace, Place
 
 Edit: TypeAlias = Callable[[Tensor], Tensor]
 _COUNTING = threading.Lock()  # for a moment, while a thread begins or ends; not a model's own, which could not be copied then

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from sae.errors import InputError
-from sae.model.attention import AttentionEdit, attention_edited, find_attentions
-from sae.model.fingerprint import fingerprint
-from sae.model.heads import SEPARATE, find_heads
 from sae.model.hooks import Edit, Hooks
-from sae.model.inspection import Inspection, inspect
-from sae.model.norms import Norm, ScaleEdit, find_norms, scales_edited
-from sae.model.offload import device_of
-from sae.model.places import Place
+from sae.model.opening.fingerprint import fingerprint
+from sae.model.opening.offload import device_of
 from sae.model.sampling import sample
 from sae.model.sites import EMBED, KINDS, parse_site
-from sae.model.trace import decoder_and_blocks, short_pass
+from sae.model.structure.attention import AttentionEdit, attention_edited, find_attentions
+from sae.model.structure.heads import SEPARATE, find_heads
+from sae.model.structure.inspection import Inspection, inspect
+from sae.model.structure.norms import Norm, ScaleEdit, find_norms, scales_edited
+from sae.model.structure.places import Place
+from sae.model.structure.trace import decoder_and_blocks, short_pass
 from sae.text_input import text_list
 
 CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")  # what configurations call it
@@ -76,7 +76,7 @@ class LanguageModel:
         "8bit" has Linear weights in 8 bits (needs the packages bitsandbytes and accelerate).
         Raises `InputError` for anything that is not a loadable causal LM with all of its weights.
         """
-        from sae.model.loading import load_model, load_tokenizer
+        from sae.model.opening.loading import load_model, load_tokenizer
 
         sites = text_list(sites, "sites")
         if device_map is not None and device != "auto":
@@ -345,7 +345,7 @@ class LanguageModel:
             step_sp, mask_sp = next_s[:, None], torch.cat([mask_sp, mask_sp.new_ones(len(mask_sp), 1)], dim=1)
 
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits that recognise the whole model in any float dtype; see sae/model/fingerprint.py."""
+        """Twelve hexadecimal digits that recognise the whole model in any float dtype; see sae/model/opening/fingerprint.py."""
         return self._fingerprint or fingerprint(self.model)
 
     def _refuse_virtual_tokens(self) -> None:

@@ -1,4 +1,4 @@
-"""Names of the places where a causal LM's vectors flow; sae/model/inspection.py finds them in a model.
+"""Names of the places where a causal LM's vectors flow; sae/model/structure/inspection.py finds them in a model.
 
 With L counted from 0, in the order in which they are computed:
 

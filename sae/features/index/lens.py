@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sae.dictionaries.rows import ranges, rows_of
 from sae.errors import InputError
-from sae.model.offload import device_of, on_hand
+from sae.model.opening.offload import device_of, on_hand
 from sae.model.sites import parse_site
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
-from sae.model.norms import Norm
-from sae.model.places import Columns, Place, Scaled
+from sae.model.structure.norms import Norm
+from sae.model.structure.places import Columns, Place, Scaled
 from steering.circuits.model_graph.graph import HEAD_INPUTS, Graph
 
 GROUPS, KEY_HEADS = "num_key_value_groups", "num_key_value_heads"  # what Hugging Face's attentions call them

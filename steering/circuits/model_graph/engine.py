@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sae.errors import InputError
 from sae.model.hooks import register
 from sae.model.language_model import LanguageModel
-from sae.model.norms import Norm
+from sae.model.structure.norms import Norm
 from steering.circuits.model_graph.blocks import Block, HeadInput, find_blocks
 from steering.circuits.model_graph.graph import Graph
 from steering.circuits.model_graph.hooking import (

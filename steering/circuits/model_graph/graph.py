@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sae.errors import InputError
-from sae.model.branches import SIDE_BY_SIDE
 from sae.model.language_model import LanguageModel
 from sae.model.sites import parse_site
+from sae.model.structure.branches import SIDE_BY_SIDE
 
 EMBED, LOGITS = "embed", "logits"
 HEAD_INPUTS = ("q", "k", "v")

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sae.model.hooks import register
-from sae.model.places import Place
-from sae.model.trace import first_tensor
+from sae.model.structure.places import Place
+from sae.model.structure.trace import first_tensor
 from steering.circuits.model_graph.blocks import Block, HeadInput
 
 

@@ -1,7 +1,7 @@
 """Rules for the backward pass: values keep every bit, gradients are those of a model that is made linear in some places.
 
 The forms are those of the authors' code: github.com/FarnoushRJ/RelP (arXiv 2508.21258) and github.com/corticph/gim (2505.17630). Norms are
-those of sae/model/norms.py and attention is the one registered function, so that rules are in force in every family, eager or not.
+those of `sae.model.structure.norms` and attention is the one registered function, so that rules are in force in every family, eager or not.
 
 s sequences · p positions · h heads · g heads of keys and values · q, k positions · z width of a head · c neurons
 """
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from sae.errors import InputError
 from sae.model.hooks import register
 from sae.model.language_model import LanguageModel
-from sae.model.norms import Norm
-from sae.model.places import Place
+from sae.model.structure.norms import Norm
+from sae.model.structure.places import Place
 from steering.circuits.model_graph.hooking import see
 
 RULES = {

@@ -10,8 +10,8 @@ import torch
 
 from sae.device import device_named
 from sae.errors import InputError
-from sae.model.fingerprint import fingerprint_of_files
-from sae.model.gguf_files import ModelLocation, forget_packing, locate_model, mentions, require_packages, unpacked
+from sae.model.opening.fingerprint import fingerprint_of_files
+from sae.model.opening.gguf_files import ModelLocation, forget_packing, locate_model, mentions, require_packages, unpacked
 from sae.model.sites import parse_site
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")

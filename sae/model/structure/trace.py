@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sae.errors import InputError
-from sae.model.offload import device_of
+from sae.model.opening.offload import device_of
 
 TOKENS = 3
 NOTHING = torch.empty(0, 0, dtype=torch.float64)

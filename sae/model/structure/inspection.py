@@ -1,4 +1,4 @@
-"""Which modules of a model its sites are, found by looking at one pass of three tokens (sae/model/trace.py), so no family needs a table.
+"""Which modules of a model its sites are, found by looking at one pass of three tokens (trace.py), so no family needs a table.
 
 A site is there only if it is in that pass what its name says: the stream grows by `attn_out` and by `mlp_out`, and `attn_in` and `mlp_in`
 are what the norms gave. Otherwise the reason is kept.
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sae.model.branches import ATTENTION_WORDS, UNEXPLAINED, Branch, branches
-from sae.model.heads import SEPARATE, Attention, projections_among
-from sae.model.offload import on_hand
-from sae.model.places import InPlace, Kept, Place, Scaled, ungained
+from sae.model.opening.offload import on_hand
 from sae.model.sites import EMBED, KINDS
-from sae.model.trace import NOTHING, Block, Call, Seen, first_tensor, own, same, trace, values_of
+from sae.model.structure.branches import ATTENTION_WORDS, UNEXPLAINED, Branch, branches
+from sae.model.structure.heads import SEPARATE, Attention, projections_among
+from sae.model.structure.places import InPlace, Kept, Place, Scaled, ungained
+from sae.model.structure.trace import NOTHING, Block, Call, Seen, first_tensor, own, same, trace, values_of
 
 NO_HEADS = "the block has no attention heads with one output projection"
 NO_NEURONS = "the MLP does not end in one projection, as with experts"

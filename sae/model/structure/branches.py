@@ -1,4 +1,4 @@
-"""The two parts of a block that add to the stream, told from one another by sums of what flowed in a pass (sae/model/trace.py)."""
+"""The two parts of a block that add to the stream, told from one another by sums of what flowed in a pass (trace.py)."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from sae.model.trace import Added, Block, Call, same
+from sae.model.structure.trace import Added, Block, Call, same
 
 MLP_WORDS = ("mlp", "moe", "feed_forward", "feedforward", "ffn", "expert")  # in the name or class of a module
 ATTENTION_WORDS = ("attn", "attention")

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from sae.disk.reading import read_json
-from sae.model.offload import on_hand
+from sae.model.opening.offload import on_hand
 
 SAMPLE = 256
 COMPILED = "_orig_mod."  # what torch.compile puts into names

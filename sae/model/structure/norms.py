@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sae.errors import InputError
-from sae.model.offload import on_hand
-from sae.model.places import Ungained, ungained
-from sae.model.trace import first_tensor, own
+from sae.model.opening.offload import on_hand
+from sae.model.structure.places import Ungained, ungained
+from sae.model.structure.trace import first_tensor, own
 
 ScaleEdit: TypeAlias = Callable[[str, Tensor], Tensor]
 """gets a norm's name and its scale, [..., 1], and returns the scale to divide by"""

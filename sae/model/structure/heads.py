@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sae.errors import InputError
-from sae.model.places import Columns, Place
-from sae.model.trace import TOKENS, own
+from sae.model.structure.places import Columns, Place
+from sae.model.structure.trace import TOKENS, own
 
 SEPARATE = {"q": ("q_proj", "query", "wq", "q"), "k": ("k_proj", "key", "wk", "k"), "v": ("v_proj", "value", "wv", "v")}
 FUSED = ("c_attn", "qkv_proj", "query_key_value", "wqkv", "qkv", "att_proj")
