@@ -58,9 +58,9 @@ class CircuitConfig:
     """What the corrupt prompts of --task are. Default: the task's first."""
     examples: int = 64
     """Pairs of --task: one half to find the circuit on, the other to measure it on."""
-    method: Literal["ceap", "eap", "eap-ig", "clean-corrupted", "relp", "gim", "exact"] = "ceap"
+    method: Literal["ceap", "eap", "eap-ig", "clean-corrupted", "relp", "gim", "first-hop", "exact"] = "ceap"
     """How edges are scored: ceap (conductance, 5 steps), eap, eap-ig (5 steps), clean-corrupted, and relp and gim (rules for the
-    backward pass) estimate; exact cuts each edge alone."""
+    backward pass) estimate; first-hop runs each reader on its changed input and estimates from there on; exact cuts each edge alone."""
     search: Literal["top", "eliminate", "acdc"] = "top"
     """How the circuit is found: top takes the --edges of the largest scores; eliminate begins with a fifth of the graph by score and
     takes away the weakest first; acdc takes away from all edges, from the logits backwards."""
@@ -268,7 +268,7 @@ def _announce(config: CircuitConfig, engine: Engine, patching: Patching) -> None
     patching(torch.zeros_like(graph.exists_rw))
     seconds = time.monotonic() - begun
     searching = {"top": 0, "eliminate": round(SHORT_LIST * graph.n_edges), "acdc": graph.n_edges}[config.search]
-    scoring = graph.n_edges if config.method == "exact" else 4 * STEPS
+    scoring = {"exact": graph.n_edges, "first-hop": len(graph.writers)}.get(config.method, 4 * STEPS)
     single = config.edges if config.minimality else 0
     minutes = seconds * (searching + scoring + measuring_runs(single)) / 60
     print(

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from sae.errors import InputError
+from steering.circuits.finding.first_hop import first_hop
 from steering.circuits.model_graph.engine import Engine, Gradient, Metric, Run
 from steering.circuits.model_graph.graph import Graph
 from steering.circuits.model_graph.hooking import Latest
 from steering.circuits.model_graph.rules import RULES_OF
 
-METHODS = ("ceap", "eap", "eap-ig", "clean-corrupted", "relp", "gim")
+METHODS = ("ceap", "eap", "eap-ig", "clean-corrupted", "relp", "gim", "first-hop")
 STEPS = 5
 STREAM = "resid_pre.0"
 
@@ -58,10 +59,12 @@ def edge_scores(
     | `clean-corrupted` | Δ · mean of the gradients at both runs | 4 | 2 |
     | `eap-ig` | Δ · mean of the gradients on the line from the corrupt embedding to the clean one, its end left out | 2 + steps | steps |
     | `ceap` | conductance on that line: scores across any cut add up to the metric's change | 1 + 2 · steps | steps |
+    | `first-hop` | the reader's own module run on its changed input, by the gradient from there on: module `first_hop` | about w | 1 |
 
     Under `relp` edges into queries and keys score 0, since its patterns are constant. Held are three times what all writers write,
     [w, s, p, d]. Raises `InputError` for a method that is none of these, for prompts of different shapes, for `ceap` and
-    `clean-corrupted` without a corrupt run, and for `relp` and `gim` in a model whose MLPs, norms or attention their rules cannot change.
+    `clean-corrupted` without a corrupt run, for `relp` and `gim` in a model whose MLPs, norms or attention their rules cannot change, and
+    for `first-hop` in one whose blocks cannot be run alone.
     """
     is_run = not corrupt.is_floating_point()
     _check(engine, clean_sp, corrupt, method, steps)
@@ -75,6 +78,8 @@ def edge_scores(
         corrupted = engine.run(corrupt, mask_sp)
         corrupt_s, stands_in_wspd = metric(corrupted.logits_spv), corrupted.written_wspd
     change_wspd = stands_in_wspd - clean.written_wspd
+    if method == "first-hop":
+        return Scores(first_hop(engine, clean_sp, mask_sp, metric, change_wspd), clean_s, corrupt_s)
     at = _between(engine, clean.written_wspd[0].clone(), stands_in_wspd[0].clone())
     del clean, stands_in_wspd
     points = {"clean-corrupted": [0.0, 1.0], "eap-ig": [1 - step / steps for step in range(steps)]}.get(method, [0.0])

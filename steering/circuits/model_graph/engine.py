@@ -7,7 +7,7 @@ s sequences · p positions · d width of the stream · v vocabulary · n some re
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property, partial
 from typing import NamedTuple, TypeAlias
 
@@ -34,6 +34,7 @@ from steering.circuits.model_graph.hooking import (
     weighted,
     widen,
 )
+from steering.circuits.model_graph.restarting import Outputs, begun_at, find_outputs
 from steering.circuits.model_graph.rules import Neurons, find_neurons, gradient_rules, with_constant_scale
 
 Metric: TypeAlias = Callable[[Tensor], Tensor]
@@ -75,6 +76,20 @@ class Engine:
         self._embed = lm.place("resid_pre.0")
         self._shape = (0, 0)
         self._refuse_other_models()
+
+    @property
+    def restarts(self) -> bool:
+        """Whether passes can begin at a later block, as `begun_at` has it."""
+        return self._outputs is not None
+
+    def begun_at(self, layer: int, stream_spd: Tensor) -> AbstractContextManager[None]:
+        """Inside, every pass goes on from `stream_spd` at block `layer`, or behind the last at `n_layers`; earlier blocks are not run.
+
+        Raises `InputError` for a model in which the blocks before it matter otherwise than by the stream.
+        """
+        if self._outputs is None:
+            raise InputError(f"expected a model whose passes can begin at a later block, got {self.lm.name!r}; run it whole")
+        return begun_at(self.lm, self._outputs, layer, stream_spd)
 
     @torch.no_grad()
     def run(self, ids_sp: Tensor, mask_sp: Tensor | None = None) -> Run:
@@ -253,6 +268,10 @@ class Engine:
         return metric_s.detach(), each()
 
     @cached_property
+    def _outputs(self) -> Outputs | None:
+        return find_outputs(self.lm, self._few_tokens(), self._rounding)
+
+    @cached_property
     def _neurons(self) -> list[Neurons]:
         return find_neurons(self.lm)
 
@@ -293,13 +312,19 @@ class Engine:
                 stack.callback(see(block.mlp_out, partial(wrote_mlp, self.graph.mlp(layer))))
             yield
 
+    def _few_tokens(self) -> Tensor:
+        known = self.lm.model.get_input_embeddings().num_embeddings
+        return (torch.arange(CHECKED_TOKENS) + known // 2)[None] % known
+
+    @property
+    def _rounding(self) -> float:
+        return ROUNDING.get(self.lm.dtype, max(ROUNDING.values()))
+
     @torch.no_grad()
     def _refuse_other_models(self) -> None:
         """The last stream has to be the sum of what is written, and every reader has to read what its norm and projection make of it."""
         lm, graph, stream = self.lm, self.graph, Latest()
-        known = lm.model.get_input_embeddings().num_embeddings
-        ids_sp = (torch.arange(CHECKED_TOKENS) + known // 2)[None] % known
-        least = ROUNDING.get(lm.dtype, max(ROUNDING.values()))
+        ids_sp = self._few_tokens()
         with lm.unedited(), ExitStack() as stack:
             stack.callback(see_stream(self._final_norm, self._embed, stream))
             logits_spv = lm.logits(ids_sp)
@@ -312,5 +337,5 @@ class Engine:
             ("its last stream is not the sum of what its parts write", total_spd, final_spd),
             ("its parts read the stream by more than a norm and a projection", read_spv, logits_spv),
         ):
-            if not (found - expected).abs().max() <= least * expected.abs().max():  # host sync
+            if not (found - expected).abs().max() <= self._rounding * expected.abs().max():  # host sync
                 raise InputError(f"expected {lm.name!r} to be a model that the graph describes, but {what}")
