@@ -100,6 +100,8 @@ def find_circuit(config: CircuitConfig) -> Circuit | None:
         top_edges(engine.graph, engine.graph.exists_rw.float(), config.edges, absolute=True)  # says so if there are not as many
     rows = rows_of_pass(engine, prompts)
     finding, measuring = Patching(engine, found_on, rows), Patching(engine, held_out, rows)
+    if not engine.restarts and (config.method == "exact" or config.search == "acdc"):
+        print(f"{config.model}: later blocks need the earlier ones, so every pass runs the whole model", file=sys.stderr)
     if config.dry_run:
         _announce(config, engine, measuring)
         return None

@@ -107,7 +107,7 @@ def conductance(
     then what the edit adds has the place of "embed", for the readers behind it. Held are three times what all writers write.
     """
     first_reader = 0 if site is None else engine.graph.first_behind(site)
-    first_layer = min(first_reader // (3 * engine.graph.n_heads + 1), engine.graph.n_layers)
+    first_layer = engine.graph.block_of(first_reader)
     run = _run_at(engine, ids_sp, mask_sp, at(0.0), site)
     clean_s, total_srw = metric(run.logits_spv), _zeros(engine, run.written_wspd)
     for step in range(steps):

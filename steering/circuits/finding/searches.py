@@ -14,7 +14,7 @@ from torch import Tensor
 from sae.errors import InputError
 from sae.progress import Progress
 from steering.circuits.finding.metrics import top_edges
-from steering.circuits.model_graph.engine import Engine
+from steering.circuits.model_graph.engine import Engine, Run
 from steering.circuits.tasks.prompts import Prompts
 
 BATCH = 64
@@ -32,8 +32,10 @@ class Found(NamedTuple):
 class Patching:
     """Pairs run with only some edges of the model left as they are; called with a circuit it gives the metric of every pair, [n].
 
-    Every other edge carries what it does on the corrupt prompt, which is kept for all pairs: writers × tokens × width numbers. Raises
-    `InputError` for pairs whose sides have different lengths.
+    Every other edge carries what it does on the corrupt prompt. Passes begin at the block of the first reader with a cut edge, where the
+    model can be run so (`engine.restarts`). Kept for all pairs is what writers write on the corrupt prompts, writers × tokens × width
+    numbers, and, once a pass begins later than at the first block, on the clean ones too. Raises `InputError` for pairs whose sides have
+    different lengths.
     """
 
     def __init__(self, engine: Engine, prompts: Prompts, batch: int = BATCH):
@@ -46,6 +48,18 @@ class Patching:
     def _corrupt_wspd(self) -> Tensor:
         ids, masks = (x.split(self.batch) for x in (self.prompts.corrupt_np, self.prompts.corrupt_mask_np))
         return torch.cat([self.engine.writers(*part) for part in zip(ids, masks)], dim=1)
+
+    @cached_property
+    @torch.no_grad()
+    def _clean(self) -> Run:
+        """With the streams; without logits, which are in `_clean_nv`."""
+        written, streams = list[Tensor](), list[Tensor]()
+        for part in zip(self.prompts.clean_np.split(self.batch), self.prompts.clean_mask_np.split(self.batch)):
+            run = self.engine.run(*part, streams=True)
+            assert run.stream_lspd is not None
+            written.append(run.written_wspd)
+            streams.append(run.stream_lspd)
+        return Run(run.logits_spv[:0], torch.cat(written, dim=1), torch.cat(streams, dim=1))
 
     @cached_property
     def _clean_nv(self) -> Tensor:
@@ -84,8 +98,11 @@ class Patching:
             rows = torch.tensor([n for _, n in part], device=prompts.clean_np.device)
             cuts = cut_crw[[c for c, _ in part]]
             cut = cuts[0] if len({c for c, _ in part}) == 1 else cuts
-            corrupt_wspd = self._corrupt_wspd[:, rows] if cut.any() else self.engine.zero_writers()
-            with self.engine.patched(corrupt_wspd, cut.to(self.engine.lm.dtype)):
+            first = cuts.any(0).any(1).nonzero().flatten()[:1].tolist()
+            corrupt_wspd = self._corrupt_wspd if first else self.engine.zero_writers()
+            later = first and self.graph.block_of(first[0]) > 0 and self.engine.restarts
+            clean = self._clean if later else None
+            with self.engine.patched(corrupt_wspd, cut.to(self.engine.lm.dtype), rows_s=rows, clean=clean):
                 logits_spv = self.engine.lm.logits(prompts.clean_np[rows], prompts.clean_mask_np[rows])
             last_sv = logits_spv[:, -1]
             yield part, last_sv if last_sv.dtype == torch.float64 else last_sv.float()
@@ -94,7 +111,7 @@ class Patching:
 def exact_scores(patching: Patching, edges: Sequence[tuple[int, int]], bar: Progress | None = None) -> np.ndarray:
     """How much the metric of every pair rises when one edge alone is cut, for each edge (reader, writer), [edges, n].
 
-    Edges are patched many in a pass, those of one layer together, so that only what reads there and behind is changed.
+    Edges are patched many in a pass, those of one block together, so that only that block and those behind it are run.
     """
     graph, order = patching.graph, sorted(range(len(edges)), key=lambda at: edges[at])
     whole_n, found = patching(graph.exists_rw), np.zeros((len(edges), len(patching.prompts)))

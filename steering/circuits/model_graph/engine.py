@@ -52,6 +52,8 @@ class Run(NamedTuple):
     logits_spv: Tensor
     written_wspd: Tensor
     """what every writer writes"""
+    stream_lspd: Tensor | None = None
+    """the stream before every block and behind the last, where it was asked for"""
 
 
 class Gradient(NamedTuple):
@@ -92,21 +94,26 @@ class Engine:
         return begun_at(self.lm, self._outputs, layer, stream_spd)
 
     @torch.no_grad()
-    def run(self, ids_sp: Tensor, mask_sp: Tensor | None = None) -> Run:
-        """A pass and what its writers write; inside `lm.edited` and `steered`, the edited pass.
+    def run(self, ids_sp: Tensor, mask_sp: Tensor | None = None, *, streams: bool = False) -> Run:
+        """A pass and what its writers write; inside `lm.edited` and `steered`, the edited pass. With `streams`, the stream at every block.
 
         Held are the logits and one tensor of writers × tokens × width numbers. Padding positions hold meaningless numbers.
         """
-        written: list[Tensor] = []
+        written, stream = list[Tensor](), list[Tensor]()
 
         def wrote(first: int, now_nspd: Tensor) -> None:
             if first == 0:
                 written[:] = [now_nspd.new_empty(len(self.graph.writers), *now_nspd.shape[1:])]
             written[0][first : first + len(now_nspd)] = now_nspd
 
-        with self._watched(wrote):
+        with ExitStack() as stack:
+            for layer in range(self.graph.n_layers if streams else 0):
+                stack.callback(see(self.lm.place(f"resid_pre.{layer}"), lambda x: stream.append(x.clone())))
+            if streams:
+                stack.callback(see(self.lm.place(f"resid_post.{self.graph.n_layers - 1}"), lambda x: stream.append(x.clone())))
+            stack.enter_context(self._watched(wrote))
             logits_spv = self.lm.logits(ids_sp, mask_sp)
-        return Run(logits_spv, written[0])
+        return Run(logits_spv, written[0], torch.stack(stream) if streams else None)
 
     def writers(self, ids_sp: Tensor, mask_sp: Tensor | None = None) -> Tensor:
         """What every writer writes in a pass, [w, s, p, d], as `run` gives it."""
@@ -123,13 +130,16 @@ class Engine:
         return torch.zeros(len(self.graph.writers), 1, 1, self.lm.d_model, dtype=self.lm.dtype, device=self.lm.device)
 
     @contextmanager
-    def patched(self, corrupt_wspd: Tensor, cut_rw: Tensor) -> Iterator[None]:
+    def patched(self, corrupt_wspd: Tensor, cut_rw: Tensor, *, rows_s: Tensor | None = None, clean: Run | None = None) -> Iterator[None]:
         """Inside, reader r of every pass reads the stream plus Σ_w cut[r, w] · (corrupt_w − what w writes in this pass).
 
         `corrupt_wspd` is what `writers`, `mean_writers` or `zero_writers` gave, or anything that broadcasts to it. `cut_rw` is 0 where an
         edge stays and 1 where it is cut, or anything between; it may ask for gradients, and may be given for each sequence, [s, r, w].
-        Readers none of whose edges is cut keep every bit. Held are the differences of all writers and, while a place is read, one stream
-        for each of its changed readers. Raises `InputError` for a cut of another shape or of edges that do not exist.
+        Readers none of whose edges is cut keep every bit. With `rows_s`, sequence s of a pass is sequence rows[s] of `corrupt_wspd` and
+        `clean`. With `clean`, a run of those sequences with its streams, passes begin at the block of the first reader with a cut edge.
+
+        Held are the differences of the writers of cut edges and, while a place is read, one stream for each of its changed readers. Raises
+        `InputError` for a cut of another shape or of edges that do not exist, and as `begun_at` does.
         """
         graph, shape = self.graph, tuple(self.graph.exists_rw.shape)
         if cut_rw.ndim not in (2, 3) or tuple(cut_rw.shape[-2:]) != shape:
@@ -139,23 +149,38 @@ class Engine:
         if (nonzero_rw & ~graph.exists_rw).any():
             raise InputError("expected a cut of edges of the graph alone, got one of edges that do not exist; multiply it by exists_rw")
         touched_rw = graph.exists_rw if cut_rw.requires_grad else nonzero_rw
-        cut_srw, differences = cut_srw.to(self.lm.device), dict[int, Tensor]()
+        cut_srw, differences, touched_w = cut_srw.to(self.lm.device), dict[int, tuple[Tensor, Tensor]](), touched_rw.any(0)
+        touched = touched_rw.any(1).nonzero().flatten().tolist()
+        begun = graph.block_of(touched[0]) if touched and clean is not None else 0
+
+        def of_rows(value_wspd: Tensor, writers: Tensor) -> Tensor:
+            value_mspd = value_wspd[writers.to(value_wspd.device)]
+            return value_mspd if rows_s is None or value_mspd.shape[1] == 1 else value_mspd[:, rows_s]
 
         def wrote(first: int, now_nspd: Tensor) -> None:
-            differences[first] = corrupt_wspd[first : first + len(now_nspd)].to(now_nspd) - now_nspd
+            writers = first + touched_w[first : first + len(now_nspd)].nonzero().flatten()
+            now_mspd = now_nspd if len(writers) == len(now_nspd) else now_nspd[(writers - first).to(now_nspd.device)]
+            differences[first] = writers, of_rows(corrupt_wspd, writers).to(now_nspd) - now_mspd
 
         def added(readers: Sequence[int]) -> Tensor:
             parts = []
-            for first, difference_mspd in differences.items():
-                writers = slice(first, first + len(difference_mspd))
-                if touched_rw[readers, writers].any():  # none that writes behind them
-                    parts.append(weighted(cut_srw[:, readers, writers], difference_mspd))
+            for writers, difference_mspd in differences.values():
+                if touched_rw[readers][:, writers].any():  # none that writes behind them
+                    parts.append(weighted(cut_srw[:, readers][:, :, writers.to(cut_srw.device)], difference_mspd))
             return sum(parts[1:], start=parts[0])
 
         with ExitStack() as stack:
-            if touched_rw.any():
-                stack.enter_context(self._watched(wrote))
-                stack.enter_context(self.reading(touched_rw.any(1).nonzero().flatten().tolist(), added))
+            if clean is not None and begun:
+                if clean.stream_lspd is None:
+                    raise InputError("expected a clean run with its streams, got one without; call run with streams=True")
+                stream_spd = clean.stream_lspd[begun]
+                stack.enter_context(self.begun_at(begun, stream_spd if rows_s is None else stream_spd[rows_s]))
+                writers = touched_w[: 1 + begun * (graph.n_heads + 1)].nonzero().flatten()
+                now_mspd = of_rows(clean.written_wspd, writers)
+                differences[0] = writers, of_rows(corrupt_wspd, writers).to(now_mspd) - now_mspd
+            if touched:
+                stack.enter_context(self._watched(wrote, touched_w, begun))
+                stack.enter_context(self.reading(touched, added))
             yield
 
     @contextmanager
@@ -299,17 +324,28 @@ class Engine:
             yield stack
 
     @contextmanager
-    def _watched(self, wrote: Callable[[int, Tensor], None]) -> Iterator[None]:
-        """`wrote` gets the number of the first of some writers and what they write, [n, s, p, d]."""
+    def _watched(self, wrote: Callable[[int, Tensor], None], wanted_w: Tensor | None = None, begun: int = 0) -> Iterator[None]:
+        """`wrote` gets the number of the first of some writers and what they write, [n, s, p, d].
+
+        Not looked at are places with none of the writers `wanted_w`, bool, and those before the block `begun`.
+        """
+        graph = self.graph
 
         def wrote_mlp(number: int, now: Tensor) -> None:
             wrote(number, now.view(1, *self._shape, -1))
 
+        def wanted(writers: slice) -> bool:
+            return wanted_w is None or bool(wanted_w[writers].any())
+
         with self._begun() as stack:
-            stack.callback(see(self._embed, lambda now_spd: wrote(0, now_spd[None])))
-            for layer, block in enumerate(self._blocks):
-                stack.callback(see_heads(block, partial(wrote, self.graph.heads(layer).start)))
-                stack.callback(see(block.mlp_out, partial(wrote_mlp, self.graph.mlp(layer))))
+            if begun == 0 and wanted(slice(0, 1)):
+                stack.callback(see(self._embed, lambda now_spd: wrote(0, now_spd[None])))
+            for layer in range(begun, graph.n_layers):
+                block, heads, mlp = self._blocks[layer], graph.heads(layer), graph.mlp(layer)
+                if wanted(heads):
+                    stack.callback(see_heads(block, partial(wrote, heads.start)))
+                if wanted(slice(mlp, mlp + 1)):
+                    stack.callback(see(block.mlp_out, partial(wrote_mlp, mlp)))
             yield
 
     def _few_tokens(self) -> Tensor:

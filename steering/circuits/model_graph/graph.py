@@ -78,6 +78,10 @@ class Graph:
         """The reader that is a layer's MLP."""
         return self.head_inputs("v", layer).stop
 
+    def block_of(self, reader: int) -> int:
+        """The block that a reader belongs to; of "logits", the number of blocks."""
+        return reader // (3 * self.n_heads + 1)
+
     @cached_property
     def seen_r(self) -> Tensor:
         """How many writers each reader sees, [r]; they are the first ones."""

@@ -116,7 +116,7 @@ def test_writers_that_stand_in_give_first_order_scores():
 
 def test_unusable_input_is_refused():
     engine = engine_of("gpt2")
-    with pytest.raises(InputError, match="expected one of the methods ceap, eap, .*, first-hop, got 'acdc'"):
+    with pytest.raises(InputError, match=r"expected one of the methods ceap, eap, .*, first-hop, got 'acdc'"):
         edge_scores(engine, CLEAN, CORRUPT, logit_difference, method="acdc")
     with pytest.raises(InputError, match="expected at least one step, got 0"):
         edge_scores(engine, CLEAN, CORRUPT, logit_difference, steps=0)

@@ -95,8 +95,7 @@ def test_a_model_whose_blocks_cannot_be_run_alone_is_refused(exact):  # noqa: F8
     engine = Engine(exact("gpt2"))
     first, last = engine.lm.model.transformer.h[0], engine.lm.model.transformer.h[-1]
     kept = []
-    first.register_forward_hook(lambda _module, _args, output: kept.append(output))
     first.mlp.register_forward_hook(lambda _module, _args, output: kept.append(output))
-    last.register_forward_hook(lambda _module, _args, output: output + kept[-2])  # the first block's MLP, past the stream
+    last.register_forward_hook(lambda _module, _args, output: output + kept.pop() if kept else output)
     with pytest.raises(InputError, match="whose blocks can be run alone for first-hop"):
         edge_scores(engine, CLEAN, CORRUPT, logit_difference, method="first-hop")
