@@ -18,6 +18,8 @@ from sae.model.language_model import LanguageModel
 from steering.circuits.model_graph.graph import EMBED, LOGITS, Graph
 
 FORMAT = "circuit-1"
+CUTS = 10
+"""of a deep model, whose completeness is listed"""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,11 @@ def open_circuit(path: Path, lm: LanguageModel | None = None) -> Circuit:
     if lm is not None:
         circuit.require_model(lm)
     return circuit
+
+
+def some_cuts(completeness: dict[str, float]) -> list[str]:
+    """About `CUTS` places, evenly from the embedding to the last layer."""
+    return list(completeness)[:: max(1, len(completeness) // CUTS)]
 
 
 def write_mib(circuit: Circuit, d_model: int, path: Path) -> None:

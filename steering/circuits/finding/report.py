@@ -2,12 +2,10 @@
 
 from typing import Any
 
-from steering.circuits.files import Circuit
+from steering.circuits.files import Circuit, some_cuts
 
 STRONGEST = 15
 """edges that are listed"""
-CUTS = 10
-"""of which about so many are listed, from the embedding to the last layer; the file has all"""
 
 
 def print_tables(circuit: Circuit) -> None:
@@ -26,7 +24,7 @@ def print_tables(circuit: Circuit) -> None:
         shares = found["completeness"]
         caption = f"of {len(shares)} cuts, the lowest {figure(min(shares.values()))}, the highest {figure(max(shares.values()))}"
         sums = Table("cut", "scores / change", title="what the scores across a cut of the model account for: 1 all of it", caption=caption)
-        for place in list(shares)[:: max(1, len(shares) // CUTS)]:
+        for place in some_cuts(shares):
             sums.add_row(place, figure(shares[place]))
         console.print(sums)
     stable = Table("edges", "mean", "lowest", title="share of edges that circuits of resampled pairs have in common (Jaccard)")

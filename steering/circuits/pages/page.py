@@ -12,7 +12,7 @@ from typing import Any
 from sae.disk.writing import atomic
 from sae.errors import InputError
 from sae.html import document, figure, visible
-from steering.circuits.files import Circuit
+from steering.circuits.files import Circuit, some_cuts
 from steering.circuits.model_graph.graph import HEAD_INPUTS
 from steering.circuits.pages.drawing import KINDS, Edge, drawing, edges_of, kinds_in, sizes_of_legend
 from steering.circuits.pages.plots import curve_svg, interval
@@ -186,7 +186,9 @@ def _sums(circuit: Circuit) -> str:
         rows = [[f"{row['asked']:,}", figure(row["mean"]), figure(row["lowest"])] for row in found["stability"]]
         tables.append(_table(("edges in common (Jaccard) of resampled pairs", "mean", "lowest"), rows))
     if "completeness" in found:
-        rows = [[place, figure(share)] for place, share in found["completeness"].items()]
+        shares = found["completeness"]
+        rows = [[place, figure(shares[place])] for place in some_cuts(shares)]
+        rows += [["lowest of all", figure(min(shares.values()))], ["highest", figure(max(shares.values()))]]
         tables.append(_table(("scores across a cut", "over the metric's change"), rows))
     if "published" in found:
         rows = [[name, str(len(row["heads"])), ", ".join(row["found"])] for name, row in found["published"]["classes"].items()]
