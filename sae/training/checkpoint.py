@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from sae.disk.reading import Number, parse_json, read_tensors
 from sae.disk.writing import write_tensors
@@ -21,6 +21,7 @@ class Record(TypedDict):
     settings: dict[str, Any]
     scale: Number
     last: dict[str, Any]
+    since_init: NotRequired[dict[str, Any]]
 
 
 class Checkpoint:

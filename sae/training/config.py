@@ -66,6 +66,9 @@ class RunConfig:
     """Share of the steps over which the L1 coefficient rises linearly."""
     clip: float = 1.0
     """Largest norm of the whole gradient; 0 does not clip. It keeps large first gradients out of Adam's second moment."""
+    init: Path | None = None
+    """Dictionary to go on from: any ReLU autoencoder of this model and site that opens, with --d-sae features. Default: random rows.
+    Give --l1-warmup 0 with it, so that the code stays sparse from the first step."""
     decoder_norm: float = 0.3
     """Norm of the decoder rows at the start."""
     b_dec: Literal["zero", "mean"] = "zero"
@@ -108,6 +111,10 @@ class RunConfig:
                 raise InputError(f"--{name.replace('_', '-')} is a share of the steps between 0 and 1, got {getattr(self, name)}")
         if not self.l1 or min(self.l1) < 0 or len(set(self.l1)) < len(self.l1):
             raise InputError(f"--l1 takes one or several different values of at least 0, got {list(self.l1)}")
+        if self.init is not None:
+            for name in ("decoder_norm", "b_dec"):
+                if getattr(self, name) != getattr(RunConfig, name):
+                    raise InputError(f"--{name.replace('_', '-')} is for random rows, got --init too; leave one of them out")
         for name in ("clip", "resample_every"):
             if getattr(self, name) < 0:
                 raise InputError(f"--{name.replace('_', '-')} must be 0 (off) or greater, got {getattr(self, name)}")
@@ -121,7 +128,8 @@ class RunConfig:
     def settings(self) -> dict[str, Any]:
         """What decides the result: everything but how it is watched and where it runs."""
         watching = ("out", "device", "wandb", "wandb_project", "restart", "dry_run", "checkpoint_every")
-        return {field.name: getattr(self, field.name) for field in fields(RunConfig) if field.name not in watching}
+        found = {field.name: getattr(self, field.name) for field in fields(RunConfig) if field.name not in watching}
+        return found | {"init": self.init and str(self.init)}
 
 
 @dataclass(kw_only=True)

@@ -19,6 +19,7 @@ from sae.activations.cached import CachedSource
 from sae.activations.source import Source
 from sae.device import device_named
 from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.source import sampled_crc32
 from sae.disk.places import require_folder
 from sae.disk.reading import read_json
 from sae.disk.writing import only_writer, remove_leftovers, write_json
@@ -28,6 +29,7 @@ from sae.progress import progress
 from sae.training.checkpoint import Checkpoint, Record
 from sae.training.config import RunConfig, TrainingConfig
 from sae.training.metrics import MetricsLog, start_wandb, write_lines
+from sae.training.start import change_since, opened, said, starting_point
 from sae.training.sweep import Sweep
 
 
@@ -48,6 +50,8 @@ def train_on(source: Source, config: RunConfig, settings: dict[str, Any]) -> lis
     """`train` on rows from anywhere. `settings` decide the result: a run in the folder is resumed only if it has the same ones."""
     site = only_site(source.widths)
     device = device_named(config.device)
+    if config.init is not None:
+        settings = settings | {"init_crc32": sampled_crc32(opened(config.init, source, site, config).parts())}
     folders = [config.out if len(config.l1) == 1 else config.out / f"l1_{l1:g}" for l1 in config.l1]
     drawn = config.steps * config.batch_size
     print(
@@ -99,7 +103,12 @@ def train_into(folders: list[Path], source: Source, site: str, config: RunConfig
         trained = {"l1_coefficient": config.l1[k], "training_tokens": config.steps * config.batch_size}
         dictionary.metadata = provenance(source.manifest, site) | trained
         line = {key: value for key, value in last[k].items() if key != "tokens_per_second"}
-        finish(folder, dictionary.folded(scale), {"settings": json.loads(json.dumps(settings)), "scale": scale, "last": line})
+        saved = dictionary.folded(scale)
+        record: dict[str, Any] = {"settings": json.loads(json.dumps(settings)), "scale": scale, "last": line}
+        if config.init is not None:
+            record["since_init"] = change_since(opened(config.init, source, site, config).to(device), saved, source, site)
+            print(f"{folder}: {said(record['since_init'])}")
+        finish(folder, saved, record)
     checkpoint.remove()
 
 
@@ -121,11 +130,7 @@ def scale_of(source: Source, site: str) -> float:
 
 
 def initial_sweep(source: Source, site: str, scale: float, config: RunConfig, device: torch.device) -> Sweep:
-    """Random decoder rows, the encoder their transpose, and biases of zero; the decoder's may start at the mean activation."""
-    dictionary = Dictionary.initial(source.widths[site], config.d_sae, seed=config.seed, decoder_norm=config.decoder_norm)
-    if config.b_dec == "mean":
-        with torch.no_grad():
-            dictionary.b_dec_o.copy_(source.first_rows(site).double().mean(0) * scale)
+    dictionary = starting_point(source, site, scale, config)
     workspace = Workspace(config.operands(device), config.deterministic)
     return Sweep(dictionary.to(device), config.l1, config.recipe(), config.backend, workspace)
 
