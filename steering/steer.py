@@ -1,9 +1,10 @@
-"""The steering command: a prompt's continuation without and with a dictionary feature added."""
+"""The steering command: a prompt's continuation without and with a dictionary feature, or a vector from a file, added."""
 
 import json
 import math
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,8 @@ SIDE_BY_SIDE = 80  # columns of a terminal below which two columns of text becom
 
 @dataclass(kw_only=True)
 class SteerConfig(PartsConfig):
+    vector: Path | None = None
+    """Instead of a feature: file of a steering vector, such as find-circuit --features writes; strength 1 adds it as it is."""
     strength: float | None = None
     """Multiple of the feature's own maximum activation; negative steers away. Default: 1."""
     activation: float | None = None
@@ -49,17 +52,37 @@ def steer(config: SteerConfig) -> dict[str, Any]:
     given = config.activation if config.activation is not None else 1.0 if config.strength is None else config.strength
     if not math.isfinite(given) or config.samples < 1:
         raise InputError(f"expected a finite strength and at least one sample, got {given} and {config.samples}")
-    lm, feature, max_activation, vector = load_steering_parts(config, absolute=config.activation is not None)
-    unit = max_activation or 1.0
-    coefficient = given if config.activation is None else given / unit
-    report = compare_texts(lm, vector, coefficient, config)
-    strength = None if max_activation is None else coefficient
-    report = {"feature": feature, "max_activation": max_activation, "activation": coefficient * unit, "strength": strength, **report}
+    if config.vector is not None:
+        lm, vector = _of_file(config, config.vector)
+        report = {"vector": str(config.vector), "strength": given, **compare_texts(lm, vector, given, config)}
+    else:
+        lm, feature, max_activation, vector = load_steering_parts(config, absolute=config.activation is not None)
+        unit = max_activation or 1.0
+        coefficient = given if config.activation is None else given / unit
+        strength = None if max_activation is None else coefficient
+        numbers = {"feature": feature, "max_activation": max_activation, "activation": coefficient * unit, "strength": strength}
+        report = numbers | compare_texts(lm, vector, coefficient, config)
     if config.json:
         print(json.dumps(jsonable(report), indent=1))
     else:
         print_sides(report)
     return report
+
+
+def _of_file(config: SteerConfig, path: Path) -> tuple[LanguageModel, SteeringVector]:
+    for name in ("index", "dictionary", "feature", "search", "site", "neuronpedia", "text", "activation"):
+        if getattr(config, name) not in (None, ()):
+            raise InputError(f"--{name} is for steering with a feature, got --vector too; leave one of them out")
+    if config.model is None:
+        raise InputError("expected --model with --vector, got none; give the model that the vector is for")
+    vector = SteeringVector.load(path)
+    lm = LanguageModel.load(config.model, device=config.device)
+    made = vector.provenance.get("fingerprint")
+    if made is not None and made != lm.fingerprint():
+        raise InputError(
+            f"expected the model of the vector in {path}, with the fingerprint {made}, got {lm.name!r} with {lm.fingerprint()}; give that"
+        )
+    return lm, vector
 
 
 def compare_texts(lm: LanguageModel, vector: SteeringVector, coefficient: float, config: SteerConfig) -> dict[str, Any]:
@@ -77,9 +100,13 @@ def compare_texts(lm: LanguageModel, vector: SteeringVector, coefficient: float,
             steered_sp = lm.generate(ids_sp, mask_sp, **vars(config.sampling))
     except (NonFiniteLogits, OverflowError) as error:
         failure = f"no text: {error}; {coefficient * vector.norm:g} times a unit vector is more than the model's arithmetic can carry"
+    ratios = [
+        abs(coefficient) * direction.norm().item() / typical_norm(lm, site, plain_sp, prompt_length)  # host sync
+        for site, direction in vector.directions.items()
+    ]
     return {
-        "relative_to_residual_norm": abs(coefficient) * vector.norm / typical_norm(lm, vector.site, plain_sp, prompt_length),
-        "site": vector.site,
+        "relative_to_residual_norm": max(ratios),
+        "site": ", ".join(vector.directions),
         "prompt": config.prompt,
         "unsteered": measured_side(lm, ids_sp, plain_sp, config.search),
         "steered": None if steered_sp is None else measured_side(lm, ids_sp, steered_sp, config.search),
@@ -115,11 +142,15 @@ def print_sides(report: dict[str, Any]) -> None:
     from rich.text import Text
 
     console = Console(file=sys.stdout)
-    console.print(Text(f"feature {report['feature']} at {report['site']}", style="bold"))
-    highest = report["max_activation"]
-    of_maximum = "" if highest is None else f"{report['strength']:.3g} x its maximum activation ({highest:.3g}): "
-    ratio = report["relative_to_residual_norm"]
-    console.print(Text(f"{of_maximum}an activation of {report['activation']:.3g}, {ratio:.3g} x the residual norm there"))
+    ratio = f"{report['relative_to_residual_norm']:.3g} x the residual norm there"
+    if "vector" in report:
+        console.print(Text(f"{report['vector']} at {report['site']}", style="bold"))
+        console.print(Text(f"{report['strength']:.3g} x the vector, {ratio}"))
+    else:
+        console.print(Text(f"feature {report['feature']} at {report['site']}", style="bold"))
+        highest = report["max_activation"]
+        of_maximum = "" if highest is None else f"{report['strength']:.3g} x its maximum activation ({highest:.3g}): "
+        console.print(Text(f"{of_maximum}an activation of {report['activation']:.3g}, {ratio}"))
     console.print(Text(f"prompt: {report['prompt'] or '(none)'}"))
     heads, bodies = ["unsteered", "steered"], []
     for side in heads:

@@ -4,11 +4,13 @@ import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from sae.disk.places import require_file
 from sae.disk.writing import jsonable
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
@@ -18,11 +20,12 @@ from steering.circuits.features.curves import COUNTS, DRAWS, Curve, evaluate_fea
 from steering.circuits.features.edges import edge_scores, passes_of, rows_of_edges
 from steering.circuits.features.files import FeatureCircuit, row_of
 from steering.circuits.features.masks import ROUNDS, learned_masks
+from steering.circuits.features.page import known_of, write_page
 from steering.circuits.features.passes import NodePatching, Nodes, require_aligned
 from steering.circuits.features.report import print_tables
 from steering.circuits.features.scores import STEPS, completeness, node_scores
 from steering.circuits.features.sites import FeatureSite, open_sites
-from steering.circuits.features.weights import node_rows
+from steering.circuits.features.weights import circuit_vector, node_rows, steering_effect
 from steering.circuits.files import Circuit
 from steering.circuits.finding.command import CircuitConfig, check_places, check_task, find_circuit, prompts_of
 from steering.circuits.tasks.presence import presence, require_present
@@ -31,7 +34,7 @@ from steering.circuits.tasks.prompts import Prompts
 MOST_EDGES = 500
 """that are kept, the strongest"""
 OF_EDGES = ("method", "search", "edges", "tau", "minimality", "mib")
-OF_FEATURES = ("node_method", "nodes", "penalty")
+OF_FEATURES = ("node_method", "nodes", "penalty", "index", "export")
 
 
 @dataclass(kw_only=True)
@@ -45,6 +48,10 @@ class FindCircuitConfig(CircuitConfig):
     """With --features, nodes of the circuit: those of the largest scores."""
     penalty: float = 0.01
     """With --node-method mask: nats of KL that one more node has to save."""
+    index: tuple[Path, ...] = ()
+    """With --features, feature indexes of the dictionaries: the page then says what each feature fires on and links to `sae browse`."""
+    export: tuple[Path, ...] = ()
+    """With --features, folders of `sae export --format static`, one for each dictionary in the model's order, to which the page links."""
 
 
 def find(config: FindCircuitConfig) -> Circuit | FeatureCircuit | None:
@@ -62,7 +69,7 @@ def find(config: FindCircuitConfig) -> Circuit | FeatureCircuit | None:
 
 
 def find_feature_circuit(config: FindCircuitConfig) -> FeatureCircuit | None:
-    """Writes the JSON, prints the tables and gives the circuit (of a dry run, None).
+    """Writes the JSON, the page and the steering vector beside it, prints the tables and gives the circuit (of a dry run, None).
 
     Raises `InputError` for flags that do not go together, for dictionaries of another model or that cannot be used together, for a task
     that the model does not do, with the numbers, and for pairs of different lengths.
@@ -71,6 +78,7 @@ def find_feature_circuit(config: FindCircuitConfig) -> FeatureCircuit | None:
     _check(config)
     lm = LanguageModel.load(config.model, device=config.device)
     sites = open_sites(lm, config.features)
+    known = known_of(sites, config.index, config.export)
     prompts = prompts_of(config, lm)
     require_aligned(prompts)
     there = presence(lm, prompts, config.seed)
@@ -110,13 +118,18 @@ def find_feature_circuit(config: FindCircuitConfig) -> FeatureCircuit | None:
         "effect": there.effect,
     }
     rows, answer = node_rows(lm, sites, found_on, score_n, inside, frequency)
-    method_of = {"scores": config.node_method, "steps": STEPS, "steering": answer, "settings": settings}
+    vector = circuit_vector(lm, sites, rows, answer)
+    evaluation["steering"] = steering_effect(lm, vector, held_out, answer, config.seed)
+    method_of = {"scores": config.node_method, "steps": STEPS, "steering": {"answer": answer}, "settings": settings}
     scores = {site.name(node): float(one_n[node]) for site, one_n in zip(sites, score_n) for node in one_n.nonzero()[:, 0].tolist()}
     parts = (jsonable(part) for part in (task, method_of, evaluation))
     circuit = FeatureCircuit(config.model, lm.fingerprint(), [row_of(site) for site in sites], rows, edges, scores, *parts)
     circuit.save(config.out)
+    vector_path, page = (config.out.with_suffix(ending) for ending in (".safetensors", ".html"))
+    vector.save(vector_path)
+    write_page(circuit, known, vector_path, page)
     print_tables(circuit)
-    print(f"circuit: {config.out}")
+    print(f"circuit: {config.out}, its page: {page}, to steer with: {vector_path}")
     return circuit
 
 
@@ -181,3 +194,5 @@ def _check(config: FindCircuitConfig) -> None:
     if not config.penalty > 0:
         raise InputError(f"expected a penalty above 0, in nats for each node, got {config.penalty:g}")
     check_places(config)
+    if not config.dry_run:
+        require_file(config.out.with_suffix(".safetensors"))

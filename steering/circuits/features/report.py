@@ -10,8 +10,8 @@ STRONGEST = 20
 """nodes and edges that are listed"""
 COLUMNS = {
     "errors_in": "features, errors in",
-    "errors_out": "features, errors out",
-    "matched": "random features, errors in",
+    "errors_out": "errors out",
+    "matched": "random features",
     **{name: name for name in BASES},
 }
 
@@ -42,7 +42,7 @@ def tables(circuit: FeatureCircuit) -> list[Any]:
     )
     curve = Table("nodes", *COLUMNS.values(), title=title, caption="random features: mean and highest of draws of features as frequent")
     for row in found["curve"]:
-        curve.add_row(f"{row['nodes']:,}", *(_cell(name, row[name]) for name in COLUMNS))
+        curve.add_row(f"{row['nodes']:,}", *(cell(name, row[name]) for name in COLUMNS))
     made.append(curve)
     one = found["circuit"]
     measures = Table(
@@ -52,10 +52,20 @@ def tables(circuit: FeatureCircuit) -> list[Any]:
         ("faithfulness, errors in", interval(one["errors_in"])),
         ("faithfulness, errors out", interval(one["errors_out"])),
         ("the model with circuit and errors cut", interval(one["without"])),
-        ("random features as frequent, errors in", _cell("matched", one["matched"])),
+        ("random features as frequent, errors in", cell("matched", one["matched"])),
     ):
         measures.add_row(name, value)
     made.append(measures)
+    if found.get("steering"):
+        one, others = found["steering"], found["steering"]["random"]
+        title = (
+            f"steering {one['pairs']} held-out corrupt prompts towards {', '.join(map(repr, one['answer']))} with the circuit, strength 1"
+        )
+        steering = Table("change of the metric", "", title=title)
+        steering.add_row("clean minus corrupt", interval(one["clean_minus_corrupt"]))
+        steering.add_row("steered minus corrupt", interval(one["steered_minus_corrupt"]))
+        steering.add_row(f"{len(others)} random directions as long: lowest, highest", f"{figure(min(others))}, {figure(max(others))}")
+        made.append(steering)
     if "stability" in found:
         stable = Table("nodes", "mean", "lowest", title="share of nodes that circuits of resampled pairs have in common (Jaccard)")
         for row in found["stability"]:
@@ -74,7 +84,8 @@ def tables(circuit: FeatureCircuit) -> list[Any]:
     return made
 
 
-def _cell(name: str, value: dict[str, Any] | None) -> str:
+def cell(name: str, value: dict[str, Any] | None) -> str:
+    """Of one of `COLUMNS`."""
     if value is None:
         return "-"
     return f"{figure(value['mean'])}, {figure(value['highest'])}" if name == "matched" else interval(value)

@@ -5,16 +5,26 @@ n pairs · p positions · f features
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from sae.errors import InputError
 from sae.model.language_model import LanguageModel
+from sae.statistics import mean_estimate
 from steering.circuits.features.files import NodeRow
 from steering.circuits.features.passes import Line, Nodes
 from steering.circuits.features.scores import parts_of
 from steering.circuits.features.sites import FeatureSite
 from steering.circuits.tasks.prompts import Prompts
+from steering.directions.random import random_direction
+from steering.intervention import steered
+from steering.vector import SteeringVector
+
+RANDOM = 10
+"""random directions that a vector is held against"""
 
 
 def node_rows(
@@ -57,3 +67,54 @@ def _largest(lm: LanguageModel, sites: Sequence[FeatureSite], prompts: Prompts, 
             high_nf, low_nf = value_npf.amax(1), value_npf.amin(1)
             one.append(torch.where(-low_nf > high_nf, low_nf, high_nf).cpu())
     return [torch.cat(one) for one in found]
+
+
+def circuit_vector(lm: LanguageModel, sites: Sequence[FeatureSite], rows: Sequence[NodeRow], answer: Sequence[str]) -> SteeringVector:
+    """Σ weight · W_dec over the circuit's features, at each site that has some: coefficient 1 makes them as active as on the clean side."""
+    weights, directions = {row["node"]: row["weight"] for row in rows}, {}
+    for site in sites:
+        features_k = torch.tensor([node for node in range(site.d_sae) if weights.get(site.name(node))], dtype=torch.long)
+        if len(features_k):
+            weight_k = torch.tensor([weights[site.name(node)] for node in features_k.tolist()])
+            rows_ko = site.rows(features_k)
+            directions[site.writes] = weight_k.to(rows_ko) @ rows_ko
+    if not directions:
+        raise InputError(
+            f"expected features that are more active before {answer[0]!r} than on the corrupt side, got none; give more --nodes"
+        )
+    return SteeringVector(
+        directions, {"method": "feature circuit", "answer": list(answer), "model": lm.name, "fingerprint": lm.fingerprint()}
+    )
+
+
+@torch.no_grad()
+def steering_effect(lm: LanguageModel, vector: SteeringVector, prompts: Prompts, answer: Sequence[str], seed: int) -> dict[str, Any] | None:
+    """What adding the vector everywhere in the corrupt prompts does to the metric of the held-out pairs with its answer, as goes into JSON.
+
+    "random" is the same with random directions as long, `RANDOM` of them. None where no held-out pair has the answer.
+    """
+    numbers = [number for number, pair in enumerate(prompts.pairs) if list(pair.right) == list(answer)]
+    if not numbers:
+        return None
+    chosen = prompts.subset(numbers)
+
+    def metric_n(ids: Tensor, mask: Tensor, added: SteeringVector | None = None) -> np.ndarray:
+        with steered(lm, [] if added is None else [added]):
+            return chosen.measure(lm.logits(ids, mask)[:, -1]).double().cpu().numpy()  # host sync
+
+    corrupt = chosen.corrupt_np, chosen.corrupt_mask_np
+    clean_n, corrupt_n = metric_n(chosen.clean_np, chosen.clean_mask_np), metric_n(*corrupt)
+    others = []
+    for draw in range(RANDOM):
+        directions = {
+            site: random_direction(len(direction), site, seed * RANDOM + draw, float(direction.norm())).direction_d
+            for site, direction in vector.directions.items()
+        }
+        others.append(float((metric_n(*corrupt, SteeringVector(directions)) - corrupt_n).mean()))
+    return {
+        "answer": list(answer),
+        "pairs": len(numbers),
+        "clean_minus_corrupt": mean_estimate(clean_n - corrupt_n, seed),
+        "steered_minus_corrupt": mean_estimate(metric_n(*corrupt, vector) - corrupt_n, seed),
+        "random": others,
+    }

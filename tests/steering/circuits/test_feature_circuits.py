@@ -10,8 +10,11 @@ import torch
 from feature_world import random_site
 from test_wired_circuit import P, V, drawn, wired
 
+from sae.activations.harvest.command import HarvestConfig, harvest
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
+from sae.features.index.build import IndexConfig, build_index
+from sae.html import word_html
 from sae.model.language_model import LanguageModel
 from sae.progress import progress
 from steering.circuits.features.command import FindCircuitConfig, find
@@ -19,11 +22,14 @@ from steering.circuits.features.controls import frequencies, matched_nodes, othe
 from steering.circuits.features.curves import Curve, evaluate_features, top_nodes
 from steering.circuits.features.files import open_feature_circuit
 from steering.circuits.features.masks import learned_masks
+from steering.circuits.features.page import known_of, write_page
 from steering.circuits.features.passes import NodePatching
 from steering.circuits.features.scores import node_scores
 from steering.circuits.features.sites import FeatureSite, open_sites
 from steering.circuits.tasks.generators import Pair
 from steering.circuits.tasks.prompts import Prompts, make_prompts
+from steering.steer import SteerConfig, steer
+from steering.vector import SteeringVector
 
 ROOT = Path(__file__).resolve().parents[3]
 DEMO, SAE = (str(ROOT / "checkpoints" / name) for name in ("demo-lm", "demo-sae"))
@@ -255,3 +261,84 @@ def test_a_dictionary_of_another_model_is_refused(tmp_path):
     dictionary.save(tmp_path / "sae")
     with pytest.raises(InputError, match="has other weights"):
         find(FindCircuitConfig(model=DEMO, features=(str(tmp_path / "sae"),), task="agreement", out=tmp_path / "c.json"))
+
+
+def test_the_vector_is_the_circuits_features_by_weight_and_steers(found, lm):
+    config, circuit = found
+    dictionary = Dictionary.load(SAE)
+    weights = {int(row["node"].partition("/")[2]): row["weight"] for row in circuit.nodes}
+    vector = SteeringVector.load(config.out.with_suffix(".safetensors"))
+    expected = sum(weight * dictionary.W_dec_fo[feature] for feature, weight in weights.items())
+    assert torch.allclose(vector.direction_d, expected, atol=1e-4)
+    found_on, held_out = make_prompts(lm, "agreement", 12, 2).halves(2)
+    strongest = int(circuit.nodes[0]["node"].partition("/")[2])
+    falls = []
+    for pair in found_on.pairs:
+        if pair.right == tuple(circuit.method["steering"]["answer"]):
+            tops = []
+            for side in pair[:2]:
+                x = lm.record(torch.tensor([lm.token_ids("".join(side))]), ["resid_post.2"])["resid_post.2"]
+                tops.append(float(dictionary.encode(x)[..., strongest].max()))
+            falls.append(tops[0] - tops[1])
+    assert weights[strongest] == pytest.approx(np.mean(falls), rel=1e-3)
+    measured = circuit.evaluation["steering"]
+    assert measured["pairs"] == sum(pair.right == tuple(circuit.method["steering"]["answer"]) for pair in held_out.pairs)
+    assert measured["steered_minus_corrupt"]["value"] > max(measured["random"])
+    report = steer(SteerConfig(model=DEMO, vector=config.out.with_suffix(".safetensors"), prompt="The boys", samples=1, device="cpu"))
+    assert report["steered"] != report["unsteered"]
+    assert report["site"] == "resid_post.2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"feature": "3"}, "--feature is for steering with a feature, got --vector too"),
+        ({"activation": 2.0}, "--activation is for steering with a feature"),
+        ({"model": None}, "expected --model with --vector"),
+    ],
+)
+def test_steering_with_a_vector_takes_nothing_of_a_feature(found, flags, said):
+    with pytest.raises(InputError, match=said):
+        steer(SteerConfig(**{"model": DEMO, "vector": found[0].out.with_suffix(".safetensors"), **flags}))
+
+
+def test_the_page_escapes_and_links(found, tmp_path):
+    _, circuit = found
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "stats.js").touch()
+    sites = open_sites(LanguageModel.load(DEMO, device="cpu"), [SAE])
+    known = known_of(sites, [], [tmp_path / "export"])
+    evil = replace(circuit, model="<script>alert(1)</script>")
+    (tmp_path / "pages").mkdir()
+    write_page(evil, known, Path("a b.safetensors"), tmp_path / "pages" / "c.html")
+    text = (tmp_path / "pages" / "c.html").read_text()
+    assert "<script" not in text
+    assert "http" not in text.replace("http-equiv", "")
+    feature = circuit.nodes[0]["node"].partition("/")[2]
+    assert f"href='../export/index.html#/f/{feature}'" in text
+    assert "--vector &#x27;a b.safetensors&#x27;" in text
+    with pytest.raises(InputError, match="as many folders of --export as dictionaries, 1, got 2"):
+        known_of(sites, [], [tmp_path, tmp_path])
+    with pytest.raises(InputError, match="that sae export"):
+        known_of(sites, [], [tmp_path])
+
+
+def test_an_index_gives_words_and_addresses(found, tmp_path, lm):
+    harvest(HarvestConfig(text=(str(ROOT / "checkpoints" / "demo-lm" / "tokens.safetensors"),), out=tmp_path / "cache", model=DEMO,
+                          sites=("resid_post.2",), tokens=3000, device="cpu"))  # fmt: skip
+    build_index(IndexConfig(cache=tmp_path / "cache", dictionary=Path(SAE), out=tmp_path / "index", device="cpu"))
+    _, circuit = found
+    known = known_of(open_sites(lm, [SAE]), [tmp_path / "index"], [])
+    write_page(circuit, known, Path("v.safetensors"), tmp_path / "c.html")
+    text = (tmp_path / "c.html").read_text()
+    feature = circuit.nodes[0]["node"].partition("/")[2]
+    assert f"href='http://127.0.0.1:8765/f/{feature}'" in text
+    index = known["resid_post.2"].index
+    assert "http://127.0.0.1:8765/steer?prompt=" in text
+    assert f"sae browse --index {index.folder} --port 8765" in text
+    for token, _ in index.lens_tokens(int(feature), 4):
+        assert word_html(index.vocabulary.spelling(token)) in text
+    Dictionary.initial(256, 64, seed=0).save(tmp_path / "other")
+    other = FeatureSite(Dictionary.load(tmp_path / "other"), "resid_post.2", "resid_post.2", str(tmp_path / "other"))
+    with pytest.raises(InputError, match="expected feature indexes of the dictionaries"):
+        known_of([other], [tmp_path / "index"], [])
