@@ -27,6 +27,8 @@ from steering.report_style import STYLE
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 SHOWN_EDGES = 100
+WORDS = ("fires on", "promotes")
+"""columns with tokens"""
 OWN_STYLE = """
 a{color:rgb(var(--pos))}
 pre{background:var(--grid);padding:.6rem .8rem;border-radius:6px;overflow-x:auto;font-size:.85rem}
@@ -99,8 +101,8 @@ def _section(title: str, note: str, body: str) -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells are HTML; all but the first stand to the right, unless they bring a class of their own."""
-    head = "".join(f"<th{' class=n' if at else ''}>{escape(text)}</th>" for at, text in enumerate(heads))
+    """Cells are HTML; all but the first and those under `WORDS` stand to the right."""
+    head = "".join(f"<th{' class=n' if at and text not in WORDS else ''}>{escape(text)}</th>" for at, text in enumerate(heads))
     body = "".join(
         "<tr>"
         + "".join(one if one.startswith("<td") else f"<td{' class=n' if at else ''}>{one}</td>" for at, one in enumerate(row))
@@ -177,7 +179,7 @@ def _nodes(circuit: FeatureCircuit, known: dict[str, Known], page: Path) -> str:
         "Score: an estimate of how far the metric falls when the node alone has its corrupt value. Clean and corrupt: the mean over pairs "
         "of its largest value in the prompt. Frequency: share of the pairs' tokens on which it is active."
     )
-    return _section("Nodes", note, _table(heads + (["fires on", "promotes"] if indexed else []), rows))
+    return _section("Nodes", note, _table([*heads, *(WORDS if indexed else ())], rows))
 
 
 def _words(index: FeatureIndex | None, row: NodeRow) -> list[str]:
