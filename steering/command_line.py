@@ -153,6 +153,16 @@ COMMANDS = {
         "steering.circuits.steering_nodes.command:SteerCircuitConfig",
         "Steer at a circuit's nodes: its heads, their queries, keys and values, against the whole stream and random heads at equal KL.",
     ),
+    "attribute": Command(
+        "steering.circuits.attribution.command:attribute",
+        "steering.circuits.attribution.command:AttributeConfig",
+        "Attribution graph of a prompt: which transcoder features make the next token likely, and through which.",
+    ),
+    "intervene": Command(
+        "steering.circuits.attribution.command:intervene",
+        "steering.circuits.attribution.command:InterveneConfig",
+        "Set a node of an attribution graph to multiples of its value: what the graph predicts, and what happens.",
+    ),
     "completion": Command(
         "steering.command_line:print_completion",
         "steering.command_line:CompletionConfig",

@@ -53,6 +53,7 @@ ROOMS = (
     "steering.circuits.pages",
     "steering.circuits.finding",
     "steering.circuits.features",
+    "steering.circuits.attribution",
     "steering.circuits.steering_nodes",
     "steering.breakdown",
     "steering.panel",

@@ -48,6 +48,7 @@ def commands() -> dict:
     from sae.training.live import LiveTrainingConfig, train_live
     from steering.breakdown.command import BreakdownConfig, diagnose_breakdown
     from steering.breakdown.study import StudyConfig, study
+    from steering.circuits.attribution.command import AttributeConfig, attribute
     from steering.circuits.features.command import FindCircuitConfig, find
     from steering.circuits.finding.command import CircuitConfig, find_circuit
     from steering.circuits.pages.command import DrawConfig, draw_circuit
@@ -96,6 +97,8 @@ def commands() -> dict:
         "find-circuit --features": lambda p: find(FindCircuitConfig(model="none", task="ioi", features=("none",), out=p)),
         "find-circuit --mib": lambda p: find_circuit(CircuitConfig(model="none", task="ioi", mib=p)),
         "draw-circuit": lambda p: draw_circuit(DrawConfig(circuit=none, out=p)),
+        "attribute": lambda p: attribute(AttributeConfig(model="none", transcoders="none", prompt="a", out=p)),
+        "attribute --circuit-tracer": lambda p: attribute(AttributeConfig(model="none", transcoders="none", prompt="a", circuit_tracer=p)),
         "steer-circuit": lambda p: steer_circuit(SteerCircuitConfig(model="none", circuit=none, out=p)),
         "sample_demo_text": lambda p: sample_demo_text.sample(sample_demo_text.SampleConfig(model=none, out=p)),
     }
@@ -166,11 +169,11 @@ def test_every_command_says_it_before_its_work(kind, bad_places, tmp_path, monke
 
 
 def test_every_command_with_an_output_is_in_the_table():
-    """Fields of the commands' settings that name a place to write; steer prints only, explain-features writes into its index."""
+    """Fields of the commands' settings that name a place to write; steer and intervene only print, explain-features writes into its index."""
     of_script = {re.search(r'main\("([\w-]+)"\)', p.read_text()): p.stem for p in (ROOT / "scripts").glob("*.py")}
     names = [stem.replace("_", "-") for found, stem in of_script.items() if found]
     listed = {command.split()[0] for calls in commands().values() for command in calls}
-    assert set(names) - listed == {"describe-cache", "explain-features", "browse-features", "steer"}
+    assert set(names) - listed == {"describe-cache", "explain-features", "browse-features", "steer", "intervene"}
 
 
 WRITERS = {

@@ -14,7 +14,7 @@ from sae.errors import InputError
 from sae.model.hooks import Edit
 from sae.model.language_model import LanguageModel
 from sae.model.sites import parse_site
-from steering.breakdown.frozen import PARTS, Internals, frozen, frozen_as_unsteered, internals
+from steering.circuits.model_graph.frozen import PARTS, Internals, frozen, frozen_as_unsteered, internals
 from steering.directions.pca import principal_directions_of_texts
 from steering.directions.random import random_direction, random_in_span
 from steering.intervention import steered

@@ -40,7 +40,7 @@ from steering.breakdown.diagnostics import (
     write_change,
 )
 from steering.breakdown.findings import WALL
-from steering.breakdown.frozen import PARTS, Internals, internals
+from steering.circuits.model_graph.frozen import PARTS, Internals, internals
 from steering.strength.calibration import coefficient_for_kl, encode_cut, typical_norm
 from steering.strength.measure import continuation_loss, distinct_2, first_repeated_step, until_end
 from steering.vector import SteeringVector

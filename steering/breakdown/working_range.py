@@ -9,8 +9,8 @@ from sae.model.language_model import LanguageModel
 from sae.model.sites import parse_site
 from steering.breakdown.arms import STREAM, Arm
 from steering.breakdown.findings import SIGNS, UNUSUAL, WALL, crossing
-from steering.breakdown.frozen import PARTS, internals
 from steering.breakdown.sweep import Setup, first_norm, make_setup, measured_row, run_pass, sites_inside, with_vector
+from steering.circuits.model_graph.frozen import PARTS, internals
 from steering.directions.random import random_direction
 from steering.strength.neutral import MEASURED, OTHERS
 from steering.vector import SteeringVector

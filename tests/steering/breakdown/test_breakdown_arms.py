@@ -11,7 +11,7 @@ from test_language_model import COMMON, GROUPED, randomised
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from steering.breakdown.arms import FRONT, Arm, _key_readers, applied, make_arms, off_the_keys
-from steering.breakdown.frozen import PARTS, internals
+from steering.circuits.model_graph.frozen import PARTS, internals
 from steering.directions.pca import principal_directions_of_texts
 from steering.directions.random import random_direction
 from steering.strength.neutral import SENTENCES

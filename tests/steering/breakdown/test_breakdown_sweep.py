@@ -16,9 +16,9 @@ from sae.model.sampling import Sampling
 from sae.progress import progress
 from steering.breakdown.arms import applied, make_arms
 from steering.breakdown.command import BreakdownConfig, diagnose_breakdown
-from steering.breakdown.frozen import internals
 from steering.breakdown.report import report_html
 from steering.breakdown.sweep import by_token, make_setup, sweep, sweep_steps
+from steering.circuits.model_graph.frozen import internals
 from steering.command_line import main
 from steering.directions.actadd import actadd
 from steering.directions.random import random_direction

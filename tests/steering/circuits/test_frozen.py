@@ -12,7 +12,7 @@ from test_language_model import GPT2, ids_of, randomised, tiny
 
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
-from steering.breakdown.frozen import PARTS, Internals, frozen, frozen_as_unsteered, internals
+from steering.circuits.model_graph.frozen import PARTS, Internals, frozen, frozen_as_unsteered, internals
 from steering.intervention import steered
 from steering.vector import SteeringVector
 

@@ -1,0 +1,6 @@
+"""Attribution graph of a prompt: which transcoder features make the next token likely, and through which."""
+
+from steering.command_line import main
+
+if __name__ == "__main__":
+    main("attribute")
