@@ -148,7 +148,9 @@ def _assembled(linear: LinearModel, rows: list[Row], place_k: Tensor, token_k: T
         column_m = column_n[row.place_m.long()]
         edge_c[column_m[column_m >= 0]] = row.value_m[column_m >= 0]
         edge_c[len(place_k) :] = row.rest_e
-    size_t, reads_t, bias_t = (torch.tensor([getattr(row, name) for row in ordered]).double() for name in ("size", "reads", "bias"))
+    size_t, reads_t, bias_t = (
+        torch.tensor([getattr(row, name) for row in ordered], dtype=torch.float64) for name in ("size", "reads", "bias")
+    )
     features = Features(*(part[place_k.to(part.device)].cpu() for part in linear.features))
     return AttributionGraph(
         features, token_k.cpu(), probability_k.cpu(), edge_tc, size_t, reads_t, bias_t, n_layers, p, len(linear.features.layer_n)
@@ -173,7 +175,8 @@ def shares(edge_tc: Tensor) -> Tensor:
 
 class Scores(NamedTuple):
     completeness: float
-    """of what nodes read, by their influence on the logits, the share that does not come from errors"""
+    """by the influence of nodes on the logits, the share of what they read that does not come from errors; errors and tokens, which read
+    nothing, count as complete"""
     replacement: float
     """of the influence of tokens and errors on the logits, the share of the tokens"""
     left_out: float
@@ -186,7 +189,8 @@ def scores(graph: AttributionGraph) -> Scores:
     influence_c = influence(graph, share_tc)
     error = slice(graph.n_features, graph.first_token)
     out_t = torch.cat([influence_c[: graph.n_features], torch.zeros_like(graph.probability_t)]) + graph.weight_t
-    completeness = ((1 - share_tc[:, error].sum(1)) * out_t).sum() / out_t.sum()
+    leaves = influence_c[graph.n_features :].sum()
+    completeness = (((1 - share_tc[:, error].sum(1)) * out_t).sum() + leaves) / (out_t.sum() + leaves)
     tokens, errors = influence_c[graph.first_token :].sum(), influence_c[error].sum()
     kept_t = graph.edge_tc.double().abs().sum(1) / graph.size_t.clamp(min=1e-10)
     left_out = (1 - kept_t.clamp(max=1)) * out_t

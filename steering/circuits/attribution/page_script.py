@@ -1,0 +1,130 @@
+"""The script of the page: a classic one, since browsers refuse modules and fetch on file://. Text goes in as textContent alone."""
+
+SCRIPT = r"""
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const marks = new Map([...document.querySelectorAll(".node")].map((mark) => [Number(mark.dataset.n), mark]));
+  const links = document.getElementById("links"), detail = document.getElementById("detail");
+  const nodes = document.getElementById("nodes"), edges = document.getElementById("edges"), errors = document.getElementById("errors");
+  const leaf = (kind) => kind === "logit" || kind === "token";
+  const ranked = [...data.nodes.keys()].filter((n) => !leaf(data.nodes[n].kind))
+    .sort((a, b) => data.nodes[b].influence - data.nodes[a].influence);
+  const into = new Map(), out = new Map();
+  data.edges.forEach((edge, e) => {
+    if (!out.has(edge[0])) out.set(edge[0], []);
+    if (!into.has(edge[1])) into.set(edge[1], []);
+    out.get(edge[0]).push(e);
+    into.get(edge[1]).push(e);
+  });
+  let chosen = null, visible = new Set();
+
+  function make(tag, text, name) {
+    const made = document.createElement(tag);
+    if (text !== undefined) made.textContent = text;
+    if (name) made.className = name;
+    return made;
+  }
+  function number(value) {
+    const size = Math.abs(value);
+    const text = size && (size < 0.001 || size >= 1e5) ? value.toExponential(1) : value.toPrecision(3);
+    return (value > 0 ? "+" : "") + text.replaceAll("-", "\u2212");
+  }
+  function draw() {
+    const most = Math.round(ranked.length * nodes.value / 100);
+    visible = new Set(ranked.slice(0, most).filter((n) => errors.checked || data.nodes[n].kind !== "error"));
+    data.nodes.forEach((node, n) => { if (leaf(node.kind)) visible.add(n); });
+    nodes.nextElementSibling.textContent = String(most);
+    const own = chosen === null ? null : new Set([...(into.get(chosen) || []), ...(out.get(chosen) || [])]);
+    const limit = Math.round(data.edges.length * (edges.value / 100) ** 2);
+    edges.nextElementSibling.textContent = String(limit);
+    const shown = [], near = new Set([chosen]);
+    data.edges.forEach((edge, e) => {
+      if (!visible.has(edge[0]) || !visible.has(edge[1])) return;
+      if (own ? own.has(e) : e < limit) { shown.push(e); near.add(edge[0]); near.add(edge[1]); }
+    });
+    const largest = Math.max(...shown.map((e) => data.edges[e][3]), 1e-12);
+    links.replaceChildren(...shown.map((e) => line(data.edges[e], largest)));
+    marks.forEach((mark, n) => {
+      mark.toggleAttribute("hidden", !visible.has(n));
+      mark.classList.toggle("dim", chosen !== null && !near.has(n));
+      mark.classList.toggle("chosen", n === chosen);
+    });
+  }
+  function line(edge, largest) {
+    const [a, b] = [marks.get(edge[0]).dataset, marks.get(edge[1]).dataset];
+    const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+    const middle = (Number(a.y) + Number(b.y)) / 2;
+    path.setAttribute("d", `M${a.x} ${a.y}C${a.x} ${middle} ${b.x} ${middle} ${b.x} ${b.y}`);
+    path.setAttribute("class", edge[2] < 0 ? "link minus" : "link");
+    path.setAttribute("stroke-width", String(0.4 + 3 * Math.sqrt(edge[3] / largest)));
+    return path;
+  }
+  function table(title, list, side) {
+    const made = [make("h3", `${title} (${list.length})`)];
+    if (!list.length) return made;
+    const body = make("tbody");
+    [...list].sort((a, b) => Math.abs(data.edges[b][2]) - Math.abs(data.edges[a][2])).slice(0, 60).forEach((e) => {
+      const edge = data.edges[e], other = edge[side], row = make("tr"), name = make("td");
+      const button = make("button", data.nodes[other].label, "to");
+      button.addEventListener("click", () => choose(other));
+      name.append(button);
+      const last = make("td", undefined, "cp");
+      last.append(copier(command(edge[0], edge[1])));
+      row.append(name, make("td", number(edge[2]), "n"), last);
+      body.append(row);
+    });
+    const whole = make("table");
+    whole.append(body);
+    made.push(whole);
+    if (list.length > 60) made.push(make("p", `and ${list.length - 60} smaller ones`, "soft"));
+    return made;
+  }
+  function command(source, target) {
+    const asked = target === undefined || data.nodes[target].kind === "logit" ? "" : ` --target ${data.nodes[target].id}`;
+    return `${data.command}${data.nodes[source].id}${asked}`;
+  }
+  function copier(text) {
+    const button = make("button", "command", "copy");
+    button.title = text;
+    button.addEventListener("click", () => {
+      const field = make("textarea", text);
+      document.body.append(field);
+      field.select();
+      const done = document.execCommand("copy");
+      field.remove();
+      button.textContent = done ? "copied" : "press Ctrl+C";
+      setTimeout(() => { button.textContent = "command"; }, 1500);
+    });
+    return button;
+  }
+  function choose(n) {
+    chosen = n === chosen ? null : n;
+    if (chosen === null) detail.replaceChildren(make("p", "Nothing chosen.", "soft"));
+    else {
+      const node = data.nodes[chosen], facts = make("dl", undefined, "facts");
+      node.facts.forEach(([name, value]) => {
+        const pair = make("div");
+        pair.append(make("dt", name), make("dd", value));
+        facts.append(pair);
+      });
+      const parts = [make("h2", node.label), make("code", node.id), facts];
+      if (node.kind !== "logit") {
+        parts.push(make("p", "To set it to 0, \u22121 and 2 times its value in the model, or as an edge's command does:", "soft"));
+        parts.push(make("code", command(chosen)), make("span", " "), copier(command(chosen)));
+      }
+      if (node.kind === "feature" || node.kind === "logit") parts.push(...table("reads from", into.get(chosen) || [], 0));
+      if (node.kind !== "logit") parts.push(...table("read by", out.get(chosen) || [], 1));
+      detail.replaceChildren(...parts);
+    }
+    draw();
+  }
+  marks.forEach((mark, n) => {
+    mark.addEventListener("click", () => choose(n));
+    mark.addEventListener("keydown", (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); choose(n); } });
+  });
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape" && chosen !== null) choose(chosen); });
+  for (const input of [nodes, edges, errors]) input.addEventListener("input", draw);
+  draw();
+})();
+"""
