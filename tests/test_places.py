@@ -169,7 +169,7 @@ def test_every_command_says_it_before_its_work(kind, bad_places, tmp_path, monke
 
 
 def test_every_command_with_an_output_is_in_the_table():
-    """Fields of the commands' settings that name a place to write; steer, intervene print, explain-features writes into its index."""
+    """Fields of the settings that name a place to write; steer and intervene only print, explain-features writes into its index."""
     of_script = {re.search(r'main\("([\w-]+)"\)', p.read_text()): p.stem for p in (ROOT / "scripts").glob("*.py")}
     names = [stem.replace("_", "-") for found, stem in of_script.items() if found]
     listed = {command.split()[0] for calls in commands().values() for command in calls}

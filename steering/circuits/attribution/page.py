@@ -126,11 +126,12 @@ def _svg(content: GraphFile) -> str:
     cells: dict[tuple[int, int], list[int]] = defaultdict(list)
     for n, node in enumerate(nodes):
         cells[node["layer"], node["position"]].append(n)
-    used = [position for position in range(len(content["ids"]))]
-    across = {p: max([1, *(min(MOST_ACROSS, len(own)) for (_, at), own in cells.items() if at == p)]) for p in used}
-    lines = {
-        layer: max([1, *(-(-len(own) // across[p]) for (at, p), own in cells.items() if at == layer)]) for layer in range(-1, n_layers + 1)
-    }
+    used = range(len(content["ids"]))
+    across, lines = dict.fromkeys(used, 1), dict.fromkeys(range(-1, n_layers + 1), 1)
+    for (_, p), own in cells.items():
+        across[p] = max(across[p], min(MOST_ACROSS, len(own)))
+    for (layer, p), own in cells.items():
+        lines[layer] = max(lines[layer], math.ceil(len(own) / across[p]))
     x, left = LEFT, {}
     for p in used:
         left[p] = x
@@ -190,8 +191,8 @@ def _interventions(content: GraphFile) -> str:
         rows += [_row(one, row, nodes, content["tokens"]) for row in _shown(one["changes"])]
     return (
         "<section><h2>Interventions</h2><p class='soft'>Features at the strongest edges, set to 0, −1 and 2 times their value; change "
-        "of the three features with the largest edges from it and of the three likeliest tokens' logits. The first two columns of numbers have to "
-        "agree. Along the graph's paths features stay active and pruned edges are missing; in the replacement model features switch on and "
+        "of the three features with the largest edges from it and of the three likeliest tokens' logits. The first two columns of numbers "
+        "have to agree. Along the graph's paths features stay active and pruned edges are missing; in the replacement model features switch on and "
         "off; in the model itself attention patterns and norms follow too.</p>"
         f"<div class='scroll'><table><thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
     )
