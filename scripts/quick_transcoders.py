@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sae.command_line import run
-from sae.dictionaries.formats.circuit_tracer_writer import save_set
+from sae.dictionaries.formats.trainers.circuit_tracer_writer import save_set
 from sae.dictionaries.gates import Threshold
 from sae.dictionaries.parts import Parts
 from sae.disk.places import require_folder

@@ -13,8 +13,8 @@ from sae.dictionaries.bundle import Bundle, load
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
-from sae.model.norms import Norm
 from sae.model.sites import parse_site
+from sae.model.structure.norms import Norm
 
 READS = ("mlp_in", "mlp_in_nogain", "resid_mid")
 """kinds of sites"""
