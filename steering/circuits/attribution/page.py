@@ -192,8 +192,8 @@ def _interventions(content: GraphFile) -> str:
     return (
         "<section><h2>Interventions</h2><p class='soft'>Features at the strongest edges, set to 0, −1 and 2 times their value; change "
         "of the three features with the largest edges from it and of the three likeliest tokens' logits. The first two columns of numbers "
-        "have to agree. Along the graph's paths features stay active and pruned edges are missing; in the replacement model features switch "
-        "on and off; in the model itself attention patterns and norms follow too.</p>"
+        "have to agree. Along the graph's paths features stay active and pruned edges are missing; in the replacement model features "
+        "switch on and off; in the model itself attention patterns and norms follow too.</p>"
         f"<div class='scroll'><table><thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></section>"
     )
 
