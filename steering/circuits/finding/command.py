@@ -17,6 +17,8 @@ from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.progress import Progress, progress
 from steering.circuits.files import Circuit, write_mib
+from steering.circuits.finding.masks import STEPS as MASK_STEPS
+from steering.circuits.finding.masks import learn_masks
 from steering.circuits.finding.metrics import (
     COUNTS,
     bounds,
@@ -61,17 +63,18 @@ class CircuitConfig:
     method: Literal["ceap", "eap", "eap-ig", "clean-corrupted", "relp", "gim", "first-hop", "exact"] = "ceap"
     """How edges are scored: ceap (conductance, 5 steps), eap, eap-ig (5 steps), clean-corrupted, and relp and gim (rules for the
     backward pass) estimate; first-hop runs each reader on its changed input and estimates from there on; exact cuts each edge alone."""
-    search: Literal["top", "eliminate", "acdc"] = "top"
+    search: Literal["top", "eliminate", "acdc", "masks"] = "top"
     """How the circuit is found: top takes the --edges of the largest scores; eliminate begins with a fifth of the graph by score and
-    takes away the weakest first; acdc takes away from all edges, from the logits backwards."""
+    takes away the weakest first; acdc takes away from all edges, from the logits backwards; masks learns a gate for every edge, in 600
+    steps that begin at the scores, and takes the --edges whose gates are most open."""
     edges: int = 100
-    """Edges that top takes; those on no path are left out."""
+    """Edges that top and masks take; those on no path are left out."""
     tau: float = 0.01
     """Rise of the KL to the model's predictions, in nats, that one edge may cost for eliminate and acdc to keep it cut."""
     minimality: bool = False
     """Cut every edge of the circuit alone too, one run for each."""
     seed: int = 0
-    """Seed of the pairs, the halves, the intervals and the random circuits."""
+    """Seed of the pairs, the halves, the intervals, the random circuits and the masks."""
     out: Path = Path("circuit.json")
     """JSON file for the circuit, the scores of all edges and every measure; the page that draws it has the same name with .html."""
     mib: Path | None = None
@@ -96,7 +99,7 @@ def find_circuit(config: CircuitConfig) -> Circuit | None:
     print(f"{prompts.task} ({prompts.corruption}): {prompts.summary()}\n{config.model}: {there.sentence()}", file=sys.stderr)
     require_present(there, prompts.task, config.model)
     engine, (found_on, held_out) = Engine(lm), prompts.halves(config.seed)
-    if config.search == "top":
+    if config.search in ("top", "masks"):
         top_edges(engine.graph, engine.graph.exists_rw.float(), config.edges, absolute=True)  # says so if there are not as many
     rows = rows_of_pass(engine, prompts)
     finding, measuring = Patching(engine, found_on, rows), Patching(engine, held_out, rows)
@@ -191,6 +194,11 @@ def searched(config: CircuitConfig, patching: Patching, score_rw: Tensor) -> tup
     graph = patching.graph
     if config.search == "top":
         return top_edges(graph, score_rw, config.edges, absolute=True), {"edges": config.edges}
+    if config.search == "masks":
+        with progress("learning masks", MASK_STEPS, "steps") as bar:
+            learned = learn_masks(patching, score_rw, config.edges, seed=config.seed, bar=bar)
+        said = {"edges": config.edges, "steps": MASK_STEPS, "open_at_the_end": learned.expected, "kl": learned.kl}
+        return learned.circuit_rw, said
     n = graph.n_edges if config.search == "acdc" else round(SHORT_LIST * graph.n_edges)
     with progress(f"taking edges away ({config.search})", n, "edges") as bar:
         found = acdc(patching, config.tau, bar) if config.search == "acdc" else eliminate(patching, score_rw, n, config.tau, bar)
@@ -269,7 +277,7 @@ def _announce(config: CircuitConfig, engine: Engine, patching: Patching) -> None
     begun = time.monotonic()
     patching(torch.zeros_like(graph.exists_rw))
     seconds = time.monotonic() - begun
-    searching = {"top": 0, "eliminate": round(SHORT_LIST * graph.n_edges), "acdc": graph.n_edges}[config.search]
+    searching = {"top": 0, "eliminate": round(SHORT_LIST * graph.n_edges), "acdc": graph.n_edges, "masks": 3 * MASK_STEPS}[config.search]
     scoring = {"exact": graph.n_edges, "first-hop": len(graph.writers)}.get(config.method, 4 * STEPS)
     single = config.edges if config.minimality else 0
     minutes = seconds * (searching + scoring + measuring_runs(single)) / 60

@@ -82,10 +82,16 @@ class Patching:
         """Of each circuit, the mean KL of its predictions at the last position to the model's: Σ p log(p / p of the circuit)."""
         total_c = torch.zeros(len(circuits), dtype=torch.float64)
         for places, last_sv in self._passes(circuits):
-            clean_sv = self._clean_nv[[n for _, n in places]]
-            kl_s = (clean_sv.exp() * (clean_sv - last_sv.log_softmax(-1))).sum(-1)
+            kl_s = _kl(self._clean_nv[[n for _, n in places]], last_sv)
             total_c.index_add_(0, torch.tensor([c for c, _ in places]), kl_s.double().cpu())
         return (total_c / len(self.prompts)).tolist()
+
+    def kl_of_cut(self, rows_s: Tensor, cut_srw: Tensor) -> Tensor:
+        """Of some pairs, by number, the KL of the predictions under a cut to the model's, [s]; gradients flow to the cut."""
+        prompts, rows_s = self.prompts, rows_s.to(self.prompts.clean_np.device)
+        with self.engine.patched(self._corrupt_wspd, cut_srw, rows_s=rows_s):
+            last_sv = self.engine.lm.logits(prompts.clean_np[rows_s], prompts.clean_mask_np[rows_s])[:, -1]
+        return _kl(self._clean_nv[rows_s], last_sv)
 
     @torch.no_grad()
     def _passes(self, circuits: Sequence[Tensor]) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
@@ -106,6 +112,11 @@ class Patching:
                 logits_spv = self.engine.lm.logits(prompts.clean_np[rows], prompts.clean_mask_np[rows])
             last_sv = logits_spv[:, -1]
             yield part, last_sv if last_sv.dtype == torch.float64 else last_sv.float()
+
+
+def _kl(clean_sv: Tensor, last_sv: Tensor) -> Tensor:
+    """Σ p log(p / p of the circuit), of log-probabilities and logits."""
+    return (clean_sv.exp() * (clean_sv - last_sv.to(clean_sv.dtype).log_softmax(-1))).sum(-1)
 
 
 def exact_scores(patching: Patching, edges: Sequence[tuple[int, int]], bar: Progress | None = None) -> np.ndarray:

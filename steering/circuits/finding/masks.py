@@ -1,0 +1,94 @@
+"""Circuits by learned masks: a gate on every edge, trained to keep the model's predictions with few edges open.
+
+Gates are hard concrete (Louizos, Welling and Kingma 2018, arXiv 1712.01312), so that they can be exactly 0 and 1 and still have gradients:
+z = min(1, max(0, γ + (ζ − γ) · σ((log u − log(1 − u) + log α) / β))), u uniform. An edge carries z of what it carries in the clean run and
+1 − z of what it carries in the corrupt one, as in Edge Pruning (arXiv 2406.16778).
+
+s sequences of a batch · r readers · w writers
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae.errors import InputError
+from sae.progress import Progress
+from steering.circuits.finding.metrics import top_edges
+from steering.circuits.finding.searches import Patching
+
+BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
+STEPS = 600
+PAIRS = 16
+"""of a step"""
+LEARNING_RATE = 0.1
+MULTIPLIER_RATE = 0.05
+SHRINKING = 0.5
+"""share of the steps in which the number of edges aimed at falls to the one asked for"""
+SHORT_LIST = 4
+"""times the edges asked for: where in the order of scores a gate begins at log α = 0"""
+BEGIN = 3.0
+"""log α of the largest scores at the beginning, and minus that of the smallest"""
+
+
+class Learned(NamedTuple):
+    circuit_rw: Tensor
+    gate_rw: Tensor
+    """log α of every edge"""
+    expected: float
+    """edges that were open at the end, by the gates' probabilities"""
+    kl: float
+    """mean KL of the circuit's predictions to the model's, in nats"""
+
+
+def learn_masks(patching: Patching, score_rw: Tensor, n: int, *, steps: int = STEPS, seed: int = 0, bar: Progress | None = None) -> Learned:
+    """The `n` edges with the most open gates, those on no path left out.
+
+    Each step samples gates for each pair of a batch and takes one step of Adam on the mean KL to the model's predictions plus
+    λ · log(expected number of open edges / number aimed at), that number falling to `n` over the first half of the steps; λ ≥ 0 rises
+    while there are too many and falls while there are too few. Gates begin in the order of the absolute scores. Everything drawn comes from
+    `seed`, on the CPU. Held for a step's gradients are several streams for every reader: readers × tokens × width numbers.
+
+    Raises `InputError` for `n` and scores as `top_edges` does, and for scores that are all 0.
+    """
+    graph, exists_rw = patching.graph, patching.graph.exists_rw
+    top_edges(graph, score_rw, n, absolute=True)  # says what is wrong with n or the scores
+    gate_rw = _begun(score_rw, exists_rw, n).requires_grad_()
+    generator, optimizer = torch.Generator().manual_seed(seed), torch.optim.Adam([gate_rw], lr=LEARNING_RATE)
+    begun, multiplier = float(_open(gate_rw.detach())[exists_rw].sum()), 1.0
+    for step in range(steps):
+        aim = begun * (n / begun) ** min(1.0, step / (SHRINKING * steps))
+        pairs = torch.randperm(len(patching.prompts), generator=generator)[: min(PAIRS, patching.batch)]
+        z_srw = _sampled(gate_rw.expand(len(pairs), -1, -1), generator) * exists_rw
+        kl = patching.kl_of_cut(pairs, exists_rw.float() - z_srw).mean()
+        excess = (_open(gate_rw)[exists_rw].sum() / aim).log()
+        optimizer.zero_grad()
+        (kl + multiplier * excess.to(kl.device)).backward()
+        optimizer.step()
+        multiplier = max(0.0, multiplier + MULTIPLIER_RATE * float(excess.detach()))  # host sync
+        if bar is not None:
+            bar.advance(1, edges=f"{aim * math.exp(float(excess.detach())):,.0f}", KL=f"{float(kl.detach()):.3f}")
+    gate_rw = gate_rw.detach().masked_fill(~exists_rw, -math.inf)
+    circuit_rw = top_edges(graph, gate_rw, n, absolute=False)
+    return Learned(circuit_rw, gate_rw, float(_open(gate_rw).sum()), patching.kls([circuit_rw])[0])
+
+
+def _begun(score_rw: Tensor, exists_rw: Tensor, n: int) -> Tensor:
+    """log α: the logarithm of the score over that of the edge at which a short list would end."""
+    size_rw = score_rw.detach().cpu().float().abs()
+    sizes = size_rw[exists_rw].sort(descending=True).values
+    if not sizes[0] > 0:
+        raise InputError("expected scores to begin with of which some are not 0, got zeros alone; take another method")
+    middle = sizes[min(SHORT_LIST * n, len(sizes)) - 1].clamp(min=sizes[0] * 1e-12)
+    return (size_rw / middle).clamp(min=1e-12).log().clamp(-BEGIN, BEGIN)
+
+
+def _sampled(gate_srw: Tensor, generator: torch.Generator) -> Tensor:
+    u_srw = torch.rand(gate_srw.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
+    return (GAMMA + (ZETA - GAMMA) * ((u_srw.logit() + gate_srw) / BETA).sigmoid()).clamp(0, 1)
+
+
+def _open(gate: Tensor) -> Tensor:
+    """The probability that a gate is above 0."""
+    return (gate - BETA * math.log(-GAMMA / ZETA)).sigmoid()
