@@ -35,6 +35,7 @@ from steering.circuits.finding.report import print_tables
 from steering.circuits.finding.scores import STEPS, completeness, edge_scores
 from steering.circuits.finding.searches import BATCH, Patching, acdc, eliminate, exact_scores
 from steering.circuits.model_graph.engine import Engine
+from steering.circuits.model_graph.graph import Graph
 from steering.circuits.pages.page import write_page
 from steering.circuits.tasks.generators import corruption_of, read_pairs
 from steering.circuits.tasks.presence import presence, require_present
@@ -44,6 +45,8 @@ HELD = 1 << 30
 """bytes of what all writers write that a pass may hold"""
 SHORT_LIST = 0.2
 """of all edges, by score: what elimination begins with"""
+WHOLE_PROMPTS = ("exact", "first-hop")
+"""methods whose scores have no parts by position"""
 DRAWS = 20
 """random circuits of the circuit's size"""
 
@@ -108,10 +111,12 @@ def find_circuit(config: CircuitConfig) -> Circuit | None:
     if config.dry_run:
         _announce(config, engine, measuring)
         return None
-    score_nrw = pair_scores(engine, found_on, config.method, rows, finding)
+    score_nrw, piece_rwk = pair_scores(engine, found_on, config.method, rows, finding)
     score_rw = score_nrw.mean(0)
     edges_rw, found = searched(config, finding, score_rw)
     evaluation = measured(config, measuring, score_rw, edges_rw)
+    if found_on.piece_np is not None:
+        evaluation["pieces"] = pieces_of(engine.graph, found_on, edges_rw, piece_rwk)
     if config.method != "exact":
         change = found_change(engine, found_on, finding)
         evaluation["completeness"] = completeness(engine.graph, score_rw, change)
@@ -161,8 +166,11 @@ def rows_of_pass(engine: Engine, prompts: Prompts) -> int:
     return max(1, min(BATCH, HELD // one))
 
 
-def pair_scores(engine: Engine, prompts: Prompts, method: str, rows: int, patching: Patching) -> Tensor:
-    """How much the metric of every pair falls when an edge alone is cut, or the method's estimate of it, [n, r, w]."""
+def pair_scores(engine: Engine, prompts: Prompts, method: str, rows: int, patching: Patching) -> tuple[Tensor, Tensor | None]:
+    """How much the metric of every pair falls when an edge alone is cut, or the method's estimate of it, [n, r, w].
+
+    And the mean over pairs by piece of the prompts, [r, w, k]; None where every prompt is one piece or the method has no such parts.
+    """
     graph = engine.graph
     if method == "exact":
         edges = [(r, w) for r, w in graph.exists_rw.nonzero().tolist()]
@@ -171,16 +179,29 @@ def pair_scores(engine: Engine, prompts: Prompts, method: str, rows: int, patchi
         score_nrw = torch.zeros(len(prompts), *graph.exists_rw.shape)
         r_e, w_e = torch.tensor(edges).unbind(1)
         score_nrw[:, r_e, w_e] = -torch.from_numpy(rise_en.T).float()
-        return score_nrw
-    parts = []
+        return score_nrw, None
+    parts, by_piece = list[Tensor](), list[Tensor]()
+    pieces = 0 if prompts.piece_np is None or method in WHOLE_PROMPTS else int(prompts.piece_np.max()) + 1
     with progress(f"scoring edges by {method}", len(prompts), "pairs") as bar:
         for start in range(0, len(prompts), rows):
             part = prompts.subset(range(start, min(start + rows, len(prompts))))
             metric = _of_last(part)
-            scores = edge_scores(engine, part.clean_np, part.corrupt_np, metric, part.clean_mask_np, method=method)
+            spans = part.piece_np if pieces else None
+            scores = edge_scores(engine, part.clean_np, part.corrupt_np, metric, part.clean_mask_np, method=method, spans_sp=spans)
             parts.append(-scores.score_srw.float().cpu())
+            if scores.span_srwk is not None:
+                total_rwk = -scores.span_srwk.float().cpu().sum(0)
+                by_piece.append(torch.nn.functional.pad(total_rwk, (0, pieces - total_rwk.shape[-1])))  # where a part's prompts have fewer
             bar.advance(len(part))
-    return torch.cat(parts)
+    return torch.cat(parts), sum(by_piece[1:], start=by_piece[0]) / len(prompts) if by_piece else None
+
+
+def pieces_of(graph: Graph, prompts: Prompts, circuit_rw: Tensor, piece_rwk: Tensor | None) -> dict[str, Any]:
+    """The pieces of the prompt that has the most and, of each edge of the circuit, its score by piece; as it goes into JSON."""
+    scores = None
+    if piece_rwk is not None:
+        scores = {graph.edge_name(r, w): piece_rwk[r, w].tolist() for r, w in circuit_rw.nonzero().tolist()}
+    return {"example": list(max(prompts.pairs, key=lambda pair: len(pair.clean)).clean), "scores": scores}
 
 
 def found_change(engine: Engine, prompts: Prompts, patching: Patching) -> float:

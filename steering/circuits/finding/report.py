@@ -55,11 +55,22 @@ def _published(found: dict[str, Any], table: Any) -> Any:
 
 
 def _strongest(circuit: Circuit, table: Any) -> Any:
+    from rich.markup import escape
+
     assert circuit.score_rw is not None
-    listed = table("edge", "score", title="its strongest edges", caption="score: what the edge carries of the metric")
+    caption, pieces = "score: what the edge carries of the metric", circuit.evaluation.get("pieces")
+    by_piece = None if pieces is None else pieces["scores"]
+    if by_piece is not None:
+        caption += "; and what of it where each piece of the prompt stands, with one prompt's"
+    elif pieces is not None:
+        caption += f"; no scores by piece of the prompt, which {circuit.method['scores']} does not give"
+    listed = table("edge", "score", title="its strongest edges", caption=caption)
+    for text in pieces["example"] if pieces is not None and by_piece is not None else ():
+        listed.add_column(escape(repr(text)))
     score_rw, inside = circuit.score_rw.cpu(), circuit.edges_rw.cpu().nonzero().tolist()
     for r, w in sorted(inside, key=lambda edge: -abs(float(score_rw[tuple(edge)])))[:STRONGEST]:
-        listed.add_row(circuit.graph.edge_name(r, w), figure(float(score_rw[r, w])))
+        name = circuit.graph.edge_name(r, w)
+        listed.add_row(name, figure(float(score_rw[r, w])), *map(figure, by_piece[name] if by_piece is not None else ()))
     return listed
 
 

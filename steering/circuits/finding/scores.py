@@ -4,6 +4,7 @@
 the edge alone carried what it carries in the corrupt run.
 
 s sequences · p positions · d width of the stream · x positions times width · n some readers · r readers · w writers
+k spans of positions
 """
 
 from collections.abc import Callable, Iterable
@@ -35,6 +36,8 @@ class Scores(NamedTuple):
     """the metric"""
     corrupt_s: Tensor
     """the metric of the corrupt run; NaN where none was made"""
+    span_srwk: Tensor | None = None
+    """what of a score comes from each span of positions, where spans were given"""
 
 
 def edge_scores(
@@ -46,6 +49,7 @@ def edge_scores(
     *,
     method: str = "ceap",
     steps: int = STEPS,
+    spans_sp: Tensor | None = None,
 ) -> Scores:
     """Of pairs of prompts, whose tokens stand at the same positions.
 
@@ -62,15 +66,20 @@ def edge_scores(
     | `first-hop` | the reader's own module run on its changed input, by the gradient from there on: module `first_hop` | about w | 1 |
 
     Under `relp` edges into queries and keys score 0, since its patterns are constant. Held are three times what all writers write,
-    [w, s, p, d]. Raises `InputError` for a method that is none of these, for prompts of different shapes, for `ceap` and
-    `clean-corrupted` without a corrupt run, for `relp` and `gim` in a model whose MLPs, norms or attention their rules cannot change, and
-    for `first-hop` in one whose blocks cannot be run alone.
+    [w, s, p, d]. With `spans_sp`, the number of each position's span from 0 on and -1 for positions of none, each score is also given by
+    span: a writer's change is read where it is written, so every position has its own part, and the parts add up to the score. Spans 0 to
+    p - 1 give every position.
+
+    Raises `InputError` for a method that is none of these, for prompts of different shapes, for `ceap` and `clean-corrupted` without a
+    corrupt run, for `relp` and `gim` in a model whose MLPs, norms or attention their rules cannot change, for `first-hop` in one whose
+    blocks cannot be run alone, for spans of another shape, and for spans with `first-hop`, which changes all positions at once.
     """
     is_run = not corrupt.is_floating_point()
     _check(engine, clean_sp, corrupt, method, steps)
+    _check_spans(clean_sp, spans_sp, method)
     if method == "ceap":
         clean_spd, corrupt_spd = (engine.lm.record(ids_sp, [STREAM], mask_sp)[STREAM] for ids_sp in (clean_sp, corrupt))
-        return conductance(engine, clean_sp, mask_sp, _between(engine, clean_spd, corrupt_spd), metric, steps)
+        return conductance(engine, clean_sp, mask_sp, _between(engine, clean_spd, corrupt_spd), metric, steps, spans_sp=spans_sp)
     clean = engine.run(clean_sp, mask_sp)
     clean_s, corrupt_s = metric(clean.logits_spv), torch.full((len(clean_sp),), torch.nan)
     stands_in_wspd = corrupt.to(clean.written_wspd)
@@ -83,12 +92,13 @@ def edge_scores(
     at = _between(engine, clean.written_wspd[0].clone(), stands_in_wspd[0].clone())
     del clean, stands_in_wspd
     points = {"clean-corrupted": [0.0, 1.0], "eap-ig": [1 - step / steps for step in range(steps)]}.get(method, [0.0])
-    total_srw = _zeros(engine, change_wspd)
+    total = _Sums(engine, change_wspd, spans_sp)
     for point in points:
         with at(point):
             _, gradients = engine.gradients(clean_sp, mask_sp, metric, rules=RULES_OF.get(method, ()))
-            _add_products(engine, total_srw, gradients, change_wspd)
-    return Scores(total_srw / len(points), clean_s, corrupt_s)
+            total.add(gradients, change_wspd)
+    by_span = None if total.span_srwk is None else total.span_srwk / len(points)
+    return Scores(total.score_srw / len(points), clean_s, corrupt_s, by_span)
 
 
 def conductance(
@@ -99,6 +109,7 @@ def conductance(
     metric: Metric,
     steps: int = STEPS,
     site: str | None = None,
+    spans_sp: Tensor | None = None,
 ) -> Scores:
     """Σ over steps of (what a writer writes at the step's end − at its beginning) · the gradient in its middle.
 
@@ -109,14 +120,16 @@ def conductance(
     first_reader = 0 if site is None else engine.graph.first_behind(site)
     first_layer = engine.graph.block_of(first_reader)
     run = _run_at(engine, ids_sp, mask_sp, at(0.0), site)
-    clean_s, total_srw = metric(run.logits_spv), _zeros(engine, run.written_wspd)
+    clean_s, total = metric(run.logits_spv), _Sums(engine, run.written_wspd, spans_sp)
     for step in range(steps):
         before_wspd, run = run.written_wspd, _run_at(engine, ids_sp, mask_sp, at((step + 1) / steps), site)
         with at((step + 0.5) / steps):
             _, gradients = engine.gradients(ids_sp, mask_sp, metric, first_layer)
-            _add_products(engine, total_srw, gradients, run.written_wspd - before_wspd)
-    total_srw[:, :first_reader] = 0
-    return Scores(total_srw, clean_s, metric(run.logits_spv))
+            total.add(gradients, run.written_wspd - before_wspd)
+    for sums in (total.score_srw, total.span_srwk):
+        if sums is not None:
+            sums[:, :first_reader] = 0
+    return Scores(total.score_srw, clean_s, metric(run.logits_spv), total.span_srwk)
 
 
 def _run_at(engine: Engine, ids_sp: Tensor, mask_sp: Tensor | None, point: AbstractContextManager[None], site: str | None) -> Run:
@@ -136,17 +149,27 @@ def completeness(graph: Graph, score_rw: Tensor, change: float) -> dict[str, flo
     return {place: float(score_rw.cpu()[across_rw].sum()) / change for place, across_rw in graph.cuts().items()}
 
 
-def _add_products(engine: Engine, total_srw: Tensor, gradients: Iterable[Gradient], change_wspd: Tensor) -> None:
-    for readers, gradient_nspd in gradients:
-        seen = int(engine.graph.seen_r[readers.start])
-        # views, which bmm takes as they are; einsum would copy all writers for every place that is read
-        gradient_snx, change_sxw = gradient_nspd.flatten(2).transpose(0, 1), change_wspd[:seen].flatten(2).permute(1, 2, 0)
-        total_srw[:, readers, :seen] += torch.bmm(gradient_snx, change_sxw)
+class _Sums:
+    """Of products of gradients and changes."""
 
+    def __init__(self, engine: Engine, written_wspd: Tensor, spans_sp: Tensor | None):
+        self._graph, self._spans_sp = engine.graph, spans_sp
+        dtype, shape = torch.promote_types(written_wspd.dtype, torch.float32), (written_wspd.shape[1], *engine.graph.exists_rw.shape)
+        self.score_srw = torch.zeros(shape, dtype=dtype, device=written_wspd.device)
+        spans = 0 if spans_sp is None else int(spans_sp.max()) + 1  # host sync
+        self.span_srwk = self.score_srw.new_zeros(*shape, spans) if spans else None
 
-def _zeros(engine: Engine, written_wspd: Tensor) -> Tensor:
-    dtype = torch.promote_types(written_wspd.dtype, torch.float32)
-    return torch.zeros(written_wspd.shape[1], *engine.graph.exists_rw.shape, dtype=dtype, device=written_wspd.device)
+    def add(self, gradients: Iterable[Gradient], change_wspd: Tensor) -> None:
+        for readers, gradient_nspd in gradients:
+            seen = int(self._graph.seen_r[readers.start])
+            # views, which bmm takes as they are; einsum would copy all writers for every place that is read
+            gradient_snx, change_sxw = gradient_nspd.flatten(2).transpose(0, 1), change_wspd[:seen].flatten(2).permute(1, 2, 0)
+            self.score_srw[:, readers, :seen] += torch.bmm(gradient_snx, change_sxw)
+            if self.span_srwk is not None and self._spans_sp is not None:
+                product_spnw = torch.einsum("nspd,wspd->spnw", gradient_nspd, change_wspd[:seen])
+                for span in range(self.span_srwk.shape[-1]):
+                    inside_sp11 = (self._spans_sp == span)[..., None, None].to(product_spnw.device)
+                    self.span_srwk[:, readers, :seen, span] += (product_spnw * inside_sp11).sum(1)
 
 
 def _between(engine: Engine, clean_spd: Tensor, corrupt_spd: Tensor) -> Path:
@@ -156,6 +179,18 @@ def _between(engine: Engine, clean_spd: Tensor, corrupt_spd: Tensor) -> Path:
         return engine.lm.edited({STREAM: lambda _: torch.lerp(clean_spd, corrupt_spd.expand_as(clean_spd), share)})
 
     return at
+
+
+def _check_spans(clean_sp: Tensor, spans_sp: Tensor | None, method: str) -> None:
+    if spans_sp is None:
+        return
+    if method == "first-hop":
+        raise InputError("expected a method that adds up over positions for scores by span, got first-hop; take another or leave spans out")
+    if spans_sp.shape != clean_sp.shape or spans_sp.is_floating_point() or not (spans_sp >= 0).any():
+        raise InputError(
+            f"expected the number of each position's span, of the prompts' shape {tuple(clean_sp.shape)} and some from 0 on, got "
+            f"{spans_sp.dtype} of shape {tuple(spans_sp.shape)}"
+        )
 
 
 def _check(engine: Engine, clean_sp: Tensor, corrupt: Tensor, method: str, steps: int) -> None:

@@ -40,7 +40,10 @@ class Patching:
 
     def __init__(self, engine: Engine, prompts: Prompts, batch: int = BATCH):
         if not prompts.aligned:
-            raise InputError("expected pairs of one length, got pieces of different numbers of tokens; the graph's passes need one length")
+            raise InputError(
+                "expected pairs of one length, got pieces of different numbers of tokens, so that no position of one "
+                "side stands for one of the other; reword the pieces to equal numbers of tokens"
+            )
         self.engine, self.graph, self.prompts, self.batch = engine, engine.graph, prompts, batch
 
     @cached_property

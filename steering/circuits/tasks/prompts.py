@@ -28,6 +28,8 @@ class Encoded(NamedTuple):
     """for each position of clean, the position of corrupt that stands for it"""
     right: list[int]
     wrong: list[int]
+    pieces: list[int]
+    """for each position of clean, the number of its piece"""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class Prompts:
     """of the answer in the metric: 1 / number of right ones, or of wrong ones with a minus; of probabilities 1 and -1"""
     dropped: dict[str, int] = field(default_factory=dict)
     """how many pairs were left out, by reason"""
+    piece_np: Tensor | None = None
+    """the number of the piece in which each column of clean stands, -1 for padding; None where every prompt is one piece"""
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -82,6 +86,8 @@ class Prompts:
         within_a = torch.arange(len(pair_a), device=at.device) - (count_m.cumsum(0) - count_m)[pair_a]
         kept_a = first_n[at][pair_a] + within_a
         rows = {name: getattr(self, name)[at] for name in ("clean_np", "clean_mask_np", "corrupt_np", "corrupt_mask_np", "aligned_np")}
+        if self.piece_np is not None:
+            rows["piece_np"] = self.piece_np[at]
         pairs = tuple(self.pairs[int(number)] for number in numbers)
         return replace(self, pairs=pairs, pair_a=pair_a, token_a=self.token_a[kept_a], weight_a=self.weight_a[kept_a], **rows)
 
@@ -146,13 +152,14 @@ def encode_pair(lm: LanguageModel, pair: Pair) -> Encoded | str:
         clean, corrupt = (lm.token_ids(side[0]) for side in pair[:2])
         if len(clean) != len(corrupt):
             return "of different lengths in tokens"
-        aligned = list(range(len(clean)))
+        aligned, pieces = list(range(len(clean))), [0] * len(clean)
     else:
         sides = [_pieces(lm, side) for side in pair[:2]]
         if None in sides:
             return "with a token across two pieces"
         (clean, clean_ends), (corrupt, corrupt_ends) = sides  # type: ignore[misc]
         aligned = _alignment(clean_ends, corrupt_ends)
+        pieces = [number for number, end in enumerate(clean_ends) for _ in range(end - (clean_ends[number - 1] if number else 0))]
     if max(len(clean), len(corrupt)) > lm.context:
         return "longer than the model's context"
     answers = [_answers(lm, pair.clean, texts, clean) for texts in (pair.right, pair.wrong)]
@@ -163,7 +170,7 @@ def encode_pair(lm: LanguageModel, pair: Pair) -> Encoded | str:
     right, wrong = ([token for token in side if token not in both] for side in (right, wrong))  # type: ignore[union-attr]
     if not right or not wrong:
         return "with right and wrong answers of the same first token"
-    return Encoded(clean, corrupt, aligned, right, wrong)
+    return Encoded(clean, corrupt, aligned, right, wrong, pieces)
 
 
 def _answers(lm: LanguageModel, prompt: Sequence[str], texts: Sequence[str], ids: list[int]) -> list[int] | None:
@@ -225,6 +232,9 @@ def _prompts(
     aligned_np = torch.arange(width).repeat(len(encoded), 1)
     for row, one in enumerate(encoded):
         aligned_np[row, width - len(one.clean) :] = torch.tensor(one.aligned) + width - len(one.corrupt)
+    piece_np = torch.full_like(ids[0], -1)
+    for row, one in enumerate(encoded):
+        piece_np[row, width - len(one.clean) :] = torch.tensor(one.pieces)
     of_logits = metric == "logit_difference"
     answers = [
         (row, token, sign / (len(side) if of_logits else 1))
@@ -248,4 +258,5 @@ def _prompts(
         torch.tensor(token_a, device=device),
         torch.tensor(weight_a, dtype=torch.float64, device=device),
         dict(dropped.most_common()),
+        piece_np.to(device) if piece_np.max() > 0 else None,
     )

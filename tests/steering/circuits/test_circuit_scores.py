@@ -114,10 +114,34 @@ def test_writers_that_stand_in_give_first_order_scores():
         edge_scores(engine, CLEAN, zero, logit_difference)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_a_positions_part_is_the_score_of_a_change_there_alone(family, exact):  # noqa: F811
+    engine = Engine(exact(family))
+    clean_wspd, corrupt_wspd = engine.writers(CLEAN), engine.writers(CORRUPT)
+    spans_sp = torch.tensor([[-1, 0, 0, 1, 2, 2], [1, 1, 0, 0, 0, 2]])
+    found = edge_scores(engine, CLEAN, CORRUPT, logit_difference, method="eap", spans_sp=spans_sp).span_srwk
+    for span in range(3):
+        inside_sp1 = (spans_sp == span)[..., None]
+        alone = edge_scores(engine, CLEAN, torch.where(inside_sp1, corrupt_wspd, clean_wspd), logit_difference, method="eap")
+        torch.testing.assert_close(found[..., span], alone.score_srw, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "first-hop"])
+def test_parts_by_position_add_up_to_the_score(method):
+    engine, spans_sp = engine_of("llama"), torch.arange(P).expand(2, -1)
+    found = edge_scores(engine, CLEAN, CORRUPT, logit_difference, method=method, spans_sp=spans_sp)
+    assert found.span_srwk.shape == (*found.score_srw.shape, P)
+    torch.testing.assert_close(found.span_srwk.sum(-1), found.score_srw, rtol=1e-4, atol=1e-5)
+
+
 def test_unusable_input_is_refused():
     engine = engine_of("gpt2")
     with pytest.raises(InputError, match=r"expected one of the methods ceap, eap, .*, first-hop, got 'acdc'"):
         edge_scores(engine, CLEAN, CORRUPT, logit_difference, method="acdc")
+    with pytest.raises(InputError, match="a method that adds up over positions for scores by span, got first-hop"):
+        edge_scores(engine, CLEAN, CORRUPT, logit_difference, method="first-hop", spans_sp=torch.zeros_like(CLEAN))
+    with pytest.raises(InputError, match=r"of the prompts' shape \(2, 6\) and some from 0 on, got torch.int64 of shape \(6,\)"):
+        edge_scores(engine, CLEAN, CORRUPT, logit_difference, spans_sp=torch.arange(P))
     with pytest.raises(InputError, match="expected at least one step, got 0"):
         edge_scores(engine, CLEAN, CORRUPT, logit_difference, steps=0)
     with pytest.raises(InputError, match=r"expected corrupt prompts of the clean ones' shape \(2, 6\), got \(2, 5\)"):

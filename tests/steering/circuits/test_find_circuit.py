@@ -95,6 +95,25 @@ def test_own_pairs(tmp_path):
     assert circuit.task["pairs"] + sum(circuit.task["left_out"].values()) == len(rows)
 
 
+def test_scores_by_piece_of_the_prompt(tmp_path, capsys):
+    """The first piece is the same on both sides, so that embeddings carry nothing there."""
+    path, rows = tmp_path / "pairs.jsonl", []
+    for before in ("The", "And then the"):
+        for one, many in (("boy", "boys"), ("girl", "girls")):
+            sides = {"clean": [before, f" {many}"], "corrupt": [before, f" {one}"]}
+            rows.append({**sides, "right": " are", "wrong": " is"})
+            rows.append({"clean": sides["corrupt"], "corrupt": sides["clean"], "right": " is", "wrong": " are"})
+    path.write_text("\n".join(map(json.dumps, rows)))
+    circuit = find_circuit(CircuitConfig(model=DEMO, pairs=path, method="eap", edges=40, out=tmp_path / "c.json"))
+    pieces = circuit.evaluation["pieces"]
+    assert pieces["example"][0] in ("The", "And then the")
+    assert set(pieces["scores"]) == set(circuit.graph.edges(circuit.edges_rw))
+    for name, (first, last) in pieces["scores"].items():
+        assert first == pytest.approx(0, abs=1e-6)  # causal: nothing differs before the noun
+        assert last == pytest.approx(float(circuit.score_rw[circuit.graph.edge(name)]), rel=1e-3, abs=1e-5)
+    assert repr(pieces["example"][0]) in capsys.readouterr().out
+
+
 def test_a_task_that_is_not_there_stops_with_its_numbers(tmp_path):
     with pytest.raises(InputError, match=r"to do the task ioi.*% of 16 right.*clean minus corrupt") as caught:
         find_circuit(CircuitConfig(model=DEMO, task="ioi", examples=16, out=tmp_path / "c.json"))
