@@ -1,12 +1,8 @@
 """Which nodes a task needs together, learned: a gate on every node, few of which stay open, so that the predictions stay the model's.
 
-The gates are hard concrete (Louizos et al. 2018, arXiv 1712.01312): z = clamp(1.2 · sigmoid((log u − log(1 − u) + log_alpha) / β) − 0.1, 0,
-1) with u uniform; a gate is open with probability sigmoid(log_alpha − β log(0.1 / 1.1)), whose sum is the expected number of nodes.
-
 m nodes that may differ · n nodes of a site · s sequences · v vocabulary
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,13 +13,13 @@ from sae.model.language_model import LanguageModel
 from sae.progress import Progress
 from steering.circuits.features.passes import NodePatching, Nodes
 from steering.circuits.features.sites import FeatureSite
+from steering.circuits.finding.gates import drawn, opened
 from steering.circuits.tasks.prompts import Prompts
 
-BETA, LOW, HIGH = 2 / 3, -0.1, 1.1
 ROUNDS = 150
 LEARNING_RATE = 0.1
 BEGIN = 2.0
-"""log_alpha of every gate at the beginning: open with a probability of 0.97"""
+"""log α of every gate at the beginning: open with a probability of 0.97"""
 
 
 def learned_masks(
@@ -52,7 +48,7 @@ def learned_masks(
     clean = [patching.clean_logits(batch).log_softmax(-1) for batch in range(len(patching.batches()))]
     for number in range(rounds):
         batch = number % len(clean)
-        keep = _spread(sites, differs, _drawn(log_alpha_m, generator).split(sizes))
+        keep = _spread(sites, differs, drawn(log_alpha_m, generator).split(sizes))
         with torch.enable_grad():
             masked_sv = patching.logits(keep, batch).log_softmax(-1)
             kl = (clean[batch].exp() * (clean[batch] - masked_sv)).sum(-1).mean()
@@ -66,16 +62,6 @@ def learned_masks(
     for site, one_n in zip(sites, found):
         one_n[site.error] = 0
     return found
-
-
-def opened(log_alpha_m: Tensor) -> Tensor:
-    """The probability that each gate is open."""
-    return torch.sigmoid(log_alpha_m - BETA * math.log(-LOW / HIGH))
-
-
-def _drawn(log_alpha_m: Tensor, generator: torch.Generator) -> Tensor:
-    u_m = torch.rand(log_alpha_m.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
-    return (torch.sigmoid((u_m.logit() + log_alpha_m) / BETA) * (HIGH - LOW) + LOW).clamp(0, 1)
 
 
 def _spread(sites: Sequence[FeatureSite], differs: Sequence[Tensor], gates: Sequence[Tensor]) -> Nodes:

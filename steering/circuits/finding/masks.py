@@ -1,8 +1,7 @@
 """Circuits by learned masks: a gate on every edge, trained to keep the model's predictions with few edges open.
 
-Gates are hard concrete (Louizos, Welling and Kingma 2018, arXiv 1712.01312), so that they can be exactly 0 and 1 and still have gradients:
-z = min(1, max(0, γ + (ζ − γ) · σ((log u − log(1 − u) + log α) / β))), u uniform. An edge carries z of what it carries in the clean run and
-1 − z of what it carries in the corrupt one, as in Edge Pruning (arXiv 2406.16778).
+An edge whose hard-concrete gate is z carries z of what it carries in the clean run and 1 − z of what it carries in the corrupt one, as in
+Edge Pruning (arXiv 2406.16778).
 
 s sequences of a batch · r readers · w writers
 """
@@ -15,10 +14,10 @@ from torch import Tensor
 
 from sae.errors import InputError
 from sae.progress import Progress
+from steering.circuits.finding.gates import drawn, opened
 from steering.circuits.finding.metrics import top_edges
 from steering.circuits.finding.searches import Patching
 
-BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 STEPS = 600
 PAIRS = 16
 """of a step"""
@@ -56,13 +55,13 @@ def learn_masks(patching: Patching, score_rw: Tensor, n: int, *, steps: int = ST
     top_edges(graph, score_rw, n, absolute=True)  # says what is wrong with n or the scores
     gate_rw = _begun(score_rw, exists_rw, n).requires_grad_()
     generator, optimizer = torch.Generator().manual_seed(seed), torch.optim.Adam([gate_rw], lr=LEARNING_RATE)
-    begun, multiplier = float(_open(gate_rw.detach())[exists_rw].sum()), 1.0
+    begun, multiplier = float(opened(gate_rw.detach())[exists_rw].sum()), 1.0
     for step in range(steps):
         aim = begun * (n / begun) ** min(1.0, step / (SHRINKING * steps))
         pairs = torch.randperm(len(patching.prompts), generator=generator)[: min(PAIRS, patching.batch)]
-        z_srw = _sampled(gate_rw.expand(len(pairs), -1, -1), generator) * exists_rw
+        z_srw = drawn(gate_rw.expand(len(pairs), -1, -1), generator) * exists_rw
         kl = patching.kl_of_cut(pairs, exists_rw.float() - z_srw).mean()
-        excess = (_open(gate_rw)[exists_rw].sum() / aim).log()
+        excess = (opened(gate_rw)[exists_rw].sum() / aim).log()
         optimizer.zero_grad()
         (kl + multiplier * excess.to(kl.device)).backward()
         optimizer.step()
@@ -71,7 +70,7 @@ def learn_masks(patching: Patching, score_rw: Tensor, n: int, *, steps: int = ST
             bar.advance(1, edges=f"{aim * math.exp(float(excess.detach())):,.0f}", KL=f"{float(kl.detach()):.3f}")
     gate_rw = gate_rw.detach().masked_fill(~exists_rw, -math.inf)
     circuit_rw = top_edges(graph, gate_rw, n, absolute=False)
-    return Learned(circuit_rw, gate_rw, float(_open(gate_rw).sum()), patching.kls([circuit_rw])[0])
+    return Learned(circuit_rw, gate_rw, float(opened(gate_rw).sum()), patching.kls([circuit_rw])[0])
 
 
 def _begun(score_rw: Tensor, exists_rw: Tensor, n: int) -> Tensor:
@@ -82,13 +81,3 @@ def _begun(score_rw: Tensor, exists_rw: Tensor, n: int) -> Tensor:
         raise InputError("expected scores to begin with of which some are not 0, got zeros alone; take another method")
     middle = sizes[min(SHORT_LIST * n, len(sizes)) - 1].clamp(min=sizes[0] * 1e-12)
     return (size_rw / middle).clamp(min=1e-12).log().clamp(-BEGIN, BEGIN)
-
-
-def _sampled(gate_srw: Tensor, generator: torch.Generator) -> Tensor:
-    u_srw = torch.rand(gate_srw.shape, generator=generator).clamp(1e-6, 1 - 1e-6)
-    return (GAMMA + (ZETA - GAMMA) * ((u_srw.logit() + gate_srw) / BETA).sigmoid()).clamp(0, 1)
-
-
-def _open(gate: Tensor) -> Tensor:
-    """The probability that a gate is above 0."""
-    return (gate - BETA * math.log(-GAMMA / ZETA)).sigmoid()

@@ -8,7 +8,8 @@ import torch
 from test_wired_circuit import TRUE, prompts, wired
 
 from sae.errors import InputError
-from steering.circuits.finding.masks import _open, _sampled, learn_masks
+from steering.circuits.finding.gates import drawn, opened
+from steering.circuits.finding.masks import learn_masks
 from steering.circuits.finding.metrics import jaccard
 from steering.circuits.finding.searches import Patching
 from steering.circuits.model_graph.engine import Engine
@@ -29,7 +30,7 @@ def test_the_wired_circuit_is_learned(patching):
     five_rw, score_rw = patching.graph.circuit(TRUE), scores(patching)
     begun_with = score_rw >= score_rw.flatten().topk(5).values[-1]
     assert jaccard(begun_with, five_rw) < 0.3
-    found = learn_masks(patching, score_rw, 5, steps=250)
+    found = learn_masks(patching, score_rw, 5, steps=150)
     assert jaccard(found.circuit_rw, five_rw) == 1
     assert found.expected == pytest.approx(5, abs=1)
     assert found.kl == pytest.approx(0, abs=1e-6)
@@ -44,11 +45,11 @@ def test_everything_comes_from_the_seed(patching):
 def test_gates_are_hard_concrete():
     """Against the formula in numpy with the same uniforms, and the probability of being open by counting."""
     gate = torch.tensor([-3.0, -1.0, 0.0, 2.0])
-    sampled = _sampled(gate.expand(20_000, 4), torch.Generator().manual_seed(0)).numpy()
+    sampled = drawn(gate.expand(20_000, 4), torch.Generator().manual_seed(0)).numpy()
     u = torch.rand((20_000, 4), generator=torch.Generator().manual_seed(0)).double().numpy()
     s = 1 / (1 + np.exp(-(np.log(u) - np.log(1 - u) + gate.numpy()) / (2 / 3)))
     assert sampled == pytest.approx(np.clip(-0.1 + 1.2 * s, 0, 1), abs=1e-4)
-    assert _open(gate).numpy() == pytest.approx((sampled > 0).mean(0), abs=0.015)
+    assert opened(gate).numpy() == pytest.approx((sampled > 0).mean(0), abs=0.015)
     assert (sampled == 1).mean() > 0.1 < (sampled == 0).mean()
 
 
