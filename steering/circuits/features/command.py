@@ -34,7 +34,7 @@ from steering.circuits.tasks.prompts import Prompts
 MOST_EDGES = 500
 """that are kept, the strongest"""
 OF_EDGES = ("method", "search", "edges", "tau", "minimality", "mib")
-OF_FEATURES = ("node_method", "nodes", "penalty", "index", "export")
+OF_FEATURES = ("node_method", "nodes", "penalty", "outside", "index", "export")
 
 
 @dataclass(kw_only=True)
@@ -48,6 +48,9 @@ class FindCircuitConfig(CircuitConfig):
     """With --features, nodes of the circuit: those of the largest scores."""
     penalty: float = 0.01
     """With --node-method mask: nats of KL that one more node has to save."""
+    outside: Literal["corrupt", "mean"] = "corrupt"
+    """With --features, what nodes outside a circuit have: their value of the corrupt prompt, or their mean over the tokens of the pairs
+    that the circuit is found on."""
     index: tuple[Path, ...] = ()
     """With --features, feature indexes of the dictionaries: the page then says what each feature fires on and links to `sae browse`."""
     export: tuple[Path, ...] = ()
@@ -139,7 +142,7 @@ def _scored(
     """Of each site, scores of every pair [s, n] (of masks, which belong to all pairs, one row), and the completeness of the sites."""
     if config.node_method == "mask":
         with progress(f"learning gates of {what}", ROUNDS, "rounds") as bar:
-            masks = learned_masks(lm, sites, prompts, config.penalty, seed=config.seed, bar=bar)
+            masks = learned_masks(lm, sites, prompts, config.penalty, mean_of=mean_of(config, prompts), seed=config.seed, bar=bar)
         return [one_n[None] for one_n in masks], []
     with progress(f"scoring {what} by {config.node_method}", len(prompts), "pairs") as bar:
         scores = node_scores(lm, sites, prompts, config.node_method, STEPS, bar)
@@ -162,9 +165,15 @@ def _measured(
         score_sn, _ = _scored(config, lm, others, found_on, name)
         scored[name] = (others, [one_sn.mean(0) for one_sn in score_sn])
     with progress("running circuits", measuring_runs(), "circuits") as bar:
-        curves = {name: Curve(lm, ones, held_out, scores, bar) for name, (ones, scores) in scored.items()}
+        means = mean_of(config, found_on)
+        curves = {name: Curve(NodePatching(lm, ones, held_out, means), scores, bar) for name, (ones, scores) in scored.items()}
         own = curves.pop("features")
         return evaluate_features(own, curves, frequency, inside, config.seed)
+
+
+def mean_of(config: FindCircuitConfig, found_on: Prompts) -> Prompts | None:
+    """The pairs whose means stand outside, where means do."""
+    return found_on if config.outside == "mean" else None
 
 
 def measuring_runs() -> int:

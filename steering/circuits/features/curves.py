@@ -1,7 +1,7 @@
 """How faithful circuits of features are, beside circuits of other directions of the same sites, on pairs that none was chosen on.
 
 All of them are ranked by the scores of one method on the same pairs, and cut in the same way: what is left out has its value of the corrupt
-prompt. Other bases have no error, so that features stand twice: with the errors in every circuit, and with them out.
+prompt, or its mean. Other bases have no error, so that features stand twice: with the errors in every circuit, and with them out.
 
 n nodes of a site · f features · b rounds of the bootstrap, the data themselves first
 """
@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 
 from sae.errors import InputError
-from sae.model.language_model import LanguageModel
 from sae.progress import Progress
 from sae.statistics import Estimate, data_and_resamples, mean_estimate
 from steering.circuits.features.controls import matched_nodes
 from steering.circuits.features.passes import NodePatching, Nodes
 from steering.circuits.features.sites import FeatureSite
 from steering.circuits.finding.metrics import Bounds, jaccard
-from steering.circuits.tasks.prompts import Prompts
 
 COUNTS = (1, 3, 10, 30, 100, 300)
 """nodes of circuits"""
@@ -64,7 +62,7 @@ def node_bounds(patching: NodePatching, seed: int) -> Bounds:
     full_n, empty_n = (np.asarray(patching(everything(patching.sites, inside)), dtype=np.float64) for inside in (True, False))
     if not np.isfinite(full_n.mean() - empty_n.mean()) or full_n.mean() == empty_n.mean():
         raise InputError(
-            f"expected the corrupt values of all nodes to change the metric, got {full_n.mean():.4g} before and {empty_n.mean():.4g} "
+            f"expected the metric to change when no node is inside, got {full_n.mean():.4g} before and {empty_n.mean():.4g} "
             "after; give dictionaries of sites that the task passes through"
         )
     return Bounds(full_n, empty_n, data_and_resamples(len(full_n), np.random.default_rng(seed)))
@@ -73,9 +71,8 @@ def node_bounds(patching: NodePatching, seed: int) -> Bounds:
 class Curve:
     """Circuits of one set of sites, run on the held-out pairs."""
 
-    def __init__(self, lm: LanguageModel, sites: Sequence[FeatureSite], prompts: Prompts, score_n: Nodes, bar: Progress):
-        self.sites, self.score_n, self.bar = sites, score_n, bar
-        self.patching = NodePatching(lm, sites, prompts)
+    def __init__(self, patching: NodePatching, score_n: Nodes, bar: Progress):
+        self.sites, self.score_n, self.bar, self.patching = patching.sites, score_n, bar, patching
 
     @property
     def ranked(self) -> int:

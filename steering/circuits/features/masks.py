@@ -28,6 +28,7 @@ def learned_masks(
     prompts: Prompts,
     penalty: float,
     *,
+    mean_of: Prompts | None = None,
     rounds: int = ROUNDS,
     seed: int = 0,
     bar: Progress | None = None,
@@ -39,7 +40,7 @@ def learned_masks(
     """
     if not penalty > 0:
         raise InputError(f"expected a penalty above 0, in nats for each node, got {penalty:g}")
-    patching = NodePatching(lm, sites, prompts)
+    patching = NodePatching(lm, sites, prompts, mean_of)
     differs = [differing.cpu() for differing in patching.differing()]
     sizes = [int(one_n.sum()) for one_n in differs]
     generator = torch.Generator().manual_seed(seed)

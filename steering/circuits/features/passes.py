@@ -104,18 +104,21 @@ class NodePatching:
     """Pairs run with only some nodes as they are; called with the nodes inside, bool [n] of each site, it gives the metric of every pair.
 
     A node inside the circuit has the value that the run gives it, which began with the clean prompt; one outside has its value of the
-    corrupt prompt. So the first site's nodes inside have their clean values, and those of later sites what the circuit before makes of
-    them. With every node inside the run keeps every bit. Raises `InputError` for pairs whose sides have different lengths.
+    corrupt prompt, or with `mean_of` its mean over all tokens of both sides of those pairs. So the first site's nodes inside have their
+    clean values, and those of later sites what the circuit before makes of them. With every node inside the run keeps every bit. Raises
+    `InputError` for pairs whose sides have different lengths.
     """
 
-    def __init__(self, lm: LanguageModel, sites: Sequence[FeatureSite], prompts: Prompts):
+    def __init__(self, lm: LanguageModel, sites: Sequence[FeatureSite], prompts: Prompts, mean_of: Prompts | None = None):
         require_aligned(prompts)
-        self.lm, self.sites, self.prompts = lm, sites, prompts
+        self.lm, self.sites, self.prompts, self.mean_of = lm, sites, prompts, mean_of
         self.batch = rows_of_pass(sites, prompts.clean_np.shape[1])
 
     @cached_property
     def _outside(self) -> list[list[Outside]]:
         """Of each batch, of each site."""
+        if self.mean_of is not None:
+            return [NodePatching(self.lm, self.sites, self.mean_of).means()] * len(self.batches())
         ids, masks = self.prompts.corrupt_np, self.prompts.corrupt_mask_np
         return [[_outside_of(split) for split in self._splits(ids[pairs], masks[pairs])] for pairs in self.batches()]
 
@@ -130,6 +133,19 @@ class NodePatching:
         with changed(self.lm, self.sites, look):
             self.lm.logits(ids_sp, mask_sp)
         return [found[number] for number in range(len(self.sites))]
+
+    def means(self) -> list[Outside]:
+        """Of each site, the mean of every node over all tokens of both sides, for all sequences and positions."""
+        sums: list[list[Tensor]] = [[] for _ in self.sites]
+        prompts, tokens = self.prompts, 0
+        for pairs in self.batches():
+            for ids, masks in ((prompts.clean_np, prompts.clean_mask_np), (prompts.corrupt_np, prompts.corrupt_mask_np)):
+                for number, split in enumerate(self._splits(ids[pairs], masks[pairs])):
+                    real = masks[pairs].bool().to(split.value_spf.device)
+                    parts = [part[real].sum(0) for part in split]
+                    sums[number] = [a + b for a, b in zip(sums[number], parts)] if sums[number] else parts
+                tokens += int(masks[pairs].sum())
+        return [_outside_of(Split(*(part[None, None] / tokens for part in one))) for one in sums]
 
     def batches(self) -> list[list[int]]:
         """Numbers of the pairs of each pass."""
@@ -179,7 +195,7 @@ def _outside_of(split: Split) -> Outside:
 
 def _spliced(site: FeatureSite, own: Split, outside: Outside, cut_n: Tensor) -> Tensor:
     """The site's vector put together again, each node `cut` of the way from its own value to that outside, [s, p, o]."""
-    other_spf = torch.zeros_like(own.value_spf).index_copy(-1, outside.features_k, outside.value_spk)
+    other_spf = torch.zeros_like(own.value_spf).index_copy(-1, outside.features_k, outside.value_spk.expand(*own.value_spf.shape[:-1], -1))
     features_k = torch.cat([active(own.value_spf), outside.features_k]).unique()  # those at 0 too, for the sake of gradients
     mixed = Split(
         own.value_spf + (other_spf - own.value_spf) * cut_n[: site.d_sae],

@@ -79,7 +79,7 @@ def test_the_two_features_that_carry_a_task_are_found(method):
     inside = top_nodes([site], score_n, 2, errors=False)
     assert inside[0].nonzero()[:, 0].tolist() == [SHE, HE]
     with progress("circuits", 1, "circuits") as bar:
-        found = evaluate_features(Curve(lm, [site], prompts, score_n, bar), {}, frequencies(lm, [site], prompts), inside)
+        found = evaluate_features(Curve(NodePatching(lm, [site], prompts), score_n, bar), {}, frequencies(lm, [site], prompts), inside)
     assert found["circuit"]["errors_out"]["value"] == pytest.approx(1, abs=1e-3)
     assert found["circuit"]["without"]["value"] == pytest.approx(0, abs=1e-3)
 

@@ -52,6 +52,20 @@ def test_a_transcoders_nodes_alone_leave_what_does_not_pass_through_them(lm):
     assert torch.allclose(NodePatching(lm, [site], prompts).logits(everything([site], False), 0), expected, atol=1e-11)
 
 
+def test_outside_may_be_the_mean_over_the_real_tokens_of_other_pairs(lm):
+    prompts, others = random_pairs(lm), random_pairs(lm, seed=5)
+    others.clean_mask_np[0, :2] = 0
+    for site in (random_site(lm, "mlp_in.1", "mlp_out.1", kind="skip"), random_site(lm, "resid_pre.1", kind="topk")):
+        sides = ((others.clean_np, others.clean_mask_np), (others.corrupt_np, others.corrupt_mask_np))
+        y_nd = torch.cat([lm.record(ids, [site.writes], mask)[site.writes][mask.bool()] for ids, mask in sides])
+        mean_d = y_nd.mean(0)
+        with lm.edited({site.writes: lambda y, mean_d=mean_d: mean_d.expand_as(y)}):
+            expected = lm.logits(prompts.clean_np)[:, -1]
+        patching = NodePatching(lm, [site], prompts, others)
+        assert torch.allclose(patching.logits(everything([site], False), 0), expected, atol=1e-11)
+        assert torch.equal(patching.logits(everything([site], True), 0), lm.logits(prompts.clean_np)[:, -1])
+
+
 @pytest.mark.parametrize("place", ["resid_pre.1", "mlp_out.0", "attn_out.1", "head_out.0"])
 @pytest.mark.parametrize("kind", ["relu", "topk", "frame"])
 def test_gradient_scores_are_finite_differences_of_the_cut(lm, place, kind):
