@@ -48,6 +48,7 @@ def made_circuit(name: str = "tiny", edges: int = 12, graph: Graph = SMALL) -> C
                 "f": between(0.6),
                 "without": between(0.1),
                 "random": {"f": [0.0, 0.1, 0.2], "mean": 0.1, "highest": 0.2},
+                "random_heads": {"f": [0.1, 0.2, 0.3], "mean": 0.2, "highest": 0.3},
             },
             "stability": [{"asked": 10, "mean": 0.8, "lowest": 0.7}],
             "completeness": {"resid_pre.0": 1.01},

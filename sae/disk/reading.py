@@ -82,7 +82,7 @@ def read_bytes(path: Path, what: str) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise InputError(f"expected {what} at {path}, which does not exist; check the folder's name") from None
+        raise InputError(f"expected {what} at {path}, which does not exist; check its path") from None
     except (OSError, ValueError) as error:  # a folder, a loop of links, no permission; a name that no file can have
         raise InputError(f"expected {what} at {path}, which cannot be read ({_reason(error)})") from None
 

@@ -131,7 +131,7 @@ def check_prompts(lm: LanguageModel, vector: SteeringVector, prompts: Sequence[s
 
 def announce(setup: Setup, made: Arms, config: BreakdownConfig) -> None:
     for name, reason in made.left_out.items():
-        print(f'without the arm "{name}": {reason}', file=sys.stderr)
+        print(f'the arm "{name}" is left out; the reason: {reason}', file=sys.stderr)
     begun = time.monotonic()
     run_pass(setup)
     seconds = (time.monotonic() - begun) * sweep_passes(len(made.arms), len(config.strengths))

@@ -109,7 +109,9 @@ def _head(result: Result) -> str:
         "command": result["settings"]["command"],
     }
     pairs = "".join(f"<div><dt>{key}</dt><dd>{escape(str(value))}</dd></div>" for key, value in facts.items())
-    left_out = "".join(f"<p class='soft'>Without the arm “{escape(arm)}”: {escape(why)}</p>" for arm, why in result["left_out"].items())
+    left_out = "".join(
+        f"<p class='soft'>The arm “{escape(arm)}” was left out. The reason: {escape(why)}</p>" for arm, why in result["left_out"].items()
+    )
     return (
         f"<h1>What a too large coefficient does to {escape(str(result['model']))}</h1><p>One direction at rising strengths, and arms "
         f"that tell causes apart. Strengths are rho: the length of what is added over the stream's median length there.</p>"

@@ -128,7 +128,9 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 @contextmanager
 def _one_sentence(name: str, what: str, found: ModelLocation) -> Iterator[None]:
     if not found.gguf and not Path(name).exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
-        raise InputError(f"expected {what} in the folder {name}, which does not exist; check its path")
+        raise InputError(f"expected {what} at {name}, which does not exist; check its path")
+    if not found.gguf and Path(name).is_file():
+        raise InputError(f"expected {what} as a folder, a GGUF file or a hub name, got the file {name}; give the folder that holds it")
     try:
         yield
     except InputError:

@@ -47,8 +47,10 @@ SHORT_LIST = 0.2
 """of all edges, by score: what elimination begins with"""
 WHOLE_PROMPTS = ("exact", "first-hop")
 """methods whose scores have no parts by position"""
+LEAST = 4
+"""pairs, two of which to find the circuit on; of fewer, even if all are right, no interval is above a half"""
 DRAWS = 20
-"""random circuits of the circuit's size"""
+"""random circuits of the circuit's size, and of random heads in the place of its heads"""
 
 
 @dataclass(kw_only=True)
@@ -155,7 +157,13 @@ def find_circuit(config: CircuitConfig) -> Circuit | None:
 
 def prompts_of(config: CircuitConfig, lm: LanguageModel) -> Prompts:
     if config.pairs is not None:
-        return own_prompts(lm, read_pairs(config.pairs))
+        prompts = own_prompts(lm, read_pairs(config.pairs))
+        if len(prompts) < LEAST:
+            raise InputError(
+                f"expected at least {LEAST} pairs in {config.pairs} that {config.model} can be run on, two to find the circuit on and two "
+                f"to measure it on, got {prompts.summary()}; add pairs"
+            )
+        return prompts
     assert config.task is not None
     return make_prompts(lm, config.task, config.examples, config.seed, config.corruption)
 
@@ -243,7 +251,7 @@ def measured(config: CircuitConfig, patching: Patching, score_rw: Tensor, edges_
 
 
 def measuring_runs(single: int) -> int:
-    return evaluation_runs() + 2 + 2 + DRAWS + (single + 1 if single else 0)
+    return evaluation_runs() + 2 + 2 + 2 * DRAWS + (single + 1 if single else 0)
 
 
 def _counted(patching: Patching, bar: Progress) -> Any:
@@ -265,8 +273,8 @@ def check_task(config: CircuitConfig) -> None:
         raise InputError("expected either --task or --pairs, got both or neither; give one of them")
     if config.pairs is not None and config.corruption is not None:
         raise InputError("--corruption is for the package's tasks, got --pairs too; leave one of them out")
-    if config.examples < 4:
-        raise InputError(f"expected at least 4 examples, two to find the circuit on and two to measure it on, got {config.examples}")
+    if config.examples < LEAST:
+        raise InputError(f"expected at least {LEAST} examples, two to find the circuit on and two to measure it on, got {config.examples}")
     if config.task is not None:
         corruption_of(config.task, config.corruption)
 

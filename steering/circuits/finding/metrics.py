@@ -17,7 +17,7 @@ from torch import Tensor
 from sae.errors import InputError
 from sae.progress import Progress
 from sae.statistics import Estimate, data_and_resamples, estimate, mean_estimate, ratio
-from steering.circuits.model_graph.graph import Graph
+from steering.circuits.model_graph.graph import HEAD_INPUTS, Graph
 
 Run = Callable[[Tensor], np.ndarray]
 """of a circuit, bool [r, w], the metric of every pair, [n]"""
@@ -105,7 +105,7 @@ def cpr(f_kb: np.ndarray) -> np.ndarray:
 
 
 def cmd(f_kb: np.ndarray) -> np.ndarray:
-    """MIB's CMD, [b]: the area between f and 1; 0 is best. Half of it are the sizes above 50 %."""
+    """MIB's CMD, [b]: the area between f and 1; 0 is best. Half of it comes from the sizes above 50 %."""
     return np.trapezoid(np.abs(1 - f_kb), FRACTIONS, axis=0)
 
 
@@ -156,17 +156,24 @@ def evaluate_scores(run: Run, graph: Graph, score_rw: Tensor, seed: int = 0, bar
 
 
 def evaluate_circuit(run: Run, graph: Graph, circuit_rw: Tensor, ends: Bounds, draws: int = 20, seed: int = 0) -> dict[str, Any]:
-    """One circuit: its faithfulness, what the model does when it is cut, and random circuits of its size, as it goes into JSON."""
+    """One circuit: its faithfulness, what the model does when it is cut, random circuits of as many edges, and the circuit of random
+    heads in the place of its own, as it goes into JSON."""
     n_edges = int(graph.checked(circuit_rw).sum())
-    f_d = [float(ends.faithfulness(run(one_rw))[0]) for one_rw in random_circuits(graph, n_edges, draws, seed)] if n_edges else []
+    drawn = random_circuits(graph, n_edges, draws, seed) if n_edges else []
     f_b = ends.faithfulness(run(circuit_rw))
     return {
         "n_edges": n_edges,
         "f": estimate(f_b),
         "ndf": estimate(ndf(f_b)),
         "without": completeness(run, graph, circuit_rw, ends),
-        "random": {"f": f_d, "mean": float(np.mean(f_d)) if f_d else None, "highest": max(f_d, default=None)},
+        "random": _control(run, ends, drawn),
+        "random_heads": _control(run, ends, of_random_heads(graph, circuit_rw, draws, seed)),
     }
+
+
+def _control(run: Run, ends: Bounds, circuits: Sequence[Tensor]) -> dict[str, Any]:
+    f_d = [float(ends.faithfulness(run(circuit_rw))[0]) for circuit_rw in circuits]
+    return {"f": f_d, "mean": float(np.mean(f_d)) if f_d else None, "highest": max(f_d, default=None)}
 
 
 def completeness(run: Run, graph: Graph, circuit_rw: Tensor, ends: Bounds) -> Estimate:
@@ -224,6 +231,28 @@ def random_circuits(graph: Graph, n_edges: int, draws: int, seed: int = 0) -> li
         circuit_rw = _random_circuit(graph, n_edges, rng)
         if circuit_rw is not None:
             found.append(circuit_rw)
+    return found
+
+
+def of_random_heads(graph: Graph, circuit_rw: Tensor, draws: int, seed: int = 0) -> list[Tensor]:
+    """The circuit with random heads of the same layers in the place of its heads, all their edges with them, bool [r, w].
+
+    Each draw permutes the heads of every layer, so it has as many edges and nodes of every kind in every layer; some heads may be the
+    circuit's own. None is drawn for a circuit without heads, which would stay as it is.
+    """
+    rng, found = np.random.default_rng(seed), list[Tensor]()
+    heads = [name.startswith("head") for name in graph.writers]
+    fed = graph.fed_r[circuit_rw.cpu().any(1)].tolist()
+    if not circuit_rw[:, heads].any() and not any(w >= 0 and heads[w] for w in fed):
+        return []
+    for _ in range(draws):
+        order_r, order_w = torch.arange(len(graph.readers)), torch.arange(len(graph.writers))
+        for layer in range(graph.n_layers):
+            order = torch.from_numpy(rng.permutation(graph.n_heads))
+            order_w[graph.heads(layer)] = graph.heads(layer).start + order
+            for kind in HEAD_INPUTS:
+                order_r[graph.head_inputs(kind, layer)] = graph.head_inputs(kind, layer).start + order
+        found.append(circuit_rw.cpu()[order_r][:, order_w])
     return found
 
 

@@ -19,6 +19,8 @@ from steering.circuits.pages.plots import curve_svg, interval
 from steering.report_style import STYLE
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+CONTROLS = {"random": "random circuits of as many edges", "random_heads": "circuits of random heads in place of its own"}
+"""by their names in an evaluation"""
 WEB = resources.files("steering.circuits.pages") / "web"
 
 
@@ -156,7 +158,7 @@ def _measures(circuit: Circuit) -> str:
         return ""
     one = found["circuit"]
     sizes = {row["edges"]: row for row in [*found["absolute"], *found["counts"]]}  # some are in both
-    rows, controls = [sizes[n] for n in sorted(sizes)], {"random circuits of its size": one["random"]["f"]}
+    rows, controls = [sizes[n] for n in sorted(sizes)], {name: one[key]["f"] for key, name in CONTROLS.items() if key in one}
     names = "".join(f"<li class='c{number}'>{escape(name)}</li>" for number, name in enumerate(controls))
     key = f"<ul class='key plain'><li class='line'>edges of the highest scores</li><li class='own'>the circuit</li>{names}</ul>"
     measures = [

@@ -71,7 +71,7 @@ def make_arms(graph: Graph, circuit_rw: Tensor, site: str, draws: int, rng: np.r
         if inputs[0].start >= first:
             heads[layer] = [head for head in range(graph.n_heads) if any(in_circuit[one.start + head] for one in inputs)]
     if not any(heads.values()):
-        raise InputError(f"expected a circuit with heads behind {site}, got one without; give a site further in front")
+        raise InputError(f"expected a circuit with heads behind {site}, got one without; give an earlier site")
 
     def inputs_of(chosen: Mapping[int, Sequence[int]], kinds: Sequence[str] = HEAD_INPUTS) -> tuple[int, ...]:
         return tuple(graph.head_inputs(kind, layer).start + h for layer, some in chosen.items() for kind in kinds for h in some)

@@ -195,7 +195,7 @@ def test_prompts_shorter_than_two_prompts_rows_are_counted(folder, tmp_path, cap
     result = diagnose_breakdown(config(folder, tmp_path / "b.json", **given))
     said = capsys.readouterr()
     assert "1 of 2 prompts are shorter than the vector's 5 positions: they get the first ones" in said.err
-    assert 'without the arm "last": expected one direction for every position' in said.err
+    assert 'the arm "last" is left out; the reason: expected one direction for every position' in said.err
     assert "added at the first 5 tokens" in said.out
     assert "added at the first 5 tokens" in (tmp_path / "b.html").read_text()
     assert set(result["left_out"]) == {"lengthened", "front", "last"}

@@ -22,6 +22,7 @@ from steering.circuits.finding.metrics import (
     jaccard,
     minimality,
     ndf,
+    of_random_heads,
     random_circuits,
     stability,
     top_edges,
@@ -161,6 +162,7 @@ def test_completeness_and_minimality_by_hand():
     found = evaluate_circuit(run, ONE, circuit_rw, ends, draws=3)
     assert (found["n_edges"], found["f"]["value"], found["ndf"]["value"]) == (3, 1.0, 1.0)
     assert len(found["random"]["f"]) == 3
+    assert found["random_heads"] == {"f": [1.0] * 3, "mean": 1.0, "highest": 1.0}  # the graph has one head
 
 
 def test_jaccard_and_stability():
@@ -183,6 +185,39 @@ def test_jaccard_and_stability():
     assert row["mean"] == jaccard(*kept) < 1
     with pytest.raises(InputError, match="at least two rounds"):
         stability(score, 5, BIG, (30,), rounds=1)
+
+
+def test_random_heads_take_the_place_of_the_circuits_with_all_their_edges():
+    names = [
+        "embed->q.0.1",
+        "embed->v.0.1",
+        "head.0.1->v.1.0",
+        "head.0.1->mlp_in.1",
+        "head.1.0->logits",
+        "mlp.1->k.2.2",
+        "head.2.2->logits",
+    ]
+    seen, alike = {layer: set() for layer in range(3)}, 0
+    for circuit_rw in of_random_heads(BIG, BIG.circuit(names), 200, seed=1):
+        drawn = BIG.edges(circuit_rw)
+        found = {}  # which head stands for which, the same one in all edges
+        for edge in drawn:
+            for end in edge.split("->"):
+                _, layer, *head = end.split(".") if "." in end else (end, "")
+                if head:
+                    found.setdefault(int(layer), set()).add(int(head[0]))
+        assert {layer: len(heads) for layer, heads in found.items()} == {0: 1, 1: 1, 2: 1}
+        a, b, c = (next(iter(found[layer])) for layer in range(3))
+        by_name = [f"embed->q.0.{a}", f"embed->v.0.{a}", f"head.0.{a}->v.1.{b}", f"head.0.{a}->mlp_in.1", f"head.1.{b}->logits"]
+        assert set(drawn) == {*by_name, f"mlp.1->k.2.{c}", f"head.2.{c}->logits"}
+        for layer in range(3):
+            seen[layer] |= found[layer]
+        alike += drawn == names
+    assert all(heads == {0, 1, 2, 3} for heads in seen.values())
+    assert alike < 20  # of 64 that are equally likely
+    assert of_random_heads(BIG, BIG.circuit(["embed->mlp_in.0", "mlp.0->logits"]), 5) == []
+    (one,) = of_random_heads(Graph(2, 2, parallel=True), Graph(2, 2, parallel=True).circuit(["embed->q.1.0"]), 1)
+    assert int(one.sum()) == 1
 
 
 @pytest.mark.parametrize("graph", [ONE, BIG, Graph(2, 2, parallel=True)])

@@ -12,6 +12,7 @@ from sae.model.language_model import LanguageModel
 from steering.circuits.files import open_circuit
 from steering.circuits.finding.command import CircuitConfig, find_circuit
 from steering.circuits.model_graph.engine import Engine
+from steering.circuits.pages.page import circuit_html
 from steering.circuits.tasks.prompts import make_prompts
 
 DEMO = str(Path(__file__).resolve().parents[3] / "checkpoints" / "demo-lm")
@@ -41,6 +42,7 @@ def test_the_file_holds_the_circuit(found, lm):
     assert opened.method["settings"]["seed"] == 3
     mib = json.loads(config.mib.read_text())
     assert len(mib["edges"]) == circuit.graph.n_edges
+    assert config.out.with_suffix(".html").read_text() == circuit_html(opened)
     assert sum(edge["in_graph"] for edge in mib["edges"].values()) == int(circuit.edges_rw.sum())
 
 
@@ -67,6 +69,8 @@ def test_the_circuit_does_more_than_random_ones_and_scores_add_up(found):
     _, circuit = found
     one = circuit.evaluation["circuit"]
     assert one["f"]["value"] > 0.5 > one["random"]["highest"]
+    assert len(one["random_heads"]["f"]) == len(one["random"]["f"]) == 20
+    assert one["random_heads"]["mean"] < one["f"]["value"]
     assert all(0.9 < share < 1.1 for share in circuit.evaluation["completeness"].values())
     assert len(circuit.evaluation["minimality"]) == one["n_edges"] == int(circuit.edges_rw.sum())
     strongest = circuit.graph.edge_name(*divmod(int(circuit.score_rw.argmax()), circuit.score_rw.shape[1]))
@@ -114,6 +118,16 @@ def test_scores_by_piece_of_the_prompt(tmp_path, capsys):
     assert repr(pieces["example"][0]) in capsys.readouterr().out
 
 
+def test_too_few_own_pairs_are_the_files_fault(tmp_path):
+    path, row = tmp_path / "pairs.jsonl", {"clean": "The boy", "corrupt": "The boys", "right": " is", "wrong": " are"}
+    rows = [row, row | {"clean": "The girl", "corrupt": "The girls"}, row | {"clean": "The", "corrupt": "The old boys"}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(
+        InputError, match=r"at least 4 pairs in .*pairs\.jsonl .*got 2 pairs .*left out: 1 of different lengths.*; add pairs"
+    ):
+        find_circuit(CircuitConfig(model=DEMO, pairs=path, out=tmp_path / "c.json"))
+
+
 def test_a_task_that_is_not_there_stops_with_its_numbers(tmp_path):
     with pytest.raises(InputError, match=r"to do the task ioi.*% of 16 right.*clean minus corrupt") as caught:
         find_circuit(CircuitConfig(model=DEMO, task="ioi", examples=16, out=tmp_path / "c.json"))
@@ -139,6 +153,8 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
         ({"task": "ioi", "examples": 3}, "at least 4 examples"),
         ({"task": "ioi", "tau": 0.0}, "tau above 0"),
         ({"task": "ioi", "edges": 0}, "at least one edge"),
+        ({"task": "ioi", "out": Path("c.html")}, "which is the page's; end it in .json"),
+        ({"pairs": Path("absent.jsonl")}, "at absent.jsonl, which does not exist; check its path"),
         ({"task": "iou"}, "one of ioi, greater-than"),
         ({"task": "ioi", "corruption": "flip"}, "one of swap, third, abc"),
         ({"task": "agreement", "examples": 8, "edges": 5000}, "at most 1,519 edges"),
@@ -146,4 +162,4 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
 )
 def test_bad_requests(tmp_path, flags, said):
     with pytest.raises(InputError, match=said):
-        find_circuit(CircuitConfig(model=DEMO, out=tmp_path / "c.json", **flags))
+        find_circuit(CircuitConfig(**{"model": DEMO, "out": tmp_path / "c.json"} | flags))
