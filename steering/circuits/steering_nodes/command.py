@@ -17,9 +17,22 @@ from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.progress import progress
 from steering.circuits.files import Circuit, open_circuit
-from steering.circuits.finding.command import CircuitConfig, prompts_of
+from steering.circuits.finding.command import CircuitConfig, prompts_of, rows_of_pass
 from steering.circuits.model_graph.engine import Engine
-from steering.circuits.steering_nodes.arms import Arm, Measured, carriers, make_arms, mean_over, measure_arm, of_one_answer, task_direction
+from steering.circuits.steering_nodes.arms import (
+    Arm,
+    Measured,
+    carriers,
+    edge_arms,
+    make_arms,
+    mean_over,
+    measure_arm,
+    of_one_answer,
+    random_edges,
+    strongest_edges,
+    task_direction,
+    writers_change,
+)
 from steering.circuits.tasks.prompts import Prompts
 from steering.directions.random import random_direction
 from steering.directions.texts import activations_of_texts
@@ -29,7 +42,7 @@ from steering.strength.neutral import MEASURED, OTHERS
 from steering.vector import SteeringVector
 
 FORMAT = "circuit-steering-1"
-RANDOM, VALUES, DIRECTION = "random heads", "values of random heads", "random direction, whole stream"
+RANDOM, VALUES, EDGE, DIRECTION = "random heads", "values of random heads", "random edge", "random direction, whole stream"
 DIRECTIONS = 5
 """random directions of the whole stream"""
 STEPS = 6
@@ -43,12 +56,20 @@ class SteerCircuitConfig:
     circuit: Path
     """JSON file of a circuit that find-circuit wrote for this model, whose task is measured."""
     vector: str | None = None
-    """Direction: a file with one direction, diffmean:CONCEPT, pca:N or random:SEED. Default: the task's own, the mean stream of clean
-    prompts minus that of corrupt ones at their last token, over the pairs with the most frequent answers."""
+    """Direction: a file with one direction, the number of a feature of --dictionary, diffmean:CONCEPT, pca:N or random:SEED. Default: the
+    task's own, the mean stream of clean prompts minus that of corrupt ones at their last token, over the pairs with the most frequent
+    answers."""
+    dictionary: str | None = None
+    """Folder, file or hub name of a dictionary of this model, one of whose features --vector names."""
     site: str | None = None
-    """Site of the residual stream behind which readers are steered. Default: resid_post a third of the way in."""
+    """Site of the residual stream behind which readers are steered. Default: the dictionary's, else resid_post a third of the way in."""
     budgets: tuple[float, ...] = (0.01, 0.1, 0.5)
     """KL on neutral text, in nats per token, at which arms are compared; rising."""
+    edge: tuple[str, ...] = ()
+    """Edges that are steered alone, such as "head.0.1->q.2.3": the reader reads the stream plus what the writer writes more on clean
+    prompts than on corrupt ones. "vector->q.2.3" adds the direction itself."""
+    edges: int = 0
+    """How many of the circuit's strongest edges are steered alone, beside --draws random edges outside the circuit. Default: none."""
     draws: int = 20
     """Draws of as many random heads in each layer as the circuit has there."""
     examples: int = 256
@@ -75,8 +96,12 @@ def steer_circuit(config: SteerCircuitConfig) -> dict[str, Any]:
     circuit = open_circuit(config.circuit, lm)
     engine = Engine(lm)
     found_on, held_out = _others(config, circuit, lm).halves(config.seed)
-    site = config.site or f"resid_post.{lm.n_layers // 3}"
-    vector = named_direction(lm, config.vector, None, site).vector if config.vector else task_direction(engine, found_on, site)
+    site = config.site or (None if config.dictionary else f"resid_post.{lm.n_layers // 3}")
+    if config.vector:
+        vector = named_direction(lm, config.vector, config.dictionary, site).vector
+    else:
+        assert site is not None  # a dictionary needs a vector
+        vector = task_direction(engine, found_on, site)
     if vector.site != site and config.site is not None:
         raise InputError(f"expected a vector of {site}, got one of {vector.site}; leave out --site")
     site = vector.site
@@ -86,9 +111,10 @@ def steer_circuit(config: SteerCircuitConfig) -> dict[str, Any]:
         raise InputError(f"expected held-out pairs with the right answer {answer[0]!r}, got none; ask for more --examples")
     measured_on = held_out.subset(chosen)
     arms = make_arms(engine.graph, circuit.edges_rw, site, config.draws, np.random.default_rng(config.seed))
+    arms += _edges(config, circuit, engine, found_on, site)
     unit_d = vector.unit().direction_d * typical_norm(torch.cat(activations_of_texts(lm, OTHERS, site)))  # so that coefficients are rho
     print(
-        f"{len(arms)} sets of readers behind {site} of {config.model} at {len(config.budgets)} budgets, on {len(measured_on)} pairs with "
+        f"{len(arms)} arms behind {site} of {config.model} at {len(config.budgets)} budgets, on {len(measured_on)} pairs with "
         f"the answer {answer[0]!r}; direction: {', '.join(f'{key} {value}' for key, value in vector.provenance.items())}",
         file=sys.stderr,
     )
@@ -97,11 +123,11 @@ def steer_circuit(config: SteerCircuitConfig) -> dict[str, Any]:
     neutral, found = encode_cut(lm, MEASURED), dict[str, list[Measured]]()
     with progress("steering", len(arms) + DIRECTIONS, "arms") as bar:
         for arm in arms:
-            found[arm.name] = measure_arm(engine, arm.readers, unit_d, measured_on, neutral, config.budgets)
+            found[arm.name] = measure_arm(engine, arm, unit_d, measured_on, neutral, config.budgets)
             bar.advance(1, arm=arm.name)
         for number in range(DIRECTIONS):
             random_d = random_direction(len(unit_d), site, config.seed + number, float(unit_d.norm())).direction_d
-            found[f"{DIRECTION} {number}"] = measure_arm(engine, arms[0].readers, random_d, measured_on, neutral, config.budgets)
+            found[f"{DIRECTION} {number}"] = measure_arm(engine, arms[0], random_d, measured_on, neutral, config.budgets)
             bar.advance(1, arm=DIRECTION)
     settings = asdict(config) | {"command": f"{sys.argv[0]} {shlex.join(sys.argv[1:])}", "seconds": round(time.monotonic() - started)}
     rows = rows_of(arms, found, config.budgets)
@@ -120,13 +146,29 @@ def steer_circuit(config: SteerCircuitConfig) -> dict[str, Any]:
             "settings": settings,
             "full_effect": _full_effect(engine, measured_on),
             "arms": rows,
-            "carriers": carriers(engine, scaled, rho, measured_on, circuit.edges_rw, STEPS),
+            "carriers": carriers(engine, scaled, rho, measured_on, circuit.edges_rw, STEPS, config.draws),
         }
     )
     write_json(config.out, result)
     print_tables(result)
     print(f"numbers: {config.out}")
     return result
+
+
+def _edges(config: SteerCircuitConfig, circuit: Circuit, engine: Engine, found_on: Prompts, site: str) -> list[Arm]:
+    """Arms of single edges: those asked for, the circuit's strongest, and random ones beside these."""
+    if not config.edge and not config.edges:
+        return []
+    if config.edges and circuit.score_rw is None:
+        raise InputError("expected a circuit with scores for its strongest edges, got one without; name them with --edge")
+    graph, chosen = engine.graph, found_on.subset(of_one_answer(found_on))
+    change_wd, rng = writers_change(engine, chosen, rows_of_pass(engine, chosen)), np.random.default_rng(config.seed)
+    names, drawn = list(config.edge), list[str]()
+    if config.edges and circuit.score_rw is not None:
+        names += strongest_edges(graph, circuit.edges_rw, circuit.score_rw, change_wd, config.edges)
+        drawn = random_edges(graph, circuit.edges_rw, change_wd, config.draws, rng)
+    arms = edge_arms(graph, list(dict.fromkeys(names)), site, change_wd)
+    return arms + [arm._replace(name=f"{EDGE} {at}") for at, arm in enumerate(edge_arms(graph, drawn, site, change_wd))]
 
 
 def _others(config: SteerCircuitConfig, circuit: Circuit, lm: LanguageModel) -> Prompts:
@@ -151,9 +193,9 @@ def rows_of(arms: Sequence[Arm], found: dict[str, list[Measured]], budgets: Sequ
     draws that do not reach the budget are left out, unless none does."""
     groups: dict[str, list[str]] = {}
     for name in found:
-        group = next((group for group in (RANDOM, VALUES, DIRECTION) if name.startswith(group)), name)
+        group = next((group for group in (RANDOM, VALUES, EDGE, DIRECTION) if name.startswith(group)), name)
         groups.setdefault(group, []).append(name)
-    readers = {arm.name: len(arm.readers) for arm in arms}
+    readers = {arm.name: arm.places for arm in arms}
     rows = []
     for number, budget in enumerate(budgets):
         for group, names in groups.items():
@@ -207,6 +249,10 @@ def _check(config: SteerCircuitConfig) -> None:
         or list(config.budgets) != sorted(set(config.budgets))
     ):
         raise InputError(f"expected rising budgets above 0, got {', '.join(map(str, config.budgets)) or 'none'}")
+    if config.dictionary is not None and config.vector is None:
+        raise InputError("expected --vector with the number of a feature of --dictionary, got none; give one or leave the dictionary out")
+    if config.edges < 0:
+        raise InputError(f"expected a number of edges from 0 on, got {config.edges}")
     if config.draws < 2:
         raise InputError(f"expected at least 2 draws of random heads, got {config.draws}")
     if not config.dry_run:
@@ -243,4 +289,7 @@ def print_tables(result: dict[str, Any]) -> None:
     for kind, share in carried["by_kind"].items():
         kinds.add_row(kind, f"{share:.2f}")
     kinds.add_row(f"those of the circuit ({carried['circuit_readers']} of {carried['readers']})", f"{carried['in_circuit']:.2f}")
+    for name, key in (("as many random readers", "random_readers"), ("the circuit's with random heads for its own", "random_heads")):
+        if drawn := carried[key]:
+            kinds.add_row(f"{name}, {len(drawn)} draws", f"{np.mean(drawn):.2f} (highest {max(drawn):.2f})")
     console.print(kinds)

@@ -198,6 +198,26 @@ def test_other_cuts_and_metrics_are_refused():
         engine.gradients(CLEAN, None, lambda logits_spv: logits_spv.sum())
 
 
+def test_a_model_loaded_in_8_bits_is_refused():
+    """As bitsandbytes has it: a linear layer whose weight is of whole numbers, with a scale for each row."""
+
+    class Linear8bitLt(torch.nn.Linear):
+        def __init__(self, inner):
+            super().__init__(inner.in_features, inner.out_features, inner.bias is not None)
+            self.scale_c = inner.weight.detach().abs().amax(1, keepdim=True) / 127
+            self.weight = torch.nn.Parameter((inner.weight.detach() / self.scale_c).round().to(torch.int8), requires_grad=False)
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale_c, self.bias)
+
+    model = copy.deepcopy(tiny("llama").model)
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, Linear8bitLt(getattr(layer.self_attn, name)))
+    with pytest.raises(InputError, match=r"got Linear8bitLt; load the model whole, without adapters and not in 8 bits$"):
+        Engine(LanguageModel(model, name="quantized"))
+
+
 def test_projections_that_are_no_plain_linear_maps_are_refused():
     class Adapted(torch.nn.Module):
         def __init__(self, inner):

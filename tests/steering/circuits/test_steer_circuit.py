@@ -133,7 +133,16 @@ def circuit(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(circuit):
-    config = SteerCircuitConfig(model=DEMO, circuit=circuit, budgets=(0.02, 0.2), draws=2, examples=40, out=circuit.with_name("s.json"))
+    config = SteerCircuitConfig(
+        model=DEMO,
+        circuit=circuit,
+        edge=("vector->mlp_in.2",),
+        edges=1,
+        budgets=(0.02, 0.2),
+        draws=2,
+        examples=40,
+        out=circuit.with_name("s.json"),
+    )
     found = steer_circuit(config)
     assert json.loads(config.out.read_text()) == found
     return found
@@ -190,7 +199,12 @@ def test_arms_meet_their_budgets_and_shares_add_up(result):
     assert rows["random direction, whole stream", 0.2]["draws"] == DIRECTIONS
     stream, random = (rows[arm, 0.2]["change"] for arm in ("whole stream", "random direction, whole stream"))
     assert stream["low"] > random["value"]  # the task's own direction does more
+    assert rows["edge vector->mlp_in.2", 0.2]["readers"] == 1
+    assert sum(arm.startswith("edge ") for arm, _ in rows) == 2 * 2  # and the strongest
+    assert rows["random edge", 0.2]["draws"] == 2
     carried = result["carriers"]
+    assert len(carried["random_readers"]) == len(carried["random_heads"]) == 2
+    assert max(carried["random_readers"]) < carried["in_circuit"]
     assert carried["sum"] == pytest.approx(1, abs=0.05)
     assert sum(carried["by_kind"].values()) == pytest.approx(carried["sum"])
     assert 0.9 < carried["least_across"] <= carried["most_across"] < 1.1
