@@ -229,7 +229,7 @@ def test_a_dry_run_and_what_is_refused(circuit, tmp_path, capsys):
     assert steer_circuit(config(dry_run=True)) == {}
     assert list(tmp_path.iterdir()) == []
     said = capsys.readouterr().err
-    assert "sets of readers behind resid_post.1" in said
+    assert "arms behind resid_post.1" in said
     no_task = json.loads(circuit.read_text())
     no_task["method"] = {}
     (tmp_path / "none.json").write_text(json.dumps(no_task))
