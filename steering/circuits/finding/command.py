@@ -225,8 +225,8 @@ def searched(config: CircuitConfig, patching: Patching, score_rw: Tensor) -> tup
         return top_edges(graph, score_rw, config.edges, absolute=True), {"edges": config.edges}
     if config.search == "masks":
         with progress("learning masks", MASK_STEPS, "steps") as bar:
-            learned = learn_masks(patching, score_rw, config.edges, seed=config.seed, bar=bar)
-        said = {"edges": config.edges, "steps": MASK_STEPS, "open_at_the_end": learned.expected, "kl": learned.kl}
+            learned = learn_masks(patching, score_rw, config.edges, steps=MASK_STEPS, seed=config.seed, bar=bar)
+        said = {"edges": config.edges, "mask_steps": MASK_STEPS, "open_at_the_end": learned.expected, "kl": learned.kl}
         return learned.circuit_rw, said
     n = graph.n_edges if config.search == "acdc" else round(SHORT_LIST * graph.n_edges)
     with progress(f"taking edges away ({config.search})", n, "edges") as bar:

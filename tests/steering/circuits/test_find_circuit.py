@@ -88,6 +88,17 @@ def test_elimination_keeps_what_it_needs(tmp_path, capsys):
     assert circuit.method["runs"] >= 300
 
 
+def test_masks_take_the_edges_asked_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("steering.circuits.finding.command.MASK_STEPS", 10)
+    config = CircuitConfig(model=DEMO, task="agreement", examples=8, method="eap", search="masks", edges=30, out=tmp_path / "c.json")
+    circuit = find_circuit(config)
+    assert "the circuit (masks)" in capsys.readouterr().out
+    assert 0 < int(circuit.edges_rw.sum()) <= 30
+    assert circuit.method["mask_steps"] == 10
+    assert circuit.method["kl"] > 0
+    assert torch.equal(open_circuit(config.out).edges_rw, circuit.edges_rw)
+
+
 def test_own_pairs(tmp_path):
     path = tmp_path / "pairs.jsonl"
     nouns = [("boy", "boys"), ("girl", "girls"), ("dog", "dogs"), ("king", "kings"), ("car", "cars"), ("book", "books")]
