@@ -122,17 +122,18 @@ def find_feature_circuit(config: FindCircuitConfig) -> FeatureCircuit | None:
     }
     rows, answer = node_rows(lm, sites, found_on, score_n, inside, frequency)
     vector = circuit_vector(lm, sites, rows, answer)
-    evaluation["steering"] = steering_effect(lm, vector, held_out, answer, config.seed)
+    evaluation["steering"] = steering_effect(lm, vector, held_out, answer, config.seed) if vector else None
     method_of = {"scores": config.node_method, "steps": STEPS, "steering": {"answer": answer}, "settings": settings}
     scores = {site.name(node): float(one_n[node]) for site, one_n in zip(sites, score_n) for node in one_n.nonzero()[:, 0].tolist()}
     parts = (jsonable(part) for part in (task, method_of, evaluation))
     circuit = FeatureCircuit(config.model, lm.fingerprint(), [row_of(site) for site in sites], rows, edges, scores, *parts)
     circuit.save(config.out)
     vector_path, page = (config.out.with_suffix(ending) for ending in (".safetensors", ".html"))
-    vector.save(vector_path)
+    if vector is not None:
+        vector.save(vector_path)
     write_page(circuit, known, vector_path, page)
     print_tables(circuit)
-    print(f"circuit: {config.out}, its page: {page}, to steer with: {vector_path}")
+    print(f"circuit: {config.out}, its page: {page}" + (f", to steer with: {vector_path}" if vector else "; no feature to steer with"))
     return circuit
 
 

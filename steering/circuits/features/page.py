@@ -129,6 +129,8 @@ def _head(circuit: FeatureCircuit) -> str:
 
 
 def _steering(circuit: FeatureCircuit, known: dict[str, Known], vector: Path) -> str:
+    if not any(row["weight"] for row in circuit.nodes):
+        return ""
     answer = ", ".join(f"“{text}”" for text in circuit.method["steering"]["answer"])
     prompt = "".join(circuit.task["example"]["corrupt"])
     commands = ["sae steer " + shlex.join(["--model", circuit.model, "--vector", str(vector), "--strength", "1", "--prompt", prompt])]

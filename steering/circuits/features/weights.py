@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.statistics import mean_estimate
 from steering.circuits.features.files import NodeRow
@@ -69,8 +68,13 @@ def _largest(lm: LanguageModel, sites: Sequence[FeatureSite], prompts: Prompts, 
     return [torch.cat(one) for one in found]
 
 
-def circuit_vector(lm: LanguageModel, sites: Sequence[FeatureSite], rows: Sequence[NodeRow], answer: Sequence[str]) -> SteeringVector:
-    """Σ weight · W_dec over the circuit's features, at each site that has some: coefficient 1 makes them as active as on the clean side."""
+def circuit_vector(
+    lm: LanguageModel, sites: Sequence[FeatureSite], rows: Sequence[NodeRow], answer: Sequence[str]
+) -> SteeringVector | None:
+    """Σ weight · W_dec over the circuit's features, at each site that has some: coefficient 1 makes them as active as on the clean side.
+
+    None where no feature is more or less active there.
+    """
     weights, directions = {row["node"]: row["weight"] for row in rows}, {}
     for site in sites:
         features_k = torch.tensor([node for node in range(site.d_sae) if weights.get(site.name(node))], dtype=torch.long)
@@ -79,9 +83,7 @@ def circuit_vector(lm: LanguageModel, sites: Sequence[FeatureSite], rows: Sequen
             rows_ko = site.rows(features_k)
             directions[site.writes] = weight_k.to(rows_ko) @ rows_ko
     if not directions:
-        raise InputError(
-            f"expected features that are more active before {answer[0]!r} than on the corrupt side, got none; give more --nodes"
-        )
+        return None
     return SteeringVector(
         directions, {"method": "feature circuit", "answer": list(answer), "model": lm.name, "fingerprint": lm.fingerprint()}
     )
