@@ -33,8 +33,8 @@ from steering.circuits.tasks.prompts import Prompts
 
 MOST_EDGES = 500
 """that are kept, the strongest"""
-OF_EDGES = ("method", "search", "edges", "tau", "minimality", "mib")
-OF_FEATURES = ("node_method", "nodes", "penalty", "outside", "index", "export")
+OF_BOTH = {"model", "task", "pairs", "corruption", "examples", "seed", "out", "device", "dry_run", "features"}
+"""flags of circuits of edges and of features"""
 
 
 @dataclass(kw_only=True)
@@ -60,7 +60,8 @@ class FindCircuitConfig(CircuitConfig):
 def find(config: FindCircuitConfig) -> Circuit | FeatureCircuit | None:
     """Runs one of the two commands. Raises `InputError` for flags of the other one too."""
     given = {one.name for one in fields(config) if getattr(config, one.name) != one.default}
-    if wrong := sorted(given & set(OF_EDGES if config.features else OF_FEATURES)):
+    of_edges = {one.name for one in fields(CircuitConfig)}
+    if wrong := sorted((given - OF_BOTH) & of_edges if config.features else given - OF_BOTH - of_edges):
         flag = "--" + wrong[0].replace("_", "-")
         raise InputError(
             f"{flag} is for circuits of {'edges, got --features too' if config.features else 'features'}; leave {flag} out"
