@@ -55,7 +55,7 @@ def graph_html(content: GraphFile, path: str) -> str:
             {
                 "id": node["id"],
                 "kind": node["kind"],
-                "label": node_label(node, tokens),
+                "label": _seen(node_label(node, tokens)),
                 "influence": node["influence"],
                 "facts": _facts(node),
                 "layer": node["layer"],
@@ -68,7 +68,7 @@ def graph_html(content: GraphFile, path: str) -> str:
     parts = [_head(content), _graph(content), _interventions(content)]
     held = json.dumps(data, ensure_ascii=True).replace("<", "\\u003c")  # so that no text of a token ends the script
     parts.append(f'<script type="application/json" id="data">{held}</script><script>{SCRIPT}</script>')
-    return document(f"Attribution graph of {content['prompt'][:60]}", "\n".join(parts), STYLE + OWN_STYLE, POLICY)
+    return document(f"Attribution graph of {_seen(content['prompt'][:60])}", "\n".join(parts), STYLE + OWN_STYLE, POLICY)
 
 
 def _facts(node: Node) -> list[list[str]]:
@@ -92,7 +92,7 @@ def _head(content: GraphFile) -> str:
         "read from features that are not in the graph": f"{100 * found['left_out']:.2g} %",
         "command": content["settings"].get("command", ""),
     }
-    pairs = "".join(f"<div><dt>{key}</dt><dd>{escape(str(value))}</dd></div>" for key, value in facts.items())
+    pairs = "".join(f"<div><dt>{key}</dt><dd>{_plain(str(value))}</dd></div>" for key, value in facts.items())
     logits = ", ".join(f"{word_html(node['text'])} {figure(node['influence'])}" for node in nodes if node["kind"] == "logit")
     prompt = "".join(word_html(token) for token in content["tokens"])
     return f"<h1>What makes the next token likely</h1><p>{prompt}</p><p class='soft'>next token: {logits}</p><dl class='facts'>{pairs}</dl>"
@@ -175,9 +175,13 @@ def _mark(n: int, node: Node, x: float, y: float, largest: float, tokens: list[s
     return f'<circle {common} cx="{x:g}" cy="{y:g}" r="{size:.2f}"><title>{label}</title></circle>'
 
 
+def _seen(text: str) -> str:
+    """What cannot be seen as its code, where no marks can stand."""
+    return "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in text)
+
+
 def _plain(text: str) -> str:
-    """Escaped, for SVG, which knows no marks: what cannot be seen as its code."""
-    return escape("".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in text))
+    return escape(_seen(text))
 
 
 def _interventions(content: GraphFile) -> str:
