@@ -113,7 +113,7 @@ def _graph(content: GraphFile) -> str:
         "reads it. Errors have no input, since nobody knows what they are made of.</p>"
         f"<ul class='key'>{listed}</ul><div class='tools'>"
         '<label>nodes of the largest influence <input type="range" id="nodes" min="1" max="100" value="100"><output></output></label>'
-        '<label>edges of the highest score <input type="range" id="edges" min="0" max="100" value="15"><output></output></label>'
+        '<label>edges of the highest score <input type="range" id="edges" min="0" max="100" step="any" value="15"><output></output></label>'
         '<label><input type="checkbox" id="errors" checked> errors</label></div>'
         f'<div class="graph"><div class="drawing">{_svg(content)}</div><div class="detail" id="detail" aria-live="polite">'
         "<p class='soft'>Nothing chosen.</p></div></div></section>"
@@ -140,14 +140,15 @@ def _svg(content: GraphFile) -> str:
     for layer in range(n_layers, -2, -1):
         top[layer] = y
         y += lines[layer] * ROW + GAP
-    width, height = x + MARGIN, y + MARGIN
+    width, height = x + LEFT, y + MARGIN
     names = {-1: "tokens", n_layers: "logits"}
     drawn = []
     for layer in range(-1, n_layers + 1):
         if (n_layers - layer) % 2:
             drawn.append(f'<rect class="band" x="0" y="{top[layer] - GAP / 2:g}" width="{width:g}" height="{lines[layer] * ROW + GAP:g}"/>')
         middle = top[layer] + lines[layer] * ROW / 2 + 4
-        drawn.append(f'<text x="{LEFT - 12:g}" y="{middle:g}" text-anchor="end">{names.get(layer, f"layer {layer}")}</text>')
+        name = names.get(layer, f"layer {layer}")
+        drawn.append(f'<text x="{LEFT - 12:g}" y="{middle:g}" text-anchor="end">{name}</text><text x="{x:g}" y="{middle:g}">{name}</text>')
     for p in used:
         text = content["tokens"][p]
         short = text if len(text) <= 12 else text[:11] + "…"

@@ -17,6 +17,7 @@ SCRIPT = r"""
     out.get(edge[0]).push(e);
     into.get(edge[1]).push(e);
   });
+  const most = 50, drawing = document.querySelector(".drawing");
   let chosen = null, visible = new Set();
 
   function make(tag, text, name) {
@@ -31,11 +32,11 @@ SCRIPT = r"""
     return (value > 0 ? "+" : "") + text.replaceAll("-", "\u2212");
   }
   function draw() {
-    const most = Math.round(ranked.length * nodes.value / 100);
-    visible = new Set(ranked.slice(0, most).filter((n) => errors.checked || data.nodes[n].kind !== "error"));
+    const kept = Math.round(ranked.length * nodes.value / 100);
+    visible = new Set(ranked.slice(0, kept).filter((n) => errors.checked || data.nodes[n].kind !== "error"));
     data.nodes.forEach((node, n) => { if (leaf(node.kind)) visible.add(n); });
-    nodes.nextElementSibling.textContent = String(most);
-    const own = chosen === null ? null : new Set([...(into.get(chosen) || []), ...(out.get(chosen) || [])]);
+    nodes.nextElementSibling.textContent = String(kept);
+    const own = chosen === null ? null : new Set([...largestOf(into), ...largestOf(out)]);
     const limit = Math.round(data.edges.length * (edges.value / 100) ** 2);
     edges.nextElementSibling.textContent = String(limit);
     const shown = [], near = new Set([chosen]);
@@ -51,6 +52,9 @@ SCRIPT = r"""
       mark.classList.toggle("chosen", n === chosen);
     });
   }
+  function largestOf(lists) {  // as many as the tables show, or nothing could be told from anything
+    return [...(lists.get(chosen) || [])].sort((a, b) => Math.abs(data.edges[b][2]) - Math.abs(data.edges[a][2])).slice(0, most);
+  }
   function line(edge, largest) {
     const [a, b] = [marks.get(edge[0]).dataset, marks.get(edge[1]).dataset];
     const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
@@ -64,7 +68,7 @@ SCRIPT = r"""
     const made = [make("h3", `${title} (${list.length})`)];
     if (!list.length) return made;
     const body = make("tbody");
-    [...list].sort((a, b) => Math.abs(data.edges[b][2]) - Math.abs(data.edges[a][2])).slice(0, 60).forEach((e) => {
+    [...list].sort((a, b) => Math.abs(data.edges[b][2]) - Math.abs(data.edges[a][2])).slice(0, most).forEach((e) => {
       const edge = data.edges[e], other = edge[side], row = make("tr"), name = make("td");
       const button = make("button", data.nodes[other].label, "to");
       button.addEventListener("click", () => choose(other));
@@ -77,7 +81,7 @@ SCRIPT = r"""
     const whole = make("table");
     whole.append(body);
     made.push(whole);
-    if (list.length > 60) made.push(make("p", `and ${list.length - 60} smaller ones`, "soft"));
+    if (list.length > most) made.push(make("p", `and ${list.length - most} smaller ones`, "soft"));
     return made;
   }
   function command(source, target) {
@@ -125,6 +129,8 @@ SCRIPT = r"""
   });
   document.addEventListener("keydown", (event) => { if (event.key === "Escape" && chosen !== null) choose(chosen); });
   for (const input of [nodes, edges, errors]) input.addEventListener("input", draw);
+  edges.value = 100 * Math.sqrt(Math.min(1, 80 / Math.max(1, data.edges.length)));
   draw();
+  drawing.scrollLeft = drawing.scrollWidth;  // to the logits
 })();
 """
