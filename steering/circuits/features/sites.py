@@ -23,7 +23,7 @@ from sae.dictionaries.source import sampled_crc32
 from sae.errors import InputError
 from sae.evaluation.splice import require_widths
 from sae.model.language_model import LanguageModel
-from sae.model.sites import EMBED
+from sae.model.sites import EMBED, KINDS, parse_site
 
 SKIP, ERROR = "skip", "error"
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
@@ -130,17 +130,21 @@ def open_sites(lm: LanguageModel, sources: Sequence[str]) -> list[FeatureSite]:
             if EMBED in (reads, writes):
                 raise InputError(f"expected dictionaries behind the embedding, got {source} at {EMBED}; leave it out")
             found.append(FeatureSite(dictionary, reads, writes, str(source)))
-    return in_order(lm, found)
+    return in_order(found)
 
 
-def in_order(lm: LanguageModel, sites: Sequence[FeatureSite]) -> list[FeatureSite]:
-    """As the model comes to them. Raises `InputError` for two at one site and for two that lie within one another."""
-    order = {site: number for number, site in enumerate(lm.sites())}
-    ordered = sorted(sites, key=lambda site: order[site.writes])
+def in_order(sites: Sequence[FeatureSite]) -> list[FeatureSite]:
+    """As a model comes to them. Raises `InputError` for two at one site and for two that lie within one another."""
+
+    def order(name: str) -> tuple[int, int]:
+        kind, layer = parse_site(name)
+        return layer, KINDS.index(kind)
+
+    ordered = sorted(sites, key=lambda site: order(site.writes))
     for one, other in pairwise(ordered):
         if one.writes == other.writes:
             raise InputError(f"expected one dictionary for each site, got two that write at {one.writes}; leave one of them out")
-        if order[other.reads] < order[one.writes]:
+        if order(other.reads) < order(one.writes):
             raise InputError(
                 f"expected dictionaries one behind the other, but {other.writes} is written from {other.reads}, before {one.writes}; "
                 "leave one of them out"

@@ -182,7 +182,7 @@ def test_several_batches_give_the_same(lm, monkeypatch):
 def test_sites_that_do_not_go_together_are_refused(lm):
     one, other = random_site(lm, "mlp_in.1", "mlp_out.1"), random_site(lm, "mlp_act.1")
     with pytest.raises(InputError, match=r"mlp_out.1 is written from mlp_in.1, before mlp_act.1"):
-        in_order(lm, [one, other])
+        in_order([one, other])
     with pytest.raises(InputError, match=r"one dictionary for each site, got two that write at mlp_out.1"):
-        in_order(lm, [one, random_site(lm, "mlp_out.1")])
-    assert [site.writes for site in in_order(lm, [random_site(lm, "resid_post.1"), one])] == ["mlp_out.1", "resid_post.1"]
+        in_order([one, random_site(lm, "mlp_out.1")])
+    assert [site.writes for site in in_order([random_site(lm, "resid_post.1"), one])] == ["mlp_out.1", "resid_post.1"]
