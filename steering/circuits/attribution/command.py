@@ -73,10 +73,13 @@ def attribute(config: AttributeConfig) -> GraphFile:
     attention cannot be frozen.
     """
     started = time.monotonic()
-    page = config.out.with_suffix(".html")
-    for path in (config.circuit_tracer, config.out, page):
+    for path in (config.circuit_tracer, config.out):
         if path is not None:
             require_file(path)
+    page = config.out.with_suffix(".html")
+    if page == config.out:
+        raise InputError(f"expected a name for the JSON, beside which the page gets the ending .html, got {config.out}; end it in .json")
+    require_file(page)
     if config.max_features < 1 or config.interventions < 0 or config.skip_positions < 0:
         raise InputError(
             f"expected at least one feature and no negative numbers, got --max-features {config.max_features}, --interventions "

@@ -104,4 +104,6 @@ def test_what_does_not_belong_together_is_refused(made):
         attribute(AttributeConfig(model=MODEL, transcoders=str(ROOT / "checkpoints" / "demo-sae"), prompt="a", out=folder / "none.json"))
     with pytest.raises(InputError, match="expected at least one feature"):
         attribute(AttributeConfig(model=MODEL, transcoders="none", prompt="a", out=folder / "none.json", max_features=0))
+    with pytest.raises(InputError, match=r"end it in \.json"):
+        attribute(AttributeConfig(model=MODEL, transcoders="none", prompt="a", out=folder / "none.html"))
     assert len(load(str(folder / "set"))) == 4
