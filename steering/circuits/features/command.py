@@ -28,7 +28,7 @@ from steering.circuits.features.sites import FeatureSite, open_sites
 from steering.circuits.features.weights import circuit_vector, node_rows, steering_effect
 from steering.circuits.files import Circuit
 from steering.circuits.finding.command import CircuitConfig, check_places, check_task, find_circuit, prompts_of
-from steering.circuits.tasks.presence import presence, require_present
+from steering.circuits.tasks.presence import presence, require_present, task_facts
 from steering.circuits.tasks.prompts import Prompts
 
 MOST_EDGES = 500
@@ -109,18 +109,7 @@ def find_feature_circuit(config: FindCircuitConfig) -> FeatureCircuit | None:
         with progress("scoring edges", passes_of(sites, found_on, inside, method, STEPS), "nodes") as bar:
             edges = rows_of_edges(edge_scores(lm, sites, found_on, inside, method, STEPS, bar), MOST_EDGES)
     settings = asdict(config) | {"command": f"{sys.argv[0]} {shlex.join(sys.argv[1:])}", "seconds": round(time.monotonic() - started)}
-    task = {
-        "name": prompts.task,
-        "corruption": prompts.corruption,
-        "metric": prompts.metric,
-        "pairs": len(prompts),
-        "found_on": len(found_on),
-        "held_out": len(held_out),
-        "left_out": prompts.dropped,
-        "example": prompts.pairs[0]._asdict(),
-        "accuracy": there.accuracy,
-        "effect": there.effect,
-    }
+    task = task_facts(prompts, found_on, held_out, there)
     rows, answer = node_rows(lm, sites, found_on, score_n, inside, frequency)
     vector = circuit_vector(lm, sites, rows, answer)
     evaluation["steering"] = steering_effect(lm, vector, held_out, answer, config.seed) if vector else None

@@ -38,7 +38,7 @@ from steering.circuits.model_graph.engine import Engine
 from steering.circuits.model_graph.graph import Graph
 from steering.circuits.pages.page import write_page
 from steering.circuits.tasks.generators import corruption_of, read_pairs
-from steering.circuits.tasks.presence import presence, require_present
+from steering.circuits.tasks.presence import presence, require_present, task_facts
 from steering.circuits.tasks.prompts import Prompts, make_prompts, own_prompts
 
 HELD = 1 << 30
@@ -129,20 +129,7 @@ def find_circuit(config: CircuitConfig) -> Circuit | None:
     if prompts.task == "ioi" and is_gpt2_small(lm):
         evaluation["published"] = compared_with_ioi(engine.graph, edges_rw)
     settings = asdict(config) | {"command": f"{sys.argv[0]} {shlex.join(sys.argv[1:])}", "seconds": round(time.monotonic() - started)}
-    task = {
-        "name": prompts.task,
-        "corruption": prompts.corruption,
-        "metric": prompts.metric,
-        "pairs": len(prompts),
-        "found_on": len(found_on),
-        "held_out": len(held_out),
-        "left_out": prompts.dropped,
-        "example": prompts.pairs[0]._asdict(),
-        "accuracy": there.accuracy,
-        "clean": there.clean,
-        "corrupt": there.corrupt,
-        "effect": there.effect,
-    }
+    task = task_facts(prompts, found_on, held_out, there)
     method = {"scores": config.method, "steps": STEPS, "search": config.search, **found, "settings": settings}
     parts = (jsonable(part) for part in (task, method, evaluation))
     circuit = Circuit(config.model, lm.fingerprint(), engine.graph, edges_rw, score_rw, *parts)

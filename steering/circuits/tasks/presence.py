@@ -3,7 +3,7 @@
 n pairs · p positions · v vocabulary
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +38,24 @@ class Presence(NamedTuple):
         share, (effect, low, high) = self.accuracy, (self.effect[key] for key in ("value", "low", "high"))
         percent = f"{share['value']:.0%} of {self.n} right ({share['low']:.0%} to {share['high']:.0%})".replace("%", " %")
         return f"{percent}, clean minus corrupt {effect:.2f} ({low:.2f} to {high:.2f})"
+
+
+def task_facts(prompts: Prompts, found_on: Prompts, held_out: Prompts, there: Presence) -> dict[str, Any]:
+    """The task as a circuit's file has it."""
+    return {
+        "name": prompts.task,
+        "corruption": prompts.corruption,
+        "metric": prompts.metric,
+        "pairs": len(prompts),
+        "found_on": len(found_on),
+        "held_out": len(held_out),
+        "left_out": prompts.dropped,
+        "example": prompts.pairs[0]._asdict(),
+        "accuracy": there.accuracy,
+        "clean": there.clean,
+        "corrupt": there.corrupt,
+        "effect": there.effect,
+    }
 
 
 @torch.no_grad()
