@@ -163,6 +163,11 @@ COMMANDS = {
         "steering.circuits.attribution.command:InterveneConfig",
         "Set a node of an attribution graph to multiples of its value: what the graph predicts, and what happens.",
     ),
+    "browse-graph": Command(
+        "steering.circuits.attribution.serve:browse_graph",
+        "steering.circuits.attribution.serve:BrowseGraphConfig",
+        "An attribution graph's page with its model behind it: check any edge by an intervention.",
+    ),
     "completion": Command(
         "steering.command_line:print_completion",
         "steering.command_line:CompletionConfig",

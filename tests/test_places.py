@@ -173,7 +173,7 @@ def test_every_command_with_an_output_is_in_the_table():
     of_script = {re.search(r'main\("([\w-]+)"\)', p.read_text()): p.stem for p in (ROOT / "scripts").glob("*.py")}
     names = [stem.replace("_", "-") for found, stem in of_script.items() if found]
     listed = {command.split()[0] for calls in commands().values() for command in calls}
-    assert set(names) - listed == {"describe-cache", "explain-features", "browse-features", "steer", "intervene"}
+    assert set(names) - listed == {"describe-cache", "explain-features", "browse-features", "steer", "intervene", "browse-graph"}
 
 
 WRITERS = {

@@ -21,7 +21,6 @@ POLICY = (
     "frame-ancestors 'none'"
 )
 HEADERS = {
-    "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
     "referrer-policy": "same-origin",
@@ -39,10 +38,11 @@ class Unfit(Exception):
 
 
 class Guard:
-    """ASGI middleware: refuses with a sentence, and puts the same headers on every answer."""
+    """ASGI middleware: refuses with a sentence, and puts the same headers, with this content security policy, on every answer."""
 
-    def __init__(self, app: Any):
+    def __init__(self, app: Any, policy: str = POLICY):
         self.app = app
+        self._headers = [(name.encode(), value.encode()) for name, value in (HEADERS | {"content-security-policy": policy}).items()]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         from starlette.requests import ClientDisconnect
@@ -68,7 +68,7 @@ class Guard:
 
         async def guarded(message: Any) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in HEADERS.items())]
+                message["headers"] = [*message["headers"], *self._headers]
             await send(message)
 
         refusal = refused(scope["method"], headers, len(scope["query_string"]), limit)

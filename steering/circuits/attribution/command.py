@@ -136,8 +136,17 @@ def intervene(config: InterveneConfig) -> list[dict[str, Any]]:
 
     Raises `InputError` for a node that the graph lacks, and where the model or the transcoders are no longer those of the graph.
     """
-    content = open_graph(config.graph)
-    lm = LanguageModel.load(content["model"], device=config.device)
+    content, intervening = opened(config.graph, config.device)
+    results = [intervening.set(config.node, factor, config.target) for factor in config.factor]
+    for result in results:
+        print_intervention(result, content)
+    return results
+
+
+def opened(path: Path, device: str) -> tuple[GraphFile, Intervening]:
+    """A graph with its model and transcoders. Raises `InputError` where they are no longer those that it was made with."""
+    content = open_graph(path)
+    lm = LanguageModel.load(content["model"], device=device)
     if (found := lm.fingerprint()) != content["fingerprint"]:
         raise InputError(
             f"expected the model of the graph, {content['model']!r} with the fingerprint {content['fingerprint']}, got {found}; make the "
@@ -145,8 +154,4 @@ def intervene(config: InterveneConfig) -> list[dict[str, Any]]:
         )
     transcoders = open_transcoders(lm, content["transcoders"])
     ids_sp = torch.tensor([content["ids"]], device=lm.device)
-    intervening = Intervening(LinearModel(LocalReplacement(lm, transcoders, ids_sp, content["skip_positions"])), content)
-    results = [intervening.set(config.node, factor, config.target) for factor in config.factor]
-    for result in results:
-        print_intervention(result, content)
-    return results
+    return content, Intervening(LinearModel(LocalReplacement(lm, transcoders, ids_sp, content["skip_positions"])), content)

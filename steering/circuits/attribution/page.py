@@ -14,6 +14,7 @@ from steering.circuits.attribution.report import COLUMNS, node_label
 from steering.report_style import STYLE
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+SERVED_POLICY = POLICY + "; connect-src 'self'"
 ROW, GAP, MARGIN, LEFT, MOST_ACROSS = 15.0, 14.0, 26.0, 74.0, 6
 """of a line of nodes; between layers; around; for the names of layers; nodes beside one another in a cell"""
 STEP = 15.0
@@ -42,13 +43,18 @@ body{max-width:none}
 .detail button.to:hover,.detail button.to:focus{text-decoration:underline}
 .detail td{padding:.2rem .4rem .2rem 0}
 .detail td.cp{padding-right:0;text-align:right}
+.detail input.factor{width:5rem;font:inherit}
+.detail .outcome{border:1px solid var(--line);border-radius:8px;padding:.2rem .6rem;margin:.5rem 0}
 button.copy{font:inherit;font-size:.78rem;border:1px solid var(--line);border-radius:5px;background:var(--page);cursor:pointer}
 code{font-size:.82rem;overflow-wrap:anywhere}
 """
 
 
-def graph_html(content: GraphFile, path: str) -> str:
-    """The whole page; `path` is where the JSON is, for the commands that are shown. The same content gives the same page."""
+def graph_html(content: GraphFile, path: str, served: bool = False) -> str:
+    """The whole page; `path` is where the JSON is, for the commands that are shown. The same content gives the same page.
+
+    Of a page that is `served` (serve.py), edges and nodes have buttons that run the model instead of commands to copy.
+    """
     tokens, nodes = content["tokens"], content["nodes"]
     data = {
         "nodes": [
@@ -64,11 +70,14 @@ def graph_html(content: GraphFile, path: str) -> str:
         ],
         "edges": [list(edge) for edge in content["edges"]],
         "command": f"sae intervene --graph {shlex.quote(path)} --node ",
+        "columns": COLUMNS if served else None,
     }
     parts = [_head(content), _graph(content), _interventions(content)]
     held = json.dumps(data, ensure_ascii=True).replace("<", "\\u003c")  # so that no text of a token ends the script
     parts.append(f'<script type="application/json" id="data">{held}</script><script>{SCRIPT}</script>')
-    return document(f"Attribution graph of {_seen(content['prompt'][:60])}", "\n".join(parts), STYLE + OWN_STYLE, POLICY)
+    return document(
+        f"Attribution graph of {_seen(content['prompt'][:60])}", "\n".join(parts), STYLE + OWN_STYLE, SERVED_POLICY if served else POLICY
+    )
 
 
 def _facts(node: Node) -> list[list[str]]:

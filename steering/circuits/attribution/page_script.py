@@ -18,7 +18,7 @@ SCRIPT = r"""
     into.get(edge[1]).push(e);
   });
   const most = 50, drawing = document.querySelector(".drawing");
-  let chosen = null, visible = new Set();
+  let chosen = null, visible = new Set(), factor = 0;
 
   function make(tag, text, name) {
     const made = document.createElement(tag);
@@ -74,7 +74,7 @@ SCRIPT = r"""
       button.addEventListener("click", () => choose(other));
       name.append(button);
       const last = make("td", undefined, "cp");
-      last.append(copier(command(edge[0], edge[1])));
+      last.append(data.columns ? runner(edge[0], edge[1]) : copier(command(edge[0], edge[1])));
       row.append(name, make("td", number(edge[2]), "n"), last);
       body.append(row);
     });
@@ -102,6 +102,56 @@ SCRIPT = r"""
     });
     return button;
   }
+  function controls() {
+    const line = make("p", "Run the model with it at ", "soft"), field = make("input", undefined, "factor");
+    field.type = "number";
+    field.step = "any";
+    field.value = String(factor);
+    field.setAttribute("aria-label", "factor");
+    field.addEventListener("input", () => { factor = field.valueAsNumber; });
+    line.append(field, make("span", " times its value "), runner(chosen));
+    const outcome = make("div");
+    outcome.id = "outcome";
+    outcome.setAttribute("aria-live", "polite");
+    return [line, outcome];
+  }
+  function runner(source, target) {
+    const button = make("button", "run", "copy"), times = data.nodes[source].label;
+    button.title = "set " + times + " to the factor times its value, in the graph and in the model";
+    button.addEventListener("click", async () => {
+      const place = document.getElementById("outcome") || detail.appendChild(Object.assign(make("div"), { id: "outcome" }));
+      const asked = { node: data.nodes[source].id, factor, targets: [] };
+      if (target !== undefined && data.nodes[target].kind === "feature") asked.targets.push(data.nodes[target].id);
+      place.replaceChildren(make("p", "running the model\u2026", "soft"));
+      button.disabled = true;
+      try {
+        const body = JSON.stringify(asked), headers = { "content-type": "application/json" };
+        const answer = await fetch("/intervene", { method: "POST", headers, body }), found = await answer.json();
+        if (found.error) throw new Error(found.error);
+        const first = found.changes.filter((row) => target !== undefined && row.node === data.nodes[target].id);
+        place.replaceChildren(outcome(found, [...first, ...found.changes.filter((row) => !first.includes(row))]));
+      } catch (error) {
+        place.replaceChildren(make("p", String(error.message)));
+      }
+      button.disabled = false;
+    });
+    return button;
+  }
+  function outcome(found, rows) {
+    const box = make("div", undefined, "outcome"), label = new Map(data.nodes.map((node) => [node.id, node.label]));
+    box.append(make("h3", `${label.get(found.node)} at ${found.factor} times its value: change of`));
+    rows.slice(0, 8).forEach((row) => {
+      const whole = make("table"), body = make("tbody");
+      Object.entries(data.columns).forEach(([key, name]) => {
+        const line = make("tr");
+        line.append(make("td", name), make("td", number(row[key]), "n"));
+        body.append(line);
+      });
+      whole.append(make("caption", label.get(row.node)), body);
+      box.append(whole);
+    });
+    return box;
+  }
   function choose(n) {
     chosen = n === chosen ? null : n;
     if (chosen === null) detail.replaceChildren(make("p", "Nothing chosen.", "soft"));
@@ -113,7 +163,8 @@ SCRIPT = r"""
         facts.append(pair);
       });
       const parts = [make("h2", node.label), make("code", node.id), facts];
-      if (node.kind !== "logit") {
+      if (node.kind !== "logit" && data.columns) parts.push(...controls());
+      else if (node.kind !== "logit") {
         parts.push(make("p", "To set it to 0, \u22121 and 2 times its value in the model, or as an edge's command does:", "soft"));
         parts.push(make("code", command(chosen)), make("span", " "), copier(command(chosen)));
       }
