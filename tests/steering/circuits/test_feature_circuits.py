@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from feature_world import random_site
+from feature_circuit_world import random_site
 from test_wired_circuit import P, V, drawn, wired
 
 from sae.activations.harvest.command import HarvestConfig, harvest

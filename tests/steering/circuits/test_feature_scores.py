@@ -3,7 +3,7 @@
 import pytest
 import torch
 from circuit_world import exact  # noqa: F401
-from feature_world import N, random_pairs, random_site
+from feature_circuit_world import N, random_pairs, random_site
 
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
