@@ -171,7 +171,7 @@ def test_a_checkpoint_with_a_flipped_bit_or_without_a_checksum_is_refused(cache,
 def test_kill_minus_nine_at_random_moments_then_resume(cache, tmp_path):
     """A killed process leaves a folder from which the same command finishes as if it had never been killed."""
     command = [sys.executable, "-c", "from steering.command_line import main; main('train')"]
-    flags = "--d-sae 40 --l1 1 --steps 3000 --batch-size 128 --log-every 100 --checkpoint-every 150 --device cpu".split()  # noqa: SIM905
+    flags = "--d-sae 40 --l1 1 --steps 1500 --batch-size 128 --log-every 100 --checkpoint-every 75 --device cpu".split()  # noqa: SIM905
 
     def start(out):
         return subprocess.Popen([*command, "--cache", cache, "--out", out, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
