@@ -67,3 +67,8 @@ def engine_of(family: str) -> Engine:
 
 def logit_difference(logits_spv: torch.Tensor) -> torch.Tensor:
     return logits_spv[:, -1, 3] - logits_spv[:, -1, 7]
+
+
+def hooks_of(lm: LanguageModel) -> int:
+    """Hooks on the model's modules; some are transformers' own, once any test has asked the same model for hidden states."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.model.modules())

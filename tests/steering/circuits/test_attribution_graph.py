@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from attribution_world import linear_model, neurons, random_set, relu_gpt2
-from circuit_world import FAMILIES, exact  # noqa: F401  (a fixture)
+from circuit_world import FAMILIES, exact, hooks_of  # noqa: F401  (a fixture)
 from test_language_model import CONFIGS, ids_of, tiny
 from test_sites import made
 
@@ -30,6 +30,7 @@ KINDS = [("mlp_in", False), ("resid_mid", True), ("mlp_in_nogain", True)]
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_the_models_or_the_family_is_refused_by_name(family):
     lm = tiny(family) if family in CONFIGS else made(family)
+    before = hooks_of(lm)
     for kind, skip in KINDS:
         if family == "gptj" or (kind == "resid_mid" and f"{kind}.0" in lm.refused_sites()):
             with pytest.raises(InputError, match=f"'{family}'"):
@@ -41,7 +42,7 @@ def test_logits_are_the_models_or_the_family_is_refused_by_name(family):
                 torch.testing.assert_close(read.final_pd, model.own.final_pd, rtol=1e-5, atol=1e-5)
         if family not in ("gemma2", "granite"):  # which cap or scale what the unembedding gives
             torch.testing.assert_close(model.logits(read.final_pd), lm.logits(IDS)[0], rtol=1e-5, atol=1e-5)
-    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.model.modules()) == 0
+    assert hooks_of(lm) == before
 
 
 @pytest.mark.parametrize(("kind", "skip"), KINDS)

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 import torch
-from circuit_world import FAMILIES, P, engine_of, exact, logit_difference  # noqa: F401  (a fixture)
+from circuit_world import FAMILIES, P, engine_of, exact, hooks_of, logit_difference  # noqa: F401  (a fixture)
 from test_language_model import ids_of, tiny
 from test_sites import made
 
@@ -136,13 +136,10 @@ def test_a_cut_asks_for_gradients(exact):  # noqa: F811
     torch.testing.assert_close(cut_rw.grad, scores, rtol=1e-9, atol=1e-9)
 
 
-def hooks_of(lm) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.model.modules())
-
-
 def test_hooks_and_settings_are_gone_behind_an_exception():
     engine = engine_of("phi3")
     attention = engine.lm.model.model.layers[1].self_attn
+    before = hooks_of(engine.lm)
     settings = (attention.num_key_value_groups, attention.num_key_value_heads)
 
     def fail():
@@ -153,7 +150,7 @@ def test_hooks_and_settings_are_gone_behind_an_exception():
         fail()
     with pytest.raises(ZeroDivisionError):
         engine.gradients(CLEAN, None, lambda logits_spv: 1 / 0)
-    assert hooks_of(engine.lm) == 0
+    assert hooks_of(engine.lm) == before
     assert (attention.num_key_value_groups, attention.num_key_value_heads) == settings
 
 

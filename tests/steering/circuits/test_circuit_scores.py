@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from circuit_world import FAMILIES, P, engine_of, exact, logit_difference  # noqa: F401  (a fixture)
+from circuit_world import FAMILIES, P, engine_of, exact, hooks_of, logit_difference  # noqa: F401  (a fixture)
 from test_language_model import ids_of
 
 from sae.errors import InputError
@@ -81,17 +81,13 @@ def test_conductance_is_products_of_steps_and_gradients_in_their_middle(exact): 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_scores_as_its_sequences_alone_and_leaves_no_hooks(method):
     engine = engine_of("mistral")
-
-    def hooks() -> int:
-        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in engine.lm.model.modules())
-
-    before = hooks()  # a model that other tests run too may keep some of transformers' own
+    before = hooks_of(engine.lm)
     together = edge_scores(engine, CLEAN, CORRUPT, logit_difference, method=method)
     for row in range(2):
         own = slice(row, row + 1)
         alone = edge_scores(engine, CLEAN[own], CORRUPT[own], logit_difference, method=method)
         torch.testing.assert_close(together.score_srw[row], alone.score_srw[0], rtol=1e-4, atol=1e-5)
-    assert hooks() == before
+    assert hooks_of(engine.lm) == before
 
 
 def test_writers_that_stand_in_give_first_order_scores():

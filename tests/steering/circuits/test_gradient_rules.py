@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from circuit_world import FAMILIES, P, engine_of, exact, logit_difference  # noqa: F401  (a fixture)
+from circuit_world import FAMILIES, P, engine_of, exact, hooks_of, logit_difference  # noqa: F401  (a fixture)
 from test_language_model import CONFIGS, ids_of, randomised
 
 from sae.errors import InputError
@@ -136,7 +136,7 @@ def test_gradients_are_those_of_a_model_written_by_hand(family, rules, exact):  
 def test_each_rule_changes_gradients_and_no_bit_of_the_logits(family, attention_code):
     lm = randomised(CONFIGS[family](), seed=5, name=family)
     lm.model.set_attn_implementation(attention_code)
-    engine = Engine(lm)
+    engine, before = Engine(lm), hooks_of(lm)
     plain_rspd, plain_spv = gradients(engine, ())
     with lm.attention_edited(lambda _, pattern, values: (pattern, values)):
         eager_rspd, eager_spv = gradients(engine, ())
@@ -150,7 +150,7 @@ def test_each_rule_changes_gradients_and_no_bit_of_the_logits(family, attention_
         else:
             assert change > 1e-3, rule  # rounding is some 1e-6
     assert lm.model.config._attn_implementation == attention_code
-    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in lm.model.modules()) == 0
+    assert hooks_of(lm) == before
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"mixtral"}))
