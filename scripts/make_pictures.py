@@ -90,7 +90,10 @@ def browser(index: Path) -> Iterator[str]:
         assert process.stdout is not None
         lines = (line for line in process.stdout if "http://" in line)
         try:
-            yield "http://" + next(lines).split("http://")[1].split("/")[0]
+            line = next(lines, None)
+            if line is None:
+                raise InputError(f"expected the feature browser of {index} to start, but it ended; run this where the demo ran")
+            yield "http://" + line.split("http://")[1].split("/")[0]
         finally:
             process.terminate()
 
@@ -114,6 +117,7 @@ def screenshots(config: PicturesConfig, chromium: str, url: str, feature: int, r
         def write() -> None:
             page.get_by_role("button", name="Write").click()
             page.locator("#run:enabled").wait_for()
+            page.get_by_text("measuring how far it works").wait_for(state="hidden", timeout=180_000)
 
         take("features.png", url + "/?q=fuck%7Cshit&how=fires")
         take("feature.png", f"{url}/f/{feature}", height=1250)
