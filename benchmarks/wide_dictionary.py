@@ -10,7 +10,7 @@ index: `build_index` of all tokens of the cache.
 page: the index opened, its dictionary found to be the same, and the HTML of one feature, then of 20 others.
 
 "own" is the peak of memory that is the process's alone, beyond what it had with libraries and model loaded; "resident" is the peak of all
-of it, with libraries, model and the pages of mapped files, which the system takes back when it needs them; "read" came from the disk.
+of it, with libraries, model and the pages of mapped files, which the system takes back when it needs them; "read" is from the disk.
 `--code` measures another checkout's code, to set the state before a change beside the state after it.
 """
 

@@ -20,7 +20,7 @@ class HubFile(NamedTuple):
 
 
 def in_cache(repo: str, revision: str | None = None) -> Path | None:
-    """The folder of the revision ("main" by default) in the hub's cache, with those of its files that were downloaded; None without one."""
+    """The folder of the revision ("main" by default) in the hub's cache, with those of its files that were downloaded; else None."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

@@ -82,7 +82,7 @@ def evaluate_bundle(config: EvaluationConfig, bundle: Bundle, device: torch.devi
 
 @torch.no_grad()
 def compare(text: Text, dictionaries: Sequence[Dictionary], batch: int) -> Comparison:
-    """Over the replaced positions of all sequences; the model computes what it would without them."""
+    """Over the replaced positions of all sequences; the model computes as if nothing were replaced."""
     widths = {str(port.site): port.width for dictionary in dictionaries for port in dictionary.writes}
     none_f = torch.zeros(0, device=dictionaries[0].W_dec_fo.device)  # features are counted by layer, not by site
     sites = {site: ReconstructionMetrics(none_f, width) for site, width in widths.items()}

@@ -30,7 +30,7 @@ class BrowseConfig:
     notes: Path | None = None
     """SQLite file of labels, stars, notes and lists. Default: notes.sqlite beside the index."""
     model: str | None = None
-    """Model for prompts and steering, by hub name, folder or GGUF file; "none" browses without one. Default: the one the index names."""
+    """Model for prompts and steering, by hub name, folder or GGUF file; "none" browses with no model. Default: the one the index names."""
     dictionary: str | None = None
     """Folder, file or hub name of the dictionary. Default: the one the index was built from."""
     device: str = "auto"

@@ -280,7 +280,7 @@ def parse_answers(text: str, n: int) -> list[int | None] | None:
 
 
 def detection_scores(truth: np.ndarray, said: Sequence[int | None]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Scores of the answers that arrived, and of saying always no and always yes to the same contexts; None without any answer."""
+    """Scores of the answers that arrived, and of saying always no and always yes to the same contexts; None if no answer arrived."""
     answered = np.array([answer is not None for answer in said], bool)
     actual, yes = truth[answered], np.array([answer == 1 for answer in said if answer is not None], bool)
     scores = _accuracy(actual, yes)

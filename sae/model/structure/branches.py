@@ -1,4 +1,4 @@
-"""The two parts of a block that add to the stream, told from one another by sums of what flowed in a pass (trace.py)."""
+"""The two parts of a block that add to the stream, distinguished by sums of what flowed in a pass (trace.py)."""
 
 from collections.abc import Sequence
 from itertools import combinations

@@ -50,7 +50,7 @@ class Known:
     """a folder that `sae export` wrote"""
 
     def link(self, feature: str, page: Path) -> str | None:
-        """The address of a feature's page, from the page that links to it."""
+        """The URL of a feature's page, from the page that links to it."""
         if self.export is not None:
             return f"{Path(os.path.relpath(self.export.resolve(), page.resolve().parent)).as_posix()}/index.html#/f/{feature}"
         return f"http://127.0.0.1:{self.port}/f/{feature}" if self.index is not None else None
@@ -147,9 +147,9 @@ def _steering(circuit: FeatureCircuit, known: dict[str, Known], vector: Path) ->
             if highest > 0:
                 fields += [("feature", feature), ("strength", f"{row['weight'] / highest:.3g}")]
         commands.append("sae browse " + shlex.join(["--index", str(one.index.folder), "--port", str(one.port)]))
-        address = f"http://127.0.0.1:{one.port}/steer?{urlencode(fields)}"
+        url = f"http://127.0.0.1:{one.port}/steer?{urlencode(fields)}"
         text = f"Steer with its {len(chosen)} strongest features at {site} in the browser"
-        links.append(f"<p><a href='{escape(address)}'>{escape(text)}</a>, while <code>sae browse</code> runs</p>")
+        links.append(f"<p><a href='{escape(url)}'>{escape(text)}</a>, while <code>sae browse</code> runs</p>")
     note = (
         f"Towards {answer}: each feature is added at every position with its weight, which is the largest value it has in clean prompts of "
         "that answer minus the one in their corrupt sides, times the strength."
