@@ -18,6 +18,7 @@ from sae.activations.files.number_formats import FORMATS, decode, shard_layout
 from sae.activations.text.tokens import SPLITS, Tokens
 from sae.disk.reading import SMALL, TensorLayout, layout, map_arrays, read_tensors, require_within
 from sae.errors import InputError
+from sae.model.sites import in_model, split_model
 
 if TYPE_CHECKING:
     from sae.dictionaries.dictionary import Dictionary
@@ -46,6 +47,17 @@ class ActivationCache:
         self.dtype = self.format.read
         """of the rows that are read; those of int8 are float16"""
 
+    @property
+    def own_site(self) -> str:
+        """What its model calls the site: without the name in front of a second model's."""
+        return split_model(self.site)[1]
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The manifest's facts about the model whose site it is: name, revision, fingerprint."""
+        name = split_model(self.site)[0]
+        return self.manifest["model"] if name is None else self.manifest["models"][name]
+
     @classmethod
     def open(cls, folder: str | Path, site: str | None = None, *, skip_damaged: bool = False, verify: bool = False) -> "ActivationCache":
         """Opens a finished cache; `site` may be left out when there is exactly one.
@@ -69,14 +81,18 @@ class ActivationCache:
 
     @classmethod
     def of_dictionary(cls, folder: Path, dictionary: "Dictionary", *, named: bool, verify: bool = False) -> "ActivationCache":
-        """Opened where the dictionary reads, or at the only site there is where it names none; see `require_dictionary`."""
-        sites = read_manifest(folder)["sites"]
-        if dictionary.site is None and len(sites) > 1:
+        """Opened where the dictionary reads in its model, or at the only site where it names none; see `require_dictionary`."""
+        manifest = read_manifest(folder)
+        sites, site, made_by = manifest["sites"], dictionary.site, dictionary.metadata.get("model_fingerprint")
+        if site is None and len(sites) > 1:
             raise InputError(
                 f"the dictionary does not name its site, and {folder} has several, {', '.join(sites)}; copy it with sae import-dictionary "
                 'and write the right one into its cfg.json, as "site" under "metadata"'
             )
-        cache = cls.open(folder, dictionary.site, verify=verify)
+        for name, model in manifest.get("models", {}).items():
+            if site is not None and made_by is not None and model["fingerprint"] == made_by:
+                site = in_model(name, site)
+        cache = cls.open(folder, site, verify=verify)
         cache.require_dictionary(dictionary, named=named)
         return cache
 
@@ -134,7 +150,7 @@ class ActivationCache:
 
     def require_model(self, lm: "LanguageModel") -> None:
         """Raises `InputError` unless the cache was made with this model, and all its tokens are of the model's vocabulary."""
-        made = self.manifest["model"]
+        made = self.model
         self.model_name()
         if made["fingerprint"] != lm.fingerprint():
             raise InputError(
@@ -146,7 +162,7 @@ class ActivationCache:
 
     def model_name(self) -> str:
         """Name of the model it was made with; raises `InputError` if that is unknown."""
-        name = self.manifest["model"]["name"]
+        name = self.model["name"]
         if name is None:
             raise InputError(f"expected a cache that knows its model, but {self.folder} was imported without one; import it with --model")
         return name
@@ -162,12 +178,13 @@ class ActivationCache:
         """
         if not dictionary.is_transcoder:
             return self
-        if dictionary.site_out not in self.manifest["sites"]:
+        site_out = in_model(split_model(self.site)[0], str(dictionary.site_out))
+        if site_out not in self.manifest["sites"]:
             raise InputError(
-                f"expected a cache that holds {dictionary.site_out} too, where this transcoder writes, but {self.folder} has "
-                f"{', '.join(self.manifest['sites'])}; harvest with --sites {self.site} {dictionary.site_out}"
+                f"expected a cache that holds {site_out} too, where this transcoder writes, but {self.folder} has "
+                f"{', '.join(self.manifest['sites'])}; harvest with --sites {self.site} {site_out}"
             )
-        target = self.at(str(dictionary.site_out))
+        target = self.at(site_out)
         if dictionary.d_out != target.d_in:
             raise InputError(
                 f"expected a transcoder that writes {target.d_in} values at {target.site}, as {self.folder} has there, got one that writes "
@@ -180,7 +197,7 @@ class ActivationCache:
 
         `named`: the user named the model, and is trusted where there is no fingerprint.
         """
-        dictionary.require_site(self.site)
+        dictionary.require_site(self.own_site)
         if dictionary.site is None:
             print(f"the dictionary does not name its site; it is taken to be the cache's, {self.site}", file=sys.stderr)
         if dictionary.d_in != self.d_in:
@@ -188,7 +205,7 @@ class ActivationCache:
                 f"expected activations of width {dictionary.d_in}, but {self.folder} has {self.d_in} at {self.site}; "
                 "use a cache of the same model and site"
             )
-        made = self.manifest["model"]
+        made = self.model
         dictionary.require_model(made["name"], made["fingerprint"], named=named)
 
     def _places(self, shard: Shard) -> dict[str, TensorLayout]:

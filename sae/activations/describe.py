@@ -71,13 +71,14 @@ def facts(cache: ActivationCache) -> dict[str, Any]:
     manifest = cache.manifest
     entries = [shard for shard in manifest["shards"] if cache.site in shard["files"]]
     size, rows = sum(shard["files"][cache.site]["bytes"] for shard in entries), sum(shard["rows"] for shard in entries)
-    stored = ("model", "imported", "dataset", "context", "prepend_bos", "dtype", "seed", "held_out", "counts", "labels")
+    stored = ("imported", "dataset", "context", "prepend_bos", "dtype", "seed", "held_out", "counts", "labels")
     return {
         "folder": str(cache.folder),
         "site": cache.site,
         "sites": list(manifest["sites"]),
         "d_in": cache.d_in,
         "mean_squared_norm": cache.mean_squared_norm,
+        "model": cache.model,
         **{key: manifest[key] for key in stored if key in manifest},
         "rows": {split: cache.rows(split) for split in SPLITS},
         "bytes": size,
@@ -132,8 +133,8 @@ def token_texts(cache: ActivationCache) -> list[bytes] | None:
     from sae.model.vocabulary import vocabulary
 
     try:
-        tokens, model = cache.tokens, cache.manifest["model"]
-        pieces = vocabulary(load_tokenizer(cache.model_name(), model["revision"]), int(tokens.ids.max()) + 1).pieces
+        tokens = cache.tokens
+        pieces = vocabulary(load_tokenizer(cache.model_name(), cache.model["revision"]), int(tokens.ids.max()) + 1).pieces
     except InputError as error:
         print(f"without texts: {error}", file=sys.stderr)
         return None

@@ -88,7 +88,7 @@ def _write(cache: ActivationCache, config: ExportConfig, dtype: np.dtype, folder
                 for batch in _batches(cache, shard, split, dtype, features.arrow_schema):
                     writer.write_batch(batch)
                     bar.advance(batch.num_rows)
-    about = {"site": cache.site, **{key: cache.manifest[key] for key in ("model", "dtype", "seed", "held_out")}}
+    about = {"site": cache.site, "model": cache.model, **{key: cache.manifest[key] for key in ("dtype", "seed", "held_out")}}
     DatasetInfo(features=features, description=json.dumps(about)).write_to_directory(str(folder))
     content = json.dumps([cache.site, config.splits, cache.manifest["shards"]]).encode()
     state: dict[str, Any] = {

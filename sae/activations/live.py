@@ -18,7 +18,7 @@ from sae.activations.harvest.settings import (
     check_recording,
     cut_text,
     facts,
-    load_model,
+    load_models,
     make_masks,
     make_recorder,
     require_tokens,
@@ -51,7 +51,7 @@ class LiveSource:
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """The facts on model and text that a cache's manifest has too."""
-        return facts(self.config, self.recorder.lm)
+        return facts(self.config, self.recorder.models)
 
     def mean_squared_norm(self, site: str) -> float:
         """Mean of ‖x‖², in the model's own units, over the first pool; a cache has it over all of its training rows."""
@@ -120,9 +120,9 @@ class LiveEpochs:
 
 
 def _prepare(config: RecordingConfig) -> tuple[Recorder, list[Pool]]:
-    """The model, and the text as tokens with their plan, the same as a harvest's."""
-    lm = load_model(config)
-    cutter, cut = cut_text(config, lm)
+    """The models, and the text as tokens with their plan, the same as a harvest's."""
+    models = load_models(config)
+    cutter, cut = cut_text(config, models)
     parts = []
     with progress("tokens", config.tokens, "tokens") as bar:
         for part in cut:
@@ -131,5 +131,5 @@ def _prepare(config: RecordingConfig) -> tuple[Recorder, list[Pool]]:
     require_tokens(config, cutter)
     tokens = Tokens.join(parts, cutter.label_names)
     size = config.pool_tokens
-    pools = plan_pools(tokens, seed=config.seed, pool_tokens=size, shard_tokens=size, masks=make_masks(config, lm))
-    return make_recorder(config, lm, tokens), pools
+    pools = plan_pools(tokens, seed=config.seed, pool_tokens=size, shard_tokens=size, masks=make_masks(config, models))
+    return make_recorder(config, models, tokens), pools

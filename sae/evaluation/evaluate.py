@@ -56,7 +56,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     reconstruction, massive = reconstruct(dictionary, cache, config.rows)
     loss = None
     if config.sequences:
-        dictionary.metadata["site"] = cache.site  # where it does not name its own
+        dictionary.metadata["site"] = cache.own_site  # where it does not name its own
         text = held_out_text(config, cache, device)
         means = {str(dictionary.site_out): reconstruction.mean_d}
         loss = language_model_loss(
@@ -67,9 +67,9 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         "weights_crc32": weights_crc32(config.dictionary, [dictionary.parts()]),
         "d_in": dictionary.d_in,
         "d_sae": dictionary.d_sae,
-        "site": cache.site,
+        "site": cache.own_site,
         **({"site_out": dictionary.site_out} if dictionary.is_transcoder else {}),
-        "model": cache.manifest["model"],
+        "model": cache.model,
         "cache": str(config.cache),
         "split": "held_out",
         "seed": config.seed,

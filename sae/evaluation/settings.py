@@ -113,7 +113,7 @@ def held_out_text(config: EvaluationConfig, cache: "ActivationCache", device: to
     lm = LanguageModel.load(
         config.model or cache.model_name(),
         device=device,
-        revision=None if config.model else cache.manifest["model"]["revision"],
+        revision=None if config.model else cache.model["revision"],
     )
     cache.require_model(lm)
     tokens = cache.tokens

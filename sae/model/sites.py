@@ -14,6 +14,8 @@ With L counted from 0, in the order in which they are computed:
 `mlp_act.L`           the neurons: what the MLP's last projection receives
 `mlp_out.L`           what the MLP adds to the stream
 `resid_post.L`        the residual stream after block L
+
+Where a second model reads the same tokens, its sites stand behind its name and a slash: `chat/resid_post.2`.
 """
 
 import re
@@ -27,6 +29,8 @@ KINDS = (
     *("mlp_in_nogain", "mlp_in", "mlp_act", "mlp_out", "resid_post"),
 )
 """those of each block"""
+MODEL = r"[A-Za-z][A-Za-z0-9_-]{0,31}"
+"""what a second model may be called"""
 
 
 class Site(NamedTuple):
@@ -45,9 +49,23 @@ def parse_site(text: str | Site, n_layers: int | None = None) -> Site:
     """
     if str(text) == EMBED:
         return Site(EMBED, -1)
+    name, own = split_model(str(text))
+    if name is not None:
+        raise InputError(f"expected a site of one model, got {text}, a site of the second model {name!r}; give {own} of that model")
     match = re.fullmatch(r"([a-z_]+)\.(0|[1-9][0-9]*)", str(text))
     if match and match[1] in KINDS and (n_layers is None or int(match[2]) < n_layers):
         return Site(match[1], int(match[2]))
     last = "L" if n_layers is None else n_layers - 1
     there_are = ", ".join(f"{kind}.0 to {kind}.{last}" for kind in KINDS)
     raise InputError(f"expected a site of the model, one of {EMBED}, {there_are}, got {text!r}")
+
+
+def split_model(site: str) -> tuple[str | None, str]:
+    """`"chat/resid_post.2"` -> `("chat", "resid_post.2")`; None in front of a site of the only or the first model."""
+    match = re.fullmatch(rf"({MODEL})/(.*)", site)
+    return (match[1], match[2]) if match else (None, site)
+
+
+def in_model(name: str | None, site: str) -> str:
+    """The inverse of `split_model`."""
+    return site if name is None else f"{name}/{site}"

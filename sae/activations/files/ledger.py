@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from sae.disk.checksum import crc32
 from sae.disk.places import writing
@@ -139,8 +139,9 @@ def require_little_endian() -> None:
         raise InputError(f"expected a little-endian machine, because a cache's numbers are, but this one is {sys.byteorder}-endian")
 
 
-def claim(folder: Path, settings: dict[str, Any], model: dict[str, Any]) -> None:
-    """Makes `folder` the place of a harvest with these settings, or checks that it already is; removes what a kill left half-written.
+def claim(folder: Path, **decides: dict[str, Any]) -> None:
+    """Makes `folder` the place of a harvest with these settings and models, or checks that it already is; removes what a kill left
+    half-written.
 
     Only for the one process that holds the folder alone.
 
@@ -157,10 +158,10 @@ def claim(folder: Path, settings: dict[str, Any], model: dict[str, Any]) -> None
         other = next(iter(sorted(p.name for p in folder.iterdir())), None)
         if other is not None:
             raise InputError(f"expected an empty folder or an unfinished cache at {folder}, but it holds {other!r}; choose another --out")
-        write_json(path, {"format_version": FORMAT_VERSION, "settings": settings, "model": model})
+        write_json(path, {"format_version": FORMAT_VERSION, **decides})
         sync(folder.parent)
         return
-    require_same(folder, settings=settings, model=model)
+    require_same(folder, **decides)
 
 
 def abandon(folder: Path, ledger: Ledger, is_new: bool) -> None:
@@ -176,10 +177,11 @@ def abandon(folder: Path, ledger: Ledger, is_new: bool) -> None:
 class Begun(TypedDict):
     settings: dict[str, Any]
     model: dict[str, Any]
+    models: NotRequired[dict[str, Any]]
 
 
 def require_same(folder: Path, **mine_of: dict[str, Any]) -> None:
-    """Raises `InputError` if the harvest in `folder` was begun with another model, or other settings, than these."""
+    """Raises `InputError` if the harvest in `folder` was begun with other models, or other settings, than these."""
     path = folder / "harvest.json"
     stored = read_json(path, "a harvest's settings", Begun)
     version = stored.get("format_version")

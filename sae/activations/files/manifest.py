@@ -5,17 +5,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from sae.activations.files.ledger import FORMAT_VERSION, ShardEntry, TokenEntry, require_little_endian
 from sae.activations.text.tokens import SPLITS
 from sae.disk.checksum import crc32
 from sae.disk.reading import Count, LongList, Number, read_json, require
 from sae.errors import InputError
-from sae.model.sites import EMBED, KINDS
+from sae.model.sites import EMBED, KINDS, MODEL, split_model
 
 THEN = "read the others with skip_damaged, or harvest again"
-SITE = rf"^({EMBED}|({'|'.join(KINDS)})\.[0-9]{{1,5}})$"
+SITE = rf"^({MODEL}/)?({EMBED}|({'|'.join(KINDS)})\.[0-9]{{1,5}})$"
 
 
 class SiteEntry(TypedDict):
@@ -44,6 +44,8 @@ class Manifest(TypedDict):
     """What readers use of a manifest."""
 
     model: ModelEntry
+    models: NotRequired[dict[str, ModelEntry]]
+    """those beside `model`, by the name in front of their sites"""
     dataset: dict[str, Any] | None
     context: Count | None
     dtype: Literal["float16", "bfloat16", "float32", "int8"]
@@ -69,6 +71,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "use the release of this software that wrote it, or harvest again"
         )
     require(manifest, Manifest, f"a cache's manifest in {folder}")
+    for site in manifest["sites"]:
+        name = split_model(site)[0]
+        if name is not None and name not in manifest.get("models", {}):
+            raise InputError(f"expected facts about the model {name!r} of the site {site} in {folder}, found none; harvest again")
     rows = dict.fromkeys(SPLITS, 0)
     for shard in manifest["shards"]:
         rows[shard["split"]] += shard["rows"]

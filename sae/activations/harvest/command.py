@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,6 +16,7 @@ from sae.activations.files.ledger import FORMAT_VERSION, Ledger, abandon, claim,
 from sae.activations.files.manifest import read_manifest, verify
 from sae.activations.files.number_formats import row_bytes
 from sae.activations.harvest.massive import PoolRows, sentence, summary
+from sae.activations.harvest.models import Models
 from sae.activations.harvest.plan import REASONS, Pool, count_reasons, count_rows, padding, plan_pools
 from sae.activations.harvest.pools import Recorded, Recorder
 from sae.activations.harvest.settings import (
@@ -23,10 +24,9 @@ from sae.activations.harvest.settings import (
     check_recording,
     cut_text,
     facts,
-    load_model,
+    load_models,
     make_masks,
     make_recorder,
-    model_record,
     require_tokens,
 )
 from sae.activations.harvest.writers import Writers
@@ -36,9 +36,6 @@ from sae.disk.places import require_folder
 from sae.disk.writing import only_writer, require_free_space, write_json, write_tensors
 from sae.errors import InputError
 from sae.progress import counted, progress
-
-if TYPE_CHECKING:
-    from sae.model.language_model import LanguageModel
 
 
 @dataclass(kw_only=True)
@@ -79,13 +76,13 @@ def _lead(config: HarvestConfig, writers: Writers) -> None:
     check_recording(config)
     if not config.dry_run:
         require_folder(config.out)
-    lm = load_model(replace(config, device=device_of(config, writers)))
+    models = load_models(replace(config, device=device_of(config, writers)))
     if config.dry_run:
-        _dry_run(config, lm)
+        _dry_run(config, models)
         return writers.tell("work", None)
     settings, is_new = _settings(config), not config.out.exists()
     with only_writer(config.out) as let_others_in:
-        claim(config.out, settings, model_record(lm))
+        claim(config.out, settings=settings, **models.records())
         ledger = Ledger(config.out)
         ledger.take_over()
         if (config.out / "manifest.json").exists():
@@ -93,12 +90,12 @@ def _lead(config: HarvestConfig, writers: Writers) -> None:
             print(f"{config.out} is already complete", file=sys.stderr)
             return writers.tell("work", None)
         try:
-            _write_tokens(config, lm, ledger)
+            _write_tokens(config, models, ledger)
         except InputError:  # nothing is recorded yet, so the corrected command may have the folder
             abandon(config.out, ledger, is_new)
             raise
         work: dict[str, Any] = {"tokens": ledger.of("tokens"), "counts": ledger.of("counts")[0]}
-        recorder, pools = _prepare(config, lm, work)
+        recorder, pools = _prepare(config, models, work)
         _say_held_out(config, pools, work["counts"]["documents"])
         work["left"] = _left(config, recorder, pools, ledger)
         let_others_in()
@@ -116,9 +113,9 @@ def _help(config: HarvestConfig, writers: Writers) -> None:
     if work is None:
         return
     with only_writer(config.out, shared=True):
-        lm = load_model(replace(config, device=device_of(config, writers)))
-        require_same(config.out, model=model_record(lm))
-        recorder, pools = _prepare(config, lm, work)
+        models = load_models(replace(config, device=device_of(config, writers)))
+        require_same(config.out, **models.records())
+        recorder, pools = _prepare(config, models, work)
         _write_pools(config, writers, recorder, [pools[number] for number in work["left"]], Ledger(config.out, writers.rank))
     writers.hear("complete")
 
@@ -162,12 +159,12 @@ def _settings(config: HarvestConfig) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
-def _write_tokens(config: HarvestConfig, lm: "LanguageModel", ledger: Ledger) -> None:
+def _write_tokens(config: HarvestConfig, models: Models, ledger: Ledger) -> None:
     """Stage 1. Interrupted, it starts over: tokenising is cheap beside the forward passes."""
     if ledger.of("counts") and all(has_size(config.out / entry["file"], entry["bytes"]) for entry in ledger.of("tokens")):
         return
     ledger.clear()
-    cutter, parts = cut_text(config, lm)
+    cutter, parts = cut_text(config, models)
     with progress("tokens", config.tokens, "tokens") as bar:
         for number, part in enumerate(parts):
             name = f"tokens/{number:05d}.safetensors"
@@ -180,19 +177,19 @@ def _write_tokens(config: HarvestConfig, lm: "LanguageModel", ledger: Ledger) ->
     ledger.append({"kind": "counts", "label_names": cutter.label_names, **totals})
 
 
-def _prepare(config: HarvestConfig, lm: "LanguageModel", work: dict[str, Any]) -> tuple[Recorder, list[Pool]]:
+def _prepare(config: HarvestConfig, models: Models, work: dict[str, Any]) -> tuple[Recorder, list[Pool]]:
     """From the tokens on disk: the same in every process."""
     tokens = Tokens.read([config.out / entry["file"] for entry in work["tokens"]], work["counts"]["label_names"])
-    return make_recorder(config, lm, tokens), _plan(config, lm, tokens)
+    return make_recorder(config, models, tokens), _plan(config, models, tokens)
 
 
-def _plan(config: HarvestConfig, lm: "LanguageModel", tokens: Tokens) -> list[Pool]:
+def _plan(config: HarvestConfig, models: Models, tokens: Tokens) -> list[Pool]:
     pools = plan_pools(
         tokens,
         seed=config.seed,
         pool_tokens=config.pool_tokens,
         shard_tokens=config.shard_tokens,
-        masks=make_masks(config, lm),
+        masks=make_masks(config, models),
     )
     if count_rows(pools)["train"] == 0:
         raise InputError("expected text to train on, but all of its tokens are left out; give more text, or leave out less")
@@ -208,19 +205,19 @@ def _say_held_out(config: HarvestConfig, pools: list[Pool], documents: int) -> N
         )
 
 
-def _bytes(config: HarvestConfig, rows: int, lm: "LanguageModel") -> int:
-    return rows * sum(row_bytes(config.dtype, lm.width(site)) for site in config.sites)
+def _bytes(config: HarvestConfig, rows: int, models: Models) -> int:
+    return rows * sum(row_bytes(config.dtype, models.width(site)) for site in config.sites)
 
 
-def _dry_run(config: HarvestConfig, lm: "LanguageModel") -> Path:
-    cutter, cut = cut_text(config, lm)
+def _dry_run(config: HarvestConfig, models: Models) -> Path:
+    cutter, cut = cut_text(config, models)
     parts = list(cut)
     require_tokens(config, cutter)
-    pools = _plan(config, lm, Tokens.join(parts, cutter.label_names))
+    pools = _plan(config, models, Tokens.join(parts, cutter.label_names))
     _say_held_out(config, pools, cutter.documents)
     rows = count_rows(pools)
-    size = _bytes(config, sum(rows.values()), lm) + 4 * cutter.tokens
-    memory = 2 * _bytes(config, max(pool.rows for pool in pools), lm)
+    size = _bytes(config, sum(rows.values()), models) + 4 * cutter.tokens
+    memory = 2 * _bytes(config, max(pool.rows for pool in pools), models)
     shards = sum(len(pool.shard_names) for pool in pools) * len(config.sites)
     print(
         f"would write into {config.out}: {cutter.documents:,} documents, {cutter.sequences:,} sequences, {cutter.tokens:,} tokens; "
@@ -240,7 +237,7 @@ def _left(config: HarvestConfig, recorder: Recorder, pools: list[Pool], ledger: 
         and all(has_size(_path(config, site, s["name"]), file["bytes"]) for s in entry["shards"] for site, file in s["files"].items())
     }
     left = [index for index, pool in enumerate(pools) if (pool.split, pool.number) not in done]
-    require_free_space(config.out, _bytes(config, sum(pools[index].rows for index in left), recorder.lm), "the harvest")
+    require_free_space(config.out, _bytes(config, sum(pools[index].rows for index in left), recorder.models), "the harvest")
     return left
 
 
@@ -281,7 +278,7 @@ def _write_pools(config: HarvestConfig, writers: Writers, recorder: Recorder, le
 
 def _manifest(config: HarvestConfig, recorder: Recorder, pools: list[Pool], ledger: Ledger) -> dict[str, Any]:
     """The same for every harvest of the same settings: no times, no names of machines."""
-    lm, tokens, counts = recorder.lm, recorder.tokens, ledger.of("counts")[0]
+    tokens, counts = recorder.tokens, ledger.of("counts")[0]
     entries = {(entry["split"], entry["number"]): entry for entry in ledger.of("pool")}
     shards = [shard for pool in pools for shard in entries[pool.split, pool.number]["shards"]]
     train = [shard for shard in shards if shard["split"] == "train"]
@@ -299,7 +296,7 @@ def _manifest(config: HarvestConfig, recorder: Recorder, pools: list[Pool], ledg
     }
     return {
         "format_version": FORMAT_VERSION,
-        **facts(config, lm),
+        **facts(config, recorder.models),
         "dtype": config.dtype,
         "seed": config.seed,
         "held_out": config.held_out,

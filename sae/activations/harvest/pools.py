@@ -6,7 +6,7 @@ s sequences · p positions · d width of a site · n rows
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,12 +14,10 @@ from torch import Tensor
 
 from sae.activations.files.number_formats import FORMATS, decode, empty, encode, write_shard
 from sae.activations.harvest.massive import PoolRows, is_massive
+from sae.activations.harvest.models import Models
 from sae.activations.harvest.plan import Masks, Pool, plan_batches
 from sae.activations.text.tokens import Tokens
 from sae.errors import InputError
-
-if TYPE_CHECKING:
-    from sae.model.language_model import LanguageModel
 
 
 class Batch(NamedTuple):
@@ -52,7 +50,7 @@ class Recorded(NamedTuple):
 class Recorder(NamedTuple):
     """What stays the same from pool to pool."""
 
-    lm: "LanguageModel"
+    models: Models
     tokens: Tokens
     widths: dict[str, int]
     """site -> d"""
@@ -70,7 +68,8 @@ class Recorder(NamedTuple):
 
         Memory: pool.rows activations per site in the format on disk, 8 bytes a row more, and the model's own.
         """
-        pinned = self.lm.device.type == "cuda"  # so that copies from the device do not wait for it
+        device = self.models.first.device
+        pinned = device.type == "cuda"  # so that copies from the device do not wait for it
         acts = {site: empty(self.dtype, pool.rows, width, pinned=pinned) for site, width in self.widths.items()}
         largest, norms = ({site: torch.empty(pool.rows, pin_memory=pinned) for site in self.widths} for _ in range(2))
         positions_n = torch.empty(pool.rows, dtype=torch.int64)
@@ -78,7 +77,7 @@ class Recorder(NamedTuple):
         for batch in self._batches(pool):
             rows = slice(filled, filled + len(batch.kept_n))
             # No mask: what pads on the right comes after all that is stored, and without one attention is faster
-            recorded = self.lm.record(_to_device(batch.ids_sp, self.lm.device), list(self.widths))
+            recorded = self.models.record(_to_device(batch.ids_sp, device), self.widths)
             for site, acts_spd in recorded.items():
                 acts_nd = acts_spd.flatten(0, 1).index_select(0, _to_device(batch.kept_n, acts_spd.device))
                 largest[site][rows].copy_(torch.linalg.vector_norm(acts_nd, torch.inf, dim=-1), non_blocking=pinned)

@@ -4,19 +4,18 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from sae.activations.files.number_formats import FORMATS
 from sae.activations.harvest import massive
+from sae.activations.harvest.models import Models, require_two, second_name
 from sae.activations.harvest.plan import Masks, parse_positions
 from sae.activations.harvest.pools import Recorder
 from sae.activations.text.documents import TextConfig, check_source, documents
 from sae.activations.text.tokens import Cutter, Part, Tokens, tokenise
 from sae.errors import InputError
+from sae.model.sites import split_model
 from sae.text_input import text_list
-
-if TYPE_CHECKING:
-    from sae.model.language_model import LanguageModel
 
 
 @dataclass(kw_only=True)
@@ -27,6 +26,11 @@ class RecordingConfig(TextConfig):
     """A Hugging Face causal language model: a folder, a GGUF file or a hub name."""
     revision: str | None = None
     """Revision of the model on the hub."""
+    second_model: str | None = None
+    """Another model of the same tokenizer, to be compared with the first: it reads the same tokens, and its sites stand in --sites behind
+    a name of your choice, for example resid_post.2 chat/resid_post.2"""
+    second_revision: str | None = None
+    """Revision of the second model on the hub."""
     sites: tuple[str, ...] = ()
     """Where to record, for example resid_post.2; several cost one forward pass."""
     tokens: int = 1_000_000
@@ -81,56 +85,62 @@ def check_recording(config: RecordingConfig) -> None:
     parse_positions(config.positions)
     if config.dtype not in FORMATS:
         raise InputError(f"expected --dtype {', '.join(FORMATS)}, got {config.dtype!r}; choose one of them")
+    second_name(config.sites, config.second_model, config.second_revision)
 
 
-def load_model(config: RecordingConfig) -> "LanguageModel":
-    """The model up to its deepest site, checked to have the sites."""
+def load_models(config: RecordingConfig) -> Models:
+    """Each model up to its deepest site, checked to have its sites; two are checked to read the same tokens."""
     from sae.model.language_model import LanguageModel
 
     if config.model == RecordingConfig.model and not Path(config.model).exists():
         raise InputError(f"expected --model: {config.model}, the default, is only there in a checkout of this project; name another model")
-    lm = LanguageModel.load(
-        config.model,
-        device=config.device,
-        dtype=config.model_dtype,
-        device_map=config.device_map,
-        revision=config.revision,
-        sites=config.sites,
-        quantize=config.quantize,
-    )
+
+    def load(model: str, revision: str | None, name: str | None) -> LanguageModel:
+        return LanguageModel.load(
+            model,
+            device=config.device,
+            dtype=config.model_dtype,
+            device_map=config.device_map,
+            revision=revision,
+            sites=[split_model(site)[1] for site in config.sites if split_model(site)[0] == name],
+            quantize=config.quantize,
+        )
+
+    models = Models(load(config.model, config.revision, None))
+    if config.second_model is not None:
+        name = second_name(config.sites, config.second_model, config.second_revision)
+        models = Models(models.first, load(config.second_model, config.second_revision, name), name)
+        require_two(*models.all.values())
     for site in config.sites:
-        lm.width(site)
-    return lm
+        models.width(site)
+    return models
 
 
-def make_masks(config: RecordingConfig, lm: "LanguageModel") -> Masks:
+def make_masks(config: RecordingConfig, models: Models) -> Masks:
+    lm = models.first
     special = set(lm.tokenizer.all_special_ids if lm.tokenizer is not None else lm.eos_ids) if config.skip_special else set()
     return Masks(None if config.keep_bos else lm.bos_id, tuple(sorted(special - {lm.bos_id})), *parse_positions(config.positions))
 
 
-def make_recorder(config: RecordingConfig, lm: "LanguageModel", tokens: Tokens) -> Recorder:
-    widths = {site: lm.width(site) for site in config.sites}
-    masks = make_masks(config, lm)
-    kept_bos = lm.bos_id if config.keep_bos else None
-    return Recorder(lm, tokens, widths, config.dtype, masks, config.max_norm_ratio, kept_bos, config.batch_tokens, config.seed)
+def make_recorder(config: RecordingConfig, models: Models, tokens: Tokens) -> Recorder:
+    widths = {site: models.width(site) for site in config.sites}
+    masks = make_masks(config, models)
+    kept_bos = models.first.bos_id if config.keep_bos else None
+    return Recorder(models, tokens, widths, config.dtype, masks, config.max_norm_ratio, kept_bos, config.batch_tokens, config.seed)
 
 
-def model_record(lm: "LanguageModel") -> dict[str, Any]:
-    return {"name": lm.name, "revision": lm.revision, "fingerprint": lm.fingerprint(), "dtype": str(lm.dtype).removeprefix("torch.")}
-
-
-def context_of(config: RecordingConfig, lm: "LanguageModel") -> int:
-    context = config.context or min(lm.context, 1024)
-    if not 2 <= context <= lm.context:
-        raise InputError(f"expected --context from 2 to {lm.context}, the model's own, got {context}; choose one in between")
+def context_of(config: RecordingConfig, models: Models) -> int:
+    context = config.context or min(models.context, 1024)
+    if not 2 <= context <= models.context:
+        raise InputError(f"expected --context from 2 to {models.context}, the model's own, got {context}; choose one in between")
     return context
 
 
-def cut_text(config: RecordingConfig, lm: "LanguageModel") -> tuple[Cutter, Iterator[Part]]:
+def cut_text(config: RecordingConfig, models: Models) -> tuple[Cutter, Iterator[Part]]:
     """The text as sequences, and the cutter, which knows the counts once they are drawn."""
-    cutter = Cutter(context_of(config, lm), config.tokens, lm.bos_id, config.seed, config.held_out)
-    vocabulary = lm.model.get_input_embeddings().weight.shape[0]
-    return cutter, cutter.parts(tokenise(documents(config), lm.tokenizer, vocabulary, lm.bos_id))
+    lm = models.first
+    cutter = Cutter(context_of(config, models), config.tokens, lm.bos_id, config.seed, config.held_out)
+    return cutter, cutter.parts(tokenise(documents(config), lm.tokenizer, models.vocabulary, lm.bos_id))
 
 
 def require_tokens(config: RecordingConfig, cutter: Cutter) -> None:
@@ -142,12 +152,13 @@ def require_tokens(config: RecordingConfig, cutter: Cutter) -> None:
         print(f"the text ended at {cutter.tokens:,} of the {config.tokens:,} tokens asked for", file=sys.stderr)
 
 
-def facts(config: RecordingConfig, lm: "LanguageModel") -> dict[str, Any]:
+def facts(config: RecordingConfig, models: Models) -> dict[str, Any]:
     """What a manifest says about model and text."""
+    lm = models.first
     return {
-        "model": model_record(lm),
+        **models.records(),
         "tokenizer": lm.tokenizer.name_or_path if lm.tokenizer is not None else None,
         "dataset": {f.name: getattr(config, f.name) for f in fields(TextConfig)},
-        "context": context_of(config, lm),
+        "context": context_of(config, models),
         "prepend_bos": lm.bos_id is not None,
     }

@@ -72,7 +72,7 @@ def import_activations(config: ImportConfig) -> Path:
     settings = {k: [str(path) for path in v] if k == "source" else v for k, v in asdict(config).items() if k != "out"}
     settings |= {"token_ids": config.token_ids and str(config.token_ids), "rows": source.rows, "d_in": source.d_in}
     with only_writer(config.out):
-        claim(config.out, settings, model)
+        claim(config.out, settings=settings, model=model)
         if (config.out / "manifest.json").exists():
             print(f"{config.out} is already complete")
             return config.out

@@ -123,7 +123,7 @@ def write_index(folder: Path, config: IndexConfig, dictionary: Dictionary, cache
     alike = too_long(2 * dictionary.d_sae**2 * dictionary.d_out, dictionary)
     if not alike:
         neighbours.cosine_neighbours(dictionary.W_dec_fo, details["neighbour_ids"], details["neighbour_cosines"])
-    found, lens = lens_of(dictionary, cache.site, model)
+    found, lens = lens_of(dictionary, cache.own_site, model)
     if found:
         details["lens_counts"][:] = found.pop("lens_counts")
         columns |= found
@@ -133,8 +133,8 @@ def write_index(folder: Path, config: IndexConfig, dictionary: Dictionary, cache
         "dictionary": str(config.dictionary),
         **checksum(config.dictionary, dictionary),
         "cache": str(config.cache),
-        "model": cache.manifest["model"],
-        "site": cache.site,
+        "model": cache.model,
+        "site": cache.own_site,
         **({"site_out": dictionary.site_out, "d_out": dictionary.d_out} if dictionary.is_transcoder else {}),
         "d_in": dictionary.d_in,
         "d_sae": dictionary.d_sae,

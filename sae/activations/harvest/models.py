@@ -1,0 +1,147 @@
+"""The model that is recorded, or two that read the same tokens, so that row i of every site of both belongs to the same token.
+
+s sequences · p positions
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from sae.errors import InputError
+from sae.model.sites import EMBED, split_model
+
+if TYPE_CHECKING:
+    from sae.model.language_model import LanguageModel
+
+RESERVED = (EMBED, "tokens")
+"""no model's name: folders of a cache are called so"""
+
+
+class Models(NamedTuple):
+    first: "LanguageModel"
+    """whose tokenizer and beginning of text all read"""
+    second: "LanguageModel | None" = None
+    name: str | None = None
+    """of the second, in front of its sites"""
+
+    @property
+    def all(self) -> "dict[str | None, LanguageModel]":
+        """By what stands in front of their sites: None of the first."""
+        return {None: self.first} if self.second is None else {None: self.first, self.name: self.second}
+
+    def width(self, site: str) -> int:
+        """Raises `InputError` for a site that its model has not got."""
+        name, own = split_model(site)
+        return self.all[name].width(own)
+
+    def record(self, ids_sp: Tensor, sites: Iterable[str]) -> dict[str, Tensor]:
+        """Values at the sites, each [s, p, width], from one pass of each model."""
+        found: dict[str, Tensor] = {}
+        for name, lm in self.all.items():
+            own = {split_model(site)[1]: site for site in sites if split_model(site)[0] == name}
+            found |= {own[site]: value for site, value in lm.record(ids_sp, list(own)).items()}
+        return {site: found[site] for site in sites}
+
+    @property
+    def context(self) -> int:
+        """Positions that all can read."""
+        return min(lm.context for lm in self.all.values())
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens that all have an embedding of."""
+        return min(lm.model.get_input_embeddings().weight.shape[0] for lm in self.all.values())
+
+    def records(self) -> dict[str, Any]:
+        """For a manifest: facts about the model, and about the second by its name, if there is one."""
+        first = {"model": facts_of(self.first)}
+        return first if self.second is None else first | {"models": {self.name: facts_of(self.second)}}
+
+
+def facts_of(lm: "LanguageModel") -> dict[str, Any]:
+    return {"name": lm.name, "revision": lm.revision, "fingerprint": lm.fingerprint(), "dtype": str(lm.dtype).removeprefix("torch.")}
+
+
+def second_name(sites: Iterable[str], second_model: str | None, second_revision: str | None) -> str | None:
+    """What the second model is called in front of its sites. Raises `InputError` where options and sites do not fit."""
+    sites = list(sites)
+    names = list(dict.fromkeys(split_model(site)[0] for site in sites))
+    named = [name for name in names if name is not None]
+    if second_model is None:
+        if named:
+            example = next(site for site in sites if split_model(site)[0])
+            raise InputError(f"expected --second-model for the site {example}, got none; give it, or leave out {named[0]}/")
+        if second_revision is not None:
+            raise InputError(f"expected --second-model beside --second-revision {second_revision}, got none; give both or neither")
+        return None
+    if not named:
+        raise InputError(
+            f"expected a site of the second model too, behind a name for it, got --sites {' '.join(sites)}; add one such as "
+            f"other/{sites[0]}"
+        )
+    if len(named) > 1:
+        raise InputError(f"expected one name for the second model, got {' and '.join(named)} in --sites; choose one of them")
+    if None not in names:
+        raise InputError(f"expected a site of --model too, got --sites {' '.join(sites)}; add one without {named[0]}/")
+    if named[0] in RESERVED:
+        raise InputError(f"expected a name for the second model that no folder of a cache has, got {named[0]!r}; choose another")
+    return named[0]
+
+
+def require_two(first: "LanguageModel", second: "LanguageModel") -> None:
+    """Raises `InputError` unless they are two models that make the same tokens of the same text, naming the first difference."""
+    if first.fingerprint() == second.fingerprint():
+        raise InputError(
+            f"expected two models, but {first.name} and {second.name} have the same weights (fingerprint {first.fingerprint()}); "
+            "give another --second-model"
+        )
+    if difference := tokens_differ(first, second):
+        raise InputError(f"expected two models that tokenise alike, but {difference}; give models with the same tokenizer")
+    if first.tokenizer is None:
+        print(f"neither {first.name} nor {second.name} has a tokenizer: that they tokenise alike is taken on trust", file=sys.stderr)
+    if first.bos_id != second.bos_id:
+        print(
+            f"{second.name} begins texts with {said_token(second, second.bos_id)}, but here it reads the tokens of {first.name}, which "
+            f"begin with {said_token(first, first.bos_id)}",
+            file=sys.stderr,
+        )
+
+
+def tokens_differ(first: "LanguageModel", second: "LanguageModel") -> str | None:
+    """The first difference between two tokenizers, as the middle of a sentence; None if there is none."""
+    without = [lm.name for lm in (first, second) if lm.tokenizer is None]
+    if len(without) == 2:
+        return None
+    if without:
+        return f"{without[0]} has no tokenizer to compare"
+    ids, others = (lm.tokenizer.get_vocab() for lm in (first, second))
+    for token in sorted({*ids, *others}, key=lambda token: min(ids.get(token, 1 << 40), others.get(token, 1 << 40))):
+        if ids.get(token) != others.get(token):
+            has, lacks = (first.name, second.name) if token in ids else (second.name, first.name)
+            if token in ids and token in others:
+                return f"token {token!r} is {ids[token]} in {first.name} and {others[token]} in {second.name}"
+            return f"{has} has the token {token!r} ({ids.get(token, others.get(token))}) and {lacks} has not"
+    rules, other_rules = (rules_of(lm.tokenizer) for lm in (first, second))
+    part = next((part for part in rules if rules[part] != other_rules.get(part)), None)
+    return part and f"the tokenizers of {first.name} and {second.name} have other rules ({part})"
+
+
+def rules_of(tokenizer: Any) -> Mapping[str, Any]:
+    """What decides how text is cut into tokens of the vocabulary, as far as the tokenizer shows it.
+
+    Not which tokens count as special: chat models have more of those, and only text that spells one out is cut otherwise.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return {"class": type(tokenizer).__name__}
+    settings = json.loads(backend.to_str())
+    return {part: settings[part] for part in ("normalizer", "pre_tokenizer", "model")}
+
+
+def said_token(lm: "LanguageModel", token: int | None) -> str:
+    if token is None:
+        return "no token of its own"
+    return f"token {token}" if lm.tokenizer is None else f"{lm.tokenizer.convert_ids_to_tokens(token)!r}"
