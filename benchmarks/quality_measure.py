@@ -1,0 +1,66 @@
+"""What is measured of each dictionary of quality.py, and our own trainer's side of it."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sae.activations.cache import ActivationCache
+from sae.dictionaries.dictionary import Dictionary
+from sae.disk.writing import write_json
+from sae.evaluation.evaluate import reconstruct
+from sae.evaluation.language_model_loss import batch_sums, batches, summarise
+from sae.evaluation.settings import EvaluationConfig, held_out_text
+from sae.training import TrainingConfig, train
+
+
+class Measure:
+    """Of a folder: L0, FVU, dead and dense features over held-out rows; loss recovered over held-out sequences."""
+
+    def __init__(self, cache: ActivationCache, rows: int, sequences: int):
+        self.cache, self.rows = cache, rows
+        self.text = None
+        if sequences:
+            config = EvaluationConfig(dictionary="", cache=cache.folder, sequences=sequences)
+            self.text = held_out_text(config, cache, torch.device("cpu"))
+
+    def __call__(self, folder: Path) -> dict[str, Any]:
+        dictionary = Dictionary.load(folder)
+        found, massive = reconstruct(dictionary, self.cache, self.rows)
+        r = massive.without if massive else found
+        firing_f = r.density_f[r.density_f > 0]
+        numbers = {
+            "l0": r.l0,
+            "fvu": r.fvu,
+            "dead": r.dead,
+            "dense": r.dense,
+            "median_density": float(firing_f.median()) if len(firing_f) else 0.0,
+            "norm_ratio": r.norm_ratio,
+        }
+        if self.text is not None:
+            dictionary.metadata["site"] = self.cache.site
+            numbers |= self.loss_recovered(dictionary, r.mean_d)
+        return numbers
+
+    @torch.no_grad()
+    def loss_recovered(self, dictionary: Dictionary, mean_d: torch.Tensor) -> dict[str, Any]:
+        """Against zero and against the mean activation, with bootstrap intervals over sequences."""
+        assert self.text is not None
+        rows = batches(self.text.lm, self.text.sequences, self.text.replaced, 8)
+        sums = [batch_sums(self.text.lm, [dictionary], some, {self.cache.site: mean_d}) for some in rows]
+        loss = summarise(np.concatenate(sums), 0)
+        return {
+            "loss_recovered": loss.loss_recovered,
+            "loss_recovered_interval": list(loss.loss_recovered_interval),
+            "loss_recovered_mean": loss.loss_recovered_mean,
+        }
+
+
+def train_ours(cache: Path, site: str, point: dict[str, Any]) -> None:
+    """One dictionary by our trainer, with its own defaults but for what all tools share; its loop's seconds beside it."""
+    shared = {name: point[name] for name in ("d_sae", "steps", "batch_size", "dead_steps", "lr", "seed")}
+    start = time.monotonic()
+    train(TrainingConfig(cache=cache, site=site, out=Path(point["folder"]), l1=(point["sparsity"],), device="cpu", **shared))
+    write_json(Path(point["folder"]) / "seconds.json", {"seconds": time.monotonic() - start, "lr": point["lr"]})
