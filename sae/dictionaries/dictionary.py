@@ -117,13 +117,17 @@ class Dictionary(nn.Module):
             raise InputError(f"the dictionary was made for {self.site}, so it says nothing about {site}; use it at its own site")
         return str(self.site or site)
 
-    def require_model(self, name: str | None, fingerprint: str | None, *, named: bool) -> None:
-        """Raises `InputError` unless it was made with the model of this name and fingerprint.
+    def require_model(self, name: str | None, fingerprint: str | None, *, named: bool, second: str | None = None) -> None:
+        """Raises `InputError` unless it was made with the model of this name and fingerprint; `second`: as its second model.
 
         Without both fingerprints, differing names prove nothing: when a person `named` the model, a line on stderr says that it is taken
         on trust, otherwise that person is asked.
         """
         made, by = (self.metadata.get(f"model_{key}") for key in ("name", "fingerprint"))
+        if second is not None:
+            models = self.metadata.get("models")
+            facts = models.get(second) if isinstance(models, dict) else None
+            made, by = (facts.get(key) if isinstance(facts, dict) else None for key in ("name", "fingerprint"))
         if by is not None and fingerprint is not None:
             if by != fingerprint:
                 raise InputError(

@@ -72,7 +72,10 @@ def ports(sites: str | list[str] | None, width: int) -> tuple[Port, ...]:
 def only(ports: tuple[Port, ...], does: str) -> str | None:
     if len(ports) != 1:
         sites = ", ".join(str(port.site) for port in ports)
-        raise InputError(f"expected a dictionary of one site, but this one {does} {len(ports)} of them ({sites})")
+        raise InputError(
+            f"expected a dictionary of one site, but this one {does} {len(ports)} of them ({sites}); give another, or look at this one "
+            "with sae evaluate and sae diff-models"
+        )
     return ports[0].site
 
 

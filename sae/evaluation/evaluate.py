@@ -28,15 +28,20 @@ if TYPE_CHECKING:
     from sae.activations.cache import ActivationCache
 
 READ_ROWS = 4096
+OF_A_SITE = ("fvu", "explained_variance", "mse", "cosine", "norm_ratio", "relative_bias")
+"""what is measured at each of several sites"""
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     """Measures, prints a table and writes `evaluation.json`; gives what is in that file. Sets of transcoders: see bundle.py.
 
+    A dictionary of several sites (a crosscoder) is measured at each of them too, but not spliced in: it writes at the first before it
+    has read the last, or in two models.
+
     Raises `InputError` for a cache of another model, site or width, for one without held-out tokens or whose held-out tokens were
     trained on, and for values that are not finite.
     """
-    from sae.activations.cache import ActivationCache
+    from sae.activations.joined import cache_of
 
     config.check()
     folder = Path(config.dictionary)
@@ -51,11 +56,13 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         result = evaluate_bundle(config, dictionary, device)
         write_json(out, result)
         return result
-    cache = ActivationCache.of_dictionary(config.cache, dictionary, named=config.model is not None, verify=config.verify)
+    cache = cache_of(config.cache, dictionary, named=config.model is not None, verify=config.verify)
     refuse_training_tokens(folder, cache)
-    reconstruction, massive = reconstruct(dictionary, cache, config.rows)
-    loss = None
-    if config.sequences:
+    reconstruction, sites, massive = reconstruct(dictionary, cache, config.rows)
+    loss, several = None, len(dictionary.reads) + len(dictionary.writes) > 2
+    if config.sequences and several:
+        print("the model's loss is not measured: a dictionary of several sites cannot be spliced into one pass", file=sys.stderr)
+    elif config.sequences:
         dictionary.metadata["site"] = cache.own_site  # where it does not name its own
         text = held_out_text(config, cache, device)
         means = {str(dictionary.site_out): reconstruction.mean_d}
@@ -67,19 +74,21 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         "weights_crc32": weights_crc32(config.dictionary, [dictionary.parts()]),
         "d_in": dictionary.d_in,
         "d_sae": dictionary.d_sae,
-        "site": cache.own_site,
-        **({"site_out": dictionary.site_out} if dictionary.is_transcoder else {}),
+        "site": [port.site for port in dictionary.reads] if several else cache.own_site,
+        **({"site_out": [port.site for port in dictionary.writes] if several else dictionary.site_out} if dictionary.is_transcoder else {}),
         "model": cache.model,
+        **({"models": cache.manifest["models"]} if several and "models" in cache.manifest else {}),
         "cache": str(config.cache),
         "split": "held_out",
         "seed": config.seed,
         "reconstruction": reconstruction_facts(reconstruction),
+        **({"sites": {site: {key: getattr(one, key) for key in OF_A_SITE} for site, one in sites.items()}} if several else {}),
         "massive_rows": massive and massive._asdict() | {"without": reconstruction_facts(massive.without)},
         "language_model": loss._asdict() if loss else None,
     }
     result = jsonable(result)
     write_json(out, result)
-    print_evaluation(config, cache, reconstruction, massive, loss)
+    print_evaluation(config, cache, reconstruction, sites, massive, loss)
     return result
 
 
@@ -92,15 +101,19 @@ class MassiveRows(NamedTuple):
     without: Reconstruction
 
 
-def reconstruct(dictionary: Dictionary, cache: "ActivationCache", rows: int) -> tuple[Reconstruction, MassiveRows | None]:
-    """Over the first `rows` held-out rows, and over those of them that are not massive, where some are.
+def reconstruct(
+    dictionary: Dictionary, cache: "ActivationCache", rows: int
+) -> tuple[Reconstruction, dict[str, Reconstruction], MassiveRows | None]:
+    """Over the first `rows` held-out rows, at each of several sites too, and over those rows that are not massive, where some are.
 
     The first rows are a fair sample: shards were shuffled when they were written.
     """
-    total, target = min(rows, cache.rows("held_out")), cache.target_of(dictionary)
+    from sae.activations.joined import targets_of
+
+    total, target = min(rows, cache.rows("held_out")), targets_of(cache, dictionary)
     norm_n = torch.cat([torch.linalg.vector_norm(x_bd.float(), dim=-1) for x_bd in held_out(cache, total)])
     massive_n, square_n = is_massive(norm_n), norm_n.double().square()
-    usual, massive = (ReconstructionMetrics(dictionary.norms(), dictionary.d_out) for _ in range(2))
+    usual, massive = (ReconstructionMetrics(dictionary.norms(), dictionary.d_out, dictionary.writes) for _ in range(2))
     with progress("reconstruction", total, "tokens") as bar:
         for x_bd, y_bo in zip(held_out(cache, total), held_out(target, total)):
             massive_b = massive_n[bar.done : bar.done + len(x_bd)]
@@ -110,9 +123,10 @@ def reconstruct(dictionary: Dictionary, cache: "ActivationCache", rows: int) -> 
             bar.advance(len(x_bd))
     without = usual.result()
     if not massive.rows:
-        return without, None
+        return without, usual.by_site(), None
     usual.merge(massive)
-    return usual.result(), MassiveRows(RATIO, massive.rows, share(float(square_n[massive_n].sum()), float(square_n.sum())), without)
+    of_norm = share(float(square_n[massive_n].sum()), float(square_n.sum()))
+    return usual.result(), usual.by_site(), MassiveRows(RATIO, massive.rows, of_norm, without)
 
 
 def held_out(cache: "ActivationCache", rows: int) -> Iterator[Tensor]:
@@ -136,7 +150,12 @@ def reconstruction_facts(reconstruction: Reconstruction) -> dict[str, Any]:
 
 
 def print_evaluation(
-    config: EvaluationConfig, cache: "ActivationCache", r: Reconstruction, massive: MassiveRows | None, loss: LanguageModelLoss | None
+    config: EvaluationConfig,
+    cache: "ActivationCache",
+    r: Reconstruction,
+    sites: dict[str, Reconstruction],
+    massive: MassiveRows | None,
+    loss: LanguageModelLoss | None,
 ) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -147,6 +166,7 @@ def print_evaluation(
     rows = {
         "activations scanned": f"{r.rows:,}",
         "FVU (fraction of variance unexplained)": f"{r.fvu:.4f}",
+        **{f"FVU at {site}": f"{one.fvu:.4f}" for site, one in sites.items()},
         **({"FVU without the massive rows": f"{massive.without.fvu:.4f}"} if massive else {}),
         "explained variance": f"{r.explained_variance:.4f}",
         "explained second moment (about 0, not the mean)": f"{r.explained_second_moment:.4f}",

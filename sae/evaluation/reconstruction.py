@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.parts import Port
 from sae.errors import InputError
 from sae.statistics import ratio
 
@@ -58,8 +59,11 @@ class ReconstructionMetrics:
 
     decoder_norm_f: Tensor
     d_in: int
+    ports: tuple[Port, ...] = ()
+    """of a dictionary that writes at several sites, each of which is measured by itself too"""
 
     def __post_init__(self) -> None:
+        self.parts = [ReconstructionMetrics(self.decoder_norm_f, port.width) for port in self.ports if len(self.ports) > 1]
         device, f = self.decoder_norm_f.device, len(self.decoder_norm_f)
         self.rows = 0
         self.mean_d = torch.zeros(self.d_in, dtype=torch.float64, device=device)
@@ -72,6 +76,10 @@ class ReconstructionMetrics:
     @torch.no_grad()
     def add(self, x_bd: Tensor, acts_bf: Tensor, x_hat_bd: Tensor) -> None:
         """`x_bd`, what is to be rebuilt, in any float dtype; the activations and reconstruction of the same rows."""
+        if self.parts:
+            widths = [part.d_in for part in self.parts]
+            for part, x_bw, x_hat_bw in zip(self.parts, x_bd.split(widths, dim=-1), x_hat_bd.split(widths, dim=-1)):
+                part.add(x_bw, acts_bf, x_hat_bw)
         fired_bf = acts_bf != 0
         self.fired_f += fired_bf.sum(0)
         self.l0_histogram += torch.bincount(fired_bf.sum(1), minlength=len(self.l0_histogram))
@@ -95,6 +103,12 @@ class ReconstructionMetrics:
         self._merge_variance(other.rows, other.mean_d, other.centred)
         for name in ("sums", "fired_f", "activity_f", "l0_histogram"):
             getattr(self, name).add_(getattr(other, name))
+        for mine, part in zip(self.parts, other.parts):
+            mine.merge(part)
+
+    def by_site(self) -> dict[str, Reconstruction]:
+        """The result at each of several sites; of one, nothing. Raises as `result` does."""
+        return {str(port.site): part.result() for port, part in zip(self.ports, self.parts)}
 
     def result(self) -> Reconstruction:
         """Raises `InputError` when no row was added or when a value is not finite."""
@@ -144,7 +158,7 @@ def add_reconstruction(
 
     `y_bo` are a transcoder's targets. A chunk is moved to the dictionary's device when its turn comes.
     """
-    metrics = metrics or ReconstructionMetrics(dictionary.norms(), dictionary.d_out)
+    metrics = metrics or ReconstructionMetrics(dictionary.norms(), dictionary.d_out, dictionary.writes)
     chunk = max(1, CHUNK_BYTES // (4 * dictionary.d_sae))
     for start in range(0, len(x_bd), chunk):
         x = x_bd[start : start + chunk].to(dictionary.W_dec_fo.device)

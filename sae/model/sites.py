@@ -66,6 +66,12 @@ def split_model(site: str) -> tuple[str | None, str]:
     return (match[1], match[2]) if match else (None, site)
 
 
+def checked_site(text: str) -> str:
+    """The text, if it is a site of the only, the first or a second model; raises `InputError` as `parse_site` does."""
+    name, own = split_model(text)
+    return in_model(name, str(parse_site(own)))
+
+
 def in_model(name: str | None, site: str) -> str:
     """The inverse of `split_model`."""
     return site if name is None else f"{name}/{site}"

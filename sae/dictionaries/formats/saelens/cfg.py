@@ -16,7 +16,7 @@ from sae.dictionaries.formats.transformer_lens import FOLDED, HOOK_NAMES, site_o
 from sae.dictionaries.frames import Frame
 from sae.disk.reading import read_json
 from sae.errors import InputError
-from sae.model.sites import parse_site
+from sae.model.sites import checked_site, parse_site
 
 CFG = "cfg.json"
 
@@ -288,7 +288,7 @@ def find_site(folder: Path, values: dict[str, Any], out: str) -> str | list[str]
     """
     hook, site, layer = (values.get(f"{name}{out}") for name in ("hook_name", "site", "hook_layer"))
     if isinstance(site, list):
-        return [one and str(parse_site(str(one))) for one in site]
+        return [one and checked_site(str(one)) for one in site]
     if site is not None:
         site = str(parse_site(str(site)))
     if hook is None:
