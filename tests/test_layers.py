@@ -17,6 +17,7 @@ ROOMS = (
     "sae.streams",
     "sae.disk",
     "sae.text_input",
+    "sae.encoding",
     "sae.objective",
     "sae.model",
     "sae.dictionaries",

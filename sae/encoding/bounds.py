@@ -1,0 +1,148 @@
+"""Upper bounds of pre-activations from a product in low precision, so that only entries whose bound is positive need float32.
+
+b rows (tokens) · d width · f features · k columns of an operand
+
+With operands rounded to x̂ = x − δ and Ŵ_f = W_f − ε_f, by Cauchy and Schwarz
+
+    x·W_f ≤ x̂·Ŵ_f + ‖δ‖ ‖W_f‖ + ‖x̂‖ ‖ε_f‖
+
+The bound is three products of a number for the row with a number for the feature. In bfloat16 they are further columns of the operands, so
+that the sign of one matrix product decides; in int8 they are added in float32. Every sum in float32, the one of the exact value too, is
+off by at most `slack` times the sum of absolute values, in any order of adding, and the bound contains that as well.
+
+Both sides may be moved first: x − c, with c·W_f in the bias, and dimension by dimension x_d r_d and W_fd / r_d, with r_d a power of
+two. It is the same number, and the bound is tighter where few dimensions are much larger than the others.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Low = Literal["bfloat16", "int8"]
+
+PREPARED_BYTES = 1 << 20
+"""of weights rounded at a time, so that the passes over them stay in the processor's cache"""
+LARGEST_NORM = 2.0**48
+"""of rows and features, in any frame 2¹² times that; beyond, products could overflow, and the float32 product is taken"""
+LARGEST_OFFSET = 2.0**96
+SMALLEST = 2.0**-62
+"""a component whose square underflows is shorter than this; added to every norm"""
+
+
+class Frame(NamedTuple):
+    """Where rows are moved to and how dimensions are scaled before rounding. Any frame is right; a good one keeps bounds tight."""
+
+    centre_d: Tensor
+    scale_d: Tensor
+    """powers of two"""
+
+
+def frame_of(x_bd: Tensor, W_fd: Tensor) -> Frame:
+    """The rows' mean, and scales that share each dimension's size between rows and features."""
+    centre_d = x_bd.mean(0)
+    size_d = (W_fd[::16].square().mean(0) / (x_bd - centre_d).square().mean(0)) ** 0.25
+    size_d = torch.where(size_d.isfinite() & (size_d > 0), size_d, 1.0)
+    exponent_d = (size_d / size_d.median()).log2().round().clamp(-12, 12)
+    return Frame(centre_d if fits(centre_d[None]) else torch.zeros_like(centre_d), torch.exp2(exponent_d))
+
+
+def fits(rows: Tensor) -> bool:
+    """Whether bounds can be computed of rows: they are finite and not too large."""
+    return bool((rows.norm(dim=1) < LARGEST_NORM).all())  # host sync
+
+
+def slack_of(d: int, device: torch.device) -> float:
+    """How far two float32 sums over d products and some more terms are off, relative to the sum of their absolute values.
+
+    Higham, Accuracy and Stability of Numerical Algorithms, section 3.1: n·u / (1 − n·u) for any order, u = 2⁻²⁴. Tensor cores cut digits
+    off instead of rounding; 2⁻²¹ is taken for them.
+    """
+    unit = 2.0**-21 if device.type == "cuda" else 2.0**-24
+    return 1.1 * (2 * d + 128) * unit
+
+
+def norm_above(rows: Tensor) -> Tensor:
+    """Norms of rows, not smaller than the true ones whatever was rounded or underflowed."""
+    d = rows.shape[1]
+    return rows.norm(dim=1) * (1 + d * 2.0**-23) + d * SMALLEST
+
+
+def rounded(rows: Tensor, low: Low) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Rows in low precision, for int8 the step of each, and what that stands for in float32."""
+    if low == "bfloat16":
+        operand = rows.bfloat16()
+        operand[operand.abs() < torch.finfo(torch.bfloat16).tiny] = 0  # some instructions take denormals for 0
+        return operand, None, operand.float()
+    step = (rows.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    whole = (rows / step).round_().clamp_(-127, 127)
+    return whole.to(torch.int8), step[:, 0], whole.mul_(step)
+
+
+def padded(d: int) -> int:
+    """Columns of an operand: those of the bound and then zeros up to a whole tile."""
+    return -(-(d + 4) // 32) * 32
+
+
+class Features:
+    """The features' side: encoder rows in low precision, with what their bounds need. Of rows that `fits` allows, and smaller offsets."""
+
+    def __init__(self, W_fd: Tensor, b_f: Tensor, above_f: Tensor | float, low: Low, frame: Frame):
+        f, d = W_fd.shape
+        self.low, self.frame, self.slack = low, frame, slack_of(d, W_fd.device)
+        k = padded(d) if low == "bfloat16" else -(-d // 8) * 8
+        self.operand_fk = W_fd.new_zeros((f, k), dtype=torch.bfloat16 if low == "bfloat16" else torch.int8)
+        self.step_f, self.norm_f, self.error_f = (W_fd.new_ones(f) for _ in range(3))
+        rows = max(1, PREPARED_BYTES // (4 * d))
+        for part in (slice(start, start + rows) for start in range(0, f, rows)):
+            scaled_fd = W_fd[part] / frame.scale_d
+            operand, step, stands_fd = rounded(scaled_fd, low)
+            self.operand_fk[part, :d] = operand
+            if step is not None:
+                self.step_f[part] = step
+            self.norm_f[part] = norm_above(scaled_fd)
+            self.error_f[part] = norm_above(scaled_fd - stands_fd)
+        self.centre_norm = norm_above((frame.centre_d * frame.scale_d)[None])
+        moved_f = W_fd @ frame.centre_d
+        self.slack_f = 4 * self.slack * (b_f.abs() + torch.as_tensor(above_f).abs() + moved_f.abs() + self.centre_norm * self.norm_f)
+        if low == "bfloat16":  # the offset in two numbers of 8 digits
+            self.slack_f += 2.0**-14 * (b_f + moved_f - above_f).abs() + SMALLEST**2
+        self.offset_f = b_f + moved_f - above_f + self.slack_f
+        if low == "bfloat16":
+            high_f = self.offset_f.bfloat16()
+            columns = (raised(self.norm_f), raised(self.error_f), high_f, (self.offset_f - high_f.float()).bfloat16())
+            self.operand_fk[:, d : d + 4] = torch.stack(columns, 1)
+
+    def upper_bounds(self, x_bd: Tensor, out_bf: Tensor) -> Tensor:
+        """Not below z − above, 0 where that is surely not positive; and of each row how far above z − above it may be at most, [b].
+
+        `out_bf` has `bound_dtype` and is overwritten. Of rows that `fits` allows.
+        """
+        d = x_bd.shape[1]
+        moved_bd = (x_bd - self.frame.centre_d) * self.frame.scale_d
+        operand, step_b, stands_bd = rounded(moved_bd, self.low)
+        norm_b = norm_above(moved_bd)
+        error_b = norm_above(moved_bd - stands_bd) + self.slack * (norm_b + self.centre_norm)
+        length_b = norm_above(stands_bd)
+        if step_b is None:
+            operand_bk = operand.new_zeros((len(x_bd), self.operand_fk.shape[1]))
+            operand_bk[:, :d] = operand
+            operand_bk[:, d : d + 4] = torch.stack([raised(error_b), raised(length_b), *2 * [torch.ones_like(raised(error_b))]], 1)
+            torch.mm(operand_bk, self.operand_fk.T, out=out_bf)
+        else:
+            operand = torch.nn.functional.pad(operand, (0, self.operand_fk.shape[1] - d))
+            out_bf.copy_(torch._int_mm(operand, self.operand_fk.T)).mul_(self.step_f).mul_(step_b[:, None])
+            wider = 1 + 2.0**-10
+            rows_b3 = torch.stack([error_b, length_b, torch.ones_like(error_b)], 1)
+            out_bf.addmm_(rows_b3, torch.stack([self.norm_f * wider, self.error_f * wider, self.offset_f]))
+        out_bf.relu_()
+        return 2.1 * (error_b * self.norm_f.max() + length_b * self.error_f.max() + self.slack_f.max())
+
+    @property
+    def bound_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.low == "bfloat16" else torch.float32
+
+
+def raised(size: Tensor) -> Tensor:
+    """Numbers of at least 0 in bfloat16, not below what they were."""
+    return (size * (1 + 2.0**-7)).bfloat16()

@@ -1,0 +1,74 @@
+"""Which way to encode is the fastest on this machine, by trying those that its processor has instructions for."""
+
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from sae.encoding.encoder import Encoder, Method, adds_exactly
+from sae.entries import Buffers
+
+TRIED_ROWS = 1024
+ROUNDS = 3
+MARGIN = 0.8
+"""of the product's time, which another way must stay below to be taken"""
+WORTH_TRYING = 1 << 32
+"""multiplications of all that is to be encoded below which nothing is tried: the product takes less time than trying"""
+DENSITY = 1 / 256
+"""share of active entries at which ways are compared where the true one is not known yet, as before training"""
+
+_fastest: dict[tuple[object, ...], Method] = {}
+
+
+def candidates(device: torch.device) -> tuple[Method, ...]:
+    """Ways that may be faster than the product here. On CUDA none, since no time has been measured there: name `bfloat16` to try it."""
+    if device.type != "cpu":
+        return ()
+    found: list[Method] = []
+    if torch.cpu._is_avx512_supported() and torch.backends.mkldnn.is_available():
+        found.append("onednn")
+    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        found.append("bfloat16")
+    if torch.cpu._is_vnni_supported():
+        found.append("int8")
+    return tuple(method for method in found if method == "onednn" or adds_exactly(method, device))
+
+
+def fastest(x_bd: Tensor, W_fd: Tensor, b_f: Tensor, above_f: Tensor | float | None = None, rows: int | None = None) -> Method:
+    """The fastest way for such rows, with `above_f` as for `Encoder`; None: as if a 256th of the entries were active.
+
+    Whole encodings to entries are timed, in turn, on at most 1,024 of the rows, once in a process for each shape, dtype, device and number
+    of threads. Times vary, so another process may choose another way, whose last digits differ: write down what was chosen where a run
+    must be repeated. Without AVX-512 it is always the product, and nothing is timed. `rows`: how many will be encoded in all, by default
+    these.
+    """
+    ways = candidates(x_bd.device) if W_fd.dtype == torch.float32 else ()
+    if not ways or (rows or len(x_bd)) * W_fd.numel() < WORTH_TRYING:
+        return "product"
+    x_bd = x_bd[:TRIED_ROWS]
+    key = (x_bd.shape, W_fd.shape, W_fd.dtype, W_fd.device, torch.get_num_threads(), above_f is None)
+    if key not in _fastest:
+        seconds = timed(("product", *ways), x_bd, W_fd, b_f, quantile(x_bd, W_fd, b_f) if above_f is None else above_f)
+        best = min(seconds, key=lambda method: seconds[method])
+        _fastest[key] = best if seconds[best] < MARGIN * seconds["product"] else "product"
+    return _fastest[key]
+
+
+def timed(ways: tuple[Method, ...], x_bd: Tensor, W_fd: Tensor, b_f: Tensor, above_f: Tensor | float) -> dict[Method, float]:
+    """Shortest seconds of each way to encode these rows, in interleaved rounds; one more, not counted, comes first."""
+    encoders = {method: Encoder(method, W_fd, b_f, above_f, like_bd=x_bd) for method in ways}
+    buffers = {method: Buffers() for method in ways}
+    seconds = dict.fromkeys(ways, float("inf"))
+    for turn in range(ROUNDS + 1):
+        for method, encoder in encoders.items():
+            start = perf_counter()
+            encoder.entries(x_bd, buffers[method])
+            if turn:
+                seconds[method] = min(seconds[method], perf_counter() - start)
+    return seconds
+
+
+def quantile(x_bd: Tensor, W_fd: Tensor, b_f: Tensor) -> float:
+    """What a share `DENSITY` of the entries of some rows exceeds, at least 0."""
+    z_n = torch.addmm(b_f, x_bd[:16], W_fd.T).flatten()
+    return max(0.0, float(z_n.kthvalue(max(1, int((1 - DENSITY) * z_n.numel()))).values))
