@@ -69,6 +69,32 @@ def test_every_gate_as_autoencoder_and_as_skip_transcoder(gate):
         transcoder.decode(transcoder.encode(x))
 
 
+@pytest.mark.parametrize("method", ["onednn", "bfloat16", "int8"])
+@pytest.mark.parametrize("gate", GATES)
+def test_entries_by_another_encoder(gate, method):
+    w = weights()
+    sae = made(w, gate, b_in_d=torch.tensor(w["b_in"])).float()
+    x = torch.tensor(X, dtype=torch.float32)
+    if gate not in ("relu", "jumprelu", "topk"):
+        assert sae.encoder(x) is None
+        with pytest.raises(InputError, match=f"expected ReLU, JumpReLU or TopK in float32 for the encoder {method}, got the gate"):
+            sae.encoder(x, method)
+        return
+    acts = gated(gate, (X - w["b_in"]) @ w["W_enc"].T + w["b_enc"])
+    entries = sae.entries(x, Buffers(), sae.encoder(x, method))
+    rows, features = np.nonzero(acts)
+    np.testing.assert_array_equal(entries.row_n, rows)
+    np.testing.assert_array_equal(entries.feature_n, features)
+    np.testing.assert_allclose(entries.value_n, acts[rows, features], rtol=1e-5, atol=1e-6)
+
+
+def test_encoders_for_other_weights():
+    sae = made(weights(), "relu")
+    assert sae.encoder(torch.tensor(X)) is None
+    with pytest.raises(InputError, match=r"got weights in torch\.float64 or on the disk; take auto or product"):
+        sae.encoder(torch.tensor(X), "bfloat16")
+
+
 @pytest.mark.parametrize("gate", GATES)
 def test_frames(gate):
     w = weights()

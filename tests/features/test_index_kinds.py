@@ -69,6 +69,25 @@ def test_a_dictionary_of_another_format(world, tmp_path, capsys):
         index.dictionary()
 
 
+@pytest.mark.parametrize("kind", ["jumprelu", "topk", "skip"])
+def test_a_screened_index_has_the_same_activations(world, tmp_path, kind, capsys):
+    made(world, **KINDS[kind]).save(tmp_path / "sae")
+    indexes = {}
+    for encoder in ("auto", "product", "bfloat16", "int8"):
+        config = IndexConfig(cache=world.cache, dictionary=tmp_path / "sae", out=tmp_path / encoder, device="cpu", encoder=encoder)
+        indexes[encoder] = FeatureIndex.open(build_index(config))
+        said = f"encoded by {encoder}; name it with --encoder to repeat this index bit for bit" in capsys.readouterr().out
+        assert said == (encoder not in ("auto", "product"))
+    names = [indexes[encoder].info["encoder"] for encoder in ("auto", "product", "bfloat16", "int8")]
+    assert names == ["product", "product", "bfloat16", "int8"], "so few rows are not worth a measurement"
+    for j in range(F):
+        found = [indexes[encoder].feature(j) for encoder in ("product", "bfloat16", "int8")]
+        for one in found[1:]:
+            np.testing.assert_array_equal(one.positions, found[0].positions)
+            np.testing.assert_allclose(one.values, found[0].values, rtol=2e-3)
+        np.testing.assert_array_equal(found[1].values, found[2].values)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind(world, tmp_path, kind):
     dictionary = made(world, **KINDS[kind])

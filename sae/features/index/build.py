@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from sae.disk.folders import fresh_folder
 from sae.disk.mapped import is_mapped
 from sae.disk.places import require_folder
 from sae.disk.writing import require_free_space, write_json
+from sae.encoding import Encoder, Method
 from sae.entries import Buffers
 from sae.errors import InputError
 from sae.features.index import examples, neighbours
@@ -69,6 +70,8 @@ class IndexConfig:
     """Model for tokenizer and logit lens, by hub name, folder or GGUF file. Default: the one the cache names."""
     device: str = "auto"
     """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    encoder: Method | Literal["auto"] = "auto"
+    """How pre-activations are computed; auto measures. It decides their last digits, so name one to repeat an index bit for bit."""
     verify: bool = False
     """First read the whole site in the cache to compare every checksum. Default: only those of token files up to 32 MB."""
 
@@ -114,7 +117,7 @@ def write_index(folder: Path, config: IndexConfig, dictionary: Dictionary, cache
 
     tokens = cache.tokens
     wanted = choose_tokens(tokens, cache, config)
-    spool, scanned, sums = spool_activations(folder, dictionary, cache, wanted, config.splits)
+    spool, scanned, sums, encoder = spool_activations(folder, dictionary, cache, wanted, config)
     text = {name: np.asarray(getattr(tokens, name)) for name in TEXT}
     columns, details = derive_columns(folder, spool.paths, dictionary.d_sae, text, signed=dictionary.gate.signed)
     for run in spool.paths:
@@ -139,6 +142,7 @@ def write_index(folder: Path, config: IndexConfig, dictionary: Dictionary, cache
         "d_in": dictionary.d_in,
         "d_sae": dictionary.d_sae,
         "splits": list(config.splits),
+        "encoder": encoder,
         "activations": spool.entries,
         "activations_cut_to_65504": spool.clipped,
         "label_names": list(tokens.label_names),
@@ -295,21 +299,27 @@ def chunks(
 
 
 def spool_activations(
-    folder: Path, dictionary: Dictionary, cache: "ActivationCache", wanted: np.ndarray, splits: tuple[str, ...]
-) -> tuple[Spool, np.ndarray, dict[str, np.ndarray]]:
-    """Encodes the wanted rows and spools their non-zeros; also gives which tokens there were, bool [n], and the error's sums."""
+    folder: Path, dictionary: Dictionary, cache: "ActivationCache", wanted: np.ndarray, config: IndexConfig
+) -> tuple[Spool, np.ndarray, dict[str, np.ndarray], str]:
+    """Encodes the wanted rows and spools their non-zeros; also gives which tokens there were, bool [n], the error's sums, the encoder."""
+    splits = config.splits
     spool, sums, local = Spool(folder, dictionary.d_sae), ErrorSums(dictionary), threading.local()
     scanned = np.zeros(len(wanted), bool)
     size = min(MAX_ROWS, max(1, CHUNK_BYTES // (dictionary.features_at_once * 4)))
     rows = sum(cache.rows(split) for split in splits)
     caches = [cache] if not dictionary.is_transcoder else [cache, cache.target_of(dictionary)]
     total, checked = min(rows, int(wanted.sum())), False
+    encoders: list[Encoder | None] = []
+    choosing = threading.Lock()
 
     @torch.no_grad()
     def entries_of(chunk: tuple[list[Tensor], np.ndarray]) -> tuple[np.ndarray, ...]:
         local.buffers = buffers = getattr(local, "buffers", None) or Buffers()
         x_bd, *y_bo = (rows.to(dictionary.W_enc_fd.device, dictionary.dtype) for rows in chunk[0])
-        entries = dictionary.entries(x_bd, buffers)
+        with choosing:  # by the first chunk, for all
+            if not encoders:
+                encoders.append(dictionary.encoder(x_bd, config.encoder, total))
+        entries = dictionary.entries(x_bd, buffers, encoders[0])
         values = entries.value_n.float().cpu().numpy()  # host sync
         if not np.isfinite(values).all():
             raise InputError(f"activations of tokens near {chunk[1][0]} in {cache.folder} are NaN or infinite; harvest the cache again")
@@ -330,4 +340,7 @@ def spool_activations(
         raise InputError(
             f"expected activations in the splits {', '.join(splits)} of {cache.folder}, but there are none; name other --splits"
         )
-    return spool, scanned, sums.sums
+    encoder = encoders[0].method if encoders[0] else "product"
+    if encoder != "product":
+        print(f"encoded by {encoder}; name it with --encoder to repeat this index bit for bit")
+    return spool, scanned, sums.sums, encoder

@@ -128,5 +128,6 @@ def joined_info(parts: list[FeatureIndex], label_names: list[str]) -> dict[str, 
         "cache": " + ".join(dict.fromkeys(info["cache"] for info in infos)),
         "splits": list(dict.fromkeys(split for info in infos for split in info["splits"])),
         "label_names": label_names,
+        "encoder": " and ".join(dict.fromkeys(info.get("encoder", "product") for info in infos)),  # older indexes do not say
         **{name: sum(info[name] for info in infos) for name in ("activations", "activations_cut_to_65504")},
     }
