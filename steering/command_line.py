@@ -73,6 +73,11 @@ COMMANDS = {
         "sae.features.index.build:IndexConfig",
         "One pass over a cache: every feature's activations, statistics and logit lens, in one folder.",
     ),
+    "diff-models": Command(
+        "sae.features.model_diff.command:diff_models",
+        "sae.features.model_diff.command:DiffConfig",
+        "What one model has and another has not, by a crosscoder of both: relative norms, latent scaling, examples, as JSON and a page.",
+    ),
     "merge": Command(
         "sae.features.index.merge:merge_indexes",
         "sae.features.index.merge:MergeConfig",

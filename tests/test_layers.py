@@ -33,6 +33,7 @@ ROOMS = (
     "sae.features.explanations",
     "sae.features.notes",
     "sae.features.pages",
+    "sae.features.model_diff",
     "sae.features.exports",
     "sae.features.terminal",
     "sae.features.browser",

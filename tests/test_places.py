@@ -43,6 +43,7 @@ def commands() -> dict:
     from sae.features.exports.transcoders import TranscodersConfig, export_transcoders
     from sae.features.index.build import IndexConfig, build_index
     from sae.features.index.merge import MergeConfig, merge_indexes
+    from sae.features.model_diff.command import DiffConfig, diff_models
     from sae.features.terminal import ListConfig, list_features
     from sae.training import TrainingConfig, train
     from sae.training.live import LiveTrainingConfig, train_live
@@ -86,6 +87,7 @@ def commands() -> dict:
     }
     files = {
         "evaluate-sae": lambda p: evaluate(EvaluationConfig(dictionary=none, cache=none, out=p)),
+        "diff-models": lambda p: diff_models(DiffConfig(dictionary="none", cache=none, out=p)),
         "check-dictionary": lambda p: check(CheckConfig(dictionary="none", model="none", out=p)),
         "measure-steering": lambda p: strengths(StrengthsConfig(index=none, feature=1, out=p)),
         "effect-map": lambda p: effect_map(EffectConfig(model="none", dictionary=none, feature=(1,), text=text, out=p)),

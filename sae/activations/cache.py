@@ -90,7 +90,7 @@ class ActivationCache:
                 'and write the right one into its cfg.json, as "site" under "metadata"'
             )
         for name, model in manifest.get("models", {}).items():
-            if site is not None and made_by is not None and model["fingerprint"] == made_by:
+            if site is not None and made_by not in (None, manifest["model"]["fingerprint"]) and model["fingerprint"] == made_by:
                 site = in_model(name, site)
         cache = cls.open(folder, site, verify=verify)
         cache.require_dictionary(dictionary, named=named)

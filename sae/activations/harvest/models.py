@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from sae.errors import InputError
@@ -94,9 +95,15 @@ def second_name(sites: Iterable[str], second_model: str | None, second_revision:
 def require_two(first: "LanguageModel", second: "LanguageModel") -> None:
     """Raises `InputError` unless they are two models that make the same tokens of the same text, naming the first difference."""
     if first.fingerprint() == second.fingerprint():
-        raise InputError(
-            f"expected two models, but {first.name} and {second.name} have the same weights (fingerprint {first.fingerprint()}); "
-            "give another --second-model"
+        if same_weights(first, second):
+            raise InputError(
+                f"expected two models, but {first.name} and {second.name} have the same weights as far as the sites need them; give "
+                "another --second-model"
+            )
+        print(
+            f"{first.name} and {second.name} differ too little for their fingerprints, which are signs of some weights: later only their "
+            "names tell one from the other",
+            file=sys.stderr,
         )
     if difference := tokens_differ(first, second):
         raise InputError(f"expected two models that tokenise alike, but {difference}; give models with the same tokenizer")
@@ -108,6 +115,13 @@ def require_two(first: "LanguageModel", second: "LanguageModel") -> None:
             f"begin with {said_token(first, first.bos_id)}",
             file=sys.stderr,
         )
+
+
+def same_weights(first: "LanguageModel", second: "LanguageModel") -> bool:
+    """Of all that is in memory of both, number by number; a model may be loaded up to its deepest site alone."""
+    others = dict(second.model.named_parameters())
+    pairs = [(weight, others[name]) for name, weight in first.model.named_parameters() if name in others]
+    return all(a.is_meta or b.is_meta or torch.equal(a, b.to(a.device)) for a, b in pairs)
 
 
 def tokens_differ(first: "LanguageModel", second: "LanguageModel") -> str | None:

@@ -43,6 +43,23 @@ def weight_histogram(edges: np.ndarray, counts: np.ndarray) -> str:
     return _chart(label, _grid(counts), bars, marks) + "<p class='soft'>tokens of the vocabulary (log scale) by logit weight</p>"
 
 
+def share_histogram(edges: np.ndarray, counts: np.ndarray, what: str) -> str:
+    """Bars [bins] over `edges` [bins + 1] on a linear axis, features on a logarithmic one; `what` says of what, under the chart."""
+    low, high = float(edges[0]), float(edges[-1])
+    scale, texts = (WIDTH - LEFT) / (high - low), [number(edge) if edge else "0" for edge in edges.tolist()]
+    bars = [
+        f'<rect x="{LEFT + (left - low) * scale:.1f}" y="{HEIGHT - h:.1f}" width="{max((right - left) * scale - 0.6, 0.6):.1f}" '
+        f'height="{h:.1f}"><title>{texts[i]} to {texts[i + 1]}: {count:,}</title></rect>'
+        for i, (left, right, count, h) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), _heights(counts)))
+    ]
+    middle = (low + high) / 2
+    marks = [(LEFT + (x - low) * scale, f"{x:g}") for x in (low, middle, high)]
+    label = f"histogram of {what}: {counts.sum():,} features from {low:g} to {high:g}"
+    return (
+        _chart(label, _grid(counts) if counts.any() else "", "".join(bars), marks) + f"<p class='soft'>features (log scale) by {what}</p>"
+    )
+
+
 def _heights(counts: np.ndarray) -> list[float]:
     """On a scale on which a count of 0 has no height, 1 some, and the tallest nearly all."""
     return (HEIGHT * 0.94 * np.log10(1 + counts) / math.log10(1 + max(int(counts.max()), 1))).tolist()

@@ -178,6 +178,18 @@ def test_one_model_given_twice_is_refused(config):
         harvest(change(config, second_model=config.model, sites=(FIRST, "chat/resid_post.0")))
 
 
+def test_a_copy_that_differs_too_little_for_its_fingerprint_is_recorded_and_said(config, world, tmp_path, capsys):
+    model = GPT2LMHeadModel.from_pretrained(world["model"])
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(1.01)
+    model.save_pretrained(tmp_path / "copy")
+    folder = harvest(change(config, second_model=str(tmp_path / "copy"), sites=(FIRST, "copy/resid_post.0")))
+    assert "differ too little for their fingerprints" in capsys.readouterr().err
+    first, second = (stored(folder, site) for site in (FIRST, "copy/resid_post.0"))
+    assert first.keys() == second.keys()
+    assert not any(torch.equal(first[position], second[position]) for position in first)
+
+
 def tokenizer(vocabulary: dict[str, int], **options) -> PreTrainedTokenizerFast:
     cut = Tokenizer(models.BPE(vocabulary, options.get("merges", [])))
     cut.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=options.get("prefix", False))

@@ -1,0 +1,6 @@
+"""What one model has and another has not, by a crosscoder of both: relative norms, latent scaling, examples, as JSON and a page."""
+
+from steering.command_line import main
+
+if __name__ == "__main__":
+    main("diff-models")
