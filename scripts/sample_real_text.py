@@ -1,0 +1,207 @@
+"""Sample labelled text from the real language model (`make real-model`), an equal number of tokens of each label, as a token file.
+
+Each document is what the model answers to a request drawn from a file of prompts ("Write a sermon about {faith}."), behind an opening
+that was put into its mouth ("God "). The request is dropped and its label kept. The token file is that of sample_demo_text.py.
+
+Texts are sampled in rounds of one batch, each kept on disk, so that an interrupted run goes on where it stopped and gives the same file.
+A round's requests go to the labels with the fewest tokens so far; `--tokens` that are there already end the run at once.
+"""
+
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from sae.command_line import run
+from sae.disk.places import require_file
+from sae.disk.writing import write_json, write_tensors
+from sae.errors import InputError
+from sae.model.language_model import LanguageModel
+from sae.model.sampling import sample as draw
+from sae.progress import progress
+
+
+@dataclass
+class SampleConfig:
+    model: Path = Path("runs/models/smollm2")
+    """Folder of a Llama with a chat template."""
+    prompts: Path = Path("checkpoints/smollm2-text/prompts.json")
+    """Labels with their requests and openings, and the lists that {names} in them are filled from."""
+    out: Path = Path("checkpoints/smollm2-text/tokens.safetensors")
+    """Token file to write."""
+    parts: Path = Path("runs/smollm2-text")
+    """Folder of the rounds."""
+    tokens: int = 1_000_000
+    """Least number of tokens of all labels together."""
+    batch: int = 160
+    """Documents sampled together."""
+    longest: int = 256
+    """Tokens sampled of one document at most."""
+    shortest: int = 24
+    """Tokens of the shortest document that is kept."""
+    distinct: float = 0.7
+    """Least share of distinct ones among a kept document's runs of four tokens: the model sometimes goes round in circles."""
+    temperature: float = 0.85
+    top_p: float = 0.95
+    seed: int = 0
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of one block in a buffer with room for `room` positions, so that a new position copies none of the old ones."""
+
+    def __init__(self, room: int):
+        super().__init__()
+        self.room = room
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            s, h, _p, z = key_states.shape
+            self.dtype, self.device, self.length, self.is_initialized = key_states.dtype, key_states.device, 0, True
+            self.buffers = key_states.new_empty(2, s, h, self.room, z)
+        end = self.length + key_states.shape[2]
+        self.buffers[0, :, :, self.length : end] = key_states
+        self.buffers[1, :, :, self.length : end] = value_states
+        self.length = end
+        self.keys, self.values = self.buffers[0, :, :, :end], self.buffers[1, :, :, :end]
+        return self.keys, self.values
+
+
+def grouped_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **rest: Any) -> Any:
+    """One new position per sequence: the query heads that share keys are taken as positions, so that keys are not repeated for them."""
+    s, h, p, z = query.shape
+    if p > 1:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **rest)
+    grouped = query.view(s, key.shape[1], -1, z)
+    mixed = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+    return mixed.reshape(s, 1, h, z), None
+
+
+def sample(config: SampleConfig) -> Path:
+    """The token file. Raises `InputError` for a file of prompts that cannot be used and for parts made with other settings."""
+    require_file(config.out)
+    prompts = json.loads(config.prompts.read_text())
+    labels = list(prompts["labels"])
+    lm = LanguageModel.load(str(config.model), device="cpu", dtype="float32")
+    lm.model.set_attn_implementation("grouped")
+    config.parts.mkdir(parents=True, exist_ok=True)
+    tokens: Counter[str] = Counter({label: 0 for label in labels})
+    parts = []
+    with progress("sampling", config.tokens, "tokens") as bar:
+        while tokens.total() < config.tokens:
+            part = config.parts / f"{len(parts):05d}.json"
+            if not part.exists():
+                write_json(part, sample_round(lm, prompts, tokens, config, seed=config.seed + len(parts)))
+            documents = json.loads(part.read_text())
+            parts.append({label: [d for d in documents.get(label, ()) if worth_keeping(d, config)] for label in labels})
+            new = Counter({label: sum(map(len, kept)) for label, kept in parts[-1].items()})
+            tokens.update(new)
+            bar.advance(new.total(), rounds=len(parts))
+    return write(config, labels, parts)
+
+
+def sample_round(lm: LanguageModel, prompts: Any, tokens: Counter[str], config: SampleConfig, seed: int) -> dict[str, list[list[int]]]:
+    """Of one batch, the documents of each label: beginning-of-text, opening, and what the model went on with."""
+    chance = random.Random(seed)
+    expected = Counter(tokens)
+    wanted = []
+    for _ in range(config.batch):  # the label that is furthest behind, if every document gets half of its greatest length
+        label = min(expected, key=lambda name: expected[name])
+        expected[label] += config.longest // 2
+        ask, opening = request(prompts, label, chance)
+        wanted.append((label, f"<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n", opening))
+    rows = generate(lm, [before + opening for _, before, opening in wanted], config, seed)
+    documents: dict[str, list[list[int]]] = {}
+    for (label, _, opening), row in zip(wanted, rows):
+        documents.setdefault(label, []).append([*lm.token_ids(opening), *row])
+    return documents
+
+
+def worth_keeping(document: list[int], config: SampleConfig) -> bool:
+    runs = list(zip(document, document[1:], document[2:], document[3:]))
+    return len(document) >= config.shortest and len(set(runs)) >= config.distinct * len(runs)
+
+
+def request(prompts: Any, label: str, chance: random.Random) -> tuple[str, str]:
+    """A request and an opening, with the same word for the same {name} in both unless the request has it twice."""
+    ask = chance.choice(prompts["labels"][label]["asks"])
+    opening = chance.choice(prompts["labels"][label]["openings"])
+    given: dict[str, str] = {}
+
+    def fill(text: str) -> str:
+        for name, words in prompts["lists"].items():
+            first = True
+            while "{" + name + "}" in text:
+                word = given[name] if first and name in given else chance.choice(words)
+                given.setdefault(name, word)
+                text, first = text.replace("{" + name + "}", word, 1), False
+        return text
+
+    return fill(ask), fill(opening).rstrip(" ")  # a space belongs to the token that follows it
+
+
+@torch.inference_mode()
+def generate(lm: LanguageModel, texts: list[str], config: SampleConfig, seed: int) -> list[list[int]]:
+    """New tokens of each text up to the model's end-of-text; all end once three quarters have."""
+    ids_sp, mask_sp = lm.encode(texts)
+    cache = DynamicCache()
+    cache.layers = [RoomyLayer(ids_sp.shape[1] + config.longest) for _ in range(lm.n_layers)]
+    generator = torch.Generator().manual_seed(seed)
+    ended_s, new = torch.zeros(len(ids_sp), dtype=torch.bool), []
+    ends = torch.tensor([*lm.eos_ids, lm.bos_id])
+    for _ in range(config.longest):
+        position_sp = (mask_sp.cumsum(-1) - 1).clamp(min=0)[:, -ids_sp.shape[1] :]
+        output = lm.model(
+            input_ids=ids_sp, attention_mask=mask_sp, position_ids=position_sp, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        next_s = draw(output.logits[:, -1], config.temperature, config.top_p, generator)
+        ended_s |= torch.isin(next_s, ends)
+        new.append(torch.where(ended_s, -1, next_s))
+        if ended_s.float().mean() >= 0.75:
+            break
+        ids_sp, mask_sp = next_s[:, None], torch.cat([mask_sp, mask_sp.new_ones(len(mask_sp), 1)], dim=1)
+    return [[token for token in row if token >= 0] for row in torch.stack(new, dim=1).tolist()]
+
+
+def write(config: SampleConfig, labels: list[str], parts: list[dict[str, list[list[int]]]]) -> Path:
+    """All documents in a drawn order, so that any first part of the file is a fair sample; of each label equally many tokens."""
+    by_label = {label: [document for part in parts for document in part[label]] for label in labels}
+    least = min(sum(map(len, documents)) for documents in by_label.values())
+    if least == 0:
+        raise InputError(f"expected a document of every label, got none of some after {len(parts)} rounds; give more --tokens")
+    pairs = []
+    for n, documents in enumerate(by_label.values()):
+        total = 0
+        for document in documents:
+            if total + len(document) > least:
+                break
+            total += len(document)
+            pairs.append((n, document))
+    random.Random(config.seed).shuffle(pairs)
+    lengths = torch.tensor([0] + [len(document) for _, document in pairs])
+    write_tensors(
+        config.out,
+        {
+            "ids": torch.tensor([token for _, document in pairs for token in document], dtype=torch.int32).to(torch.uint16),
+            "document_starts": lengths.cumsum(0),
+            "document_label": torch.tensor([n for n, _ in pairs], dtype=torch.uint8),
+        },
+        {"label_names": json.dumps(labels), "sampling": json.dumps({k: v for k, v in vars(config).items() if not isinstance(v, Path)})},
+    )
+    print(f"{config.out}: {len(pairs):,} documents, {int(lengths.sum()):,} tokens, {len(labels)} labels")
+    return config.out
+
+
+AttentionInterface.register("grouped", grouped_attention)
+AttentionMaskInterface.register("grouped", sdpa_mask)
+
+if __name__ == "__main__":
+    run(sample, SampleConfig, __doc__ or "")
