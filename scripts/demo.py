@@ -61,11 +61,17 @@ def demo(config: DemoConfig) -> None:
     summary(config, number, time.monotonic() - began)
 
 
-def call(script: str, flags: str, show: bool = True) -> str:
-    """Runs a script of ours, after printing it as one would type it; ends the demo with the script's exit code if that is not 0."""
+def call(script: str, flags: str, show: bool = True, makes: Path | None = None) -> str:
+    """Runs a script of ours, after printing it as one would type it; ends the demo with the script's exit code if that is not 0.
+
+    A script that begins anew each time is left out where the file that it `makes` is there.
+    """
     began = time.monotonic()
     if show:
-        print(f"\n$ python scripts/{script}.py {flags}", flush=True)
+        print(f"\n$ python scripts/{script}.py {flags}".rstrip(), flush=True)
+    if makes is not None and makes.exists():
+        print(f"(left out: {makes} is there)", flush=True)
+        return ""
     command = [sys.executable, str(Path(__file__).with_name(f"{script}.py")), *shlex.split(flags)]
     done = subprocess.run(command, stdout=None if show else subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -80,15 +86,12 @@ def summary(config: DemoConfig, feature: int, seconds: float) -> None:
     from rich.table import Table
 
     out = config.out
-    measured = json.loads((out / "sae" / "evaluation.json").read_text())
-    reconstruction, loss = measured["reconstruction"], measured["language_model"]
     rows = json.loads((out / "steering.json").read_text())["rows"]
     table = Table(title=f"The demo took {seconds / 60:.1f} minutes", show_header=False)
     table.add_row("activations", str(out / "cache"))
     table.add_row("dictionary", str(out / "sae"))
-    table.add_row("held-out quality", f"FVU {reconstruction['fvu']:.3f} at L0 {reconstruction['l0']:.1f}")
-    low, high = loss["loss_recovered_interval"]
-    table.add_row("loss recovered", f"{loss['loss_recovered']:.3f} ({low:.3f} to {high:.3f})")
+    for row in quality(out / "sae" / "evaluation.json"):
+        table.add_row(*row)
     table.add_row(f"feature for {config.word!r}", f"{feature}; open {out / 'pages' / 'index.html'} in a browser")
     table.add_row("look at all of them", f". .venv/bin/activate; python scripts/browse_features.py --index {out / 'index'}")
     for row in rows:
@@ -101,6 +104,17 @@ def summary(config: DemoConfig, feature: int, seconds: float) -> None:
         found = "to the last bit" if same else "in method; bits differ with the processor and its thread count"
         table.add_row(str(SHIPPED), f"the shipped dictionary, the same {found}")
     Console().print(table)
+
+
+def quality(evaluation: Path) -> list[tuple[str, str]]:
+    """Two rows of a summary, from what evaluate_sae wrote."""
+    measured = json.loads(evaluation.read_text())
+    reconstruction, loss = measured["reconstruction"], measured["language_model"]
+    low, high = loss["loss_recovered_interval"]
+    return [
+        ("held-out quality", f"FVU {reconstruction['fvu']:.3f} at L0 {reconstruction['l0']:.1f}"),
+        ("loss recovered", f"{loss['loss_recovered']:.3f} ({low:.3f} to {high:.3f})"),
+    ]
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ A round's requests go to the labels with the fewest tokens so far; `--tokens` th
 
 import json
 import random
+import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,29 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from typing_extensions import TypedDict
 
 from sae.command_line import run
-from sae.disk.places import require_file
-from sae.disk.writing import write_json, write_tensors
+from sae.disk.checksum import crc32
+from sae.disk.places import require_file, require_folder
+from sae.disk.reading import read_json
+from sae.disk.writing import jsonable, write_json, write_tensors
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.model.sampling import sample as draw
 from sae.progress import progress
+
+NAME = re.compile(r"\{(\w+)\}")
+
+
+class Label(TypedDict):
+    asks: list[str]
+    openings: list[str]
+
+
+class Prompts(TypedDict):
+    lists: dict[str, list[str]]
+    labels: dict[str, Label]
 
 
 @dataclass
@@ -42,7 +59,7 @@ class SampleConfig:
     """Folder of the rounds."""
     tokens: int = 1_000_000
     """Least number of tokens of all labels together."""
-    batch: int = 160
+    batch: int = 96
     """Documents sampled together."""
     longest: int = 256
     """Tokens sampled of one document at most."""
@@ -53,6 +70,28 @@ class SampleConfig:
     temperature: float = 0.85
     top_p: float = 0.95
     seed: int = 0
+
+
+def read_prompts(path: Path) -> Prompts:
+    """Raises `InputError` for a file that does not fit, and for a {name} that has no list."""
+    prompts: Prompts = read_json(path, "a file of prompts", Prompts)
+    for label, entry in prompts["labels"].items():
+        for text in (*entry["asks"], *entry["openings"]):
+            if missing := [name for name in NAME.findall(text) if not prompts["lists"].get(name)]:
+                raise InputError(f"expected a list of words for {{{missing[0]}}} in {text!r} of {label}, found none in {path}; add one")
+    return prompts
+
+
+def require_same_settings(config: SampleConfig) -> None:
+    """Rounds made with other settings are another text. Raises `InputError`."""
+    file = config.parts / "settings.json"
+    settings = {k: v for k, v in vars(config).items() if k not in ("out", "parts", "tokens", "prompts")}
+    settings = jsonable(settings | {"prompts": crc32(config.prompts)})
+    if not file.exists():
+        write_json(file, settings)
+    elif (found := read_json(file, "settings of a sampling")) != settings:
+        changed = [k for k in settings if settings[k] != found.get(k)]
+        raise InputError(f"expected the rounds in {config.parts} to be of these settings, but {changed} differ; give another --parts")
 
 
 class RoomyLayer(DynamicLayer):
@@ -88,19 +127,20 @@ def grouped_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, at
 def sample(config: SampleConfig) -> Path:
     """The token file. Raises `InputError` for a file of prompts that cannot be used and for parts made with other settings."""
     require_file(config.out)
-    prompts = json.loads(config.prompts.read_text())
+    require_folder(config.parts)
+    prompts = read_prompts(config.prompts)
+    require_same_settings(config)
     labels = list(prompts["labels"])
     lm = LanguageModel.load(str(config.model), device="cpu", dtype="float32")
     lm.model.set_attn_implementation("grouped")
-    config.parts.mkdir(parents=True, exist_ok=True)
-    tokens: Counter[str] = Counter({label: 0 for label in labels})
+    tokens: Counter[str] = Counter(dict.fromkeys(labels, 0))
     parts = []
     with progress("sampling", config.tokens, "tokens") as bar:
         while tokens.total() < config.tokens:
             part = config.parts / f"{len(parts):05d}.json"
             if not part.exists():
                 write_json(part, sample_round(lm, prompts, tokens, config, seed=config.seed + len(parts)))
-            documents = json.loads(part.read_text())
+            documents = read_json(part, "a round of sampling", dict[str, list[list[int]]])
             parts.append({label: [d for d in documents.get(label, ()) if worth_keeping(d, config)] for label in labels})
             new = Counter({label: sum(map(len, kept)) for label, kept in parts[-1].items()})
             tokens.update(new)
@@ -108,7 +148,7 @@ def sample(config: SampleConfig) -> Path:
     return write(config, labels, parts)
 
 
-def sample_round(lm: LanguageModel, prompts: Any, tokens: Counter[str], config: SampleConfig, seed: int) -> dict[str, list[list[int]]]:
+def sample_round(lm: LanguageModel, prompts: Prompts, tokens: Counter[str], config: SampleConfig, seed: int) -> dict[str, list[list[int]]]:
     """Of one batch, the documents of each label: beginning-of-text, opening, and what the model went on with."""
     chance = random.Random(seed)
     expected = Counter(tokens)
@@ -130,22 +170,19 @@ def worth_keeping(document: list[int], config: SampleConfig) -> bool:
     return len(document) >= config.shortest and len(set(runs)) >= config.distinct * len(runs)
 
 
-def request(prompts: Any, label: str, chance: random.Random) -> tuple[str, str]:
-    """A request and an opening, with the same word for the same {name} in both unless the request has it twice."""
-    ask = chance.choice(prompts["labels"][label]["asks"])
-    opening = chance.choice(prompts["labels"][label]["openings"])
-    given: dict[str, str] = {}
+def request(prompts: Prompts, label: str, chance: random.Random) -> tuple[str, str]:
+    """A request and an opening, each {name} filled from its list; the opening has the word that the request had last."""
+    drawn: dict[str, str] = {}
 
-    def fill(text: str) -> str:
-        for name, words in prompts["lists"].items():
-            first = True
-            while "{" + name + "}" in text:
-                word = given[name] if first and name in given else chance.choice(words)
-                given.setdefault(name, word)
-                text, first = text.replace("{" + name + "}", word, 1), False
-        return text
+    def word(match: re.Match[str], again: bool) -> str:
+        name = match[1]
+        if name not in drawn or not again:
+            drawn[name] = chance.choice(prompts["lists"][name])
+        return drawn[name]
 
-    return fill(ask), fill(opening).rstrip(" ")  # a space belongs to the token that follows it
+    ask = NAME.sub(partial(word, again=False), chance.choice(prompts["labels"][label]["asks"]))
+    opening = NAME.sub(partial(word, again=True), chance.choice(prompts["labels"][label]["openings"]))
+    return ask, opening.rstrip(" ")  # a space belongs to the token that follows it
 
 
 @torch.inference_mode()

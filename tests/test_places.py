@@ -26,8 +26,10 @@ def commands() -> dict:
     """Every command that writes, as a call with the place alone; inputs need not be there, since the place comes first."""
     sys.path.insert(0, str(ROOT / "scripts"))
     import demo
+    import demo_real
     import make_pictures
     import sample_demo_text
+    import sample_real_text
     import train_demo_model
 
     from sae.activations.export import ExportConfig as CacheExportConfig
@@ -84,6 +86,8 @@ def commands() -> dict:
         "train_demo_model": lambda p: train_demo_model.train(train_demo_model.DemoModelConfig(corpora=none, out=p)),
         "make_pictures": lambda p: make_pictures.make_pictures(make_pictures.PicturesConfig(demo=none, out=p)),
         "demo": lambda p: demo.demo(demo.DemoConfig(out=p)),
+        "demo_real": lambda p: demo_real.demo(demo_real.RealDemoConfig(out=p)),
+        "sample_real_text --parts": lambda p: sample_real_text.sample(sample_real_text.SampleConfig(model=none, prompts=none, parts=p)),
     }
     files = {
         "evaluate-sae": lambda p: evaluate(EvaluationConfig(dictionary=none, cache=none, out=p)),
@@ -102,6 +106,7 @@ def commands() -> dict:
         "attribute": lambda p: attribute(AttributeConfig(model="none", transcoders="none", prompt="a", out=p)),
         "attribute --circuit-tracer": lambda p: attribute(AttributeConfig(model="none", transcoders="none", prompt="a", circuit_tracer=p)),
         "steer-circuit": lambda p: steer_circuit(SteerCircuitConfig(model="none", circuit=none, out=p)),
+        "sample_real_text": lambda p: sample_real_text.sample(sample_real_text.SampleConfig(model=none, prompts=none, out=p)),
         "sample_demo_text": lambda p: sample_demo_text.sample(sample_demo_text.SampleConfig(model=none, out=p)),
     }
     return {"folder": folders, "file": files}

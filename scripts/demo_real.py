@@ -1,0 +1,105 @@
+"""The main job on a real language model, SmolLM2-135M: fetch, cache, train, evaluate, index, list, steer, compare. Prints every command
+before it runs it.
+
+Only fetching needs a network, once. A demo that was interrupted goes on where it stopped; `--restart` begins anew.
+"""
+
+import json
+import shlex
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from demo import call, quality
+
+from sae.command_line import run
+from sae.dictionaries.dictionary import Dictionary
+from sae.disk.places import require_folder
+from sae.errors import InputError
+
+MODEL = Path("runs/models/smollm2")
+TEXT = Path("checkpoints/smollm2-text/tokens.safetensors")
+SHIPPED = Path("checkpoints/smollm2-sae")
+SITE = "resid_post.15"
+TRAINING = (
+    "--d-sae 4096 --l1 2 --steps 1500 --batch-size 2048 --lr 1e-3 --resample-every 300 --dead-steps 150 --decoder-norm 0.1 --b-dec mean"
+)
+PROMPTS = "'I think' 'The man said' 'When we got there,' 'It was' 'Yesterday I' 'What do you' 'The first thing' 'After a while'"
+
+
+@dataclass
+class RealDemoConfig:
+    dictionary: str = "train"
+    """"train" trains one (25 minutes on two cores in all), "shipped" takes checkpoints/smollm2-sae (8); or the folder of another."""
+    out: Path = Path("runs/demo-real")
+    """Folder for everything the demo makes; what each dictionary gives goes into a folder of its own there."""
+    word: str = "God"
+    """A word to look for among the features."""
+    concept: str = "bible"
+    """Concept of the comparison at equal KL, where the feature found for the word is beside the other directions."""
+    strength: float = 0.8
+    """Multiple of the feature's maximum activation to steer with."""
+    prompt: str = "The most important thing in life is"
+    """What the steered model goes on with."""
+    restart: bool = False
+    """Remove what an earlier demo made with this dictionary."""
+
+
+def demo(config: RealDemoConfig) -> None:
+    """Raises `InputError` for a dictionary that is not there, or of another model."""
+    own = config.dictionary == "train"
+    out = config.out / Path(config.dictionary).name
+    if config.restart:
+        shutil.rmtree(out, ignore_errors=True)
+    require_folder(out)
+    began = time.monotonic()
+    cache, index, pages, evaluation, comparison = (out / name for name in ("cache", "index", "pages", "evaluation.json", "comparison"))
+    dictionary, site = (out / "sae", SITE) if own else given(config.dictionary)
+    tokens = 300_000 if own else 60_000  # without training, harvesting takes most of the time
+    call("fetch_real_model", "")
+    call("cache_activations", f"--model {MODEL} --text {TEXT} --sites {site} --tokens {tokens} --out {cache}")
+    if own:
+        call("train_sae", f"--cache {cache} --out {dictionary} {TRAINING}")
+    both = f"--dictionary {dictionary} --cache {cache}"
+    call("evaluate_sae", f"{both} --sequences 40 --out {evaluation}", makes=evaluation)
+    call("build_feature_index", f"{both} --out {index}")
+    search = f"--index {index} --search {shlex.quote(config.word)}"
+    call("list_features", f"{search} --top 8 --html {pages}")
+    number = json.loads(call("list_features", f"{search} --top 1 --json", show=False))[0]["feature"]
+    prompt = shlex.quote(config.prompt)
+    call("steer", f"--index {index} --feature {number} --strength {config.strength:g} --prompt {prompt} --temperature 0.8 --top-p 0.9")
+    compared = f"--model {MODEL} --dictionary {dictionary} --text {TEXT} --concept {shlex.quote(config.concept)} --feature {number}"
+    settings = f"--budgets 0.3 --samples 3 --max-new-tokens 24 --prompts {PROMPTS}"
+    call("compare_directions", f"{compared} {settings} --out {comparison}", makes=comparison / "comparison.json")
+    summary(config, out, number, evaluation, time.monotonic() - began)
+
+
+def given(name: str) -> tuple[Path, str]:
+    """A dictionary's folder and site."""
+    folder = SHIPPED if name == "shipped" else Path(name)
+    if not folder.is_dir():
+        raise InputError(
+            f'expected --dictionary to be "train", "shipped" or a dictionary\'s folder, got {name!r}, and there is no {folder}'
+        )
+    dictionary = Dictionary.load(str(folder))
+    if dictionary.site is None:
+        raise InputError(f"expected a dictionary that names its site, got {folder}, which does not; give one of {MODEL}")
+    return folder, dictionary.site
+
+
+def summary(config: RealDemoConfig, out: Path, feature: int, evaluation: Path, seconds: float) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"The demo took {seconds / 60:.1f} minutes", show_header=False)
+    for row in quality(evaluation):
+        table.add_row(*row)
+    table.add_row(f"feature for {config.word!r}", f"{feature}; open {out / 'pages' / 'index.html'} in a browser")
+    table.add_row("look at all of them", f". .venv/bin/activate; python scripts/browse_features.py --index {out / 'index'}")
+    table.add_row("comparison at equal KL", str(out / "comparison" / "report.html"))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run(demo, RealDemoConfig, __doc__ or "")
