@@ -79,9 +79,8 @@ def given(name: str) -> tuple[Path, str]:
     """A dictionary's folder and site."""
     folder = SHIPPED if name == "shipped" else Path(name)
     if not folder.is_dir():
-        raise InputError(
-            f'expected --dictionary to be "train", "shipped" or a dictionary\'s folder, got {name!r}, and there is no {folder}'
-        )
+        expected = f'expected --dictionary to be "train", "shipped" or a folder, got {name!r}'
+        raise InputError(f"{expected}, and {folder} does not exist; check its path")
     dictionary = Dictionary.load(str(folder))
     if dictionary.site is None:
         raise InputError(f"expected a dictionary that names its site, got {folder}, which does not; give one of {MODEL}")

@@ -134,7 +134,7 @@ def sample(config: SampleConfig) -> Path:
     lm = LanguageModel.load(str(config.model), device="cpu", dtype="float32")
     lm.model.set_attn_implementation("grouped")
     tokens: Counter[str] = Counter(dict.fromkeys(labels, 0))
-    parts = []
+    parts: list[dict[str, list[list[int]]]] = []
     with progress("sampling", config.tokens, "tokens") as bar:
         while tokens.total() < config.tokens:
             part = config.parts / f"{len(parts):05d}.json"
@@ -144,7 +144,7 @@ def sample(config: SampleConfig) -> Path:
             parts.append({label: [d for d in documents.get(label, ()) if worth_keeping(d, config)] for label in labels})
             new = Counter({label: sum(map(len, kept)) for label, kept in parts[-1].items()})
             tokens.update(new)
-            bar.advance(new.total(), rounds=len(parts))
+            bar.advance(new.total(), rounds=str(len(parts)))
     return write(config, labels, parts)
 
 

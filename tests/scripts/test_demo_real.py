@@ -1,0 +1,100 @@
+"""The demo of the real model without the model: its commands, what it leaves out when it goes on, what it refuses; all of it: `-m real`."""
+
+import json
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from sae.command_line import parse
+from sae.errors import InputError
+from steering.command_line import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts"
+
+
+@pytest.fixture
+def demo_real(monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return import_module("demo_real")
+
+
+@pytest.fixture
+def called(demo_real, monkeypatch):
+    """The commands that the demo would run, one after another, as (script, flags)."""
+    commands: list[tuple[str, str]] = []
+
+    def call(script, flags, show=True, makes=None):
+        commands.append((script, flags))
+        if makes is not None and script == "evaluate_sae":
+            numbers = {
+                "reconstruction": {"fvu": 0.2, "l0": 30.0},
+                "language_model": {"loss_recovered": 0.9, "loss_recovered_interval": [0.8, 1]},
+            }
+            makes.parent.mkdir()
+            makes.write_text(json.dumps(numbers))
+        return "" if show else '[{"feature": 7}]'
+
+    monkeypatch.setattr(demo_real, "call", call)
+    return commands
+
+
+def accepted(script, flags, monkeypatch):
+    """The command's settings, read by the command's own parser."""
+    import shlex
+
+    (name,) = re.findall(r'main\("([\w-]+)"\)', (SCRIPTS / f"{script}.py").read_text())
+    module, settings = COMMANDS[name].settings.split(":")
+    monkeypatch.setattr(sys, "argv", [script, *shlex.split(flags)])
+    return parse(getattr(import_module(module), settings), "")
+
+
+def test_every_command_is_one_that_the_scripts_accept(demo_real, called, monkeypatch, tmp_path):
+    demo_real.demo(demo_real.RealDemoConfig(out=tmp_path, word="it's"))
+    assert called[0] == ("fetch_real_model", "")
+    settings = {script: accepted(script, flags, monkeypatch) for script, flags in called[1:]}
+    harvest, train, compare = settings["cache_activations"], settings["train_sae"], settings["compare_directions"]
+    assert harvest.text == ("checkpoints/smollm2-text/tokens.safetensors",)
+    assert (harvest.tokens, harvest.sites, harvest.max_norm_ratio) == (300_000, ("resid_post.15",), 10.0)
+    assert train.cache == harvest.out == tmp_path / "train" / "cache"
+    assert settings["list_features"].search == "it's"
+    assert settings["steer"].feature == "7"
+    assert (compare.feature, Path(compare.dictionary)) == (7, train.out)
+    assert [script for script, _ in called].index("train_sae") < [script for script, _ in called].index("evaluate_sae")
+
+
+def test_a_given_dictionary_is_not_trained_and_needs_fewer_tokens(demo_real, called, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo_real, "SHIPPED", ROOT / "checkpoints" / "demo-sae")
+    demo_real.demo(demo_real.RealDemoConfig(out=tmp_path, dictionary="shipped"))
+    flags = dict(called)
+    assert "train_sae" not in flags
+    harvest = accepted("cache_activations", flags["cache_activations"], monkeypatch)
+    assert (harvest.tokens, harvest.sites) == (60_000, ("resid_post.2",))  # the site that demo-sae names
+    assert harvest.out == tmp_path / "shipped" / "cache"
+
+
+def test_a_dictionary_that_is_not_there_is_refused_before_any_work(demo_real, called, tmp_path):
+    with pytest.raises(InputError, match=r'expected --dictionary to be "train", "shipped" or a folder, got \'trian\''):
+        demo_real.demo(demo_real.RealDemoConfig(out=tmp_path, dictionary="trian"))
+    assert called == []
+
+
+def test_what_is_there_is_not_made_again(demo_real, tmp_path, capsys):
+    made = tmp_path / "made.json"
+    made.write_text("{}")
+    assert demo_real.call("evaluate_sae", "--dictionary none --cache none", makes=made) == ""  # run, it would end the demo
+    said = capsys.readouterr().out
+    assert "$ python scripts/evaluate_sae.py --dictionary none --cache none" in said
+    assert f"left out: {made} is there" in said
+
+
+@pytest.mark.real
+@pytest.mark.timeout(1200)
+def test_the_whole_demo_with_a_given_dictionary(demo_real, tmp_path):
+    if not (ROOT / demo_real.MODEL).is_dir():
+        pytest.skip("no real model; run make real-model")
+    demo_real.demo(demo_real.RealDemoConfig(out=tmp_path, dictionary="shipped"))
+    assert (tmp_path / "shipped" / "comparison" / "report.html").exists()
