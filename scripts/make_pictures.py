@@ -16,11 +16,17 @@ from sae.disk.reading import read_json
 from sae.disk.writing import atomic
 from sae.errors import InputError
 
+SAMPLING = "&max_new_tokens=60&temperature=0.9&top_p=0.95"
+REAL_PROMPT = "The+most+important+thing+in+life+is"
+
 
 @dataclass
 class PicturesConfig:
     demo: Path | None = Path("runs/demo")
     """Folder of the demo's results. None leaves its pictures as they are."""
+    real: Path | None = None
+    """Folder of what the real model's demo made with one dictionary, such as runs/demo-real/shipped; its pictures are real_*.png. Default:
+    they stay as they are."""
     comparison: Path | None = None
     """Folder of a comparison (sae compare) whose report becomes comparison.png. Default: that picture stays as it is."""
     breakdown: tuple[Path, ...] = ()
@@ -39,23 +45,35 @@ def make_pictures(config: PicturesConfig) -> None:
         plot_breakdown([read_json(folder / "study.json", "a breakdown study") for folder in config.breakdown], config.out / "breakdown.png")
     if config.circuit is not None:
         picture_of_circuit(config, config.circuit)
+    if config.real is not None:
+        pictures_of_real_demo(config, config.real)
     if config.demo is not None:
         pictures_of_demo(config, config.demo)
     elif config.comparison is not None:
         raise InputError("expected the demo's results with --comparison, whose picture is taken beside theirs; leave out --demo None")
 
 
+def pictures_of_real_demo(config: PicturesConfig, real: Path) -> None:
+    """Of the feature that the demo found for its word, and of its comparison."""
+    result = read_json(real / "comparison" / "comparison.json", "the comparison of make demo-real")
+    feature, report = result["settings"]["feature"], real / "comparison" / "report.html"
+    with browser(real / "index") as url, camera(config) as take:
+        take("real_feature.png", f"{url}/f/{feature}", height=1250)
+        take("real_prompt.png", url + "/prompt?order=effect&text=" + "In+the+beginning+God+made+a+good+red+wine%2C+and+called+it+Merlot.")
+        take("real_steer.png", f"{url}/steer?feature={feature}&strength=0.8&prompt=" + REAL_PROMPT + SAMPLING, write_texts, height=580)
+        take("real_comparison.png", report.resolve().as_uri(), height=1238)
+
+
 def pictures_of_demo(config: PicturesConfig, demo: Path) -> None:
     table = demo / "steering.json"
     if not table.exists():
         raise InputError(f"expected the demo's results in {demo}, found no {table.name}; run make demo first")
-    chromium = chromium_of(config)
     report = config.comparison and config.comparison / "report.html"
     if report and not report.exists():
         raise InputError(f"expected a comparison in {config.comparison}, found no {report.name}; run sae compare first")
     result = json.loads(table.read_text())
     with browser(demo / "index") as url:
-        screenshots(config, chromium, url, result["feature"], report)
+        screenshots(config, url, result["feature"], report)
     plot(result, config.out / "steering.png")
 
 
@@ -98,35 +116,42 @@ def browser(index: Path) -> Iterator[str]:
             process.terminate()
 
 
-def screenshots(config: PicturesConfig, chromium: str, url: str, feature: int, report: Path | None) -> None:
+@contextmanager
+def camera(config: PicturesConfig) -> Iterator[Any]:
+    """A function that takes the picture of an address under a file name, after `act` did something on the page."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        window = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--hide-scrollbars"])
+        window = playwright.chromium.launch(executable_path=chromium_of(config), args=["--no-sandbox", "--hide-scrollbars"])
         page = window.new_page(viewport={"width": 1280, "height": 900})
 
         def take(name: str, address: str, act: Any = None, height: int = 900) -> None:
             page.set_viewport_size({"width": 1280, "height": height})
             page.goto(address)
             if act is not None:
-                act()
+                act(page)
             with atomic(config.out / name) as temporary:
                 temporary.write_bytes(page.screenshot())
             print(config.out / name)
 
-        def write() -> None:
-            page.get_by_role("button", name="Write").click()
-            page.locator("#run:enabled").wait_for()
-            page.get_by_text("measuring how far it works").wait_for(state="hidden", timeout=180_000)
+        yield take
+        window.close()
 
+
+def write_texts(page: Any) -> None:
+    page.get_by_role("button", name="Write").click()
+    page.locator("#run:enabled").wait_for(timeout=180_000)
+    page.get_by_text("measuring how far it works").wait_for(state="hidden", timeout=180_000)
+
+
+def screenshots(config: PicturesConfig, url: str, feature: int, report: Path | None) -> None:
+    with camera(config) as take:
         take("features.png", url + "/?q=fuck%7Cshit&how=fires")
         take("feature.png", f"{url}/f/{feature}", height=1250)
         take("prompt.png", url + "/prompt?order=effect&text=" + "What+the+hell+do+you+think+you+are+doing%3F")
-        sampling = "max_new_tokens=60&temperature=0.9&top_p=0.95"
-        take("steer.png", f"{url}/steer?feature={feature}&strength=1&prompt=I+think&{sampling}", write, height=580)
+        take("steer.png", f"{url}/steer?feature={feature}&strength=1&prompt=I+think" + SAMPLING, write_texts, height=580)
         if report:
             take("comparison.png", report.resolve().as_uri(), height=1238)
-        window.close()
 
 
 def plot(result: dict, picture: Path) -> None:
