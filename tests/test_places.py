@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,7 @@ def commands() -> dict:
     from steering.studies.principal import PrincipalConfig, principal_study
     from steering.studies.strengths import StrengthsConfig, strengths
 
-    none, text = Path("none"), (str(ROOT / "README.md"),)
+    none, text, usable = Path("none"), (str(ROOT / "README.md"),), Path(tempfile.gettempdir())
     live = RecordingConfig(text=text, sites=("resid_post.0",))
     formats = ("static", "neuronpedia", "neuronpedia-upload", "saedashboard", "circuit-tracer")
     folders = {
@@ -87,7 +88,9 @@ def commands() -> dict:
         "make_pictures": lambda p: make_pictures.make_pictures(make_pictures.PicturesConfig(demo=none, out=p)),
         "demo": lambda p: demo.demo(demo.DemoConfig(out=p)),
         "demo_real": lambda p: demo_real.demo(demo_real.RealDemoConfig(out=p)),
-        "sample_real_text --parts": lambda p: sample_real_text.sample(sample_real_text.SampleConfig(model=none, prompts=none, parts=p)),
+        "sample_real_text --parts": lambda p: sample_real_text.sample(
+            sample_real_text.SampleConfig(prompts=none, out=usable / "t", parts=p)
+        ),
     }
     files = {
         "evaluate-sae": lambda p: evaluate(EvaluationConfig(dictionary=none, cache=none, out=p)),
@@ -106,7 +109,7 @@ def commands() -> dict:
         "attribute": lambda p: attribute(AttributeConfig(model="none", transcoders="none", prompt="a", out=p)),
         "attribute --circuit-tracer": lambda p: attribute(AttributeConfig(model="none", transcoders="none", prompt="a", circuit_tracer=p)),
         "steer-circuit": lambda p: steer_circuit(SteerCircuitConfig(model="none", circuit=none, out=p)),
-        "sample_real_text": lambda p: sample_real_text.sample(sample_real_text.SampleConfig(model=none, prompts=none, out=p)),
+        "sample_real_text": lambda p: sample_real_text.sample(sample_real_text.SampleConfig(prompts=none, out=p, parts=usable)),
         "sample_demo_text": lambda p: sample_demo_text.sample(sample_demo_text.SampleConfig(model=none, out=p)),
     }
     return {"folder": folders, "file": files}
