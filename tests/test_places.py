@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,7 @@ def commands() -> dict:
     from steering.studies.strengths import StrengthsConfig, strengths
 
     none, text, usable = Path("none"), (str(ROOT / "README.md"),), Path(tempfile.gettempdir())
+    real_text = partial(sample_real_text.SampleConfig, prompts=none)
     live = RecordingConfig(text=text, sites=("resid_post.0",))
     formats = ("static", "neuronpedia", "neuronpedia-upload", "saedashboard", "circuit-tracer")
     folders = {
@@ -109,7 +111,7 @@ def commands() -> dict:
         "attribute": lambda p: attribute(AttributeConfig(model="none", transcoders="none", prompt="a", out=p)),
         "attribute --circuit-tracer": lambda p: attribute(AttributeConfig(model="none", transcoders="none", prompt="a", circuit_tracer=p)),
         "steer-circuit": lambda p: steer_circuit(SteerCircuitConfig(model="none", circuit=none, out=p)),
-        "sample_real_text": lambda p: sample_real_text.sample(sample_real_text.SampleConfig(prompts=none, out=p, parts=usable)),
+        "sample_real_text": lambda p: sample_real_text.sample(real_text(out=p, parts=usable)),
         "sample_demo_text": lambda p: sample_demo_text.sample(sample_demo_text.SampleConfig(model=none, out=p)),
     }
     return {"folder": folders, "file": files}
