@@ -1,4 +1,4 @@
-"""Sample labelled text from the real language model (`make real-model`), an equal number of tokens of each label, as a token file.
+"""Sample labelled text from the real language model (`make real-model`), about as many tokens of each label, as a token file.
 
 Each document is what the model answers to a request drawn from a file of prompts ("Write a sermon about {faith}."), behind an opening
 that was put into its mouth ("God "). The request is dropped and its label kept. The token file is that of sample_demo_text.py.
@@ -209,19 +209,8 @@ def generate(lm: LanguageModel, texts: list[str], config: SampleConfig, seed: in
 
 
 def write(config: SampleConfig, labels: list[str], parts: list[dict[str, list[list[int]]]]) -> Path:
-    """All documents in a drawn order, so that any first part of the file is a fair sample; of each label equally many tokens."""
-    by_label = {label: [document for part in parts for document in part[label]] for label in labels}
-    least = min(sum(map(len, documents)) for documents in by_label.values())
-    if least == 0:
-        raise InputError(f"expected a document of every label, got none of some after {len(parts)} rounds; give more --tokens")
-    pairs = []
-    for n, documents in enumerate(by_label.values()):
-        total = 0
-        for document in documents:
-            if total + len(document) > least:
-                break
-            total += len(document)
-            pairs.append((n, document))
+    """All documents in a drawn order, so that any first part of the file is a fair sample."""
+    pairs = [(n, document) for part in parts for n, label in enumerate(labels) for document in part[label]]
     random.Random(config.seed).shuffle(pairs)
     lengths = torch.tensor([0] + [len(document) for _, document in pairs])
     write_tensors(
@@ -233,7 +222,10 @@ def write(config: SampleConfig, labels: list[str], parts: list[dict[str, list[li
         },
         {"label_names": json.dumps(labels), "sampling": json.dumps({k: v for k, v in vars(config).items() if not isinstance(v, Path)})},
     )
-    print(f"{config.out}: {len(pairs):,} documents, {int(lengths.sum()):,} tokens, {len(labels)} labels")
+    shares = [sum(len(document) for label, document in pairs if label == n) for n in range(len(labels))]
+    print(
+        f"{config.out}: {len(pairs):,} documents, {sum(shares):,} tokens, {min(shares):,} to {max(shares):,} of each of {len(labels)} labels"
+    )
     return config.out
 
 
