@@ -223,9 +223,7 @@ def write(config: SampleConfig, labels: list[str], parts: list[dict[str, list[li
         {"label_names": json.dumps(labels), "sampling": json.dumps({k: v for k, v in vars(config).items() if not isinstance(v, Path)})},
     )
     shares = [sum(len(document) for label, document in pairs if label == n) for n in range(len(labels))]
-    print(
-        f"{config.out}: {len(pairs):,} documents, {sum(shares):,} tokens, {min(shares):,} to {max(shares):,} of each of {len(labels)} labels"
-    )
+    print(f"{config.out}: {len(pairs):,} documents, {sum(shares):,} tokens, {min(shares):,} to {max(shares):,} of each label")
     return config.out
 
 
