@@ -19,6 +19,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from sae.entries import Buffers
+
 Low = Literal["bfloat16", "int8"]
 
 PREPARED_BYTES = 1 << 20
@@ -27,7 +29,7 @@ LARGEST_NORM = 2.0**48
 """of rows and features, in any frame 2¹² times that; beyond, products could overflow, and the float32 product is taken"""
 LARGEST_OFFSET = 2.0**96
 SMALLEST = 2.0**-62
-"""a component whose square underflows is shorter than this; added to every norm"""
+"""a component whose square underflows is shorter than this; added to every norm, it also covers denormals that a product takes for 0"""
 
 
 class Frame(NamedTuple):
@@ -68,70 +70,78 @@ def norm_above(rows: Tensor) -> Tensor:
     return rows.norm(dim=1) * (1 + d * 2.0**-23) + d * SMALLEST
 
 
-def rounded(rows: Tensor, low: Low) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Rows in low precision, for int8 the step of each, and what that stands for in float32."""
-    if low == "bfloat16":
-        operand = rows.bfloat16()
-        operand[operand.abs() < torch.finfo(torch.bfloat16).tiny] = 0  # some instructions take denormals for 0
-        return operand, None, operand.float()
+def write_rounded(rows: Tensor, out: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Writes rows in the precision of `out`; gives the step of each row for int8, and what the written numbers stand for, in float32."""
+    if out.dtype == torch.bfloat16:
+        return None, out.copy_(rows).float()
     step = (rows.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
     whole = (rows / step).round_().clamp_(-127, 127)
-    return whole.to(torch.int8), step[:, 0], whole.mul_(step)
+    out.copy_(whole)
+    return step[:, 0], whole.mul_(step)
 
 
-def padded(d: int) -> int:
-    """Columns of an operand: those of the bound and then zeros up to a whole tile."""
-    return -(-(d + 4) // 32) * 32
+def columns(d: int, low: Low) -> int:
+    """Columns of an operand: in bfloat16 those of the bound too, and zeros up to a whole tile."""
+    return -(-(d + 4) // 32) * 32 if low == "bfloat16" else -(-d // 8) * 8
+
+
+def empty_operand(rows: int, d: int, low: Low, buffers: Buffers, name: str, device: torch.device) -> Tensor:
+    """[rows, columns], of which those after d are 0."""
+    out = buffers.take(name, (rows, columns(d, low)), torch.bfloat16 if low == "bfloat16" else torch.int8, device)
+    out[:, d:] = 0
+    return out
 
 
 class Features:
     """The features' side: encoder rows in low precision, with what their bounds need. Of rows that `fits` allows, and smaller offsets."""
 
-    def __init__(self, W_fd: Tensor, b_f: Tensor, above_f: Tensor | float, low: Low, frame: Frame):
+    def __init__(
+        self, W_fd: Tensor, b_f: Tensor, above_f: Tensor | float, low: Low, frame: Frame | None = None, buffers: Buffers | None = None
+    ):
+        """With `buffers`, in memory that the next call overwrites."""
         f, d = W_fd.shape
         self.low, self.frame, self.slack = low, frame, slack_of(d, W_fd.device)
-        k = padded(d) if low == "bfloat16" else -(-d // 8) * 8
-        self.operand_fk = W_fd.new_zeros((f, k), dtype=torch.bfloat16 if low == "bfloat16" else torch.int8)
+        self.operand_fk = empty_operand(f, d, low, buffers or Buffers(), f"{low} features", W_fd.device)
         self.step_f, self.norm_f, self.error_f = (W_fd.new_ones(f) for _ in range(3))
         rows = max(1, PREPARED_BYTES // (4 * d))
         for part in (slice(start, start + rows) for start in range(0, f, rows)):
-            scaled_fd = W_fd[part] / frame.scale_d
-            operand, step, stands_fd = rounded(scaled_fd, low)
-            self.operand_fk[part, :d] = operand
+            scaled_fd = W_fd[part] if frame is None else W_fd[part] / frame.scale_d
+            step, stands_fd = write_rounded(scaled_fd, self.operand_fk[part, :d])
             if step is not None:
                 self.step_f[part] = step
             self.norm_f[part] = norm_above(scaled_fd)
-            self.error_f[part] = norm_above(scaled_fd - stands_fd)
-        self.centre_norm = norm_above((frame.centre_d * frame.scale_d)[None])
-        moved_f = W_fd @ frame.centre_d
-        self.slack_f = 4 * self.slack * (b_f.abs() + torch.as_tensor(above_f).abs() + moved_f.abs() + self.centre_norm * self.norm_f)
+            self.error_f[part] = norm_above(stands_fd.sub_(scaled_fd))
+        self.centre_norm = torch.zeros_like(self.norm_f[:1]) if frame is None else norm_above((frame.centre_d * frame.scale_d)[None])
+        offset_f, size_f = b_f - above_f, b_f.abs() + torch.as_tensor(above_f).abs()
+        if frame is not None:
+            moved_f = W_fd @ frame.centre_d
+            offset_f, size_f = offset_f + moved_f, size_f + moved_f.abs() + self.centre_norm * self.norm_f
+        self.slack_f = 4 * self.slack * size_f
         if low == "bfloat16":  # the offset in two numbers of 8 digits
-            self.slack_f += 2.0**-14 * (b_f + moved_f - above_f).abs() + SMALLEST**2
-        self.offset_f = b_f + moved_f - above_f + self.slack_f
+            self.slack_f += 2.0**-14 * offset_f.abs() + SMALLEST**2
+        self.offset_f = offset_f + self.slack_f
         if low == "bfloat16":
             high_f = self.offset_f.bfloat16()
-            columns = (raised(self.norm_f), raised(self.error_f), high_f, (self.offset_f - high_f.float()).bfloat16())
-            self.operand_fk[:, d : d + 4] = torch.stack(columns, 1)
+            low_f = (self.offset_f - high_f.float()).bfloat16()
+            self.operand_fk[:, d : d + 4] = torch.stack((raised(self.norm_f), raised(self.error_f), high_f, low_f), 1)
 
-    def upper_bounds(self, x_bd: Tensor, out_bf: Tensor) -> Tensor:
+    def upper_bounds(self, x_bd: Tensor, out_bf: Tensor, buffers: Buffers) -> Tensor:
         """Not below z − above, 0 where that is surely not positive; and of each row how far above z − above it may be at most, [b].
 
         `out_bf` has `bound_dtype` and is overwritten. Of rows that `fits` allows.
         """
-        d = x_bd.shape[1]
-        moved_bd = (x_bd - self.frame.centre_d) * self.frame.scale_d
-        operand, step_b, stands_bd = rounded(moved_bd, self.low)
-        norm_b = norm_above(moved_bd)
-        error_b = norm_above(moved_bd - stands_bd) + self.slack * (norm_b + self.centre_norm)
+        d, frame = x_bd.shape[1], self.frame
+        moved_bd = x_bd if frame is None else (x_bd - frame.centre_d).mul_(frame.scale_d)
+        operand_bk = empty_operand(len(x_bd), d, self.low, buffers, f"{self.low} rows", x_bd.device)
+        step_b, stands_bd = write_rounded(moved_bd, operand_bk[:, :d])
         length_b = norm_above(stands_bd)
+        error_b = norm_above(stands_bd.sub_(moved_bd)) + self.slack * (norm_above(moved_bd) + self.centre_norm)
         if step_b is None:
-            operand_bk = operand.new_zeros((len(x_bd), self.operand_fk.shape[1]))
-            operand_bk[:, :d] = operand
-            operand_bk[:, d : d + 4] = torch.stack([raised(error_b), raised(length_b), *2 * [torch.ones_like(raised(error_b))]], 1)
+            one_b = torch.ones_like(error_b).bfloat16()
+            operand_bk[:, d : d + 4] = torch.stack([raised(error_b), raised(length_b), one_b, one_b], 1)
             torch.mm(operand_bk, self.operand_fk.T, out=out_bf)
         else:
-            operand = torch.nn.functional.pad(operand, (0, self.operand_fk.shape[1] - d))
-            out_bf.copy_(torch._int_mm(operand, self.operand_fk.T)).mul_(self.step_f).mul_(step_b[:, None])
+            out_bf.copy_(torch._int_mm(operand_bk, self.operand_fk.T)).mul_(self.step_f).mul_(step_b[:, None])
             wider = 1 + 2.0**-10
             rows_b3 = torch.stack([error_b, length_b, torch.ones_like(error_b)], 1)
             out_bf.addmm_(rows_b3, torch.stack([self.norm_f * wider, self.error_f * wider, self.offset_f]))

@@ -40,9 +40,10 @@ class Encoder:
         above_f: Tensor | float = 0.0,
         *,
         like_bd: Tensor | None = None,
+        buffers: Buffers | None = None,
     ):
         """`above_f`, [f] or a number of at least 0: the entries above it are wanted. `like_bd`: rows such as will be encoded, which keep
-        bounds tight.
+        bounds tight where few dimensions are huge. `buffers`: memory for what is prepared, which the next encoder with them overwrites.
 
         Raises `InputError` for a method that this torch or device does not have.
         """
@@ -52,8 +53,8 @@ class Encoder:
         if method == "bfloat16" or method == "int8":
             offset_f = b_f.abs() + torch.as_tensor(above_f).abs()
             if fits(W_fd) and bool((offset_f < LARGEST_OFFSET).all()):  # host sync
-                like_bd = W_fd.new_zeros((1, W_fd.shape[1])) if like_bd is None else like_bd
-                self.features = Features(W_fd, b_f, above_f, method, frame_of(like_bd, W_fd))
+                frame = None if like_bd is None else frame_of(like_bd, W_fd)
+                self.features = Features(W_fd, b_f, above_f, method, frame, buffers)
 
     def entries(self, x_bd: Tensor, buffers: Buffers, first_row: int = 0) -> Entries:
         """Entries above the threshold, row after row; rows are counted from `first_row`. Rows [b, d] have b_in taken off already.
@@ -84,7 +85,7 @@ class Encoder:
         if self.features is None:
             return self._kept(torch.ops.mkldnn._linear_pointwise(x_bd, self.W_fd, self.b_f, *self._after), buffers, first_row)
         bound_bf = buffers.take("bound", (len(x_bd), len(self.W_fd)), self.features.bound_dtype, x_bd.device)
-        excess_b = self.features.upper_bounds(x_bd, bound_bf)
+        excess_b = self.features.upper_bounds(x_bd, bound_bf, buffers)
         floor_b = None if k is None else surely_reached(bound_bf, excess_b, k)
         if floor_b is not None:
             bound_bf.sub_(floor_b[:, None].to(bound_bf.dtype)).relu_()
