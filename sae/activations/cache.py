@@ -246,6 +246,13 @@ def _choose_site(folder: Path, manifest: dict[str, Any], site: str | None) -> st
     return site
 
 
+def misaligned(shard: Shard, cache: ActivationCache) -> InputError:
+    return InputError(
+        f"expected rows of the same tokens at every site, but the shard {shard.name} of {cache.folder} has others at {cache.site}; harvest "
+        "the sites again, in one command"
+    )
+
+
 def _try(skip_damaged: bool, check: Callable[[], None]) -> bool:
     try:
         check()

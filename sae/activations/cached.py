@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.activations.cache import ActivationCache, Shard
+from sae.activations.cache import ActivationCache, Shard, misaligned
 from sae.activations.harvest.massive import sampled, sentence
 from sae.activations.source import Batches, Group
 from sae.errors import InputError
@@ -130,6 +130,7 @@ class CachedEpochs:
         self._buffers = [
             {site: torch.empty(capacity, cache.d_in, dtype=cache.dtype) for site, cache in self._caches.items()} for _ in range(2)
         ]
+        self._aligned: set[int] = set()  # shards whose rows were found to be of the same tokens at every site
         self._dealt = 0  # which of them is dealt out; the thread reads into the other
         self._held: tuple[int, int] | None = None  # epoch and number of the group that is in it
         self._order_n = torch.empty(0, dtype=torch.int64)
@@ -190,6 +191,8 @@ class CachedEpochs:
 
         def read(end: int, block: list[int]) -> None:
             shard, start, rows = block
+            if len(self._caches) > 1 and shard not in self._aligned:
+                self._require_aligned(shard)
             for site, cache in self._caches.items():
                 cache.read_block(self._shards[site][shard], start, out[site][end - rows : end])
 
@@ -197,6 +200,15 @@ class CachedEpochs:
             list(readers.map(read, ends_n.tolist(), blocks_n3.tolist()))  # raises what one of them raised
         rng = np.random.default_rng([self.seed, epoch, number + 1, self.rank])  # + 1: numpy takes [s, e, 0] for [s, e]
         return torch.from_numpy(rng.permutation(int(ends_n[-1])))
+
+    def _require_aligned(self, shard: int) -> None:
+        """Raises `InputError` unless row i of the shard belongs to one token at every site. Reads 8 bytes a row and site, once."""
+        first, *others = self._caches.items()
+        positions_n = first[1].positions(self._shards[first[0]][shard])
+        for site, cache in others:
+            if not np.array_equal(positions_n, cache.positions(self._shards[site][shard])):
+                raise misaligned(self._shards[site][shard], cache)
+        self._aligned.add(shard)
 
 
 def _rows(shards_of: dict[str, list[Shard]]) -> int:

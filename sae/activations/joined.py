@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sae.activations.cache import ActivationCache, Shard
+from sae.activations.cache import ActivationCache, Shard, misaligned
 from sae.errors import InputError
 from sae.model.sites import split_model
 
@@ -43,19 +42,11 @@ class JoinedCache(ActivationCache):
         for cache in self.caches:
             x_nd, own_n = cache.read(Shard(shard.name, shard.rows, cache.folder / cache.site / shard.path.name))
             positions_n = own_n if positions_n is None else positions_n
-            require_aligned(positions_n.numpy(), own_n.numpy(), cache, shard.name)
+            if not torch.equal(positions_n, own_n):
+                raise misaligned(shard, cache)
             parts.append(x_nd)
         assert positions_n is not None
         return torch.cat(parts, dim=-1), positions_n
-
-
-def require_aligned(positions_n: np.ndarray, own_n: np.ndarray, cache: ActivationCache, name: str) -> None:
-    """Raises `InputError` unless row i of the shard belongs to the same token at two sites of the cache."""
-    if not np.array_equal(positions_n, own_n):
-        raise InputError(
-            f"expected rows of the same tokens at every site, but the shard {name} of {cache.folder} has others at {cache.site}; harvest "
-            "the sites again, in one command"
-        )
 
 
 def cache_of(folder: Path, dictionary: "Dictionary", *, named: bool, verify: bool = False) -> ActivationCache:

@@ -9,7 +9,7 @@ from handmade_cache import SITE, write_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live_world import make_world
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from sae.activations.cache import ActivationCache
 from sae.activations.cached import BLOCKS_PER_BUFFER, CachedSource
@@ -141,3 +141,14 @@ def test_sites_of_different_caches_are_refused(tmp_path):
     folders = [write_cache(tmp_path / name, [30], NARROW, more_sites={OTHER: WIDE}) for name in ("a", "b")]
     with pytest.raises(InputError, match="sites of one cache"):
         CachedSource(ActivationCache.open(folders[0], SITE), ActivationCache.open(folders[1], OTHER))
+
+
+def test_sites_whose_rows_are_of_other_tokens_are_refused(tmp_path):
+    folder = write_cache(tmp_path, [20, 30], NARROW, more_sites={OTHER: WIDE})
+    path = folder / OTHER / "00001.safetensors"
+    stored = load_file(path)
+    save_file(stored | {"rows": stored["rows"].flip(0)}, path)
+    both = opened(folder, SITE, OTHER).batches(10)
+    with pytest.raises(InputError, match=r"expected rows of the same tokens at every site, but the shard 00001 .* at mlp_out.0"):
+        next(both)
+    assert next(opened(folder, OTHER).batches(10))[OTHER].shape == (10, WIDE)
