@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from sae.dictionaries.formats.saelens.files import save
 from sae.dictionaries.frames import Frame
-from sae.dictionaries.gates import Choice, Chosen, Gate, Threshold, TopK, chosen_entries
+from sae.dictionaries.gates import Choice, Chosen, Gate, Threshold, TopK
+from sae.dictionaries.listed import chosen_entries
 from sae.dictionaries.parts import Parts, Port
 from sae.dictionaries.rows import at_once, computing_dtype, ranges, rows_of
 from sae.dictionaries.source import read
