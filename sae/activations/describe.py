@@ -79,6 +79,7 @@ def facts(cache: ActivationCache) -> dict[str, Any]:
         "d_in": cache.d_in,
         "mean_squared_norm": cache.mean_squared_norm,
         "model": cache.model,
+        "second_model": {name: model["name"] for name, model in manifest.get("models", {}).items()},
         **{key: manifest[key] for key in stored if key in manifest},
         "rows": {split: cache.rows(split) for split in SPLITS},
         "bytes": size,
@@ -173,12 +174,14 @@ def show_facts(description: dict[str, Any]) -> None:
     from rich.text import Text
 
     table = Table(title=f"{description['site']} of {description['folder']}", show_header=False)
-    for key in ("model", "imported", "dataset", "context", "prepend_bos", "dtype", "d_in", "held_out", "labels"):
+    for key in ("model", "second_model", "sites", "imported", "dataset", "context", "prepend_bos", "dtype", "d_in", "held_out", "labels"):
         value = description.get(key)
         if key == "labels" and value and len(value) > SHOWN_LABELS:
             value = f"{', '.join(value[:SHOWN_LABELS])} and {len(value) - SHOWN_LABELS:,} more"
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items() if v not in (None, False))
+        if key == "sites":
+            value = " ".join(description["sites"])
         if value not in (None, "", []):
             table.add_row(key.replace("_", " "), Text(str(value)))
     counts = description["counts"]

@@ -92,20 +92,18 @@ class LatentScaling:
         self.square_f = torch.zeros(f, dtype=torch.float64, device=device)
         self.error_pf, self.reconstruction_pf = (torch.zeros(2, f, dtype=torch.float64, device=device) for _ in range(2))
         self.count_f = torch.zeros(f, dtype=torch.int64, device=device)
-        self.max_f = torch.zeros(f, device=device)
+        self.max_f = torch.zeros(f, dtype=torch.float64, device=device)
 
     def add(self, x_bo: Tensor, acts_bf: Tensor, x_hat_bo: Tensor) -> None:
         """Rows of both sites side by side, and what the dictionary makes of them."""
-        largest_f, row_f = acts_bf.abs().max(0)
-        value_f = acts_bf.gather(0, row_f[None])[0]
-        self.max_f = torch.where(largest_f > self.max_f.abs(), value_f, self.max_f)
-        self.count_f += (acts_bf != 0).sum(0)
-        self.square_f += acts_bf.double().square().sum(0)
         x_hat_pbw = self._by_site(x_hat_bo.double())
         error_pbw = (self._by_site(x_bo.double()) - x_hat_pbw).float()
         row_n, feature_n = acts_bf.nonzero(as_tuple=True)  # host sync
+        self.count_f += torch.bincount(feature_n, minlength=len(self.count_f))
         for rows, features in zip(row_n.split(ENTRIES), feature_n.split(ENTRIES)):
             value_n, v_nw = acts_bf[rows, features].double(), self.v_fw[features]
+            self.square_f.index_add_(0, features, value_n.square())
+            self.max_f.scatter_reduce_(0, features, value_n.abs(), "amax")
             for sums_pf, y_pbw in ((self.error_pf, error_pbw), (self.reconstruction_pf, x_hat_pbw.float())):
                 for sums_f, y_bw in zip(sums_pf, y_pbw):
                     sums_f.index_add_(0, features, value_n * (y_bw[rows] * v_nw).sum(-1).double())
@@ -148,9 +146,16 @@ class TopExamples:
         self.position_ft = torch.full((f, t), -1, dtype=torch.int64, device=device)
 
     def add(self, acts_bf: Tensor, positions_b: Tensor) -> None:
-        row_fk = acts_bf.abs().topk(min(self.t, len(acts_bf)), dim=0).indices.T
-        values = torch.cat([self.value_ft, acts_bf.T.gather(1, row_fk)], dim=1)
-        positions = torch.cat([self.position_ft, positions_b.to(row_fk.device)[row_fk]], dim=1)
+        row_n, feature_n = acts_bf.nonzero(as_tuple=True)  # host sync
+        value_n = acts_bf[row_n, feature_n]
+        order_n = value_n.abs().argsort(descending=True, stable=True)
+        order_n = order_n[feature_n[order_n].argsort(stable=True)]  # feature by feature, the strongest first
+        feature_n = feature_n[order_n]
+        rank_n = torch.arange(len(feature_n), device=feature_n.device) - torch.searchsorted(feature_n, feature_n)
+        order_n, at = order_n[rank_n < self.t], (feature_n[rank_n < self.t], rank_n[rank_n < self.t])
+        values = torch.cat([self.value_ft, torch.zeros_like(self.value_ft).index_put_(at, value_n[order_n])], dim=1)
+        here = positions_b.to(row_n.device)[row_n[order_n]]
+        positions = torch.cat([self.position_ft, torch.full_like(self.position_ft, -1).index_put_(at, here)], dim=1)
         kept_ft = values.abs().topk(self.t, dim=1).indices
         self.value_ft, self.position_ft = values.gather(1, kept_ft), positions.gather(1, kept_ft)
 

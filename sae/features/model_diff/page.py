@@ -35,8 +35,9 @@ def page_html(content: dict[str, Any], examples: dict[int, list[Example]]) -> st
     for name, title in (("first", f"Of {first} alone"), ("second", f"Of {second} alone"), ("shared", "Shared, with rows that differ most")):
         parts.append(_group(content, name, title, examples))
     parts.append(
-        "<p class='soft'>Beside each example: the activation, and what the activations of the two models add to the feature's "
-        "pre-activation at this token. Shade gives the activation on every token; faded tokens are not among the rows of the cache.</p>"
+        "<p class='soft'>Beside each example: the activation, what the activations of the two models add to the feature's pre-activation "
+        "at this token, and the document's label. Shade gives the activation on every token; faded tokens are not among the rows of the "
+        "cache.</p>"
     )
     return document(f"{' and '.join(content['sites'])}: differences", "\n".join(parts), STYLE + OWN_STYLE, POLICY)
 
@@ -153,8 +154,13 @@ def _feature(feature: int, columns: dict[str, Any], examples: list[Example]) -> 
     )
     said = ", ".join(f"{name} {figure(column[feature])}" for name, column in facts)
     top = max((abs(one.context.value) for one in examples), default=0.0)
-    rows = "".join(row_html(one.context._replace(label=" + ".join(figure(value) for value in one.reads)), top) for one in examples)
+    rows = "".join(row_html(one.context._replace(label=_beside(one)), top) for one in examples)
     return (
         f"<details open><summary><b>Feature {feature}</b> <span class='soft'>{said}; fires on {columns['count'][feature]:,} rows"
         f"</span></summary>{rows}</details>"
     )
+
+
+def _beside(example: Example) -> str:
+    reads = " + ".join(figure(value) for value in example.reads)
+    return f"{reads} {example.context.label}" if example.context.label else reads
