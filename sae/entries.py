@@ -42,21 +42,48 @@ class Entries(NamedTuple):
 
 
 def active_entries(acts_bf: Tensor, first_row: int, buffers: Buffers) -> Entries:
-    """The entries of a chunk that are not 0, row after row; rows are counted from `first_row`.
+    """The entries of a chunk that are not 0, row after row; rows are counted from `first_row`."""
+    mask_bf = _mask(acts_bf.shape, buffers, acts_bf.device)
+    return _entries(acts_bf, mask_bf.copy_(acts_bf), first_row, buffers)
 
-    Few of eight neighbours in a row are active: as one 64-bit word each, most are dismissed eight at a time.
-    """
-    size, f = acts_bf.numel(), acts_bf.shape[1]
-    mask = buffers.take("mask", (-(-size // 8) * 8,), torch.bool, acts_bf.device)
+
+def entries_above(z_bf: Tensor, low: float | Tensor, first_row: int, buffers: Buffers) -> Entries:
+    """As `active_entries`, of those that are not at most `low`, a number or [f], with their values as they are."""
+    mask_bf = _mask(z_bf.shape, buffers, z_bf.device)
+    torch.le(z_bf, low, out=mask_bf).logical_not_()
+    return _entries(z_bf, mask_bf, first_row, buffers)
+
+
+def _mask(shape: torch.Size, buffers: Buffers, device: torch.device) -> Tensor:
+    """[b, f] bool, the beginning of whole 64-bit words, of which what is left over is False."""
+    size = prod(shape)
+    mask = buffers.take("mask", (-(-size // 8) * 8,), torch.bool, device)
     mask[size:] = False
-    mask[:size].copy_(acts_bf.view(-1))
-    words = mask.view(torch.int64)
+    return mask[:size].view(shape)
+
+
+def _entries(value_bf: Tensor, mask_bf: Tensor, first_row: int, buffers: Buffers) -> Entries:
+    """Few of eight neighbours in a row are active: as one 64-bit word each, most are dismissed eight at a time."""
+    size, f = value_bf.numel(), value_bf.shape[1]
+    words = buffers.take("mask", (-(-size // 8) * 8,), torch.bool, mask_bf.device).view(torch.int64)  # the mask's own memory
     word_n = words.nonzero().squeeze(1)
     byte_n = words.index_select(0, word_n).view(torch.bool).nonzero().squeeze(1)
     flat_n = word_n.index_select(0, byte_n >> 3).mul_(8).add_(byte_n & 7)
     row_n = flat_n.div(f, rounding_mode="floor")
     column_n = flat_n.sub(row_n, alpha=f)
-    return Entries(row_n.add_(first_row).int(), column_n.int(), acts_bf.view(-1).index_select(0, flat_n))
+    return Entries(row_n.add_(first_row).int(), column_n.int(), value_bf.view(-1).index_select(0, flat_n))
+
+
+def largest(size_bf: Tensor, k: int) -> Tensor:
+    """Places [..., k] of the k largest, ascending; of equal values those of the lower places. All places where there are fewer than k."""
+    n = size_bf.shape[-1]
+    value_bk, place_bk = size_bf.topk(min(k + 1, n))
+    if n > k:
+        tied_b = value_bk[..., k - 1] == value_bk[..., k]
+        place_bk = place_bk[..., :k]
+        if tied_b.any():  # host sync; topk then takes any of them
+            place_bk[tied_b] = size_bf[tied_b].sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return place_bk.sort(dim=-1).values
 
 
 def starts_of(sorted_n: Tensor, size: int) -> Tensor:

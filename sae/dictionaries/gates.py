@@ -23,6 +23,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sae.entries import largest
 from sae.errors import InputError
 
 
@@ -176,15 +177,3 @@ class GroupMax(Choice):
                     best.feature_bk[..., groups] = torch.where(more_bg, at_bg, best.feature_bk[..., groups])
         assert best is not None
         return Chosen(best.feature_bk, best.value_bk.relu())
-
-
-def largest(size_bf: Tensor, k: int) -> Tensor:
-    """Places [..., k] of the k largest, ascending; of equal values those of the lower places. All places where there are fewer than k."""
-    n = size_bf.shape[-1]
-    value_bk, place_bk = size_bf.topk(min(k + 1, n))
-    if n > k:
-        tied_b = value_bk[..., k - 1] == value_bk[..., k]
-        place_bk = place_bk[..., :k]
-        if tied_b.any():  # host sync; topk then takes any of them
-            place_bk[tied_b] = size_bf[tied_b].sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    return place_bk.sort(dim=-1).values

@@ -1,7 +1,7 @@
-"""The ReLU + L1 objective: one entrance, several ways to compute the same thing."""
+"""The step of every kind of dictionary: one entrance, several ways to compute the same thing."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Literal
@@ -11,13 +11,14 @@ from torch import Tensor
 
 from sae.errors import InputError
 from sae.objective.fast import fast_step
-from sae.objective.reference import reference_step
-from sae.objective.step import Step, Weights
+from sae.objective.formula import L1, formula_step
+from sae.objective.rule import Linear, Rule
+from sae.objective.step import Goal, Own, Step, Terms, Weights, of
 from sae.objective.update import adam_state, apply, clip
 from sae.objective.workspace import DECIDE_EVERY, Precision, Workspace
 
 Backend = Literal["auto", "dense", "sparse", "triton", "reference"]
-__all__ = ["Backend", "Precision", "Step", "Weights", "Workspace", "objective"]
+__all__ = ["Backend", "Goal", "Own", "Precision", "Step", "Terms", "Weights", "Workspace", "objective"]
 
 TRITON_BELOW = 1 / 128
 """share of active entries under which `auto` takes the Triton path on CUDA: an estimate from bytes and operations, not measured"""
@@ -27,72 +28,120 @@ TRITON_BELOW = 1 / 128
 def objective(
     x_bd: Tensor,
     weights: Weights,
-    l1: float | Tensor,
+    goal: float | Tensor | Goal | Sequence[Goal],
     backend: Backend = "auto",
     workspace: Workspace | None = None,
     optimizer: torch.optim.Adam | None = None,
     largest_norm: float = 0.0,
+    *,
+    y_bo: Tensor | None = None,
+    own: Own | None = None,
+    unit_rows: bool = False,
 ) -> Step:
     """Loss, its parts, firing counts and exact gradients for a batch `x_bd` in training units (mean squared norm d).
 
-    Weights with a leading k are a sweep of dictionaries on one batch, with one `l1` or k of them; every output then has a leading k.
+    Weights with a leading k are a sweep of dictionaries on one batch; every output then has a leading k. `goal`: what is minimised, one
+    for all or one each; a number, or a tensor of one each, is the L1 coefficient of ReLU + L1. `y_bo`: what a transcoder is to write.
+    `own`: the kind's own parameters.
 
-    `backend`: "reference" is the formula in float64; "dense" and "sparse" (torch, any device) and "triton" (CUDA) give the same to
-    rounding. "auto" picks on a CPU by the share of active entries of each chunk of rows; on CUDA every 32 calls, at the cost of a host
-    sync, between dense and triton by that share at the last call, dense at first. "triton" never syncs.
-    `optimizer`, a fused torch.optim.Adam over exactly these weights, is applied at once, after clipping each dictionary's whole gradient
-    to `largest_norm` if that is not 0. Otherwise the gradients are given; they may live in `workspace` and are then overwritten by
-    the next call with it.
+    `backend`: "reference" is the formula in float64; "dense" and "sparse" (torch, any device) and "triton" (CUDA, ReLU + L1) give the
+    same to rounding. "auto" picks on a CPU by the share of active entries of each chunk of rows; on CUDA every 32 calls, at the cost of a
+    host sync, between dense and triton by that share at the last call, dense at first. "triton" never syncs. What keeps the k largest
+    always goes through a sparse path, and a goal without a rule through autograd.
+    `optimizer`, a fused torch.optim.Adam over exactly these weights and then `own`, is applied at once, after clipping each dictionary's
+    whole gradient to `largest_norm` if that is not 0. With `unit_rows` decoder rows stay of length 1: their gradients lose the part along
+    them, and they are brought back to it after the update. Otherwise the gradients are given; they may live in `workspace` and are then
+    overwritten by the next call with it.
 
     Raises `InputError` for a batch that does not fit the dictionary, and for rows that are not finite, which it names; nothing is
     updated then. On CUDA, where knowing would cost a host sync, such a batch leaves the weights alone as well but is only noted in the
     workspace (`bad_steps`, `bad_rows_b`).
     """
-    refuse_misfit(x_bd, weights)
+    refuse_misfit(x_bd, y_bo, weights)
     workspace = workspace or Workspace()
-    path = chosen(backend, x_bd, weights, workspace)
-    x_bd = x_bd.to(weights.W_dec_fd.dtype).contiguous()
+    one = weights.W_dec_fd.ndim == 2
+    swept, own = weights.stacked() if one else weights, own or {}
+    own_swept = {name: tensor[None] for name, tensor in own.items()} if one else own
+    dtype = weights.W_dec_fd.dtype
+    x_bd = x_bd.to(dtype).contiguous()
+    y_bo = None if y_bo is None else y_bo.to(dtype).contiguous()
+    goals = goals_of(goal, len(swept.W_dec_fd), x_bd)
+    rules = [g.rule(swept.of(i), of(own_swept, i)) for i, g in enumerate(goals)]
+    path = chosen(backend, x_bd, weights, rules, y_bo, workspace)
     if not x_bd.is_cuda:
         refuse_not_finite(x_bd)
-    one = weights.W_dec_fd.ndim == 2
-    swept = weights.stacked() if one else weights
-    k = len(swept.W_dec_fd)
-    l1_k = l1.to(x_bd.dtype).expand(k).contiguous() if isinstance(l1, Tensor) else x_bd.new_full((k,), l1)
+        if y_bo is not None:
+            refuse_not_finite(y_bo)
     if path == "triton":
         from sae.objective.cuda import triton_step
 
+        l1_k = torch.stack([rule.price.l1 for rule in rules if rule is not None and isinstance(rule.price, Linear)])
         state = adam_state(optimizer, weights) if optimizer is not None and not largest_norm else None
         with torch.cuda.device_of(x_bd):  # Triton launches on the current device, whatever the tensors' is
             step = triton_step(x_bd, swept, l1_k, workspace, state.stacked() if state and one else state)
     else:
         with matmul_precision(x_bd, workspace.precision):
-            step = one_by_one(x_bd, swept, l1_k, path, workspace)
+            step = one_by_one(x_bd, y_bo, swept, own_swept, goals, rules, path, workspace)
     workspace.l0 = step.l0
     if one:
         step = step.of(0)
     if optimizer is None or step.gradients is None:
         return step
-    gradients = Weights(*(g.to(w.dtype) for g, w in zip(step.gradients, weights)))
+    gradients = [g.to(w.dtype) for g, w in zip([*step.gradients, *step.own_gradients.values()], [*weights, *own.values()])]
+    if unit_rows:
+        W_dec_fd, dW_dec_fd = weights.W_dec_fd, gradients[2]
+        dW_dec_fd.addcmul_(W_dec_fd, torch.linalg.vecdot(dW_dec_fd, W_dec_fd)[..., None], value=-1)
     if largest_norm:
-        clip(gradients.stacked() if one else gradients, largest_norm)
-    apply(optimizer, weights, gradients, ~step.loss.isfinite().all())
-    return step._replace(gradients=None)
+        clip([g[None] for g in gradients] if one else gradients, largest_norm)
+    apply(optimizer, [*weights, *own.values()], gradients, ~step.loss.isfinite().all())
+    if unit_rows:
+        weights.W_dec_fd.div_(weights.W_dec_fd.norm(dim=-1, keepdim=True))
+    return step._replace(gradients=None, own_gradients={})
 
 
-def one_by_one(x_bd: Tensor, weights: Weights, l1_k: Tensor, path: str, workspace: Workspace) -> Step:
+def goals_of(goal: float | Tensor | Goal | Sequence[Goal], k: int, x_bd: Tensor) -> Sequence[Goal]:
+    if isinstance(goal, float | int | Tensor):
+        l1_k = torch.as_tensor(goal, dtype=x_bd.dtype, device=x_bd.device).expand(k)
+        return [L1(l1) for l1 in l1_k]
+    return goal if isinstance(goal, list) else [goal] * k  # type: ignore[list-item]  # a goal may be a tuple too
+
+
+def one_by_one(
+    x_bd: Tensor,
+    y_bo: Tensor | None,
+    weights: Weights,
+    own: Own,
+    goals: Sequence[Goal],
+    rules: Sequence[Rule | None],
+    path: str,
+    workspace: Workspace,
+) -> Step:
     """The paths that know of one dictionary at a time, over a sweep's."""
-    if path == "reference":
-        return Step.stack([reference_step(x_bd, weights.of(i), float(l1)) for i, l1 in enumerate(l1_k)])  # host sync
     buffers = Weights(*(workspace.take(name, w.shape, w.dtype, w.device) for name, w in zip(Weights._fields, weights)))
-    steps = [fast_step(x_bd, weights.of(i), l1, path, workspace, buffers.of(i)) for i, l1 in enumerate(l1_k)]
+    own_buffers = {name: workspace.take(f"own.{name}", w.shape, w.dtype, w.device) for name, w in own.items()}
+    steps, by_formula = [], path == "reference" or None in rules
+    for i, (goal, rule) in enumerate(zip(goals, rules)):
+        mine = x_bd, y_bo, weights.of(i), of(own, i)
+        if path == "reference" or rule is None:
+            steps.append(formula_step(*mine, goal, torch.float64 if path == "reference" else x_bd.dtype))
+        else:
+            steps.append(fast_step(*mine, rule, path, workspace, buffers.of(i), of(own_buffers, i), str(i)))
     if x_bd.is_cuda:
         workspace.note_bad_rows(~x_bd.isfinite().all(-1))
-    return Step.stack([s._replace(gradients=None) for s in steps])._replace(gradients=buffers)
+    if by_formula:
+        return Step.stack(steps)
+    alone = [s._replace(gradients=None, own_gradients={}) for s in steps]
+    return Step.stack(alone)._replace(gradients=buffers, own_gradients=own_buffers)
 
 
-def chosen(backend: Backend, x_bd: Tensor, weights: Weights, workspace: Workspace) -> str:
-    """The path for this call. Raises `InputError` for one that this device lacks."""
+def chosen(
+    backend: Backend, x_bd: Tensor, weights: Weights, rules: Sequence[Rule | None], y_bo: Tensor | None, workspace: Workspace
+) -> str:
+    """The path for this call. Raises `InputError` for one that this device or kind lacks."""
+    relu = y_bo is None and all(rule is not None and rule.is_relu for rule in rules)
     if backend == "triton":
+        if not relu:
+            raise InputError("expected autoencoders with ReLU and an L1 penalty for the triton backend, got others; use backend auto")
         if reason := why_no_triton(x_bd.device):
             raise InputError(f"the triton backend cannot run: {reason}; use backend auto")
         if weights.W_dec_fd.dtype != torch.float32:
@@ -101,7 +150,7 @@ def chosen(backend: Backend, x_bd: Tensor, weights: Weights, workspace: Workspac
         raise InputError(f"expected precision float32 on {x_bd.device}, got {workspace.precision}, which only CUDA has here")
     if backend != "auto" or not x_bd.is_cuda:
         return backend
-    if why_no_triton(x_bd.device) or weights.W_dec_fd.dtype != torch.float32:
+    if not relu or why_no_triton(x_bd.device) or weights.W_dec_fd.dtype != torch.float32:
         return "auto"
     calls = int(workspace.plan[0])
     if calls % DECIDE_EVERY == 0 and workspace.l0 is not None:
@@ -142,12 +191,15 @@ def matmul_precision(x_bd: Tensor, precision: Precision) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def refuse_misfit(x_bd: Tensor, weights: Weights) -> None:
-    d_in = weights.W_dec_fd.shape[-1]
-    if x_bd.ndim != 2 or x_bd.shape[1] != d_in or not len(x_bd) or not x_bd.is_floating_point():
-        raise InputError(f"expected a batch of floating point rows [b, {d_in}], got {x_bd.dtype} {list(x_bd.shape)}")
-    if x_bd.device != weights.W_dec_fd.device:
-        raise InputError(f"expected the batch on the weights' device, {weights.W_dec_fd.device}, got one on {x_bd.device}")
+def refuse_misfit(x_bd: Tensor, y_bo: Tensor | None, weights: Weights) -> None:
+    d_in, d_out = weights.W_enc_fd.shape[-1], weights.W_dec_fd.shape[-1]
+    for what, rows, width in (("a batch", x_bd, d_in), ("a target", x_bd if y_bo is None else y_bo, d_out)):
+        if rows.ndim != 2 or rows.shape[1] != width or not len(rows) or not rows.is_floating_point():
+            raise InputError(f"expected {what} of floating point rows [b, {width}], got {rows.dtype} {list(rows.shape)}")
+        if rows.device != weights.W_dec_fd.device:
+            raise InputError(f"expected {what.replace('a ', 'the ')} on the weights' device, {weights.W_dec_fd.device}, got one on {rows.device}")
+        if len(rows) != len(x_bd):
+            raise InputError(f"expected as many rows to write as are read, {len(x_bd)}, got {len(rows)}")
 
 
 def refuse_not_finite(x_bd: Tensor) -> None:

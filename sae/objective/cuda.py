@@ -293,6 +293,7 @@ def triton_step(x_bd: Tensor, weights: Weights, l1_k: Tensor, workspace: Workspa
         fired_f=fired_kf.long(),
         gradients=gradients,
         sparse_share=1 - decoded.overflows_k / b,
+        threshold=torch.zeros_like(squared_error_k),
     )
 
 

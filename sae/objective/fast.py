@@ -1,23 +1,29 @@
-"""The exact gradient of the ReLU + L1 objective by hand, at little more than the cost of the encoder product once the code is sparse.
+"""The exact gradient by hand, at little more than the cost of the encoder product once the code is sparse; for every kind with a rule.
 
-b rows (tokens) · d model width · f features · n active entries
+b rows (tokens) · d width that is read · o width that is written · f features · n active entries
 
-With z = (x − b_dec) W_encᵀ + b_enc, acts = relu(z), g = 2(x̂ − x)/B and a_bf = g_b·W_dec_f + (l1/B)‖W_dec_f‖ on active entries:
+With z = x W_encᵀ + b_enc (x centred by b_dec in an autoencoder), acts = z where the rule says active, g = 2(ŷ − y)/B and
+a_bf = g_b·W_dec_f + (slope/B)‖W_dec_f‖ on active entries, slope being the price's (l1 for ReLU + L1):
 
-    dW_dec_f = Σ_b acts_bf g_b + (l1/B)(Σ_b acts_bf) W_dec_f/‖W_dec_f‖      dW_enc_f = Σ_b a_bf (x_b − b_dec)
-    db_enc_f = Σ_b a_bf                                                    db_dec   = Σ_b g_b − Σ_f db_enc_f W_enc_f
+    dW_dec_f = Σ_b acts_bf g_b + (Σ_b slope_bf |acts_bf|/B) W_dec_f/‖W_dec_f‖      dW_enc_f = Σ_b a_bf x_b
+    db_enc_f = Σ_b a_bf                             db_dec   = Σ_b g_b − Σ_f db_enc_f W_enc_f (an autoencoder's)
 
 Rows are taken a chunk at a time, so that no [b, f] tensor is larger than a chunk, and the chunk's buffers are reused from step to
 step (fresh ones cost page faults). Of a chunk whose code is sparse only the active entries are kept, and those of all rows then go
-through the rest at once, so that no gradient is passed over twice; a dense chunk, as early in training, goes through matrix products.
-What else was tried, with numbers: benchmarks/cpu_experiments.md.
+through the rest at once (sparse.py), so that no gradient is passed over twice; a dense chunk, as early in training, goes through matrix
+products. What keeps the k largest is always sparse. What else was tried, with numbers: benchmarks/cpu_experiments.md.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from sae.entries import active_entries, add_weighted_sums, starts_of
-from sae.objective.step import Step, Weights
+from sae.entries import Entries, active_entries, entries_above
+from sae.objective.choice import top_of_batch, top_of_rows
+from sae.objective.rule import Linear, Rule
+from sae.objective.sparse import Sums, add_dead_features, add_sparse_rows
+from sae.objective.step import Own, Step, Weights
 from sae.objective.workspace import Workspace
 
 CHUNK_BYTES = 128 << 20
@@ -28,77 +34,129 @@ HELD_ENTRIES = 2 << 20
 """active entries after which the sparse path does not wait for more rows; they take about 70 bytes each"""
 
 
-def fast_step(x_bd: Tensor, weights: Weights, l1: Tensor, path: str, workspace: Workspace, gradients: Weights) -> Step:
+def fast_step(
+    x_bd: Tensor,
+    y_bo: Tensor | None,
+    weights: Weights,
+    own: Own,
+    rule: Rule,
+    path: str,
+    workspace: Workspace,
+    gradients: Weights,
+    own_gradients: Own,
+    name: str = "",
+) -> Step:
     """`path`: "dense", "sparse", or "auto", which picks by the share of active entries of each chunk of rows.
 
-    Overwrites `gradients`. "dense" has no host sync.
+    Overwrites `gradients` and `own_gradients`. "dense" has no host sync, and is for rules that keep all that is above a threshold.
+    `name` is the dictionary's own in the workspace, where guesses for the next step are kept.
     """
-    rows, f = len(x_bd), weights.W_dec_fd.shape[0]
-    centred_bd = x_bd - weights.b_dec_d
-    norm_f = weights.W_dec_fd.norm(dim=-1)
-    fired_f = torch.zeros(f, dtype=torch.int64, device=x_bd.device)
-    activity_f = torch.zeros_like(norm_f)
-    squared_error = x_bd.new_zeros(())
-    sparse_rows = 0
-    entries: list[tuple[Tensor, Tensor, Tensor]] = []  # of the rows since `first`, which are still to go through the sparse path
-    first = 0
-    fresh = True  # nothing is in the gradients yet: the first to add to the large ones overwrites them
-    gradients.b_enc_f.zero_()
-    gradients.b_dec_d.zero_()
-    sums = (weights, norm_f, l1, rows, gradients, fired_f, activity_f, workspace)
+    sums = Sums(x_bd, y_bo, weights, own, rule, workspace, gradients, own_gradients)
+    if rule.top:
+        threshold = add_chosen(sums, name)
+        sparse_rows = len(x_bd)
+    else:
+        threshold, sparse_rows = 0.0, add_all_above(sums, path)
+    if rule.aid is not None:
+        add_dead_features(sums, rule.aid)
+    return sums.step(sparse_rows / len(x_bd), threshold)
 
-    chunk = max(1, CHUNK_BYTES * (8 if x_bd.is_cuda else 1) // (f * x_bd.element_size()))
-    for start in range(0, rows, chunk):
-        centred = centred_bd[start : start + chunk]
-        acts = workspace.take("acts", (len(centred), f), x_bd.dtype, x_bd.device)
-        torch.addmm(weights.b_enc_f, centred, weights.W_enc_fd.T, out=acts).relu_()
+
+def pre_activations(sums: Sums, name: str = "acts") -> Iterator[tuple[slice, Tensor]]:
+    """z of one chunk of rows after another, in memory that the next one overwrites."""
+    input_bd, weights = sums.input_bd, sums.weights
+    f = len(weights.b_enc_f)
+    chunk = max(1, CHUNK_BYTES * (8 if input_bd.is_cuda else 1) // (f * input_bd.element_size()))
+    for start in range(0, len(input_bd), chunk):
+        rows = slice(start, min(start + chunk, len(input_bd)))
+        z_bf = sums.workspace.take(name, (rows.stop - start, f), input_bd.dtype, input_bd.device)
+        yield rows, torch.addmm(weights.b_enc_f, input_bd[rows], weights.W_enc_fd.T, out=z_bf)
+
+
+def add_chosen(sums: Sums, name: str) -> float:
+    """A step of the k largest, of rows or of the batch; gives the batch's smallest."""
+    rule, guesses = sums.rule, sums.workspace.guesses
+    rows = len(sums.input_bd)
+    if rule.over == "batch":
+        f = len(sums.weights.b_enc_f)
+
+        def chunks() -> Iterator[tuple[int, Tensor]]:
+            return ((part.start, z_bf) for part, z_bf in pre_activations(sums))
+
+        entries, threshold = top_of_batch(chunks, rows * rule.top, rule.top / f, guesses.get(name), sums.workspace)
+        guesses[name] = threshold
+        add_sparse_rows(sums, slice(0, rows), [entries])
+        return threshold
+    found: list[Entries] = []
+    for part, z_bf in pre_activations(sums):
+        entries, guesses[name] = top_of_rows(z_bf, rule.top, rule.signed, guesses.get(name), sums.workspace)
+        found.append(entries._replace(row_n=entries.row_n + part.start))
+    add_sparse_rows(sums, slice(0, rows), found)
+    return 0.0
+
+
+def add_all_above(sums: Sums, path: str) -> int:
+    """A step of all that is above a threshold; gives the rows that went through the sparse path."""
+    rule, workspace = sums.rule, sums.workspace
+    rows, jump = len(sums.input_bd), rule.jump
+    sparse_rows = 0
+    entries: list[Entries] = []  # of the rows since `first`, which are still to go through the sparse path
+    first = 0
+    for part, acts in pre_activations(sums):
+        if jump is None:
+            acts.relu_()
         sparse = path == "sparse"
         if path == "auto":
             sample = acts[::64]  # counting every entry would be a pass of its own
-            sparse = torch.count_nonzero(sample).item() < SPARSE_BELOW * sample.numel()  # host sync
-        stop = start + len(centred)
+            active = torch.count_nonzero(sample if jump is None else sample > sums.low_f)
+            sparse = active.item() < SPARSE_BELOW * sample.numel()  # host sync
         if sparse:
-            entries.append(active_entries(acts, start - first, workspace))
-            sparse_rows += len(centred)
-        if entries and (not sparse or stop == rows or sum(len(e[0]) for e in entries) >= HELD_ENTRIES):
-            squared_error += sparse_rows_backward(centred_bd[first : stop if sparse else start], entries, fresh, *sums)
-            entries, fresh = [], False
+            here = part.start - first
+            entries.append(active_entries(acts, here, workspace) if jump is None else entries_above(acts, sums.low_f, here, workspace))
+            sparse_rows += part.stop - part.start
+        if entries and (not sparse or part.stop == rows or sum(len(e[0]) for e in entries) >= HELD_ENTRIES):
+            add_sparse_rows(sums, slice(first, part.stop if sparse else part.start), entries)
+            entries = []
         if not sparse:
-            squared_error += dense_chunk(centred, acts, fresh, *sums)
-            fresh = False
+            add_dense_rows(sums, part, acts)
         if not entries:
-            first = stop
-
-    per_row_f = l1 / rows * activity_f / norm_f.clamp(min=torch.finfo(norm_f.dtype).tiny)
-    gradients.W_dec_fd.addcmul_(weights.W_dec_fd, per_row_f[:, None])
-    gradients.b_dec_d.sub_(gradients.b_enc_f @ weights.W_enc_fd)
-    squared_error = squared_error / rows
-    sparsity = activity_f @ norm_f / rows
-    return Step(
-        loss=squared_error + l1 * sparsity,
-        squared_error=squared_error,
-        sparsity=sparsity,
-        l0=fired_f.sum() / rows,
-        fired_f=fired_f,
-        gradients=gradients,
-        sparse_share=norm_f.new_full((), sparse_rows / rows),
-    )
+            first = part.stop
+    return sparse_rows
 
 
-def dense_chunk(centred, acts, fresh, weights, norm_f, l1, rows, gradients, fired_f, activity_f, workspace) -> Tensor:
-    """Adds a chunk's gradients, firing counts and activity; gives its sum of squared errors."""
-    error = torch.addmm(centred, acts, weights.W_dec_fd, beta=-1)  # x̂ − x, since both lack b_dec
+def add_dense_rows(sums: Sums, part: slice, acts: Tensor) -> None:
+    """Adds a chunk's gradients, firing counts and activity; overwrites `acts`, which of a kind with thresholds are pre-activations."""
+    weights, rule, workspace, gradients = sums.weights, sums.rule, sums.workspace, sums.gradients
+    rows, beta = len(sums.input_bd), 0 if sums.fresh else 1
+    input_bd = sums.input_bd[part]
+    near = None
+    if rule.jump is not None:
+        near = (acts - rule.jump.theta_f).abs_() < rule.jump.window / 2
+        acts.masked_fill_(acts <= rule.jump.theta_f, 0)
+    error = torch.addmm(sums.base(part), acts, weights.W_dec_fd)
     g = error * (2 / rows)
-    gradients.W_dec_fd.addmm_(acts.T, g, beta=0 if fresh else 1)
-    gradients.b_dec_d.add_(g.sum(0))
-    activity_f.add_(acts.sum(0))
-    a = workspace.take("a", acts.shape, acts.dtype, acts.device)
-    torch.addmm(norm_f * (l1 / rows), g, weights.W_dec_fd.T, out=a)
+    gradients.W_dec_fd.addmm_(acts.T, g, beta=beta)
+    sums.add_of_rows(part, g)
+    sums.activity_f.add_(acts.sum(0))
+    a = workspace.take("a", tuple(acts.shape), acts.dtype, acts.device)
+    if rule.price is None or isinstance(rule.price, Linear):
+        torch.addmm(sums.norm_f * (sums.l1 / rows), g, weights.W_dec_fd.T, out=a)
+    else:
+        torch.mm(g, weights.W_dec_fd.T, out=a)
+        v_bf = acts * sums.norm_f
+        slope_bf = rule.price.slope(v_bf)
+        sums.cost += rule.price.cost(v_bf).sum()
+        sums.pull_f.add_((slope_bf * acts).sum(0))
+        a.addcmul_(slope_bf, sums.norm_f, value=1 / rows)
+    if near is not None:
+        sums.near_f += near.sum(0)
+        sums.near_pull_f += torch.where(near, a, 0).sum(0)
     torch.ops.aten.threshold_backward.grad_input(a, acts, 0, grad_input=a)  # a where acts > 0, in one pass
-    fired_f.add_(positive_counts(acts, workspace))
-    gradients.W_enc_fd.addmm_(a.T, centred, beta=0 if fresh else 1)
+    sums.fired_f.add_(positive_counts(acts, workspace))
+    gradients.W_enc_fd.addmm_(a.T, input_bd, beta=beta)
     gradients.b_enc_f.add_(a.sum(0))
-    return error.square().sum()
+    sums.squared_error += error.square().sum()
+    sums.fresh = False
 
 
 def positive_counts(acts: Tensor, workspace: Workspace) -> Tensor:
@@ -114,29 +172,3 @@ def positive_counts(acts: Tensor, workspace: Workspace) -> Tensor:
     words = mask.view(torch.int64)
     bytes_of = torch.stack([part.sum(0) for part in words.split(255)]).view(torch.uint8)
     return bytes_of.sum(0, dtype=torch.int64)[:f]
-
-
-def sparse_rows_backward(centred, entries, fresh, weights, norm_f, l1, rows, gradients, fired_f, activity_f, workspace) -> Tensor:
-    """As `dense_chunk`, for any number of rows, from their active entries alone."""
-    row_n, column_n, value_n = map(torch.cat, zip(*entries))
-    f = len(norm_f)
-    error, g = (workspace.take(name, centred.shape, centred.dtype, centred.device) for name in ("error", "g"))
-    torch.neg(centred, out=error)
-    add_weighted_sums(error, weights.W_dec_fd, column_n, starts_of(row_n, len(centred)), value_n, False)
-    torch.mul(error, 2 / rows, out=g)
-
-    column_n, order_n = torch.sort(column_n, stable=True)
-    row_n, value_n = row_n.index_select(0, order_n), value_n.index_select(0, order_n)
-    starts = starts_of(column_n, f)
-    with torch.sparse.check_sparse_tensor_invariants(False):  # the indices are right by construction, checking them is a pass
-        zeros = torch.sparse_csr_tensor(starts, row_n, torch.zeros_like(value_n), (f, len(centred)))
-        a_n = torch.sparse.sampled_addmm(zeros, weights.W_dec_fd, g.T).values()
-    a_n.add_((norm_f * (l1 / rows)).index_select(0, column_n))
-
-    add_weighted_sums(gradients.W_dec_fd, g, row_n, starts, value_n, fresh)
-    add_weighted_sums(gradients.W_enc_fd, centred, row_n, starts, a_n, fresh)
-    gradients.b_dec_d.add_(g.sum(0))
-    gradients.b_enc_f.index_add_(0, column_n, a_n)
-    activity_f.index_add_(0, column_n, value_n)
-    fired_f.add_(starts.diff())
-    return error.square_().sum()

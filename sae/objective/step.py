@@ -1,21 +1,26 @@
-"""What the objective takes and gives; one shape for every path.
+"""What the objective takes and gives; one shape for every path and every kind.
 
-k dictionaries of a sweep · b rows (tokens) · d model width · f features
+k dictionaries of a sweep · b rows (tokens) · d width that is read · o width that is written · f features
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from sae.objective.rule import Rule
+
 
 class Weights(NamedTuple):
-    """A dictionary's parameters, or their gradients; for a sweep each has a leading k."""
+    """The parameters that every dictionary has, or their gradients; for a sweep each has a leading k."""
 
     W_enc_fd: Tensor
     b_enc_f: Tensor
     W_dec_fd: Tensor
+    """[f, o] of a transcoder"""
     b_dec_d: Tensor
+    """[o] of a transcoder"""
 
     def of(self, k: int) -> "Weights":
         """Views of one dictionary of a sweep."""
@@ -26,15 +31,46 @@ class Weights(NamedTuple):
         return Weights(*(w[None] for w in self))
 
 
+Own = Mapping[str, Tensor]
+"""parameters that only some kinds have, by name: theta_f, W_skip_od, ...; for a sweep each has a leading k"""
+
+
+def of(own: Own, k: int) -> dict[str, Tensor]:
+    """Views of one dictionary's, of a sweep's."""
+    return {name: tensor[k] for name, tensor in own.items()}
+
+
+class Terms(NamedTuple):
+    """What a formula gives for a batch."""
+
+    loss: Tensor
+    """what is minimised, []"""
+    acts_bf: Tensor
+
+
+class Goal(Protocol):
+    """What a kind minimises at one step, for one value of its swept option.
+
+    With a target y the dictionary is a transcoder: it reads x and is to write y. Without one it is an autoencoder: it is to write x, and
+    its decoder bias is taken off x first.
+    """
+
+    def loss(self, x_bd: Tensor, y_bo: Tensor | None, weights: Weights, own: Own) -> Terms:
+        """The formula as it stands on paper, in plain torch and in the dtype of its arguments: the judge of every faster path."""
+
+    def rule(self, weights: Weights, own: Own) -> Rule | None:
+        """The same for the fast step; None where there is no such rule, so that the step is autograd on the formula."""
+
+
 class Step(NamedTuple):
     """For a sweep every tensor has a leading k."""
 
     loss: Tensor
-    """squared_error + l1 · sparsity, []"""
+    """what is minimised, []"""
     squared_error: Tensor
-    """mean over rows of ‖x − x̂‖², []"""
+    """mean over rows of ‖y − ŷ‖², []"""
     sparsity: Tensor
-    """mean over rows of Σ_f activation · decoder norm, []"""
+    """mean over rows of Σ_f |activation| · decoder norm, []"""
     l0: Tensor
     """mean number of active features in a row, []"""
     fired_f: Tensor
@@ -43,16 +79,25 @@ class Step(NamedTuple):
     """of the loss; None where an optimizer was given and has been applied"""
     sparse_share: Tensor
     """share of the rows that went through a sparse path, the rest through a dense one, []"""
+    threshold: Tensor
+    """the smallest activation that was kept where the whole batch chooses, otherwise 0, []"""
+    own_gradients: Own = {}
+    """of the kind's own parameters, as `gradients`"""
 
     def of(self, k: int) -> "Step":
         """Views of one dictionary of a sweep."""
-        fields = {name: getattr(self, name)[k] for name in self._fields if name != "gradients"}
-        return Step(**fields, gradients=self.gradients and self.gradients.of(k))
+        tensors = {name: getattr(self, name)[k] for name in TENSORS}
+        return Step(**tensors, gradients=self.gradients and self.gradients.of(k), own_gradients=of(self.own_gradients, k))
 
     @classmethod
-    def stack(cls, steps: list["Step"]) -> "Step":
+    def stack(cls, steps: Iterable["Step"]) -> "Step":
         """The step of a sweep, from those of its dictionaries."""
+        steps = list(steps)
         gradients = [s.gradients for s in steps if s.gradients is not None]
+        own = {name: torch.stack([s.own_gradients[name] for s in steps]) for name in steps[0].own_gradients}
         stacked = Weights(*map(torch.stack, zip(*gradients))) if gradients else None
-        fields = [name for name in cls._fields if name != "gradients"]
-        return cls(**{name: torch.stack([getattr(s, name) for s in steps]) for name in fields}, gradients=stacked)
+        tensors = {name: torch.stack([getattr(s, name) for s in steps]) for name in TENSORS}
+        return cls(**tensors, gradients=stacked, own_gradients=own)
+
+
+TENSORS = ("loss", "squared_error", "sparsity", "l0", "fired_f", "sparse_share", "threshold")

@@ -3,6 +3,7 @@
 k dictionaries of a sweep · b rows (tokens)
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,30 +28,35 @@ class AdamState(NamedTuple):
 
 
 def adam_state(optimizer: torch.optim.Adam, weights: Weights) -> AdamState:
-    """The optimizer's state for exactly these weights, created where it does not exist yet.
+    """The optimizer's state for exactly these weights, as `moments` gives it."""
+    states = moments(optimizer, weights)
+    exp_avg, exp_avg_sq = (Weights(*(s[name] for s in states)) for name in ("exp_avg", "exp_avg_sq"))
+    return AdamState(exp_avg, exp_avg_sq, tuple(s["step"] for s in states), optimizer.param_groups[0])
+
+
+def moments(optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """The optimizer's state for exactly these tensors, created where it does not exist yet.
 
     Raises `InputError` for another kind of optimizer, or one over other tensors: applying it would not be what was asked for.
     """
     options = optimizer.param_groups[0]
     held = [p for g in optimizer.param_groups for p in g["params"]]
-    same = len(held) == len(weights) and all(p is w for p, w in zip(held, weights))
+    same = len(held) == len(parameters) and all(p is w for p, w in zip(held, parameters))
     plain = type(optimizer) is torch.optim.Adam and not (options["weight_decay"] or options["amsgrad"] or options["maximize"])
     if not (same and plain and options["fused"]):
         raise InputError(
-            "expected optimizer=torch.optim.Adam(weights, fused=True) over exactly the four weights, without weight decay, amsgrad or "
+            "expected optimizer=torch.optim.Adam(weights, fused=True) over exactly the weights, without weight decay, amsgrad or "
             f"maximize; got {type(optimizer).__name__} over {len(held)} tensors{'' if same else ' that are not the weights'}"
         )
-    for parameter in weights:
+    for parameter in parameters:
         state = optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-    states = [optimizer.state[parameter] for parameter in weights]
-    exp_avg, exp_avg_sq = (Weights(*(s[name] for s in states)) for name in ("exp_avg", "exp_avg_sq"))
-    return AdamState(exp_avg, exp_avg_sq, tuple(s["step"] for s in states), options)
+    return [optimizer.state[parameter] for parameter in parameters]
 
 
-def clip(gradients: Weights, largest: float) -> None:
+def clip(gradients: Sequence[Tensor], largest: float) -> None:
     """Scales each dictionary's gradients (leading k) in place so that their joint norm is at most `largest`."""
     norm_k = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
     factor_k = (largest / (norm_k + 1e-6)).clamp(max=1)
@@ -58,12 +64,12 @@ def clip(gradients: Weights, largest: float) -> None:
         g.mul_(factor_k.view(-1, *[1] * (g.ndim - 1)))
 
 
-def apply(optimizer: torch.optim.Adam, weights: Weights, gradients: Weights, bad: Tensor) -> None:
+def apply(optimizer: torch.optim.Adam, parameters: Sequence[Tensor], gradients: Sequence[Tensor], bad: Tensor) -> None:
     """One step of the optimizer, or none where `bad` is true, decided on the device."""
-    adam_state(optimizer, weights)
-    for parameter, gradient in zip(weights, gradients):
+    moments(optimizer, parameters)
+    for parameter, gradient in zip(parameters, gradients):
         parameter.grad = gradient
     optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # torch's fused step asks it before it writes
     optimizer.step()
-    for parameter in weights:
+    for parameter in parameters:
         parameter.grad = None

@@ -24,6 +24,8 @@ class Workspace(Buffers):
         super().__init__()
         self.precision, self.deterministic = precision, deterministic
         self.plan = torch.tensor([0, 0, capacity])
+        self.guesses: dict[str, float] = {}
+        """of thresholds that the k largest of the next step pass, by dictionary; they decide its time and not its result"""
         self.l0: Tensor | None = None
         """of the last call, [k]"""
         self.bad_steps: Tensor | None = None

@@ -16,6 +16,7 @@ from test_objective import assert_applied_as_by_hand, assert_equals_formula, for
 
 from sae.errors import InputError
 from sae.objective import Weights, Workspace, cuda, objective
+from sae.objective.step import TENSORS
 from sae.objective.update import adam_state
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,7 +33,7 @@ def triton_step(x_bd, weights, l1, **workspace):
     x_there, weights_there = on_device(x_bd, weights)
     step = objective(x_there, weights_there, l1, "triton", Workspace(**workspace))
     return step._replace(
-        **{name: getattr(step, name).cpu() for name in step._fields if name != "gradients"},
+        **{name: getattr(step, name).cpu() for name in TENSORS},
         gradients=Weights(*(g.cpu() for g in step.gradients)),
     )
 

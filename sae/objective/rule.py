@@ -1,0 +1,123 @@
+"""What the fast step needs to know of a kind: which entries are active, what they cost, and what else is learned from them.
+
+b rows (tokens) · f features · n entries · v = |activation| · decoder norm, what an entry adds in length
+"""
+
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Price(Protocol):
+    """What an entry of length v costs; a step's loss has the sum of the costs of its entries, divided by the rows."""
+
+    def cost(self, v_n: Tensor) -> Tensor: ...
+
+    def slope(self, v_n: Tensor) -> Tensor:
+        """Derivative of the cost, at 0 from above."""
+
+
+class Linear(NamedTuple):
+    """l1 · v"""
+
+    l1: Tensor
+    """[]"""
+
+    def cost(self, v_n: Tensor) -> Tensor:
+        return self.l1 * v_n
+
+    def slope(self, v_n: Tensor) -> Tensor:
+        return self.l1.expand_as(v_n)
+
+
+class Power(NamedTuple):
+    """coefficient · v^p, with p below 1. Its slope has no bound at 0: only what is active costs anything."""
+
+    coefficient: Tensor
+    p: float
+
+    def cost(self, v_n: Tensor) -> Tensor:
+        return self.coefficient * torch.where(v_n > 0, v_n, 1).pow(self.p).where(v_n > 0, 0)
+
+    def slope(self, v_n: Tensor) -> Tensor:
+        return self.coefficient * self.p * torch.where(v_n > 0, v_n, 1).pow(self.p - 1).where(v_n > 0, 0)
+
+
+class Tanh(NamedTuple):
+    """coefficient · tanh(c · v)"""
+
+    coefficient: Tensor
+    c: float
+
+    def cost(self, v_n: Tensor) -> Tensor:
+        return self.coefficient * torch.tanh(self.c * v_n)
+
+    def slope(self, v_n: Tensor) -> Tensor:
+        return self.coefficient * self.c * (1 - torch.tanh(self.c * v_n).square())
+
+
+class Jump(NamedTuple):
+    """Thresholds that learn through a window around them (Rajamanoharan et al. 2024, arXiv 2407.14435).
+
+    The step function H(z − θ) is given the derivative −1/window in θ where |z − θ| < window / 2. L0 is its sum over features, and costs
+    `l0` · L0 or, with a target, `l0` · (L0 / target − 1)², L0 being the batch's mean.
+    """
+
+    theta_f: Tensor
+    """at least 0"""
+    window: float
+    l0: Tensor
+    """[]"""
+    target: float = 0.0
+
+    def cost(self, l0: Tensor) -> Tensor:
+        return self.l0 * ((l0 / self.target - 1).square() if self.target else l0)
+
+    def slope(self, l0: Tensor) -> Tensor:
+        return self.l0 * (2 * (l0 / self.target - 1) / self.target if self.target else torch.ones_like(l0))
+
+
+class Aid(NamedTuple):
+    """Dead features rebuild what the others leave (Gao et al. 2024, arXiv 2406.04093): coefficient · mean over rows of ‖e − ê‖².
+
+    e = y − ŷ, without a gradient; ê is the sum of the `k` dead features of a row with the largest pre-activations, those above 0.
+    """
+
+    dead_f: Tensor
+    """bool"""
+    k: int
+    coefficient: float
+
+
+class Rule(NamedTuple):
+    price: Price | None = None
+    top: int = 0
+    """keep so many of a row, the largest ones above 0; 0: all above 0"""
+    over: Literal["row", "batch"] = "row"
+    """keep the largest of each row, or rows · top of the whole batch"""
+    signed: bool = False
+    """compare without signs, and keep them"""
+    jump: Jump | None = None
+    """active where z > theta rather than z > 0"""
+    prefixes: tuple[int, ...] = ()
+    """ends of the first parts of the features that must each rebuild y alone; the loss has their mean squared error (Matryoshka)"""
+    aid: Aid | None = None
+    sites: int = 1
+    """a decoder norm is the sum of the norms of so many equal parts of the row (crosscoders)"""
+
+    def kept(self, column_n: Tensor, z_n: Tensor) -> Tensor:
+        """The activations of listed entries: 0 for those that are only within a threshold's window."""
+        if self.jump is None:
+            return z_n
+        return torch.where(z_n > self.jump.theta_f.index_select(0, column_n), z_n, 0)
+
+    @property
+    def is_relu(self) -> bool:
+        """ReLU with an L1 penalty and nothing else."""
+        return isinstance(self.price, Linear) and self == Rule(price=self.price)
+
+
+def norms(W_dec_fo: Tensor, sites: int) -> Tensor:
+    """Decoder norms, [f]: sums over sites."""
+    return W_dec_fo.norm(dim=-1) if sites == 1 else W_dec_fo.unflatten(-1, (sites, -1)).norm(dim=-1).sum(-1)
