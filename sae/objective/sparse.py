@@ -87,7 +87,7 @@ class Sums:
             gradients.b_dec_d.sub_(gradients.b_enc_f @ weights.W_enc_fd)
         squared_error = self.squared_error / rows
         sparsity = self.activity_f @ self.norm_f / rows
-        l0 = self.fired_f.sum() / rows
+        l0 = self.fired_f.sum().to(self.norm_f.dtype) / rows
         loss = squared_error if not rule.prefixes else self.part_error / rows
         if rule.price is not None:
             loss = loss + (self.l1 * sparsity if linear else self.cost / rows)

@@ -1,0 +1,112 @@
+"""BatchTopK: the b·k largest of a batch of b rows (Bussmann et al. 2024, arXiv 2412.06410), and Matryoshka (2503.17547), whose first
+parts of the features must each rebuild alone.
+
+loss = mean over b of ‖y_b − ŷ_b‖² (Matryoshka: the mean over prefixes of that) plus AuxK's; decoder rows have length 1. Once trained
+a feature is active above a threshold, one number for all features: the running mean of the batches' smallest kept activation, and at the
+end the number that keeps k a row on rows that were held out (`threshold_for`).
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.gates import Gate, Threshold
+from sae.entries import Buffers, entries_above, largest
+from sae.errors import InputError
+from sae.kinds.kind import Aided, Now, aid_loss
+from sae.objective import Goal, Own, Step, Terms, Weights
+from sae.objective.formula import pre_activations, squared_error
+from sae.objective.rule import Aid, Rule
+
+REMEMBERS = 0.999
+"""decay of the running mean of the threshold in a step"""
+
+
+class BatchTopKGoal(NamedTuple):
+    k: int
+    prefixes: tuple[int, ...] = ()
+    aid: Aid | None = None
+
+    def loss(self, x_bd: Tensor, y_bo: Tensor | None, weights: Weights, own: Own) -> Terms:
+        z_bf = pre_activations(x_bd, y_bo, weights)
+        kept_n = largest(z_bf.detach().flatten(), len(x_bd) * self.k)
+        z_n = z_bf.flatten()
+        acts_bf = torch.zeros_like(z_n).scatter(0, kept_n, z_n[kept_n].relu()).view_as(z_bf)
+        error_b = squared_error(x_bd, y_bo, acts_bf, weights, own)
+        if self.prefixes:
+            inside_pf = torch.arange(acts_bf.shape[1]) < torch.tensor(self.prefixes)[:, None]
+            parts = [squared_error(x_bd, y_bo, acts_bf * inside_f.to(acts_bf), weights, own) for inside_f in inside_pf]
+            error_b = torch.stack(parts).mean(0)
+        return Terms(error_b.mean() + aid_loss(x_bd, y_bo, acts_bf, weights, own, self.aid), acts_bf)
+
+    def rule(self, weights: Weights, own: Own) -> Rule:
+        return Rule(top=self.k, over="batch", prefixes=self.prefixes, aid=self.aid)
+
+
+@dataclass(kw_only=True)
+class BatchTopK(Aided):
+    """Train dictionaries that keep the k·rows largest of a batch (Bussmann et al. 2024)."""
+
+    def prefixes_of(self, d_sae: int) -> tuple[int, ...]:
+        return ()
+
+    def state(self) -> dict[str, Tensor]:
+        return {"threshold": torch.zeros(()), "weight": torch.zeros(())}
+
+    def goal(self, value: int, now: Now) -> Goal:
+        return BatchTopKGoal(value, self.prefixes_of(len(now.dead_f)), self.aid(now))
+
+    def after(self, result: Step, own: Own, now: Now) -> None:
+        now.state["threshold"].lerp_(result.threshold.to(now.state["threshold"]), 1 - REMEMBERS)
+        now.state["weight"].lerp_(torch.ones_like(now.state["weight"]), 1 - REMEMBERS)
+
+    def gate(self, own: Own, state: Mapping[str, Tensor], value: int) -> Gate:
+        mean = state["threshold"] / state["weight"].clamp(min=1 - REMEMBERS)
+        return Threshold(mean.reshape(1))
+
+    def encoder(self, weights: Weights, own: Own, state: Mapping[str, Tensor], value: int) -> tuple[Tensor, Tensor, Gate]:
+        theta = self.gate(own, state, value).theta_f
+        return weights.W_enc_fd, weights.b_enc_f, Threshold(theta.expand(len(weights.b_enc_f)).clone())
+
+
+@dataclass(kw_only=True)
+class Matryoshka(BatchTopK):
+    """Train BatchTopK dictionaries whose first parts of the features rebuild alone too (Bussmann et al. 2025)."""
+
+    prefixes: tuple[int, ...] = ()
+    """Numbers of first features that must rebuild alone, rising. Default: a sixteenth, an eighth, a quarter, half and all of --d-sae."""
+
+    def check(self, d_sae: int) -> None:
+        super().check(d_sae)
+        if not self.prefixes and d_sae % 16:
+            raise InputError(f"expected --d-sae that divides by 16 for the default groups, got {d_sae}; give --prefixes or another number")
+        ends = self.prefixes_of(d_sae)
+        if any(low >= high for low, high in zip((0, *ends), ends)) or ends[-1] > d_sae:
+            raise InputError(f"--prefixes takes rising numbers of features, the last at most --d-sae {d_sae}, got {list(self.prefixes)}")
+
+    def prefixes_of(self, d_sae: int) -> tuple[int, ...]:
+        if not self.prefixes:
+            return tuple(d_sae // part for part in (16, 8, 4, 2, 1))
+        return self.prefixes if self.prefixes[-1] == d_sae else (*self.prefixes, d_sae)
+
+
+@torch.no_grad()
+def threshold_for(dictionary: Dictionary, rows: Iterable[Tensor], k: int) -> tuple[float, int]:
+    """The threshold above which `dictionary` has k active features a row on these rows [b, d], and the number of rows.
+
+    It is the k·rows-th largest pre-activation, or 0 where fewer are above 0. Of each chunk of rows as many are kept as could be needed.
+    """
+    buffers, count = Buffers(), 0
+    best_n, low = torch.empty(0, dtype=dictionary.dtype), 0.0
+    for x_bd in rows:
+        count += len(x_bd)
+        z_bf = dictionary.pre_activations(x_bd)
+        best_n = torch.cat([best_n, entries_above(z_bf, low, 0, buffers).value_n.cpu()])
+        del z_bf
+    if len(best_n) <= k * count:
+        return 0.0, count
+    return float(best_n.kthvalue(len(best_n) - k * count).values), count

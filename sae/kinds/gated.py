@@ -1,0 +1,59 @@
+"""Gated: whether a feature is active and how much are computed apart (Rajamanoharan et al. 2024, arXiv 2404.16014).
+
+u = (x − b_dec) W_encᵀ, π_gate = u + b_enc, π_mag = e^r u + b_mag, acts = H(π_gate) relu(π_mag)
+
+loss = mean over b of ( ‖y_b − ŷ(acts)_b‖² + l1 Σ_f relu(π_gate)_bf + ‖y_b − ŷ_frozen(relu(π_gate))_b‖² )
+
+The decoder of the last term is frozen: it trains what decides, and nothing else. Decoder rows have length 1. There is no fast rule: a
+step is autograd on this formula.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae.dictionaries.gates import Gate, Threshold, gated
+from sae.kinds.kind import Now
+from sae.kinds.relu import ReLU
+from sae.objective import Goal, Own, Terms, Weights
+from sae.objective.formula import pre_activations, squared_error
+
+
+class GatedGoal(NamedTuple):
+    l1: Tensor
+
+    def loss(self, x_bd: Tensor, y_bo: Tensor | None, weights: Weights, own: Own) -> Terms:
+        gate_bf = pre_activations(x_bd, y_bo, weights)
+        magnitude_bf = own["r_mag_f"].exp() * (gate_bf - weights.b_enc_f) + own["b_mag_f"]
+        acts_bf = (gate_bf > 0) * magnitude_bf.relu()
+        decides_bf = gate_bf.relu()
+        frozen = Weights(*(w.detach() for w in weights))
+        frozen_own = {name: w.detach() for name, w in own.items()}
+        error_b = squared_error(x_bd, y_bo, acts_bf, weights, own) + squared_error(x_bd, y_bo, decides_bf, frozen, frozen_own)
+        return Terms((error_b + self.l1.to(error_b.dtype) * decides_bf.sum(-1)).mean(), acts_bf)
+
+    def rule(self, weights: Weights, own: Own) -> None:
+        return None
+
+
+@dataclass(kw_only=True)
+class Gated(ReLU):
+    """Train dictionaries that decide apart from measuring (Rajamanoharan et al. 2024)."""
+
+    unit_rows = True
+
+    def own(self, d: int, d_sae: int) -> dict[str, Tensor]:
+        return {"r_mag_f": torch.zeros(d_sae), "b_mag_f": torch.zeros(d_sae)}
+
+    def goal(self, value: float, now: Now) -> Goal:
+        return GatedGoal(torch.tensor(value, device=now.dead_f.device) * now.share(self.l1_warmup))
+
+    def encoder(self, weights: Weights, own: Own, state: Mapping[str, Tensor], value: float) -> tuple[Tensor, Tensor, Gate]:
+        W_enc_fd, gate = gated(weights.W_enc_fd, own["r_mag_f"], own["b_mag_f"], weights.b_enc_f)
+        return W_enc_fd, own["b_mag_f"], gate
+
+    def gate(self, own: Own, state: Mapping[str, Tensor], value: float) -> Gate:
+        return Threshold()

@@ -1,0 +1,170 @@
+"""What a kind of dictionary is: its options, what it minimises, and what it is once trained. A new kind is one file here and one row.
+
+b rows (tokens) · d width that is read · o width that is written · f features
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from sae.dictionaries.gates import Gate
+from sae.entries import largest
+from sae.errors import InputError
+from sae.objective import Goal, Own, Step, Weights
+from sae.objective.formula import pre_activations, written
+from sae.objective.rule import Aid
+
+
+class Now(NamedTuple):
+    """One dictionary of a sweep at one step."""
+
+    step: int
+    """from 0"""
+    steps: int
+    d: int
+    """mean squared norm of what is to be written, in training units"""
+    dead_f: Tensor
+    """features that have been silent for long, bool"""
+    state: Mapping[str, Tensor]
+    """what the kind keeps from step to step, to be changed in place"""
+    sites: int = 1
+    """parts of a decoder row (crosscoders)"""
+
+    def share(self, of_steps: float) -> float:
+        """How much of a linear rise over this share of the steps is done, up to 1."""
+        return min(1.0, (self.step + 1) / max(1, of_steps * self.steps))
+
+
+@dataclass(kw_only=True)
+class Kind(ABC):
+    """Its fields are the flags of `sae train NAME`."""
+
+    swept: ClassVar[str]
+    """the option of which several values train together on one stream of batches"""
+    unit_rows: ClassVar[bool] = False
+    """decoder rows are kept at length 1: which features are the largest would otherwise depend on how activations share lengths with rows"""
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """One for each dictionary."""
+        return getattr(self, self.swept)
+
+    def at(self, value: Any) -> Self:
+        """The same with one of its values."""
+        return replace(self, **{self.swept: (value,)})
+
+    def check(self, d_sae: int) -> None:
+        """Raises `InputError` for options that cannot be meant."""
+        values = self.values
+        if not values or len(set(values)) < len(values):
+            raise InputError(f"{flag(self.swept)} takes one or several different values, got {list(values)}")
+
+    def own(self, d: int, d_sae: int) -> dict[str, Tensor]:
+        """Parameters beside the weights at the start, which are trained with them."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """What is kept from step to step and is not trained, at the start."""
+        return {}
+
+    def before(self, x_bd: Tensor, y_bo: Tensor | None, weights: Weights, own: Own, value: Any, now: Now) -> None:
+        """What happens before a step."""
+
+    @abstractmethod
+    def goal(self, value: Any, now: Now) -> Goal:
+        """What is minimised now."""
+
+    def after(self, result: Step, own: Own, now: Now) -> None:
+        """What happens after a step."""
+
+    def resamples_every(self) -> int:
+        """Steps between resamplings of dead features; 0: never."""
+        return 0
+
+    def encoder(self, weights: Weights, own: Own, state: Mapping[str, Tensor], value: Any) -> tuple[Tensor, Tensor, Gate]:
+        """W_enc [f, d], b_enc [f] and gate of the dictionary as it is now."""
+        return weights.W_enc_fd, weights.b_enc_f, self.gate(own, state, value)
+
+    @abstractmethod
+    def gate(self, own: Own, state: Mapping[str, Tensor], value: Any) -> Gate: ...
+
+    def line(self, value: Any, now: Now) -> dict[str, float]:
+        """What the lines of metrics say of the options that change."""
+        return {self.swept: value}
+
+
+@dataclass(kw_only=True)
+class Resampled(Kind):
+    """A kind that resamples its dead features."""
+
+    resample_every: int = 2500
+    """Steps between resamplings of dead features (residuals of badly rebuilt rows), until the learning rate falls; 0: never."""
+
+    def check(self, d_sae: int) -> None:
+        super().check(d_sae)
+        if self.resample_every < 0:
+            raise InputError(f"--resample-every must be 0 (off) or greater, got {self.resample_every}")
+
+    def resamples_every(self) -> int:
+        return self.resample_every
+
+
+@dataclass(kw_only=True)
+class KeepsK(Kind):
+    """A kind that keeps the k largest pre-activations."""
+
+    swept = "k"
+    unit_rows = True
+
+    k: tuple[int, ...] = (32,)
+    """Active features of a row; several values are trained together."""
+
+    def check(self, d_sae: int) -> None:
+        super().check(d_sae)
+        for k in self.k:
+            if not 1 <= k <= d_sae:
+                raise InputError(f"--k must be from 1 to the number of features, {d_sae}, got {k}")
+
+
+@dataclass(kw_only=True)
+class Aided(KeepsK):
+    """A kind whose dead features rebuild what the others leave (AuxK; Gao et al. 2024)."""
+
+    aux_k: int | None = None
+    """Dead features of a row that rebuild what the others leave. Default: half the width of the activations."""
+    aux_coefficient: float = 1 / 32
+    """Weight of the loss by which dead features learn; 0 leaves them alone."""
+
+    def check(self, d_sae: int) -> None:
+        super().check(d_sae)
+        if self.aux_k is not None and not 1 <= self.aux_k <= d_sae:
+            raise InputError(f"--aux-k must be from 1 to the number of features, {d_sae}, got {self.aux_k}")
+        if self.aux_coefficient < 0:
+            raise InputError(f"--aux-coefficient must be 0 (off) or greater, got {self.aux_coefficient}")
+
+    def aid(self, now: Now) -> Aid | None:
+        if not self.aux_coefficient:
+            return None
+        return Aid(now.dead_f, self.aux_k or max(1, now.d // 2), self.aux_coefficient)
+
+
+def aid_loss(x_bd: Tensor, y_bo: Tensor | None, acts_bf: Tensor, weights: Weights, own: Own, aid: Aid | None) -> Tensor:
+    """coefficient · mean over rows of ‖e − ê‖², e being what the code leaves, without a gradient."""
+    if aid is None or not aid.dead_f.any():  # host sync
+        return acts_bf.new_zeros(())
+    left_bo = ((x_bd if y_bo is None else y_bo) - written(x_bd, acts_bf, weights, own)).detach()
+    dead_m = aid.dead_f.nonzero().squeeze(1)
+    z_bm = pre_activations(x_bd, y_bo, weights)[:, dead_m]
+    kept_bk = largest(z_bm.detach(), min(aid.k, len(dead_m)))
+    aid_bm = torch.zeros_like(z_bm).scatter(1, kept_bk, z_bm.gather(1, kept_bk).relu())
+    return aid.coefficient * (left_bo - aid_bm @ weights.W_dec_fd[dead_m]).square().sum(-1).mean()
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
