@@ -19,4 +19,9 @@ KINDS: dict[str, type[Kind]] = {
     "gated": Gated,
 }
 
-__all__ = ["KINDS", "AbsTopK", "BatchTopK", "Gated", "JumpReLU", "Kind", "Matryoshka", "Now", "PAnnealing", "ReLU", "TopK"]
+
+def name_of(kind: Kind) -> str:
+    return next(name for name, one in KINDS.items() if one is type(kind))
+
+
+__all__ = ["KINDS", "AbsTopK", "BatchTopK", "Gated", "JumpReLU", "Kind", "Matryoshka", "Now", "PAnnealing", "ReLU", "TopK", "name_of"]

@@ -7,6 +7,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from sae.errors import InputError
+from sae.kinds import Kind, name_of
+from sae.kinds.kind import flag
 from sae.objective import Backend, Precision
 
 
@@ -18,9 +20,7 @@ class Recipe(NamedTuple):
     betas: tuple[float, float]
     lr_warmup: float
     lr_decay: float
-    l1_warmup: float
     clip: float
-    resample_every: int
     dead_steps: int
     seed: int
 
@@ -30,26 +30,27 @@ class Recipe(NamedTuple):
         fall = min(1.0, (self.steps - step) / max(1, self.lr_decay * self.steps))
         return self.lr * min(rise, fall)
 
-    def l1_share(self, step: int) -> float:
-        """Share of the L1 coefficient at a step: a linear rise to 1 (Anthropic, April 2024 update: over the first 5 % of the steps)."""
-        return min(1.0, (step + 1) / max(1, self.l1_warmup * self.steps))
-
-    def resamples_after(self, step: int) -> bool:
-        """Whether dead features are resampled after a step: every `resample_every` steps until the learning rate falls."""
+    def resamples_after(self, step: int, every: int) -> bool:
+        """Whether dead features are resampled after a step: every so many steps until the learning rate falls; 0: never."""
         done = step + 1
-        return self.resample_every > 0 and done % self.resample_every == 0 and done <= self.steps * (1 - self.lr_decay)
+        return every > 0 and done % every == 0 and done <= self.steps * (1 - self.lr_decay)
 
 
 @dataclass(kw_only=True)
 class RunConfig:
     """A training run, from a cache or live."""
 
+    kind: Kind
     out: Path
-    """Folder of the dictionary; with several --l1 values, one folder inside it for each."""
+    """Folder of the dictionary; with several values of the option that is swept, one folder inside it for each."""
+    reads: tuple[str, ...] = ()
+    """Sites that the dictionary reads, side by side if there are several (a crosscoder). Default: the only one there is."""
+    writes: tuple[str, ...] = ()
+    """Sites that a transcoder writes, for example mlp_out.2 of a dictionary that reads mlp_in.2. Default: the sites that it reads."""
+    skip: bool = False
+    """Give a transcoder a linear path from what it reads to what it writes."""
     d_sae: int = 4096
     """Number of features."""
-    l1: tuple[float, ...] = (5.0,)
-    """L1 coefficients; several are trained together on one stream of batches."""
     steps: int = 20_000
     """Optimiser steps."""
     batch_size: int = 4096
@@ -62,15 +63,64 @@ class RunConfig:
     """Share of the steps over which the learning rate rises linearly."""
     lr_decay: float = 0.2
     """Share of the steps, at the end, over which the learning rate falls linearly to zero."""
-    l1_warmup: float = 0.05
-    """Share of the steps over which the L1 coefficient rises linearly."""
     clip: float = 1.0
     """Largest norm of the whole gradient; 0 does not clip. It keeps large first gradients out of Adam's second moment."""
     init: Path | None = None
-    """Dictionary to go on from: any ReLU autoencoder of this model and site that opens, with --d-sae features. Default: random rows.
-    Give --l1-warmup 0 with it, so that the code stays sparse from the first step."""
-    decoder_norm: float = 0.3
-    """Norm of the decoder rows at the start."""
+    """Dictionary to go on from: an autoencoder of this model and site that opens, with --d-sae features and a gate that this kind can
+    take over. Default: random rows. Give --l1-warmup 0 with it where there is that flag, so that the code stays sparse from the first step."""
+    decoder_norm: float | None = None
+    """Norm of the decoder rows at the start. Default: 0.3, or 1 for kinds that keep it at 1, which take no other."""
+    b_dec: Literal["zero", "mean"] = "zero"
+    """Decoder bias at the start. "mean", the mean activation, helps where a few dimensions have means far from 0."""
+    dead_steps: int
+    seed: int
+
+    def learning_rate(self, step: int) -> float:
+        """Linear rise, plateau, linear fall to zero."""
+        rise = min(1.0, (step + 1) / max(1, self.lr_warmup * self.steps))
+        fall = min(1.0, (self.steps - step) / max(1, self.lr_decay * self.steps))
+        return self.lr * min(rise, fall)
+
+    def resamples_after(self, step: int, every: int) -> bool:
+        """Whether dead features are resampled after a step: every so many steps until the learning rate falls; 0: never."""
+        done = step + 1
+        return every > 0 and done % every == 0 and done <= self.steps * (1 - self.lr_decay)
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A training run, from a cache or live."""
+
+    kind: Kind
+    out: Path
+    """Folder of the dictionary; with several values of the option that is swept, one folder inside it for each."""
+    reads: tuple[str, ...] = ()
+    """Sites that the dictionary reads, side by side if there are several (a crosscoder). Default: the only one there is."""
+    writes: tuple[str, ...] = ()
+    """Sites that a transcoder writes, for example mlp_out.2 of a dictionary that reads mlp_in.2. Default: the sites that it reads."""
+    skip: bool = False
+    """Give a transcoder a linear path from what it reads to what it writes."""
+    d_sae: int = 4096
+    """Number of features."""
+    steps: int = 20_000
+    """Optimiser steps."""
+    batch_size: int = 4096
+    """Activations per step."""
+    lr: float = 3e-4
+    """Peak learning rate of Adam."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of Adam's moments."""
+    lr_warmup: float = 0.01
+    """Share of the steps over which the learning rate rises linearly."""
+    lr_decay: float = 0.2
+    """Share of the steps, at the end, over which the learning rate falls linearly to zero."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient; 0 does not clip. It keeps large first gradients out of Adam's second moment."""
+    init: Path | None = None
+    """Dictionary to go on from: an autoencoder of this model and site that opens, with --d-sae features and a gate that this kind can
+    take over. Default: random rows. Give --l1-warmup 0 with it where there is that flag, so that the code stays sparse from the first step."""
+    decoder_norm: float | None = None
+    """Norm of the decoder rows at the start. Default: 0.3, or 1 for kinds that keep it at 1, which take no other."""
     b_dec: Literal["zero", "mean"] = "zero"
     """Decoder bias at the start. "mean", the mean activation, helps where a few dimensions have means far from 0."""
     resample_every: int = 2500
@@ -102,22 +152,31 @@ class RunConfig:
 
     def check(self) -> None:
         """Raises `InputError` for values that cannot be meant."""
-        positive = ("d_sae", "steps", "batch_size", "lr", "log_every", "checkpoint_every", "decoder_norm", "dead_steps")
-        for name in positive:
+        for name in ("d_sae", "steps", "batch_size", "lr", "log_every", "checkpoint_every", "dead_steps"):
             if not getattr(self, name) > 0:
-                raise InputError(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(self, name)}")
-        for name in ("lr_warmup", "lr_decay", "l1_warmup"):
+                raise InputError(f"{flag(name)} must be greater than 0, got {getattr(self, name)}")
+        for name in ("lr_warmup", "lr_decay"):
             if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"--{name.replace('_', '-')} is a share of the steps between 0 and 1, got {getattr(self, name)}")
-        if not self.l1 or min(self.l1) < 0 or len(set(self.l1)) < len(self.l1):
-            raise InputError(f"--l1 takes one or several different values of at least 0, got {list(self.l1)}")
+                raise InputError(f"{flag(name)} is a share of the steps between 0 and 1, got {getattr(self, name)}")
+        if self.decoder_norm is not None and not self.decoder_norm > 0:
+            raise InputError(f"--decoder-norm must be greater than 0, got {self.decoder_norm}")
+        if self.decoder_norm not in (None, 1.0) and self.kind.unit_rows:
+            raise InputError(f"this kind keeps decoder rows at length 1, got --decoder-norm {self.decoder_norm:g}; leave it out")
+        self.kind.check(self.d_sae)
+        if self.skip and not self.writes:
+            raise InputError("--skip is for transcoders, got no --writes; say where the dictionary writes")
+        for name in ("reads", "writes"):
+            sites = getattr(self, name)
+            if len(set(sites)) < len(sites):
+                raise InputError(f"{flag(name)} takes different sites, got {' '.join(sites)}")
+        if self.writes and set(self.writes) == set(self.reads):
+            raise InputError(f"expected --writes that differ from --reads, got {' '.join(self.writes)} for both; leave --writes out")
         if self.init is not None:
             for name in ("decoder_norm", "b_dec"):
                 if getattr(self, name) != getattr(RunConfig, name):
-                    raise InputError(f"--{name.replace('_', '-')} is for random rows, got --init too; leave one of them out")
-        for name in ("clip", "resample_every"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name.replace('_', '-')} must be 0 (off) or greater, got {getattr(self, name)}")
+                    raise InputError(f"{flag(name)} is for random rows, got --init too; leave one of them out")
+        if self.clip < 0:
+            raise InputError(f"--clip must be 0 (off) or greater, got {self.clip}")
 
     def operands(self, device: torch.device) -> Precision:
         return self.precision if self.precision != "auto" else "tf32" if device.type == "cuda" else "float32"
@@ -129,7 +188,12 @@ class RunConfig:
         """What decides the result: everything but how it is watched and where it runs."""
         watching = ("out", "device", "wandb", "wandb_project", "restart", "dry_run", "checkpoint_every")
         found = {field.name: getattr(self, field.name) for field in fields(RunConfig) if field.name not in watching}
-        return found | {"init": self.init and str(self.init)}
+        return found | {"init": self.init and str(self.init), "kind": name_of(self.kind), **vars(self.kind)}
+
+    def folders(self) -> list[Path]:
+        """One for each dictionary."""
+        values = self.kind.values
+        return [self.out if len(values) == 1 else self.out / f"{self.kind.swept}_{value:g}" for value in values]
 
 
 @dataclass(kw_only=True)
@@ -138,10 +202,8 @@ class TrainingConfig(RunConfig):
 
     cache: Path
     """Activation cache to train on (its train split)."""
-    site: str | None = None
-    """One of the cache's sites, when it has several."""
     verify: bool = False
     """First read the whole site in the cache to compare every checksum. Default: only those of token files up to 32 MB."""
 
     def settings(self) -> dict[str, Any]:
-        return {"cache": str(self.cache), "site": self.site} | super().settings()
+        return {"cache": str(self.cache)} | super().settings()
