@@ -13,6 +13,7 @@ from sae.disk.writing import write_json
 from sae.evaluation.evaluate import reconstruct
 from sae.evaluation.language_model_loss import batch_sums, batches, summarise
 from sae.evaluation.settings import EvaluationConfig, held_out_text
+from sae.kinds import ReLU
 from sae.training import TrainingConfig, train
 
 
@@ -62,5 +63,5 @@ def train_ours(cache: Path, site: str, point: dict[str, Any]) -> None:
     """One dictionary by our trainer, with its own defaults but for what all tools share; its loop's seconds beside it."""
     shared = {name: point[name] for name in ("d_sae", "steps", "batch_size", "dead_steps", "lr", "seed")}
     start = time.monotonic()
-    train(TrainingConfig(cache=cache, site=site, out=Path(point["folder"]), l1=(point["sparsity"],), device="cpu", **shared))
+    train(TrainingConfig(cache=cache, reads=(site,), out=Path(point["folder"]), kind=ReLU(l1=(point["sparsity"],)), device="cpu", **shared))
     write_json(Path(point["folder"]) / "seconds.json", {"seconds": time.monotonic() - start, "lr": point["lr"]})

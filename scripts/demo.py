@@ -48,7 +48,7 @@ def demo(config: DemoConfig) -> None:
     began = time.monotonic()
     text = MODEL / "tokens.safetensors"
     call("cache_activations", f"--model {MODEL} --text {text} --sites resid_post.2 --tokens 1000000 --out {cache}")
-    call("train_sae", f"--cache {cache} --out {dictionary} {TRAINING}")
+    call("train_sae", f"relu --cache {cache} --out {dictionary} {TRAINING}")
     call("evaluate_sae", f"--dictionary {dictionary} --cache {cache}")
     call("build_feature_index", f"--dictionary {dictionary} --cache {cache} --tokens 500000 --out {index}")
     call("list_features", f"--index {index} --search {shlex.quote(config.word)} --top 8 --html {pages}")

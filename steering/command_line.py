@@ -5,7 +5,7 @@ A new command is a row here and a file in scripts/. What a row names is imported
 
 import difflib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 from functools import reduce
 from importlib import import_module
 from operator import or_
@@ -20,6 +20,8 @@ class Command(NamedTuple):
     settings: str
     """module:name of the dataclass whose fields are the flags"""
     summary: str
+    kinds: bool = False
+    """the first word is a kind of dictionary, whose own options are flags too"""
 
 
 COMMANDS = {
@@ -52,11 +54,13 @@ COMMANDS = {
         "sae.training:train",
         "sae.training:TrainingConfig",
         "Train one or several dictionaries on an activation cache.",
+        kinds=True,
     ),
     "train-live": Command(
         "sae.training.live:train_live",
         "sae.training.live:LiveTrainingConfig",
         "Train on activations that the model computes as they are needed, without a cache.",
+        kinds=True,
     ),
     "evaluate": Command(
         "sae.evaluation:evaluate",
@@ -192,10 +196,24 @@ def print_completion(config: CompletionConfig) -> None:
     import tyro
 
     commands: list[Any] = [
-        Annotated[_named(row.settings), tyro.conf.subcommand(name, description=row.summary)] for name, row in COMMANDS.items()
+        Annotated[settings_of(row), tyro.conf.subcommand(name, description=row.summary)] for name, row in COMMANDS.items()
     ]
     sys.argv = ["sae", "--tyro-print-completion", config.shell]
     parse(reduce(or_, commands), "")  # prints and exits
+
+
+def settings_of(command: Command) -> Any:
+    """Of a command with kinds, a choice of as many settings, with the kind as its first word."""
+    import tyro
+
+    settings = _named(command.settings)
+    if not command.kinds:
+        return settings
+    kinds = [
+        Annotated[with_kind(settings, kind), tyro.conf.subcommand(name, prefix_name=False)]
+        for name, kind in _named("sae.kinds:KINDS").items()
+    ]
+    return reduce(or_, kinds)
 
 
 def main(name: str | None = None) -> None:
@@ -210,7 +228,32 @@ def main(name: str | None = None) -> None:
             fail(f"expected one of the commands {', '.join(COMMANDS)}, got {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
         sys.argv[0] = f"sae {name}"
     command = COMMANDS[name]
-    run(_named(command.function), _named(command.settings), command.summary)
+    settings, summary = _named(command.settings), command.summary
+    if command.kinds:
+        if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+            print(kinds_overview(name, summary))
+            return
+        kinds = _named("sae.kinds:KINDS")
+        kind = sys.argv.pop(1)
+        if kind not in kinds:
+            fail(f"expected a kind of dictionary after {sys.argv[0]}, one of {', '.join(kinds)}, got {kind!r}")
+        settings, summary = with_kind(settings, kinds[kind]), " ".join(kinds[kind].__doc__.split())
+        sys.argv[0] += f" {kind}"
+    run(_named(command.function), settings, summary)
+
+
+def with_kind(settings: type, kind: type) -> type:
+    """The settings with this kind's options as flags beside the others."""
+    import tyro
+
+    own: Any = Annotated[kind, tyro.conf.arg(name="")]  # type: ignore[valid-type]
+    return make_dataclass(settings.__name__, [("kind", own)], bases=(settings,), kw_only=True)  # type: ignore[misc]
+
+
+def kinds_overview(name: str, summary: str) -> str:
+    rows = [f"  {kind:<14}{' '.join((one.__doc__ or '').split())}" for kind, one in _named("sae.kinds:KINDS").items()]
+    usage = f"usage: sae {name} KIND [flags]; sae {name} KIND --help tells its flags"
+    return "\n".join([usage, "", summary, "", *rows])
 
 
 def overview() -> str:

@@ -91,8 +91,8 @@ def bash_completion(tmp_path_factory):
     [
         ([""], COMMANDS),
         (["co"], ["compare", "completion"]),
-        (["train", "--l1-"], ["--l1-warmup"]),
-        (["train", "--lr", "1e-3", "--backend", "t"], ["triton"]),
+        (["train", "relu", "--l1-"], ["--l1-warmup"]),
+        (["train", "relu", "--lr", "1e-3", "--backend", "t"], ["triton"]),
         (["completion", "--shell", ""], ["bash", "zsh", "fish"]),
         (["browse", "--index", "READ"], ["README.md"]),
     ],
@@ -108,8 +108,8 @@ def test_bash_completes_commands_flags_choices_and_files(typed, offered, bash_co
     ("script", "flags", "message"),
     [
         ("cache_activations", "--text nowhere.txt --sites resid_post.0 --out {tmp}/c", "nowhere.txt"),
-        ("train_sae", "--cache {tmp}/none --out {tmp}/d", "does not exist"),
-        ("train_sae_live", "--out {tmp}/d --live.sites resid_post.0 --live.text nowhere.txt", "nowhere.txt"),
+        ("train_sae", "relu --cache {tmp}/none --out {tmp}/d", "does not exist"),
+        ("train_sae_live", "relu --out {tmp}/d --live.sites resid_post.0 --live.text nowhere.txt", "nowhere.txt"),
         ("import_activations", "--source {tmp}/none.npy --out {tmp}/c", "does not exist"),
         ("describe_cache", "--cache {tmp}/none", "does not exist"),
         ("export_cache", "--cache {tmp}/none --out {tmp}/e", "does not exist"),
@@ -182,6 +182,6 @@ def test_an_argument_that_cannot_be_decoded_is_one_sentence(flags):
 
 
 def test_an_unknown_flag_is_refused():
-    done = run(ROOT / "scripts" / "train_sae.py", "--cache", "x", "--out", "y", "--learning-rate", "1")
+    done = run(ROOT / "scripts" / "train_sae.py", "relu", "--cache", "x", "--out", "y", "--learning-rate", "1")
     assert done.returncode == 2
     assert "learning-rate" in done.stderr + done.stdout

@@ -22,6 +22,7 @@ ROOMS = (
     "sae.model",
     "sae.dictionaries",
     "sae",
+    "sae.kinds",
     "sae.activations.text",
     "sae.activations.files",
     "sae.activations.harvest",

@@ -10,6 +10,7 @@ reads one. From epoch to epoch the ranks take turns, so that none is ever more t
 n rows · d width of a site
 """
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from sae.errors import InputError
 
 BUFFER_BYTES = 1 << 27
 BLOCKS_PER_BUFFER = 64
+MEASURED = 1 << 15
 READERS = 4  # blocks read at a time: one alone leaves the disk idle between two, and was measured a third slower
 
 
@@ -59,6 +61,12 @@ class CachedSource:
     def first_rows(self, site: str) -> Tensor:
         """[n, d], a fair sample of the training rows: the first shard's."""
         return self.caches[site].read(self.shards("train")[site][0])[0]
+
+    def rows_for_measuring(self, sites: Sequence[str]) -> tuple[bool, dict[str, Tensor]]:
+        """True and the first held-out shard's rows, at most `MEASURED`; False and training rows where nothing was held out."""
+        held_out = _rows(self.shards("held_out")) > 0
+        shards = self.shards("held_out" if held_out else "train")
+        return held_out, {site: self.caches[site].read(shards[site][0])[0][:MEASURED].float() for site in sites}
 
     def about_massive(self, site: str) -> str | None:
         """From the manifest, or from a sample where it says nothing about them."""

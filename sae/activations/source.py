@@ -3,7 +3,7 @@
 b rows of a batch · n rows in memory · d width of a site
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -36,6 +36,9 @@ class Source(Protocol):
 
     def first_rows(self, site: str) -> Tensor:
         """[n, d], a fair sample of the training rows."""
+
+    def rows_for_measuring(self, sites: Sequence[str]) -> tuple[bool, dict[str, Tensor]]:
+        """Whether rows were held out from training, and some of them, site -> [n, d]; training rows where none were."""
 
     def about_massive(self, site: str) -> str | None:
         """A sentence about rows with massive norms; None if there are none."""

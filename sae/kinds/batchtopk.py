@@ -64,13 +64,9 @@ class BatchTopK(Aided):
         now.state["threshold"].lerp_(result.threshold.to(now.state["threshold"]), 1 - REMEMBERS)
         now.state["weight"].lerp_(torch.ones_like(now.state["weight"]), 1 - REMEMBERS)
 
-    def gate(self, own: Own, state: Mapping[str, Tensor], value: int) -> Gate:
-        mean = state["threshold"] / state["weight"].clamp(min=1 - REMEMBERS)
-        return Threshold(mean.reshape(1))
-
     def encoder(self, weights: Weights, own: Own, state: Mapping[str, Tensor], value: int) -> tuple[Tensor, Tensor, Gate]:
-        theta = self.gate(own, state, value).theta_f
-        return weights.W_enc_fd, weights.b_enc_f, Threshold(theta.expand(len(weights.b_enc_f)).clone())
+        threshold = state["threshold"] / state["weight"].clamp(min=1 - REMEMBERS)  # both begin at 0, and their ratio has no such bias
+        return weights.W_enc_fd, weights.b_enc_f, Threshold(threshold.expand(len(weights.b_enc_f)).clone())
 
 
 @dataclass(kw_only=True)

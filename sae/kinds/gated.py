@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sae.dictionaries.gates import Gate, Threshold, gated
+from sae.dictionaries.gates import Gate, gated
 from sae.kinds.kind import Now
 from sae.kinds.relu import ReLU
 from sae.objective import Goal, Own, Terms, Weights
@@ -48,12 +48,12 @@ class Gated(ReLU):
     def own(self, d: int, d_sae: int) -> dict[str, Tensor]:
         return {"r_mag_f": torch.zeros(d_sae), "b_mag_f": torch.zeros(d_sae)}
 
+    def taken_over(self, gate: Gate) -> None:
+        return None  # a saved one has lost which of its biases decided
+
     def goal(self, value: float, now: Now) -> Goal:
         return GatedGoal(torch.tensor(value, device=now.dead_f.device) * now.share(self.l1_warmup))
 
     def encoder(self, weights: Weights, own: Own, state: Mapping[str, Tensor], value: float) -> tuple[Tensor, Tensor, Gate]:
         W_enc_fd, gate = gated(weights.W_enc_fd, own["r_mag_f"], own["b_mag_f"], weights.b_enc_f)
         return W_enc_fd, own["b_mag_f"], gate
-
-    def gate(self, own: Own, state: Mapping[str, Tensor], value: float) -> Gate:
-        return Threshold()

@@ -81,7 +81,7 @@ class JumpReLU(Resampled):
     target_l0: tuple[float, ...] = (32.0,)
     """Active features of a row that --loss target aims at; several values are trained together."""
     coefficient: tuple[float, ...] = ()
-    """Weight of the penalty. Default: 1 with target, 0.001 with step, 5 with tanh. With step and tanh several values are trained together."""
+    """Weight of the penalty. Default: 1 with target, 0.001 with step, 5 with tanh. Several values train together, but not with target."""
     warmup: float = 0.05
     """Share of the steps over which the weight of the penalty rises linearly."""
     bandwidth: float = 0.001
@@ -119,6 +119,11 @@ class JumpReLU(Resampled):
     def own(self, d: int, d_sae: int) -> dict[str, Tensor]:
         return {"theta_f": torch.full((d_sae,), self.threshold * d**0.5)}
 
+    def taken_over(self, gate: Gate) -> dict[str, Tensor] | None:
+        if not isinstance(gate, Threshold):
+            return None
+        return {} if gate.theta_f is None else {"theta_f": gate.theta_f.detach().float()}
+
     def goal(self, value: float, now: Now) -> Goal:
         target, weight = (value, (self.coefficient or (DEFAULTS["target"],))[0]) if self.loss == "target" else (0.0, value)
         weight *= (1 if self.loss == "tanh" else now.d) * now.share(self.warmup)
@@ -127,8 +132,8 @@ class JumpReLU(Resampled):
     def after(self, result: Step, own: Own, now: Now) -> None:
         own["theta_f"].clamp_(min=0)
 
-    def gate(self, own: Own, state: Mapping[str, Tensor], value: float) -> Gate:
-        return Threshold(own["theta_f"])
+    def encoder(self, weights: Weights, own: Own, state: Mapping[str, Tensor], value: float) -> tuple[Tensor, Tensor, Gate]:
+        return weights.W_enc_fd, weights.b_enc_f, Threshold(own["theta_f"])
 
 
 DEFAULTS = {"target": 1.0, "step": 0.001, "tanh": 5.0}

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from sae.dictionaries.gates import Gate
+from sae.dictionaries.gates import Gate, Threshold, TopK
 from sae.entries import largest
 from sae.errors import InputError
 from sae.objective import Goal, Own, Step, Weights
@@ -46,7 +46,7 @@ class Kind(ABC):
     swept: ClassVar[str]
     """the option of which several values train together on one stream of batches"""
     unit_rows: ClassVar[bool] = False
-    """decoder rows are kept at length 1: which features are the largest would otherwise depend on how activations share lengths with rows"""
+    """decoder rows are kept at length 1: otherwise which activations are the largest would depend on how they share lengths with rows"""
 
     @property
     def values(self) -> tuple[Any, ...]:
@@ -67,30 +67,34 @@ class Kind(ABC):
         """Parameters beside the weights at the start, which are trained with them."""
         return {}
 
+    def taken_over(self, gate: Gate) -> dict[str, Tensor] | None:
+        """Own parameters that go on from a trained dictionary with this gate; None where this kind cannot."""
+        plain = isinstance(gate, Threshold) and (gate.theta_f is None or not gate.theta_f.any())
+        return {} if plain else None
+
     def state(self) -> dict[str, Tensor]:
         """What is kept from step to step and is not trained, at the start."""
         return {}
 
-    def before(self, x_bd: Tensor, y_bo: Tensor | None, weights: Weights, own: Own, value: Any, now: Now) -> None:
+    def before(  # noqa: B027 (most kinds do nothing)
+        self, x_bd: Tensor, y_bo: Tensor | None, weights: Weights, own: Own, value: Any, now: Now
+    ) -> None:
         """What happens before a step."""
 
     @abstractmethod
     def goal(self, value: Any, now: Now) -> Goal:
         """What is minimised now."""
 
-    def after(self, result: Step, own: Own, now: Now) -> None:
+    def after(self, result: Step, own: Own, now: Now) -> None:  # noqa: B027
         """What happens after a step."""
 
     def resamples_every(self) -> int:
         """Steps between resamplings of dead features; 0: never."""
         return 0
 
+    @abstractmethod
     def encoder(self, weights: Weights, own: Own, state: Mapping[str, Tensor], value: Any) -> tuple[Tensor, Tensor, Gate]:
         """W_enc [f, d], b_enc [f] and gate of the dictionary as it is now."""
-        return weights.W_enc_fd, weights.b_enc_f, self.gate(own, state, value)
-
-    @abstractmethod
-    def gate(self, own: Own, state: Mapping[str, Tensor], value: Any) -> Gate: ...
 
     def line(self, value: Any, now: Now) -> dict[str, float]:
         """What the lines of metrics say of the options that change."""
@@ -122,6 +126,9 @@ class KeepsK(Kind):
 
     k: tuple[int, ...] = (32,)
     """Active features of a row; several values are trained together."""
+
+    def taken_over(self, gate: Gate) -> dict[str, Tensor] | None:
+        return {} if isinstance(gate, Threshold | TopK) else None  # which are active is decided by k from the first step
 
     def check(self, d_sae: int) -> None:
         super().check(d_sae)
@@ -166,5 +173,3 @@ def aid_loss(x_bd: Tensor, y_bo: Tensor | None, acts_bf: Tensor, weights: Weight
 
 def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-

@@ -6,7 +6,6 @@ p begins at 1, where this is ReLU with L1, and falls in steps. At each fall c is
 it was, as in the authors' trainer. The authors keep decoder rows at length 1; weighting by norms makes that unnecessary.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from sae.dictionaries.gates import Gate, Threshold
 from sae.errors import InputError
 from sae.kinds.kind import Now, Resampled
-from sae.objective import Goal, Own
+from sae.objective import Goal, Own, Weights
 from sae.objective.formula import L1
 
 
@@ -35,8 +35,8 @@ class ReLU(Resampled):
         l1 = torch.tensor(value, device=now.dead_f.device) * now.share(self.l1_warmup)
         return L1(l1, now.sites)
 
-    def gate(self, own: Own, state: Mapping[str, Tensor], value: float) -> Gate:
-        return Threshold()
+    def encoder(self, weights: Weights, own: Own, state: Mapping[str, Tensor], value: float) -> tuple[Tensor, Tensor, Gate]:
+        return weights.W_enc_fd, weights.b_enc_f, Threshold()
 
     def line(self, value: float, now: Now) -> dict[str, float]:
         return {"l1_coefficient": value * now.share(self.l1_warmup)}

@@ -40,8 +40,8 @@ class TopK(Aided):
     def goal(self, value: int, now: Now) -> Goal:
         return TopKGoal(value, aid=self.aid(now))
 
-    def gate(self, own: Own, state: Mapping[str, Tensor], value: int) -> Gate:
-        return TopKGate(value)
+    def encoder(self, weights: Weights, own: Own, state: Mapping[str, Tensor], value: int) -> tuple[Tensor, Tensor, Gate]:
+        return weights.W_enc_fd, weights.b_enc_f, TopKGate(value)
 
 
 @dataclass(kw_only=True)
@@ -51,5 +51,5 @@ class AbsTopK(KeepsK, Resampled):
     def goal(self, value: int, now: Now) -> Goal:
         return TopKGoal(value, signed=True)
 
-    def gate(self, own: Own, state: Mapping[str, Tensor], value: int) -> Gate:
-        return AbsTopKGate(value)
+    def encoder(self, weights: Weights, own: Own, state: Mapping[str, Tensor], value: int) -> tuple[Tensor, Tensor, Gate]:
+        return weights.W_enc_fd, weights.b_enc_f, AbsTopKGate(value)

@@ -197,7 +197,9 @@ def refuse_misfit(x_bd: Tensor, y_bo: Tensor | None, weights: Weights) -> None:
         if rows.ndim != 2 or rows.shape[1] != width or not len(rows) or not rows.is_floating_point():
             raise InputError(f"expected {what} of floating point rows [b, {width}], got {rows.dtype} {list(rows.shape)}")
         if rows.device != weights.W_dec_fd.device:
-            raise InputError(f"expected {what.replace('a ', 'the ')} on the weights' device, {weights.W_dec_fd.device}, got one on {rows.device}")
+            raise InputError(
+                f"expected {what.replace('a ', 'the ')} on the weights' device, {weights.W_dec_fd.device}, got one on {rows.device}"
+            )
         if len(rows) != len(x_bd):
             raise InputError(f"expected as many rows to write as are read, {len(x_bd)}, got {len(rows)}")
 

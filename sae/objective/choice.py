@@ -63,7 +63,8 @@ def top_of_batch(
 ) -> tuple[Entries, float]:
     """The `total` largest of a batch that are above 0, and the smallest of them (0 if there are none).
 
-    `share` is that of all entries. `chunks` gives the number of the first row and pre-activations [chunk, f], one chunk after another, each valid until the next.
+    `share` is that of all entries. `chunks` gives the number of the first row and pre-activations [chunk, f], one chunk after another,
+    each valid until the next.
     """
     for lower in LOWER:
         found: list[Entries] = []

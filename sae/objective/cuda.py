@@ -32,8 +32,7 @@ COUNTS = ["B", "F", "CAPACITY"]
 FEATURES_PER_PROGRAM = 8
 """of `learn`; each program writes one row of partial sums for the decoder bias"""
 
-# block shapes of the encoder product; the fastest is measured at the first call and remembered on disk
-BLOCKS = [
+BLOCKS = [  # of the encoder product; the fastest is measured at the first call and remembered on disk
     triton.Config({"BLOCK_B": b, "BLOCK_F": f, "BLOCK_D": d}, num_warps=w, num_stages=s)
     for b, f, d, w, s in [(128, 128, 64, 8, 3), (128, 128, 64, 16, 3), (64, 128, 64, 8, 3), (64, 128, 64, 4, 4), (64, 64, 32, 4, 4)]
 ]

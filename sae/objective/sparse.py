@@ -3,6 +3,8 @@
 b rows (tokens) · d width that is read · o width that is written · f features · n active entries
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -117,7 +119,7 @@ def add_sparse_rows(sums: Sums, part: slice, entries: list[Entries]) -> None:
     b = len(error)
     cuts = [0, *rule.prefixes] if rule.prefixes else [0, len(sums.norm_f)]
     parts: list[tuple[slice, Tensor, Tensor, Tensor, Tensor]] = []
-    for number, (low, high) in enumerate(zip(cuts, cuts[1:])):
+    for number, (low, high) in enumerate(pairwise(cuts)):
         mine = row_n, column_n, value_n
         if rule.prefixes:
             inside_n = (column_n >= low) & (column_n < high)

@@ -4,6 +4,7 @@ k dictionaries of a sweep · b rows (tokens) · d width that is read · o width 
 """
 
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import torch
@@ -81,7 +82,7 @@ class Step(NamedTuple):
     """share of the rows that went through a sparse path, the rest through a dense one, []"""
     threshold: Tensor
     """the smallest activation that was kept where the whole batch chooses, otherwise 0, []"""
-    own_gradients: Own = {}
+    own_gradients: Own = MappingProxyType({})
     """of the kind's own parameters, as `gradients`"""
 
     def of(self, k: int) -> "Step":

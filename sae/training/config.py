@@ -1,13 +1,13 @@
 """Settings of a training run."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 from sae.errors import InputError
-from sae.kinds import Kind, name_of
+from sae.kinds import Kind, ReLU, name_of
 from sae.kinds.kind import flag
 from sae.objective import Backend, Precision
 
@@ -40,7 +40,7 @@ class Recipe(NamedTuple):
 class RunConfig:
     """A training run, from a cache or live."""
 
-    kind: Kind
+    kind: Kind = field(default_factory=ReLU)
     out: Path
     """Folder of the dictionary; with several values of the option that is swept, one folder inside it for each."""
     reads: tuple[str, ...] = ()
@@ -66,65 +66,12 @@ class RunConfig:
     clip: float = 1.0
     """Largest norm of the whole gradient; 0 does not clip. It keeps large first gradients out of Adam's second moment."""
     init: Path | None = None
-    """Dictionary to go on from: an autoencoder of this model and site that opens, with --d-sae features and a gate that this kind can
-    take over. Default: random rows. Give --l1-warmup 0 with it where there is that flag, so that the code stays sparse from the first step."""
+    """Dictionary to go on from: one of this model and of these sites that opens, with --d-sae features and a gate that this kind can take
+    over. Default: random rows. With --l1-warmup 0, of kinds that have it, the code stays sparse from the first step."""
     decoder_norm: float | None = None
     """Norm of the decoder rows at the start. Default: 0.3, or 1 for kinds that keep it at 1, which take no other."""
     b_dec: Literal["zero", "mean"] = "zero"
     """Decoder bias at the start. "mean", the mean activation, helps where a few dimensions have means far from 0."""
-    dead_steps: int
-    seed: int
-
-    def learning_rate(self, step: int) -> float:
-        """Linear rise, plateau, linear fall to zero."""
-        rise = min(1.0, (step + 1) / max(1, self.lr_warmup * self.steps))
-        fall = min(1.0, (self.steps - step) / max(1, self.lr_decay * self.steps))
-        return self.lr * min(rise, fall)
-
-    def resamples_after(self, step: int, every: int) -> bool:
-        """Whether dead features are resampled after a step: every so many steps until the learning rate falls; 0: never."""
-        done = step + 1
-        return every > 0 and done % every == 0 and done <= self.steps * (1 - self.lr_decay)
-
-
-@dataclass(kw_only=True)
-class RunConfig:
-    """A training run, from a cache or live."""
-
-    kind: Kind
-    out: Path
-    """Folder of the dictionary; with several values of the option that is swept, one folder inside it for each."""
-    reads: tuple[str, ...] = ()
-    """Sites that the dictionary reads, side by side if there are several (a crosscoder). Default: the only one there is."""
-    writes: tuple[str, ...] = ()
-    """Sites that a transcoder writes, for example mlp_out.2 of a dictionary that reads mlp_in.2. Default: the sites that it reads."""
-    skip: bool = False
-    """Give a transcoder a linear path from what it reads to what it writes."""
-    d_sae: int = 4096
-    """Number of features."""
-    steps: int = 20_000
-    """Optimiser steps."""
-    batch_size: int = 4096
-    """Activations per step."""
-    lr: float = 3e-4
-    """Peak learning rate of Adam."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of Adam's moments."""
-    lr_warmup: float = 0.01
-    """Share of the steps over which the learning rate rises linearly."""
-    lr_decay: float = 0.2
-    """Share of the steps, at the end, over which the learning rate falls linearly to zero."""
-    clip: float = 1.0
-    """Largest norm of the whole gradient; 0 does not clip. It keeps large first gradients out of Adam's second moment."""
-    init: Path | None = None
-    """Dictionary to go on from: an autoencoder of this model and site that opens, with --d-sae features and a gate that this kind can
-    take over. Default: random rows. Give --l1-warmup 0 with it where there is that flag, so that the code stays sparse from the first step."""
-    decoder_norm: float | None = None
-    """Norm of the decoder rows at the start. Default: 0.3, or 1 for kinds that keep it at 1, which take no other."""
-    b_dec: Literal["zero", "mean"] = "zero"
-    """Decoder bias at the start. "mean", the mean activation, helps where a few dimensions have means far from 0."""
-    resample_every: int = 2500
-    """Steps between resamplings of dead features; 0 never resamples. None happens in the last --lr-decay of the run."""
     dead_steps: int = 1000
     """Steps without firing after which a feature counts as dead."""
     seed: int = 0
@@ -187,8 +134,13 @@ class RunConfig:
     def settings(self) -> dict[str, Any]:
         """What decides the result: everything but how it is watched and where it runs."""
         watching = ("out", "device", "wandb", "wandb_project", "restart", "dry_run", "checkpoint_every")
-        found = {field.name: getattr(self, field.name) for field in fields(RunConfig) if field.name not in watching}
+        found = {one.name: getattr(self, one.name) for one in fields(RunConfig) if one.name not in watching}
         return found | {"init": self.init and str(self.init), "kind": name_of(self.kind), **vars(self.kind)}
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Those that are named."""
+        return tuple(dict.fromkeys((*self.reads, *self.writes)))
 
     def folders(self) -> list[Path]:
         """One for each dictionary."""

@@ -9,7 +9,7 @@ from sae.activations.live import LiveSource
 from sae.activations.text.documents import text_files
 from sae.disk.places import require_folder
 from sae.training.config import RunConfig
-from sae.training.trainer import only_site, train_on
+from sae.training.trainer import train_on
 
 
 @dataclass(kw_only=True)
@@ -25,7 +25,6 @@ def train_live(config: LiveTrainingConfig) -> list[Path]:
     With the same text, settings, machine and device, a run that was interrupted goes on bit for bit as if it had not been.
     """
     config.check()
-    only_site(config.live.sites)  # before the model is loaded
     if not config.dry_run:
         require_folder(config.out)
     source = LiveSource(config.live)

@@ -51,22 +51,22 @@ class MetricsLog:
             self._file.close()
 
 
-def write_lines(logs: list[MetricsLog], sweep: Sweep, result: Step, x_bd: Tensor, step: int) -> list[dict[str, Any]]:
+def write_lines(logs: list[MetricsLog], sweep: Sweep, result: Step, y_bo: Tensor, step: int) -> list[dict[str, Any]]:
     """One line for each dictionary: `step` steps are done, `result` is the last one's, counts are since the last lines."""
-    power = float((x_bd - x_bd.mean(0)).square().sum(-1).mean())  # host sync, as are the next ones
+    power = float((y_bo - y_bo.mean(0)).square().sum(-1).mean())  # host sync, as are the next ones
     lines = []
     for k, log in enumerate(logs):
         mine = result.of(k)
         share = float(sweep.sparse_rows_k[k] / sweep.rows_counted)
         line = {
             "step": step,
-            "tokens": step * len(x_bd),
+            "tokens": step * len(y_bo),
             "loss": float(mine.loss),
             "squared_error": float(mine.squared_error),
             "fvu": float(mine.squared_error) / power,
             "l0": float(mine.l0),
             "l1": float(mine.sparsity),
-            "l1_coefficient": sweep.l1[k] * sweep.recipe.l1_share(step - 1),
+            **sweep.kind.line(sweep.values[k], sweep.now(k, step - 1)),
             "lr": sweep.recipe.learning_rate(step - 1),
             "dead_fraction": float(sweep.dead_kf()[k].float().mean()),
             "resampled": int(sweep.resampled_k[k]),

@@ -1,6 +1,6 @@
 """Where a run starts: at random rows, or at a dictionary that is already trained; how far it went from there.
 
-b rows (tokens) · d model width · f features
+b rows (tokens) · d width that is read · o width that is written · f features
 """
 
 from pathlib import Path
@@ -11,80 +11,111 @@ from torch import Tensor
 
 from sae.activations.source import Source
 from sae.dictionaries.dictionary import Dictionary
-from sae.dictionaries.gates import Threshold
 from sae.errors import InputError
+from sae.kinds import name_of
 from sae.training.config import RunConfig
+from sae.training.ends import Ends, side_by_side
 
 ROWS = 512
 """encoded at a time where a dictionary is measured"""
 
 
-def starting_point(source: Source, site: str, scale: float, config: RunConfig) -> Dictionary:
-    """The dictionary that all of a sweep begin as, in training units (activations times `scale`).
+def starting_point(source: Source, ends: Ends, scales: dict[str, float], config: RunConfig) -> tuple[Dictionary, dict[str, Tensor]]:
+    """The dictionary that all of a sweep begin as, in training units, and the kind's own parameters where they are not its usual ones.
 
-    Random decoder rows, the encoder their transpose, and biases of zero, of which the decoder's may start at the mean activation; or
-    `--init`. Raises `InputError` as `opened` does.
+    Random decoder rows, the encoder their transpose (of a transcoder random rows of its own), a skip and biases of zero, of which the
+    decoder's may start at the mean of what is written; or `--init`. Raises `InputError` as `opened` does.
     """
     if config.init is not None:
-        return opened(config.init, source, site, config).folded(1 / scale)
-    dictionary = Dictionary.initial(source.widths[site], config.d_sae, seed=config.seed, decoder_norm=config.decoder_norm)
+        factor_in, factor_out = ends.factors(scales)
+        found = opened(config.init, source, ends, config).folded(1 / factor_in, 1 / factor_out)
+        own = config.kind.taken_over(found.gate)
+        assert own is not None  # `opened` has asked
+        return found, own
+    norm = config.decoder_norm or (1.0 if config.kind.unit_rows else 0.3)
+    dictionary = Dictionary.initial(ends.d_out, config.d_sae, seed=config.seed, decoder_norm=norm)
+    if ends.transcodes:
+        reads = Dictionary.initial(ends.d_in, config.d_sae, seed=config.seed + 1, decoder_norm=norm)
+        W_skip_od = torch.zeros(ends.d_out, ends.d_in) if config.skip else None
+        rest = (reads.b_enc_f, dictionary.W_dec_fo, dictionary.b_dec_o)
+        dictionary = Dictionary(reads.W_enc_fd, *rest, W_skip_od=W_skip_od)
+    dictionary.metadata = ends.metadata()
     if config.b_dec == "mean":
+        means = [source.first_rows(site).double().mean(0) * scales[site] for site in ends.writes]
         with torch.no_grad():
-            dictionary.b_dec_o.copy_(source.first_rows(site).double().mean(0) * scale)
-    return dictionary
+            dictionary.b_dec_o.copy_(side_by_side(means))
+    return dictionary, {}
 
 
 @torch.no_grad()
-def opened(init: Path, source: Source, site: str, config: RunConfig) -> Dictionary:
-    """The dictionary of `--init` as the objective has it: relu((x − b_dec) W_encᵀ + b_enc), the same function to rounding.
+def opened(init: Path, source: Source, ends: Ends, config: RunConfig) -> Dictionary:
+    """The dictionary of `--init` as the objective has it: gate((x − b_dec) W_encᵀ + b_enc), the same function to rounding.
 
-    Raises `InputError` for one of another model, site or width, with another number of features than `--d-sae`, and for kinds whose
-    function the objective does not train.
+    Raises `InputError` for one of another model, site or width, with another number of features than `--d-sae`, and for one whose gate
+    the kind cannot take over.
     """
     found = Dictionary.load(init)
     model = source.manifest["model"]
     found.require_model(model["name"], model["fingerprint"], named=True)
-    found.require_site(site)
-    relu = isinstance(found.gate, Threshold) and (found.gate.theta_f is None or not found.gate.theta_f.any())
-    if not relu or found.frame is not None or found.W_skip_od is not None or found.is_transcoder:
+    theirs = tuple(port.site for port in found.reads), tuple(port.site for port in found.writes)
+    if None not in theirs[0] and theirs != (ends.reads, ends.writes):
+        there = [" and ".join(map(str, sites)) for sites in theirs]
         raise InputError(
-            f"expected a ReLU autoencoder without a frame or a skip as --init, got a dictionary in {init} that has another function; "
-            "train a new one, or give another"
+            f"the dictionary in {init} was made for {' to '.join(dict.fromkeys(there))}, so it says nothing about {ends}; "
+            "use it at its own site"
         )
-    if found.d_in != source.widths[site]:
-        raise InputError(f"expected --init of the width of {site}, {source.widths[site]}, got {found.d_in} in {init}; give another")
+    if (found.d_in, found.d_out) != (ends.d_in, ends.d_out):
+        raise InputError(f"expected --init of the width of {ends}, got {found.d_in} in {init}; give another")
+    if found.frame is not None or (found.W_skip_od is not None) != config.skip:
+        raise InputError(f"expected --init without a frame, and with a skip only with --skip, got another in {init}; give another")
+    if config.kind.taken_over(found.gate) is None:
+        raise InputError(
+            f"expected --init with a gate that {name_of(config.kind)} can go on from, got {found.gate} in {init}; train another kind, "
+            "or give another dictionary"
+        )
     if found.d_sae != config.d_sae:
         raise InputError(f"expected --d-sae {found.d_sae}, the number of features in {init}, got {config.d_sae}; give that number")
-    W_enc_fd, b_enc_f, W_dec_fd, b_dec_d = (weight.float() for weight in (found.W_enc_fd, found.b_enc_f, found.W_dec_fo, found.b_dec_o))
-    shift_d = b_dec_d if found.b_in_d is None else b_dec_d - found.b_in_d.float()
-    return Dictionary.autoencoder(W_enc_fd, b_enc_f + W_enc_fd @ shift_d, W_dec_fd, b_dec_d)
+    norm_f = found.norms()
+    if config.kind.unit_rows and found.gate.scaled(norm_f) is None and norm_f.max() > 1.001 * norm_f.min():
+        raise InputError(f"expected --init with decoder rows of one length, since {found.gate} compares them, got others; give another")
+    W_enc_fd, b_enc_f, W_dec_fo, b_dec_o = (weight.float() for weight in (found.W_enc_fd, found.b_enc_f, found.W_dec_fo, found.b_dec_o))
+    if ends.transcodes:
+        b_enc_f = b_enc_f if found.b_in_d is None else b_enc_f - W_enc_fd @ found.b_in_d.float()
+        skip = None if found.W_skip_od is None else found.W_skip_od.float()
+        return Dictionary(W_enc_fd, b_enc_f, W_dec_fo, b_dec_o, gate=found.gate, W_skip_od=skip, metadata=ends.metadata())
+    shift_d = b_dec_o if found.b_in_d is None else b_dec_o - found.b_in_d.float()
+    moved_f = b_enc_f + W_enc_fd @ shift_d
+    return Dictionary(W_enc_fd, moved_f, W_dec_fo, b_dec_o, gate=found.gate, b_in_d=b_dec_o, metadata=ends.metadata())
 
 
-def change_since(init: Dictionary, trained: Dictionary, source: Source, site: str) -> dict[str, Any]:
+def change_since(init: Dictionary, trained: Dictionary, source: Source, ends: Ends) -> dict[str, Any]:
     """What training made of `--init`, as it goes into training.json: FVU and L0 of both, and each feature's cosine to what it was.
 
     Measured on a sample of the training rows, so that held-out rows are for `sae evaluate`.
     """
-    x_bd = source.first_rows(site).float()
-    rows = [torch.nn.functional.normalize(one.W_dec_fo.cpu(), dim=-1) for one in (init, trained)]
-    cosine_f = (rows[0] * rows[1]).sum(-1)
+    rows = {site: source.first_rows(site).float() for site in ends.sites}
+    x_bd, y_bo = ends.pair(rows, dict.fromkeys(rows, 1.0))
+    y_bo = x_bd if y_bo is None else y_bo
+    unit = [torch.nn.functional.normalize(one.W_dec_fo.cpu(), dim=-1) for one in (init, trained)]
+    cosine_f = (unit[0] * unit[1]).sum(-1)
     return {
         "rows": len(x_bd),
-        "before": quality(init, x_bd),
-        "after": quality(trained, x_bd),
+        "before": quality(init, x_bd, y_bo),
+        "after": quality(trained, x_bd, y_bo),
         "decoder_cosines": [round(cosine, 4) for cosine in cosine_f.tolist()],
     }
 
 
 @torch.no_grad()
-def quality(dictionary: Dictionary, x_bd: Tensor) -> dict[str, float]:
+def quality(dictionary: Dictionary, x_bd: Tensor, y_bo: Tensor) -> dict[str, float]:
     """FVU and L0 on raw activations."""
     error, fired = 0.0, 0
-    for part_bd in x_bd.to(dictionary.W_dec_fo.device).split(ROWS):
+    for start in range(0, len(x_bd), ROWS):
+        part_bd, part_bo = (rows[start : start + ROWS].to(dictionary.W_dec_fo.device) for rows in (x_bd, y_bo))
         acts_bf = dictionary.encode(part_bd)
-        error += float((dictionary.decode(acts_bf, part_bd) - part_bd).double().square().sum())
+        error += float((dictionary.decode(acts_bf, part_bd) - part_bo).double().square().sum())
         fired += int((acts_bf != 0).sum())
-    power = float((x_bd - x_bd.mean(0)).double().square().sum())
+    power = float((y_bo - y_bo.mean(0)).double().square().sum())
     return {"fvu": error / power, "l0": fired / len(x_bd)}
 
 

@@ -6,7 +6,7 @@ b rows (tokens) · d model width · f features
 import json
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,26 @@ from sae.activations.cached import CachedSource
 from sae.activations.source import Source
 from sae.device import device_named
 from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.gates import Threshold
 from sae.dictionaries.source import sampled_crc32
 from sae.disk.places import require_folder
 from sae.disk.reading import read_json
 from sae.disk.writing import only_writer, remove_leftovers, write_json
 from sae.errors import InputError
+from sae.kinds import BatchTopK, name_of
+from sae.kinds.batchtopk import threshold_for
 from sae.objective import Step, Workspace, bad_rows_text
 from sae.progress import progress
 from sae.training.checkpoint import Checkpoint, Record
 from sae.training.config import RunConfig, TrainingConfig
+from sae.training.ends import Ends
 from sae.training.metrics import MetricsLog, start_wandb, write_lines
-from sae.training.start import change_since, opened, said, starting_point
+from sae.training.start import ROWS, change_since, opened, said, starting_point
 from sae.training.sweep import Sweep
 
 
 def train(config: TrainingConfig) -> list[Path]:
-    """Trains one dictionary for each `l1` on the cache's train split and gives their folders.
+    """Trains one dictionary for each value of the kind's swept option on the cache's train split and gives their folders.
 
     A folder that holds an unfinished run with the same settings is resumed, bit for bit as if never interrupted. Raises `InputError`
     for settings or a cache that cannot be used, and when the activations or the loss are not finite or the loss runs away; the last
@@ -43,29 +47,28 @@ def train(config: TrainingConfig) -> list[Path]:
     config.check()
     if not config.dry_run:
         require_folder(config.out)
-    return train_on(CachedSource(ActivationCache.open(config.cache, config.site, verify=config.verify)), config, config.settings())
+    source = CachedSource(*(ActivationCache.open(config.cache, site, verify=config.verify) for site in config.sites or (None,)))
+    return train_on(source, config, config.settings())
 
 
 def train_on(source: Source, config: RunConfig, settings: dict[str, Any]) -> list[Path]:
     """`train` on rows from anywhere. `settings` decide the result: a run in the folder is resumed only if it has the same ones."""
-    site = only_site(source.widths)
+    ends = Ends.of(source, config)
     device = device_named(config.device)
     if config.init is not None:
-        settings = settings | {"init_crc32": sampled_crc32(opened(config.init, source, site, config).parts())}
-    folders = [config.out if len(config.l1) == 1 else config.out / f"l1_{l1:g}" for l1 in config.l1]
-    drawn = config.steps * config.batch_size
+        settings = settings | {"init_crc32": sampled_crc32(opened(config.init, source, ends, config).parts())}
+    drawn, count = config.steps * config.batch_size, len(config.kind.values)
     print(
-        f"{len(config.l1)} dictionar{'y' if len(config.l1) == 1 else 'ies'} of {config.d_sae:,} features for {site} "
-        f"({source.widths[site]} wide): {config.steps:,} steps of {config.batch_size:,} = {drawn / source.rows:.1f} times "
-        f"the {source.rows:,} training rows, on {device}"
+        f"{count} dictionar{'y' if count == 1 else 'ies'} of {config.d_sae:,} features for {ends}: "
+        f"{config.steps:,} steps of {config.batch_size:,} = {drawn / source.rows:.1f} times the {source.rows:,} training rows, on {device}"
     )
     if not config.dry_run:
         with only_writer(config.out):
-            train_into(folders, source, site, config, settings, device)
-    return folders
+            train_into(config.folders(), source, ends, config, settings, device)
+    return config.folders()
 
 
-def train_into(folders: list[Path], source: Source, site: str, config: RunConfig, settings: dict[str, Any], device: torch.device) -> None:
+def train_into(folders: list[Path], source: Source, ends: Ends, config: RunConfig, settings: dict[str, Any], device: torch.device) -> None:
     """Begins or resumes the run in the folder, and finishes it."""
     checkpoint = Checkpoint(config.out, settings)
     if config.restart:
@@ -80,64 +83,89 @@ def train_into(folders: list[Path], source: Source, site: str, config: RunConfig
         return
 
     remove_leftovers(config.out)
-    scale = scale_of(source, site)
-    sweep = initial_sweep(source, site, scale, config, device)
+    scales = ends.scales(source)
+    sweep = initial_sweep(source, ends, scales, config, device)
     first = checkpoint.restore(sweep)
     if first:
         print(f"resuming after step {first:,}")
     batches = source.batches(config.batch_size, seed=config.seed, device=device)
     batches.seek(first)
     wandb_run = start_wandb(config.wandb, config.wandb_project, config.out, settings)
-    names = ["" if len(config.l1) == 1 else folder.name for folder in folders]
+    names = ["" if len(folders) == 1 else folder.name for folder in folders]
     logs = [MetricsLog(folder, name, config.batch_size, first, wandb_run) for folder, name in zip(folders, names)]
     try:
-        scaled = (batch[site] * scale for batch in batches)
-        last = loop(sweep, scaled, logs, checkpoint, first, config.log_every, config.checkpoint_every)
+        pairs = (ends.pair(batch, scales) for batch in batches)
+        last = loop(sweep, pairs, logs, checkpoint, first, config.log_every, config.checkpoint_every)
     finally:
         for log in logs:
             log.close()
         if wandb_run is not None:
             wandb_run.finish()
     for k, folder in enumerate(folders):
-        dictionary = sweep.dictionary(k)
-        trained = {"l1_coefficient": config.l1[k], "training_tokens": config.steps * config.batch_size}
-        dictionary.metadata = provenance(source.manifest, site) | trained
-        line = {key: value for key, value in last[k].items() if key != "tokens_per_second"}
-        saved = dictionary.folded(scale)
-        record: dict[str, Any] = {"settings": json.loads(json.dumps(settings)), "scale": scale, "last": line}
-        if config.init is not None:
-            record["since_init"] = change_since(opened(config.init, source, site, config).to(device), saved, source, site)
-            print(f"{folder}: {said(record['since_init'])}")
-        finish(folder, saved, record)
+        finish(folder, k, sweep, source, ends, scales, config, settings, last[k])
     checkpoint.remove()
 
 
-def only_site(sites: Iterable[str]) -> str:
-    names = list(sites)
-    if len(names) != 1:
-        raise InputError(f"expected one site to train on, got {' '.join(names) or 'none'}; name one")
-    return names[0]
+def finish(
+    folder: Path,
+    k: int,
+    sweep: Sweep,
+    source: Source,
+    ends: Ends,
+    scales: dict[str, float],
+    config: RunConfig,
+    settings: dict[str, Any],
+    last: dict[str, Any],
+) -> None:
+    """Saves a dictionary and how it was trained; training.json, written last, marks it complete."""
+    dictionary, value = sweep.dictionary(k), sweep.values[k]
+    record: dict[str, Any] = {
+        "settings": json.loads(json.dumps(settings)),
+        "scale": scales[ends.reads[0]] if len(scales) == 1 else scales,
+        "last": {name: number for name, number in last.items() if name != "tokens_per_second"},
+    }
+    if isinstance(sweep.kind, BatchTopK):
+        record["threshold"] = settle(dictionary, source, ends, scales, value)
+    metadata = provenance(source.manifest, ends) | {"training_tokens": config.steps * config.batch_size}
+    metadata |= {"trained": {"kind": name_of(sweep.kind), sweep.kind.swept: value}}
+    dictionary.metadata = metadata
+    saved = dictionary.folded(*ends.factors(scales))
+    if config.init is not None:
+        record["since_init"] = change_since(opened(config.init, source, ends, config).to(sweep.weights.b_enc_f.device), saved, source, ends)
+        print(f"{folder}: {said(record['since_init'])}")
+    saved.save(folder)
+    write_json(folder / "training.json", record)
 
 
-def scale_of(source: Source, site: str) -> float:
-    """What gives the rows a mean squared norm of d; says what is known of massive ones, which decide it."""
-    if said := source.about_massive(site):
-        print(said)
-    mean_squared_norm = source.mean_squared_norm(site)
-    if not mean_squared_norm > 0:
-        raise InputError(f"expected activations to train on, but all at {site} are zero; choose another site")
-    return (source.widths[site] / mean_squared_norm) ** 0.5
+def settle(dictionary: Dictionary, source: Source, ends: Ends, scales: dict[str, float], k: int) -> dict[str, Any]:
+    """Gives a BatchTopK's dictionary the threshold that keeps k of a row on rows that were held out; what is recorded of it.
+
+    Where a source has none, training rows stand in. Thresholds are in training units.
+    """
+    held_out, rows = source.rows_for_measuring(ends.sites)
+    gate = dictionary.gate
+    assert isinstance(gate, Threshold)
+    assert gate.theta_f is not None
+    device = gate.theta_f.device
+    chunks = [ends.pair({site: part.to(device) for site, part in chunk.items()}, scales)[0] for chunk in in_chunks(rows)]
+    running = float(gate.theta_f[0])
+    active = sum(int((dictionary.encode(x_bd) > 0).sum()) for x_bd in chunks)
+    threshold, count = threshold_for(dictionary, chunks, k)
+    gate.theta_f.data.fill_(threshold)
+    print(f"threshold {threshold:.4g} keeps {k} of a row on {count:,} {'held-out' if held_out else 'training'} rows; "
+          f"the running mean {running:.4g} would keep {active / count:.1f}")  # fmt: skip
+    return {"running": running, "exact": threshold, "rows": count, "held_out": held_out, "l0_of_running": active / count}
 
 
-def initial_sweep(source: Source, site: str, scale: float, config: RunConfig, device: torch.device) -> Sweep:
-    dictionary = starting_point(source, site, scale, config)
+def initial_sweep(source: Source, ends: Ends, scales: dict[str, float], config: RunConfig, device: torch.device) -> Sweep:
+    dictionary, own = starting_point(source, ends, scales, config)
     workspace = Workspace(config.operands(device), config.deterministic)
-    return Sweep(dictionary.to(device), config.l1, config.recipe(), config.backend, workspace)
+    return Sweep(dictionary.to(device), config.kind, config.recipe(), config.backend, workspace, own)
 
 
 def loop(
     sweep: Sweep,
-    batches: Iterator[Tensor],
+    batches: Iterator[tuple[Tensor, Tensor | None]],
     logs: list[MetricsLog],
     checkpoint: Checkpoint,
     first: int,
@@ -146,12 +174,12 @@ def loop(
 ) -> list[dict[str, Any]]:
     """Steps `first` to the end on `batches` in training units; gives each dictionary's last line of metrics."""
     lines: list[dict[str, Any]] = [{} for _ in logs]
-    steps, on_cpu = sweep.recipe.steps, sweep.l1_k.device.type == "cpu"
+    steps, on_cpu = sweep.recipe.steps, sweep.weights.b_enc_f.device.type == "cpu"
     with stop_requests() as stop, progress("training", steps, "steps", first) as bar:
         for step in range(first, steps):
-            x_bd = next(batches)
+            x_bd, y_bo = next(batches)
             try:
-                result = sweep.step(x_bd, step)
+                result = sweep.step(x_bd, step, y_bo)
             except InputError as error:
                 raise InputError(f"step {step + 1}: {error}; harvest these activations again; {checkpoint.kept()}") from None
             done = step + 1
@@ -159,11 +187,11 @@ def loop(
             save_now = bool(stop) or (done % checkpoint_every == 0 and done < steps)
             if on_cpu or log_now or save_now:  # elsewhere each look is a host sync
                 refuse_runaway(sweep, result, step, checkpoint)
-            if sweep.recipe.resamples_after(step):
+            if sweep.recipe.resamples_after(step, sweep.kind.resamples_every()):
                 for k in range(len(logs)):
-                    sweep.resample(x_bd, step, k)
+                    sweep.resample(x_bd, step, k, y_bo)
             if log_now:
-                before, lines = lines, write_lines(logs, sweep, result, x_bd, done)
+                before, lines = lines, write_lines(logs, sweep, result, x_bd if y_bo is None else y_bo, done)
                 say_switch(before[0], lines[0])
             bar.advance(1, **{k: f"{lines[0][k]:.3g}" for k in ("fvu", "l0") if lines[0]})
             if save_now:
@@ -220,20 +248,20 @@ def stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def provenance(manifest: dict[str, Any], site: str) -> dict[str, Any]:
+def provenance(manifest: dict[str, Any], ends: Ends) -> dict[str, Any]:
     """What a dictionary's metadata says about the activations it was trained on."""
     return {
         "model_name": manifest["model"]["name"],
         "model_revision": manifest["model"]["revision"],
         "model_fingerprint": manifest["model"]["fingerprint"],
-        "site": site,
+        **({"models": manifest["models"]} if "models" in manifest else {}),
+        **ends.metadata(),
         "context_size": manifest["context"],
         "prepend_bos": manifest.get("prepend_bos"),
         "dataset": manifest["dataset"],
     }
 
 
-def finish(folder: Path, dictionary: Dictionary, record: dict[str, Any]) -> None:
-    """Saves a dictionary and how it was trained; training.json, written last, marks it complete."""
-    dictionary.save(folder)
-    write_json(folder / "training.json", record)
+def in_chunks(rows: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    parts = {site: part.split(ROWS) for site, part in rows.items()}
+    return [dict(zip(parts, chunk)) for chunk in zip(*parts.values())]

@@ -15,11 +15,13 @@ from sae.activations.live import LiveSource
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.evaluation import EvaluationConfig, evaluate
+from sae.kinds import ReLU
 from sae.training import TrainingConfig, train
 from sae.training.checkpoint import Checkpoint
 from sae.training.live import LiveTrainingConfig, train_live
 
-RUN = dict(d_sae=40, l1=(0.2,), steps=80, batch_size=64, lr=3e-3, log_every=10, checkpoint_every=20, resample_every=15, device="cpu")
+KIND = ReLU(l1=(0.2,), resample_every=15)
+RUN = dict(kind=KIND, d_sae=40, steps=80, batch_size=64, lr=3e-3, log_every=10, checkpoint_every=20, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from browser_world import served
 
+from sae.kinds import ReLU
 from sae.model.language_model import LanguageModel
 
 pytestmark = pytest.mark.real
@@ -58,7 +59,11 @@ def way(tmp_path_factory) -> Way:
             device="cpu",
         )
     )
-    train(TrainingConfig(cache=folder / "cache", out=folder / "sae", d_sae=1024, l1=(2.0,), steps=200, batch_size=1024, device="cpu"))
+    train(
+        TrainingConfig(
+            cache=folder / "cache", out=folder / "sae", d_sae=1024, kind=ReLU(l1=(2.0,)), steps=200, batch_size=1024, device="cpu"
+        )
+    )
     evaluation = evaluate(EvaluationConfig(dictionary=folder / "sae", cache=folder / "cache", sequences=40, device="cpu"))
     build_index(IndexConfig(cache=folder / "cache", dictionary=folder / "sae", out=folder / "index", device="cpu"))
     return Way(folder, LanguageModel.load(str(MODEL), device="cpu"), [row["text"] for row in rows], evaluation)

@@ -7,18 +7,19 @@ import torch
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.evaluation.toy import Recovery, recovery, toy, toy_l1
+from sae.kinds import ReLU
 from sae.objective import Step, Weights, Workspace, objective
 from sae.training import TrainingConfig
 from sae.training.sweep import Sweep
 
 
-def train_on_toy(a: float, d_sae: int, **settings) -> tuple[Recovery, Step]:
+def train_on_toy(a: float, d_sae: int, l1_warmup: float = 0.05, **settings) -> tuple[Recovery, Step]:
     """d 256, 512 true features of which 5 are active, batches of 512; what is recovered, and the last step."""
     data, d = toy(), 256
     scale = (d / data.mean_squared_norm) ** 0.5
     l1 = toy_l1(a, d, d_sae, data.mean_squared_norm)
     recipe = TrainingConfig(cache=Path(), out=Path(), **settings).recipe()
-    sweep = Sweep(Dictionary.initial(d, d_sae, seed=0), (l1,), recipe, "auto", Workspace())
+    sweep = Sweep(Dictionary.initial(d, d_sae, seed=0), ReLU(l1=(l1,), l1_warmup=l1_warmup), recipe, "auto", Workspace())
     generator = torch.Generator().manual_seed(1)
     for step in range(recipe.steps):
         result = sweep.step(data.sample(512, generator) * scale, step)

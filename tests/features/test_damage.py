@@ -39,6 +39,7 @@ from sae.features.index.merge import MergeConfig, merge_indexes
 from sae.features.index.reader import FeatureIndex
 from sae.features.pages.feature import FeatureView
 from sae.features.terminal import ListConfig, list_features
+from sae.kinds import ReLU
 from sae.model.language_model import LanguageModel
 from sae.training import TrainingConfig, train
 from steering.concept import load_concept
@@ -122,7 +123,8 @@ def harvest_config(home: Path, out: Path) -> HarvestConfig:
 
 
 def training(home: Path, out: Path) -> TrainingConfig:
-    settings = dict(d_sae=8, l1=(1.0,), steps=6, batch_size=64, log_every=2, checkpoint_every=2, resample_every=0, device="cpu")
+    kind = ReLU(l1=(1.0,), resample_every=0)
+    settings = dict(kind=kind, d_sae=8, steps=6, batch_size=64, log_every=2, checkpoint_every=2, device="cpu")
     return TrainingConfig(cache=home / "cache", out=out, **settings)
 
 

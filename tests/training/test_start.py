@@ -13,6 +13,7 @@ from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.gates import Threshold, TopK
 from sae.errors import InputError
 from sae.training import train
+from sae.training.ends import Ends
 from sae.training.start import starting_point
 
 SITE = "resid_post.0"
@@ -38,7 +39,8 @@ def test_a_run_starts_at_the_same_function(cache, trained, tmp_path, bias):  # n
     z_bf = (x_bd - (0 if b_in_d is None else b_in_d.double())) @ d.W_enc_fd.double().T + d.b_enc_f.double()
     expected_bd = z_bf.relu() @ (3 * d.W_dec_fo.double()) + d.b_dec_o.double()
     scale = 0.37
-    start = starting_point(source_of(cache), SITE, scale, config_for(cache, tmp_path / "out", init=tmp_path / "d"))
+    config = config_for(cache, tmp_path / "out", init=tmp_path / "d")
+    start, _ = starting_point(source_of(cache), Ends.of(source_of(cache), config), {SITE: scale}, config)
     torch.testing.assert_close(start(x_bd.float() * scale).double() / scale, expected_bd, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(start.norms(), torch.ones(d.d_sae))
 
@@ -106,8 +108,8 @@ def test_dictionaries_that_cannot_be_gone_on_from_are_refused(cache, trained, tm
 
     narrow = {"W_enc_fd": d.W_enc_fd[:, :8], "W_dec_fo": d.W_dec_fo[:, :8], "b_dec_o": d.b_dec_o[:8], "b_in_d": d.b_dec_o[:8]}
     cases = [
-        (saved("topk", gate=TopK(3)), {}, "ReLU autoencoder"),
-        (saved("jumprelu", gate=Threshold(torch.full((size,), 0.1))), {}, "ReLU autoencoder"),
+        (saved("topk", gate=TopK(3)), {}, "a gate that relu can go on from"),
+        (saved("jumprelu", gate=Threshold(torch.full((size,), 0.1))), {}, "a gate that relu can go on from"),
         (saved("site", metadata=d.metadata | {"site": "resid_post.1"}), {}, "resid_post.1"),
         (saved("model", metadata=d.metadata | {"model_fingerprint": "0" * 12}), {}, "fingerprint"),
         (saved("narrow", **narrow), {}, "width"),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from itertools import pairwise
 
 import pytest
@@ -18,6 +19,7 @@ from sae.activations.harvest.command import HarvestConfig, harvest
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.writing import only_writer
 from sae.errors import InputError
+from sae.kinds import Now, ReLU
 from sae.objective import Workspace
 from sae.training import TrainingConfig, train
 from sae.training.sweep import Sweep
@@ -54,8 +56,10 @@ def cache(tmp_path_factory):
 
 
 def config_for(cache, out, **changes):
-    settings = dict(cache=cache, out=out, d_sae=40, l1=(1.0,), steps=60, batch_size=128, lr=3e-3, log_every=10, checkpoint_every=20)
-    return TrainingConfig(**(settings | dict(resample_every=15, dead_steps=5, device="cpu") | changes))
+    own = {field.name for field in fields(ReLU)}
+    kind = ReLU(**(dict(l1=(1.0,), resample_every=15) | {name: changes[name] for name in changes.keys() & own}))
+    settings = dict(cache=cache, out=out, d_sae=40, steps=60, batch_size=128, lr=3e-3, log_every=10, checkpoint_every=20, dead_steps=5)
+    return TrainingConfig(**(dict(kind=kind, device="cpu") | settings | {name: changes[name] for name in changes.keys() - own}))
 
 
 def contents(folder):
@@ -171,10 +175,10 @@ def test_a_checkpoint_with_a_flipped_bit_or_without_a_checksum_is_refused(cache,
 def test_kill_minus_nine_at_random_moments_then_resume(cache, tmp_path):
     """A killed process leaves a folder from which the same command finishes as if it had never been killed."""
     command = [sys.executable, "-c", "from steering.command_line import main; main('train')"]
-    flags = "--d-sae 40 --l1 1 --steps 1500 --batch-size 128 --log-every 100 --checkpoint-every 75 --device cpu".split()  # noqa: SIM905
+    flags = "relu --d-sae 40 --l1 1 --steps 1500 --batch-size 128 --log-every 100 --checkpoint-every 75 --device cpu".split()  # noqa: SIM905
 
     def start(out):
-        return subprocess.Popen([*command, "--cache", cache, "--out", out, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return subprocess.Popen([*command, *flags, "--cache", cache, "--out", out], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     assert start(tmp_path / "whole").wait() == 0
     for delay in (0.3, 0.9, 0.1):
@@ -247,7 +251,7 @@ def test_dead_features_are_resampled_and_live_again(cache, tmp_path):
     config = config_for(cache, tmp_path)
     torch.manual_seed(0)
     dictionary = Dictionary.initial(16, 40, seed=0)
-    sweep, x_bd = Sweep(dictionary, config.l1, config.recipe(), "auto", Workspace()), torch.randn(64, 16)
+    sweep, x_bd = Sweep(dictionary, config.kind, config.recipe(), "auto", Workspace()), torch.randn(64, 16)
     sweep.silent_steps_kf[0, [3, 11]] = 5
     before = {name: t.clone() for name, t in sweep.state().items()}
     residual_bd = torch.nn.functional.normalize(x_bd - dictionary(x_bd), dim=-1)
@@ -264,16 +268,17 @@ def test_dead_features_are_resampled_and_live_again(cache, tmp_path):
 
 
 def test_schedules(tmp_path):
-    steps = dict(steps=1000, lr=2.0, lr_warmup=0.1, lr_decay=0.2, l1_warmup=0.05, resample_every=50)
+    steps = dict(steps=1000, lr=2.0, lr_warmup=0.1, lr_decay=0.2)
     recipe = config_for(tmp_path, tmp_path, **steps).recipe()
     assert recipe.learning_rate(0) == pytest.approx(0.02)
     assert recipe.learning_rate(99) == recipe.learning_rate(800) == 2.0
     assert recipe.learning_rate(900) == pytest.approx(1.0)
     assert recipe.learning_rate(999) == pytest.approx(0.01)
-    assert recipe.l1_share(24) == pytest.approx(0.5)
-    assert recipe.l1_share(49) == recipe.l1_share(999) == 1.0
-    assert [step for step in range(1000) if recipe.resamples_after(step)] == list(range(49, 800, 50))
-    assert not any(recipe._replace(resample_every=0).resamples_after(step) for step in range(1000))
+    now = Now(24, 1000, 16, torch.zeros(3, dtype=torch.bool), {})
+    assert now.share(0.05) == pytest.approx(0.5)
+    assert now._replace(step=49).share(0.05) == now._replace(step=999).share(0.05) == 1.0
+    assert [step for step in range(1000) if recipe.resamples_after(step, 50)] == list(range(49, 800, 50))
+    assert not any(recipe.resamples_after(step, 0) for step in range(1000))
 
 
 @pytest.mark.parametrize(

@@ -103,8 +103,8 @@ def test_a_limit_of_the_files_size_costs_no_more_than_the_steps_since_the_checkp
 
 def test_a_run_whose_output_is_closed_is_the_same_run(cache, tmp_path):  # noqa: F811
     train(config_for(cache, tmp_path / "whole"))
-    flags = "--d-sae 40 --l1 1 --steps 60 --batch-size 128 --lr 3e-3 --log-every 10 --resample-every 15 --dead-steps 5 --device cpu"
-    command = f"'{sys.executable}' scripts/train_sae.py --cache '{cache}' --out '{tmp_path}/d' {flags} >&-"
+    flags = "relu --d-sae 40 --l1 1 --steps 60 --batch-size 128 --lr 3e-3 --log-every 10 --resample-every 15 --dead-steps 5 --device cpu"
+    command = f"'{sys.executable}' scripts/train_sae.py {flags} --cache '{cache}' --out '{tmp_path}/d' >&-"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True)
     assert done.returncode == 0
     assert b"Traceback" not in done.stderr

@@ -14,6 +14,7 @@ from sae.activations.imports.command import ImportConfig, import_activations
 from sae.activations.imports.foreign import open_source
 from sae.errors import InputError
 from sae.features.index.build import IndexConfig, build_index
+from sae.kinds import ReLU
 from sae.model.language_model import LanguageModel
 from sae.training import TrainingConfig, train
 
@@ -140,7 +141,7 @@ def test_what_is_unknown_is_refused_where_it_is_needed(tmp_path, model):
         _ = cache.tokens
     with pytest.raises(InputError, match="--model"):
         cache.require_model(LanguageModel.load(model, device="cpu"))
-    (folder,) = train(TrainingConfig(cache=out, out=tmp_path / "d", d_sae=8, l1=(0.1,), steps=3, batch_size=32, device="cpu"))
+    (folder,) = train(TrainingConfig(cache=out, out=tmp_path / "d", d_sae=8, kind=ReLU(l1=(0.1,)), steps=3, batch_size=32, device="cpu"))
     with pytest.raises(InputError, match="--model"):
         build_index(IndexConfig(cache=out, dictionary=folder, out=tmp_path / "index"))
 

@@ -1,0 +1,96 @@
+"""Where a dictionary reads and writes: which sites of a source, in which units.
+
+b rows (tokens) · d width that is read · o width that is written
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae.activations.source import Source
+from sae.errors import InputError
+from sae.training.config import RunConfig
+
+
+class Ends(NamedTuple):
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    """the same as `reads` of an autoencoder"""
+    widths: dict[str, int]
+
+    @classmethod
+    def of(cls, source: Source, config: RunConfig) -> "Ends":
+        """Raises `InputError` for sites that the source lacks, and for several of unequal width."""
+        there = list(source.widths)
+        if not config.reads and len(there) - len(config.writes) != 1:
+            raise InputError(f"expected one site to train on, got {' '.join(there) or 'none'}; name one with --reads")
+        reads = config.reads or tuple(site for site in there if site not in config.writes)
+        writes = config.writes or reads
+        missing = [site for site in (*reads, *writes) if site not in source.widths]
+        if missing:
+            raise InputError(f"expected sites among {' '.join(there)}, got {' '.join(missing)}; choose others, or harvest them")
+        for sites in (reads, writes):
+            if len({source.widths[site] for site in sites}) > 1:
+                found = ", ".join(f"{site} {source.widths[site]}" for site in sites)
+                raise InputError(f"expected sites of one width side by side, got {found}; choose others")
+        return cls(reads, writes, {site: source.widths[site] for site in (*reads, *writes)})
+
+    @property
+    def transcodes(self) -> bool:
+        return self.reads != self.writes
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(self.widths)
+
+    @property
+    def d_in(self) -> int:
+        return sum(self.widths[site] for site in self.reads)
+
+    @property
+    def d_out(self) -> int:
+        return sum(self.widths[site] for site in self.writes)
+
+    def __str__(self) -> str:
+        read = f"{' and '.join(self.reads)} ({self.d_in} wide)"
+        return f"{read} to {' and '.join(self.writes)} ({self.d_out} wide)" if self.transcodes else read
+
+    def metadata(self) -> dict[str, Any]:
+        """ "site" and, of a transcoder, "site_out"."""
+        found = {"site": one_or_list(self.reads)}
+        return found | {"site_out": one_or_list(self.writes)} if self.transcodes else found
+
+    def scales(self, source: Source) -> dict[str, float]:
+        """site -> what gives its rows a mean squared norm of its width; says what is known of massive ones, which decide it."""
+        found = {}
+        for site, width in self.widths.items():
+            if said := source.about_massive(site):
+                print(said)
+            mean_squared_norm = source.mean_squared_norm(site)
+            if not mean_squared_norm > 0:
+                raise InputError(f"expected activations to train on, but all at {site} are zero; choose another site")
+            found[site] = (width / mean_squared_norm) ** 0.5
+        return found
+
+    def pair(self, batch: dict[str, Tensor], scales: dict[str, float]) -> tuple[Tensor, Tensor | None]:
+        """x [b, d] and, of a transcoder, y [b, o], in training units."""
+        x_bd = side_by_side([batch[site] * scales[site] for site in self.reads])
+        return x_bd, side_by_side([batch[site] * scales[site] for site in self.writes]) if self.transcodes else None
+
+    def factors(self, scales: dict[str, float]) -> tuple[float | Tensor, float | Tensor]:
+        """By what inputs and outputs were multiplied, as `Dictionary.folded` takes it."""
+        return self._factor(self.reads, scales), self._factor(self.writes, scales)
+
+    def _factor(self, sites: tuple[str, ...], scales: dict[str, float]) -> float | Tensor:
+        if len(sites) == 1:
+            return scales[sites[0]]
+        return torch.cat([torch.full((self.widths[site],), scales[site]) for site in sites])
+
+
+def side_by_side(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def one_or_list(sites: tuple[str, ...]) -> str | list[str]:
+    return sites[0] if len(sites) == 1 else list(sites)
