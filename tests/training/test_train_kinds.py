@@ -161,7 +161,7 @@ def test_true_features_are_recovered(name, found):
 BAD = [
     (dict(reads=("resid_post.9",)), "resid_post.9"),
     (dict(reads=("mlp_in.1",), writes=("mlp_in.1",)), "--writes that differ"),
-    (dict(), "name one with --reads"),
+    (dict(), "none was named"),
     (dict(reads=("mlp_in.1",), skip=True), "--skip is for transcoders"),
     (dict(reads=("mlp_in.1", "mlp_in.1")), "--reads takes different sites"),
     (dict(reads=("mlp_in.1",), kind=BatchTopK(k=(41,))), "--k must be from 1 to the number of features, 40, got 41"),
