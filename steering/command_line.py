@@ -62,6 +62,11 @@ COMMANDS = {
         "Train on activations that the model computes as they are needed, without a cache.",
         kinds=True,
     ),
+    "train-plan": Command(
+        "sae.training.plan:train_plan",
+        "sae.training.plan:PlanConfig",
+        "Train dictionaries of several kinds, widths, seeds and sites together, on one pass over a cache.",
+    ),
     "evaluate": Command(
         "sae.evaluation:evaluate",
         "sae.evaluation:EvaluationConfig",

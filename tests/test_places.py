@@ -51,6 +51,7 @@ def commands() -> dict:
     from sae.features.terminal import ListConfig, list_features
     from sae.training import TrainingConfig, train
     from sae.training.live import LiveTrainingConfig, train_live
+    from sae.training.plan import PlanConfig, train_plan
     from steering.breakdown.command import BreakdownConfig, diagnose_breakdown
     from steering.breakdown.study import StudyConfig, study
     from steering.circuits.attribution.command import AttributeConfig, attribute
@@ -74,6 +75,7 @@ def commands() -> dict:
         "export-transcoders": lambda p: export_transcoders(TranscodersConfig(dictionaries=("none",), out=p)),
         "export-cache": lambda p: export_cache(CacheExportConfig(cache=none, out=p)),
         "train-sae": lambda p: train(TrainingConfig(cache=none, out=p)),
+        "train-plan": lambda p: train_plan(PlanConfig(cache=none, out=p, plan=none)),
         "train-sae-live": lambda p: train_live(LiveTrainingConfig(out=p, live=live)),
         "build-feature-index": lambda p: build_index(IndexConfig(cache=none, dictionary=none, out=p)),
         "merge-feature-indexes": lambda p: merge_indexes(MergeConfig(parts=(none, none), out=p)),

@@ -6,10 +6,11 @@ b rows (tokens) · d width that is read · o width that is written · f features
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from sae.dictionaries.gates import Gate, Threshold, TopK
 from sae.entries import largest

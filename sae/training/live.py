@@ -31,4 +31,4 @@ def train_live(config: LiveTrainingConfig) -> list[Path]:
     live = {k: v for k, v in asdict(config.live).items() if k not in ("device", "device_map")}
     live["text_bytes"] = [path.stat().st_size for path in text_files(config.live)]
     decides = {"live": json.loads(json.dumps(live)), "fingerprint": source.manifest["model"]["fingerprint"]}
-    return train_on(source, config, config.settings() | decides)
+    return train_on(source, config, [config], config.settings() | decides)

@@ -20,7 +20,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 class Sweep:
-    """All start as copies of one dictionary. `state` and `restore` carry all that the next step and the next metrics depend on."""
+    """All start as copies of one dictionary. `state` carries all that the next step and the next metrics depend on."""
 
     def __init__(
         self,
@@ -146,8 +146,3 @@ class Sweep:
             tensors |= {f"adam.{name}.{moment}": self.adam.state[parameter][moment] for moment in MOMENTS}
         tensors |= {f"kept.{name}": tensor for name, tensor in self.kept.items()}
         return tensors | {"silent_steps_kf": self.silent_steps_kf, "plan": self.workspace.plan} | self.counts()
-
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        for name, tensor in self.state().items():
-            tensor.copy_(tensors[name])

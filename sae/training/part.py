@@ -1,0 +1,140 @@
+"""One sweep of a run: which sites it reads and writes in which units, its folders and logs, and what is saved of it.
+
+b rows (tokens) · d width that is read · o width that is written
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae.activations.source import Source
+from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.gates import Threshold
+from sae.disk.writing import write_json
+from sae.errors import InputError
+from sae.kinds import BatchTopK, name_of
+from sae.kinds.batchtopk import threshold_for
+from sae.objective import Step, Workspace, bad_rows_text
+from sae.training.config import RunConfig
+from sae.training.ends import Ends
+from sae.training.metrics import MetricsLog, write_lines
+from sae.training.start import ROWS, change_since, opened, said, starting_point
+from sae.training.sweep import Sweep
+
+
+class Part:
+    """Dictionaries of one kind, of one width and at the same sites, which train together."""
+
+    def __init__(self, config: RunConfig, source: Source, device: torch.device):
+        self.config, self.source, self.ends, self.folders = config, source, Ends.of(source, config), config.folders()
+        self.scales = self.ends.scales(source)
+        dictionary, own = starting_point(source, self.ends, self.scales, config)
+        workspace = Workspace(config.operands(device), config.deterministic)
+        self.sweep = Sweep(dictionary.to(device), config.kind, config.recipe(), config.backend, workspace, own)
+        self.logs: list[MetricsLog] = []
+        self.lines: list[dict[str, Any]] = [{} for _ in self.folders]
+        """the last ones of metrics"""
+        self._last: tuple[Step, Tensor, Tensor | None]
+
+    def open_logs(self, first: int, wandb_run: Any, out: Path) -> None:
+        names = ["" if folder == out else str(folder.relative_to(out)) for folder in self.folders]
+        self.logs = [MetricsLog(folder, name, self.config.batch_size, first, wandb_run) for folder, name in zip(self.folders, names)]
+
+    def step(self, batch: dict[str, Tensor], step: int) -> Step:
+        """One update of all, and resampling when it is due."""
+        x_bd, y_bo = self.ends.pair(batch, self.scales)
+        result = self.sweep.step(x_bd, step, y_bo)
+        self._last = result, x_bd, y_bo
+        return result
+
+    def resample(self, step: int) -> None:
+        """Resamples dead features if that is due after this step."""
+        if self.sweep.recipe.resamples_after(step, self.sweep.kind.resamples_every()):
+            _, x_bd, y_bo = self._last
+            for k in range(len(self.folders)):
+                self.sweep.resample(x_bd, step, k, y_bo)
+
+    def log(self, done: int) -> None:
+        """Lines of metrics after `done` steps; one on the terminal when the objective has changed its path."""
+        result, x_bd, y_bo = self._last
+        before, self.lines = self.lines, write_lines(self.logs, self.sweep, result, x_bd if y_bo is None else y_bo, done)
+        was, now = before[0], self.lines[0]
+        if was and was["path"] != now["path"]:
+            print(f"step {now['step']:,}: the objective went from the {was['path']} path to {now['path']} (L0 {now['l0']:.0f})")
+
+    def refuse_runaway(self, step: int, kept: str) -> None:
+        """Stops on activations or a loss that are not finite, and on an error a hundred times the activations' power."""
+        bad_steps, bad_rows_b = self.sweep.workspace.bad_steps, self.sweep.workspace.bad_rows_b
+        if bad_steps is not None and bad_rows_b is not None and bad_steps > 0:  # host sync
+            rows = bad_rows_text(bad_rows_b.nonzero().flatten().tolist())  # host sync
+            raise InputError(f"{int(bad_steps)} batches up to step {step + 1} were not finite ({rows}); harvest them again; {kept}")
+        result = self._last[0]
+        loss, d = float(result.loss.sum()), self.sweep.weights.W_dec_fd.shape[-1]  # host sync
+        if loss - loss != 0 or float(result.squared_error.max()) > 100 * d:  # host sync
+            raise InputError(f"training diverged at step {step + 1} (loss {loss:.3g}); lower --lr or set --clip 1; {kept}")
+
+    def finish(self, settings: dict[str, Any]) -> None:
+        """Saves the dictionaries and how they were trained; training.json, written last, marks each complete."""
+        for k, folder in enumerate(self.folders):
+            self._finish(k, folder, settings)
+
+    def _finish(self, k: int, folder: Path, settings: dict[str, Any]) -> None:
+        sweep, ends, config = self.sweep, self.ends, self.config
+        dictionary, value = sweep.dictionary(k), sweep.values[k]
+        record: dict[str, Any] = {
+            "settings": json.loads(json.dumps(settings)),
+            "scale": self.scales[ends.reads[0]] if len(self.scales) == 1 else self.scales,
+            "last": {name: number for name, number in self.lines[k].items() if name != "tokens_per_second"},
+        }
+        if isinstance(sweep.kind, BatchTopK):
+            record["threshold"] = self._settle(dictionary, value, folder)
+        dictionary.metadata = provenance(self.source.manifest, ends) | {
+            "training_tokens": config.steps * config.batch_size,
+            "trained": {"kind": name_of(sweep.kind), sweep.kind.swept: value},
+        }
+        saved = dictionary.folded(*ends.factors(self.scales))
+        if config.init is not None:
+            init = opened(config.init, self.source, ends, config).to(sweep.weights.b_enc_f.device)
+            record["since_init"] = change_since(init, saved, self.source, ends)
+            print(f"{folder}: {said(record['since_init'])}")
+        saved.save(folder)
+        write_json(folder / "training.json", record)
+
+    def _settle(self, dictionary: Dictionary, k: int, folder: Path) -> dict[str, Any]:
+        """Gives a BatchTopK's dictionary the threshold that keeps k of a row on rows that were held out; what is recorded of it.
+
+        Where a source has none, training rows stand in. Thresholds are in training units.
+        """
+        held_out, rows = self.source.rows_for_measuring(self.ends.sites)
+        gate = dictionary.gate
+        assert isinstance(gate, Threshold)
+        assert gate.theta_f is not None
+        device = gate.theta_f.device
+        parts = [dict(zip(rows, chunk)) for chunk in zip(*(part.split(ROWS) for part in rows.values()))]
+        chunks = [self.ends.pair({site: x_bd.to(device) for site, x_bd in part.items()}, self.scales)[0] for part in parts]
+        running = float(gate.theta_f[0])
+        active = sum(int((dictionary.encode(x_bd) > 0).sum()) for x_bd in chunks)
+        threshold, count = threshold_for(dictionary, chunks, k)
+        gate.theta_f.data.fill_(threshold)
+        print(
+            f"{folder}: a threshold of {threshold:.4g} keeps {k} a row on {count:,} {'held-out' if held_out else 'training'} rows; the "
+            f"running mean, {running:.4g}, would keep {active / count:.1f}"
+        )
+        return {"running": running, "exact": threshold, "rows": count, "held_out": held_out, "l0_of_running": active / count}
+
+
+def provenance(manifest: dict[str, Any], ends: Ends) -> dict[str, Any]:
+    """What a dictionary's metadata says about the activations it was trained on."""
+    return {
+        "model_name": manifest["model"]["name"],
+        "model_revision": manifest["model"]["revision"],
+        "model_fingerprint": manifest["model"]["fingerprint"],
+        **({"models": manifest["models"]} if "models" in manifest else {}),
+        **ends.metadata(),
+        "context_size": manifest["context"],
+        "prepend_bos": manifest.get("prepend_bos"),
+        "dataset": manifest["dataset"],
+    }

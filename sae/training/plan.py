@@ -1,0 +1,81 @@
+"""A plan: dictionaries of several kinds, widths, seeds and sites that train together, on one pass over a cache."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from sae.disk.places import require_folder
+from sae.disk.reading import read_json, require
+from sae.errors import InputError
+from sae.kinds import KINDS, Kind, ReLU
+from sae.training.config import RunConfig, TrainingConfig
+from sae.training.trainer import cached, train_on
+
+SHARED = (
+    *("kind", "out", "cache", "verify", "steps", "batch_size", "device", "backend", "precision", "deterministic"),
+    *("log_every", "checkpoint_every", "wandb", "wandb_project", "restart", "dry_run"),
+)
+"""settings that all runs of a plan have in common, or that are said in another way"""
+
+
+@dataclass(kw_only=True)
+class PlanConfig(TrainingConfig):
+    """All flags but those of one kind; what a run of the plan does not say is as it is here."""
+
+    kind: Kind = field(default_factory=ReLU, init=False)  # said by each run
+    plan: Path
+    """JSON file with a list of runs. Each has a name, which is its folder in --out, a kind, and any of that kind's options and of --reads,
+    --writes, --skip, --d-sae, --lr, --betas, --lr-warmup, --lr-decay, --clip, --init, --decoder-norm, --b-dec, --dead-steps and --seed."""
+
+    def runs(self) -> list[RunConfig]:
+        """One for each run. Raises `InputError` for a plan that cannot be meant."""
+        found = read_json(self.plan, "a plan", list[dict[str, Any]])
+        if not found:
+            raise InputError(f"expected runs in the plan {self.plan}, got an empty list; give at least one")
+        runs = [self._run(entry, f"run {number} of {self.plan}") for number, entry in enumerate(found, 1)]
+        names = [run.out.name for run in runs]
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(f"two runs of {self.plan} have the name {name!r} and would write one folder; give each its own")
+        return runs
+
+    def _run(self, entry: dict[str, Any], where: str) -> RunConfig:
+        name, kind = entry.get("name"), entry.get("kind")
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise InputError(f"expected a name that can be a folder's in {where}, got {name!r}")
+        if kind not in KINDS:
+            raise InputError(f"expected a kind among {', '.join(KINDS)} in {where}, got {kind!r}")
+        own = {one.name: one for one in fields(KINDS[kind])}
+        common = {one.name: one for one in fields(RunConfig) if one.name not in SHARED}
+        options: dict[str, Any] = {}
+        changes: dict[str, Any] = {}
+        for key, value in entry.items():
+            if key in ("name", "kind"):
+                continue
+            known = own.get(key) or common.get(key)
+            if known is None:
+                raise InputError(f"expected names among {', '.join(sorted(own | common))} in {where}, got {key!r}")
+            value = tuple(value) if isinstance(value, list) else value
+            value = Path(value) if key == "init" and isinstance(value, str) else value
+            require(value, known.type, f"{key} of {where}")
+            (options if key in own else changes)[key] = value
+        base = {one.name: getattr(self, one.name) for one in fields(RunConfig)}
+        run = RunConfig(**(base | changes | {"out": self.out / name, "kind": KINDS[kind](**options)}))
+        try:
+            run.check()
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
+        return run
+
+
+def train_plan(config: PlanConfig) -> list[Path]:
+    """Trains all runs of a plan together and gives their folders; one checkpoint resumes them all, as `train` says."""
+    if not config.dry_run:
+        require_folder(config.out)
+    runs = config.runs()
+    sites = dict.fromkeys(site for run in runs for site in run.sites)
+    source = cached(config.cache, sites, config.verify)
+    shared = config.settings()
+    kept = {name: shared[name] for name in ("cache", "steps", "batch_size", "backend", "precision", "deterministic", "log_every", "seed")}
+    each = {run.out.name: {name: value for name, value in run.settings().items() if name not in kept or name == "seed"} for run in runs}
+    return train_on(source, config, runs, kept | {"runs": each})
