@@ -193,13 +193,13 @@ def dictionary_learning(p: Problem) -> Arm:
     return Arm(step, check)
 
 
-def sparsify(p: Problem) -> Arm:
-    """What its `Trainer.fit` does to one batch with k 32; not the same objective. torch's fused Adam stands in for its own optimisers."""
+def sparsify(p: Problem, k: int = 32) -> Arm:
+    """What its `Trainer.fit` does to one batch; not the same objective. torch's fused Adam stands in for its own optimisers."""
     from sparsify import SparseCoder, SparseCoderConfig
 
     torch.set_float32_matmul_precision("high")  # as its trainer does
     x_bd = p.x_bd
-    sae = SparseCoder(x_bd.shape[1], SparseCoderConfig(num_latents=len(p.b_enc_f), k=min(32, len(p.b_enc_f))), p.device, torch.float32)
+    sae = SparseCoder(x_bd.shape[1], SparseCoderConfig(num_latents=len(p.b_enc_f), k=min(k, len(p.b_enc_f))), p.device, torch.float32)
     copy((sae.encoder.weight, p.W_enc_fd), (sae.encoder.bias, p.b_enc_f), (sae.W_dec, p.W_dec_fd), (sae.b_dec, p.b_dec_d))
     optimizer = adam(sae.parameters())
     fired_f = torch.zeros(sae.num_latents, dtype=torch.bool, device=p.device)

@@ -154,7 +154,7 @@ def quality(config: QualityConfig) -> None:
                 one._asdict() | read_json(folder / "seconds.json", "a training time") | {"lr": one.lr} | measure(folder)
             )
             write_json(config.out, record)
-    print(report(record["points"]))
+    print(report(record["points"], config.d_sae))
     plot(record["points"], config.out.with_suffix(".png"))
 
 

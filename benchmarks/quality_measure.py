@@ -13,7 +13,7 @@ from sae.disk.writing import write_json
 from sae.evaluation.evaluate import reconstruct
 from sae.evaluation.language_model_loss import batch_sums, batches, summarise
 from sae.evaluation.settings import EvaluationConfig, held_out_text
-from sae.kinds import ReLU
+from sae.kinds import KINDS
 from sae.training import TrainingConfig, train
 
 
@@ -29,7 +29,7 @@ class Measure:
 
     def __call__(self, folder: Path) -> dict[str, Any]:
         dictionary = Dictionary.load(folder)
-        found, massive = reconstruct(dictionary, self.cache, self.rows)
+        found, _, massive = reconstruct(dictionary, self.cache, self.rows)
         r = massive.without if massive else found
         firing_f = r.density_f[r.density_f > 0]
         numbers = {
@@ -60,8 +60,12 @@ class Measure:
 
 
 def train_ours(cache: Path, site: str, point: dict[str, Any]) -> None:
-    """One dictionary by our trainer, with its own defaults but for what all tools share; its loop's seconds beside it."""
+    """One dictionary by our trainer, with its own defaults but for what all tools share; the seconds of the whole run beside it."""
+    kind, value, d_sae = KINDS[point["kind"]], point["sparsity"], point["d_sae"]
+    swept = kind().swept
+    prefixes = {"prefixes": (d_sae // 16, d_sae // 4, d_sae)} if point["kind"] == "matryoshka" else {}
+    made = kind(**{swept: (int(value) if swept == "k" else value,)}, **prefixes)
     shared = {name: point[name] for name in ("d_sae", "steps", "batch_size", "dead_steps", "lr", "seed")}
     start = time.monotonic()
-    train(TrainingConfig(cache=cache, reads=(site,), out=Path(point["folder"]), kind=ReLU(l1=(point["sparsity"],)), device="cpu", **shared))
+    train(TrainingConfig(cache=cache, reads=(site,), out=Path(point["folder"]), kind=made, device="cpu", **shared))
     write_json(Path(point["folder"]) / "seconds.json", {"seconds": time.monotonic() - start, "lr": point["lr"]})

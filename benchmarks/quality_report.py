@@ -17,7 +17,7 @@ TRAINERS = {
 }
 """kind -> tool -> the name of its trainer"""
 LABELS = {"ours": "ours", "saelens": "SAELens", "dictionary_learning": "dictionary_learning"}
-MEANS = "l0", "fvu", "dead", "loss_recovered"
+MEANS = "l0", "fvu", "dead", "loss_recovered", "median_density"
 
 Points = list[dict[str, Any]]
 
@@ -67,17 +67,18 @@ def differences(points: Points, kind: str, peer: str, name: str = "fvu") -> dict
     return {l0: d for l0, d in found.items() if d == d}
 
 
-def report(points: Points) -> str:
+def report(points: Points, d_sae: int) -> str:
     """Two markdown tables: the curves, and our FVU and loss recovered against each peer's at equal L0."""
     names = {"fvu": "FVU"} | ({"loss_recovered": "loss recovered"} if all("loss_recovered" in p for p in points) else {})
-    head = ["kind", "trainer", "k, target L0 or L1", "learning rate", "seeds", "L0", *names.values(), "dead"]
+    head = ["kind", "trainer", "k, target L0 or L1", "learning rate", "seeds", "L0", *names.values(), "dead", "median density"]
     lines = [row(head), row(["---"] * len(head))]
     for kind, trainers in TRAINERS.items():
         for tool in trainers:
             for p in curve(points, tool, kind):
                 lr = f"{p['lr']:g}" if p["lr"] is not None else "its default"
                 cells = [kind, label(tool, kind), f"{p['sparsity']:g}", lr, str(p["seeds"]), number(p, "l0", 1)]
-                lines.append(row([*cells, *(number(p, name, 4) for name in names), f"{p['dead']:.0f}"]))
+                last = f"{p['dead'] / d_sae:.1%}", f"{p['median_density']:.2%}"
+                lines.append(row([*cells, *(number(p, name, 4) for name in names), *last]))
     lines += ["", row(["kind", "against", *(f"our {text} minus theirs at equal L0" for text in names.values())])]
     lines.append(row(["---"] * (2 + len(names))))
     for kind, trainers in TRAINERS.items():
@@ -98,7 +99,12 @@ def label(tool: str, kind: str) -> str:
 
 
 def number(p: dict[str, Any], name: str, digits: int) -> str:
-    return f"{p[name]:.{digits}f}" + (f" ± {p[f'{name}_spread']:.{digits}f}" if p["seeds"] > 1 else "")
+    """With half the range over seeds, or with one seed the interval over sequences where there is one."""
+    text = f"{p[name]:.{digits}f}"
+    if p["seeds"] > 1:
+        return f"{text} ± {p[f'{name}_spread']:.{digits}f}"
+    interval = p.get(f"{name}_interval")
+    return text if interval is None else f"{text} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
 
 
 def plot(points: Points, path: Path) -> None:

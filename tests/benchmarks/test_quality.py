@@ -16,7 +16,9 @@ Run = QUALITY["Run"]
 
 
 def point(tool: str, l0: float, fvu: float, sparsity: float = 2.0, lr: float | None = 1e-3, seed: int = 0, kind: str = "relu") -> dict:
-    return dict(tool=tool, kind=kind, l0=l0, fvu=fvu, sparsity=sparsity, lr=lr, seed=seed, dead=0, loss_recovered=1 - fvu)
+    return dict(
+        tool=tool, kind=kind, l0=l0, fvu=fvu, sparsity=sparsity, lr=lr, seed=seed, dead=8, loss_recovered=1 - fvu, median_density=0.01
+    )
 
 
 def test_difference_is_read_at_equal_l0():
@@ -26,7 +28,7 @@ def test_difference_is_read_at_equal_l0():
     assert found == {10: pytest.approx(-0.1), 100: pytest.approx(0.1 - 0.3)}
     recovered = REPORT.differences(ours + theirs, "relu", "saelens", "loss_recovered")
     assert recovered == {10: pytest.approx(0.1), 100: pytest.approx(0.2)}
-    said = REPORT.report(ours + theirs)
+    said = REPORT.report(ours + theirs, 64)
     assert "| relu | SAELens StandardTrainingSAE | -0.1000 at 10, -0.2000 at 100 |" in said
 
 
@@ -46,7 +48,7 @@ def test_seeds_are_averaged_and_their_spread_is_shown():
     (mean,) = REPORT.curve(points, "ours", "relu")
     assert (mean["l0"], mean["fvu"], mean["seeds"]) == (12, pytest.approx(0.35), 2)
     assert (mean["l0_spread"], mean["fvu_spread"]) == (2, pytest.approx(0.05))
-    assert "| relu | ours | 2 | 0.001 | 2 | 12.0 ± 2.0 | 0.3500 ± 0.0500 |" in REPORT.report(points)
+    assert "| relu | ours | 2 | 0.001 | 2 | 12.0 ± 2.0 | 0.3500 ± 0.0500 |" in REPORT.report(points, 64)
 
 
 def test_a_curve_takes_the_rate_that_all_seeds_had():
