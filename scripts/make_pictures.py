@@ -15,9 +15,11 @@ from sae.disk.places import require_folder
 from sae.disk.reading import read_json
 from sae.disk.writing import atomic
 from sae.errors import InputError
+from sae.features.index.reader import FeatureIndex
 
 SAMPLING = "&max_new_tokens=60&temperature=0.9&top_p=0.95"
 REAL_PROMPT = "The+most+important+thing+in+life+is"
+REAL_TEXT = "The+band+played+music+in+the+church+by+the+river+until+the+police+said+that+the+war+was+over."
 
 
 @dataclass
@@ -27,6 +29,8 @@ class PicturesConfig:
     real: Path | None = None
     """Folder of what the real model's demo made with one dictionary, such as runs/demo-real/shipped; its pictures are real_*.png. Default:
     they stay as they are."""
+    real_word: str = "God"
+    """Word whose feature is shown of the real model's demo."""
     comparison: Path | None = None
     """Folder of a comparison (sae compare) whose report becomes comparison.png. Default: that picture stays as it is."""
     breakdown: tuple[Path, ...] = ()
@@ -54,12 +58,14 @@ def make_pictures(config: PicturesConfig) -> None:
 
 
 def pictures_of_real_demo(config: PicturesConfig, real: Path) -> None:
-    """Of the feature that the demo found for its word, and of its comparison."""
-    result = read_json(real / "comparison" / "comparison.json", "the comparison of make demo-real")
-    feature, report = result["settings"]["feature"], real / "comparison" / "report.html"
+    """Of the first feature that the index finds for the word, and of the comparison."""
+    feature = FeatureIndex.open(real / "index").search(config.real_word, 1)[0].feature
+    report = real / "comparison" / "report.html"
+    if not report.exists():
+        raise InputError(f"expected a comparison in {report.parent}, found no {report.name}; run make demo-real first")
     with browser(real / "index") as url, camera(config) as take:
         take("real_feature.png", f"{url}/f/{feature}", height=1250)
-        take("real_prompt.png", url + "/prompt?order=effect&text=" + "In+the+beginning+God+made+a+good+red+wine%2C+and+called+it+Merlot.")
+        take("real_prompt.png", url + "/prompt?order=effect&text=" + REAL_TEXT)
         take("real_steer.png", f"{url}/steer?feature={feature}&strength=0.8&prompt=" + REAL_PROMPT + SAMPLING, write_texts, height=580)
         take("real_comparison.png", report.resolve().as_uri(), height=1238)
 
