@@ -60,7 +60,7 @@ def demo(config: RealDemoConfig) -> None:
     call("fetch_real_model", "")
     call("cache_activations", f"--model {MODEL} --text {TEXT} --sites {site} --tokens {tokens} --out {cache}")
     if own:
-        call("train_sae", f"--cache {cache} --out {dictionary} {TRAINING}")
+        call("train_sae", f"relu --cache {cache} --out {dictionary} {TRAINING}")
     both = f"--dictionary {dictionary} --cache {cache}"
     call("evaluate_sae", f"{both} --sequences 40 --out {evaluation}", makes=evaluation)
     call("build_feature_index", f"{both} --out {index}")

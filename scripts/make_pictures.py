@@ -18,7 +18,6 @@ from sae.errors import InputError
 from sae.features.index.reader import FeatureIndex
 
 SAMPLING = "&max_new_tokens=60&temperature=0.9&top_p=0.95"
-REAL_PROMPT = "The+most+important+thing+in+life+is"
 REAL_TEXT = "The+band+played+music+in+the+church+by+the+river+until+the+police+said+that+the+war+was+over."
 
 
@@ -58,16 +57,16 @@ def make_pictures(config: PicturesConfig) -> None:
 
 
 def pictures_of_real_demo(config: PicturesConfig, real: Path) -> None:
-    """Of the first feature that the index finds for the word, and of the comparison."""
+    """Of the first feature that the index finds for the word, and of the comparison where there is one."""
     feature = FeatureIndex.open(real / "index").search(config.real_word, 1)[0].feature
     report = real / "comparison" / "report.html"
-    if not report.exists():
-        raise InputError(f"expected a comparison in {report.parent}, found no {report.name}; run make demo-real first")
     with browser(real / "index") as url, camera(config) as take:
         take("real_feature.png", f"{url}/f/{feature}", height=1250)
         take("real_prompt.png", url + "/prompt?order=effect&text=" + REAL_TEXT)
-        take("real_steer.png", f"{url}/steer?feature={feature}&strength=0.8&prompt=" + REAL_PROMPT + SAMPLING, write_texts, height=580)
-        take("real_comparison.png", report.resolve().as_uri(), height=1238)
+        if report.exists():
+            take("real_comparison.png", report.resolve().as_uri(), height=1238)
+        else:
+            print(f"real_comparison.png stays as it is: there is no {report}")
 
 
 def pictures_of_demo(config: PicturesConfig, demo: Path) -> None:
@@ -130,6 +129,7 @@ def camera(config: PicturesConfig) -> Iterator[Any]:
     with sync_playwright() as playwright:
         window = playwright.chromium.launch(executable_path=chromium_of(config), args=["--no-sandbox", "--hide-scrollbars"])
         page = window.new_page(viewport={"width": 1280, "height": 900})
+        page.set_default_timeout(180_000)  # a real model takes a while for a prompt's effects
 
         def take(name: str, address: str, act: Any = None, height: int = 900) -> None:
             page.set_viewport_size({"width": 1280, "height": height})
@@ -146,8 +146,8 @@ def camera(config: PicturesConfig) -> Iterator[Any]:
 
 def write_texts(page: Any) -> None:
     page.get_by_role("button", name="Write").click()
-    page.locator("#run:enabled").wait_for(timeout=180_000)
-    page.get_by_text("measuring how far it works").wait_for(state="hidden", timeout=180_000)
+    page.locator("#run:enabled").wait_for()
+    page.get_by_text("measuring how far it works").wait_for(state="hidden")
 
 
 def screenshots(config: PicturesConfig, url: str, feature: int, report: Path | None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from sae.command_line import parse
 from sae.errors import InputError
-from steering.command_line import COMMANDS
+from steering.command_line import COMMANDS, settings_of
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -44,12 +45,9 @@ def called(demo_real, monkeypatch):
 
 def accepted(script, flags, monkeypatch):
     """The command's settings, read by the command's own parser."""
-    import shlex
-
     (name,) = re.findall(r'main\("([\w-]+)"\)', (SCRIPTS / f"{script}.py").read_text())
-    module, settings = COMMANDS[name].settings.split(":")
     monkeypatch.setattr(sys, "argv", [script, *shlex.split(flags)])
-    return parse(getattr(import_module(module), settings), "")
+    return parse(settings_of(COMMANDS[name]), "")
 
 
 def test_every_command_is_one_that_the_scripts_accept(demo_real, called, monkeypatch, tmp_path):
