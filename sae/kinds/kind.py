@@ -145,7 +145,7 @@ class Aided(KeepsK):
     aux_k: int | None = None
     """Dead features of a row that rebuild what the others leave. Default: half the width of the activations."""
     aux_coefficient: float = 1 / 32
-    """Weight of the loss by which dead features learn; 0 leaves them alone."""
+    """Weight of the loss by which dead features learn, where the activations' mean squared norm is 1; 0 leaves them alone."""
 
     def check(self, d_sae: int) -> None:
         super().check(d_sae)
@@ -157,11 +157,11 @@ class Aided(KeepsK):
     def aid(self, now: Now) -> Aid | None:
         if not self.aux_coefficient:
             return None
-        return Aid(now.dead_f, self.aux_k or max(1, now.d // 2), self.aux_coefficient)
+        return Aid(now.dead_f, self.aux_k or max(1, now.d // 2), self.aux_coefficient * now.d)
 
 
 def aid_loss(x_bd: Tensor, y_bo: Tensor | None, acts_bf: Tensor, weights: Weights, own: Own, aid: Aid | None) -> Tensor:
-    """coefficient · mean over rows of ‖e − ê‖², e being what the code leaves, without a gradient."""
+    """weight · Σ_b ‖e − ê‖² / Σ_b ‖e‖², e being what the code leaves, without a gradient."""
     if aid is None or not aid.dead_f.any():  # host sync
         return acts_bf.new_zeros(())
     left_bo = ((x_bd if y_bo is None else y_bo) - written(x_bd, acts_bf, weights, own)).detach()
@@ -169,7 +169,7 @@ def aid_loss(x_bd: Tensor, y_bo: Tensor | None, acts_bf: Tensor, weights: Weight
     z_bm = pre_activations(x_bd, y_bo, weights)[:, dead_m]
     kept_bk = largest(z_bm.detach(), min(aid.k, len(dead_m)))
     aid_bm = torch.zeros_like(z_bm).scatter(1, kept_bk, z_bm.gather(1, kept_bk).relu())
-    return aid.coefficient * (left_bo - aid_bm @ weights.W_dec_fd[dead_m]).square().sum(-1).mean()
+    return aid.weight * (left_bo - aid_bm @ weights.W_dec_fd[dead_m]).square().sum() / left_bo.square().sum()
 
 
 def flag(name: str) -> str:

@@ -79,15 +79,16 @@ class Jump(NamedTuple):
 
 
 class Aid(NamedTuple):
-    """Dead features rebuild what the others leave (Gao et al. 2024, arXiv 2406.04093): coefficient · mean over rows of ‖e − ê‖².
+    """Dead features rebuild what the others leave (Gao et al. 2024, arXiv 2406.04093): weight · Σ_b ‖e − ê‖² / Σ_b ‖e‖².
 
-    e = y − ŷ, without a gradient; ê is the sum of the `k` dead features of a row with the largest pre-activations, those above 0.
+    e = y − ŷ, without a gradient; ê is the sum of the `k` dead features of a row with the largest pre-activations, those above 0. The
+    paper's code divides by ‖e‖² too, so that the dead learn no slower when little is left.
     """
 
     dead_f: Tensor
     """bool"""
     k: int
-    coefficient: float
+    weight: float
 
 
 class Rule(NamedTuple):

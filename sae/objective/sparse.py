@@ -199,8 +199,9 @@ def add_dead_features(sums: Sums, aid: Aid) -> None:
     column_n, value_n = kept_bk[row_n, at_n].int(), value_bk[row_n, at_n]
     error = torch.neg(sums.left_bo)
     add_weighted_sums(error, W_dec_mo, column_n, starts_of(row_n, rows), value_n, False)
-    sums.aid = aid.coefficient * error.square().sum() / rows
-    g = error.mul_(2 * aid.coefficient / rows)
+    weight = aid.weight / sums.left_bo.square().sum().clamp(min=torch.finfo(error.dtype).tiny)
+    sums.aid = weight * error.square().sum()
+    g = error.mul_(2 * weight)
     row_n, column_n, value_n, starts = sort_by_feature(row_n.int(), column_n, value_n, len(dead_m))
     a_n = products_with(g, W_dec_mo, row_n, starts, value_n)
     for gradient, table, weight_n in ((gradients.W_dec_fd, g, value_n), (gradients.W_enc_fd, sums.input_bd, a_n)):
