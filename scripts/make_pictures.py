@@ -153,8 +153,6 @@ def write_texts(page: Any) -> None:
 def screenshots(config: PicturesConfig, url: str, feature: int, report: Path | None) -> None:
     with camera(config) as take:
         take("features.png", url + "/?q=fuck%7Cshit&how=fires")
-        take("feature.png", f"{url}/f/{feature}", height=1250)
-        take("prompt.png", url + "/prompt?order=effect&text=" + "What+the+hell+do+you+think+you+are+doing%3F")
         take("steer.png", f"{url}/steer?feature={feature}&strength=1&prompt=I+think" + SAMPLING, write_texts, height=580)
         if report:
             take("comparison.png", report.resolve().as_uri(), height=1238)
