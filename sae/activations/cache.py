@@ -83,16 +83,13 @@ class ActivationCache:
     def of_dictionary(cls, folder: Path, dictionary: "Dictionary", *, named: bool, verify: bool = False) -> "ActivationCache":
         """Opened where the dictionary reads in its model, or at the only site where it names none; see `require_dictionary`."""
         manifest = read_manifest(folder)
-        sites, site, made_by = manifest["sites"], dictionary.site, dictionary.metadata.get("model_fingerprint")
+        sites, site = manifest["sites"], dictionary.site
         if site is None and len(sites) > 1:
             raise InputError(
                 f"the dictionary does not name its site, and {folder} has several, {', '.join(sites)}; copy it with sae import-dictionary "
                 'and write the right one into its cfg.json, as "site" under "metadata"'
             )
-        for name, model in manifest.get("models", {}).items():
-            if site is not None and made_by not in (None, manifest["model"]["fingerprint"]) and model["fingerprint"] == made_by:
-                site = in_model(name, site)
-        cache = cls.open(folder, site, verify=verify)
+        cache = cls.open(folder, site and in_model(second_model_of(manifest, dictionary), site), verify=verify)
         cache.require_dictionary(dictionary, named=named)
         return cache
 
@@ -244,6 +241,14 @@ def _choose_site(folder: Path, manifest: dict[str, Any], site: str | None) -> st
         found = "none was named" if site is None else f"{site!r} was asked for"
         raise InputError(f"expected one of the sites in {folder}, {', '.join(sites)}, but {found}; name one")
     return site
+
+
+def second_model_of(manifest: dict[str, Any], dictionary: "Dictionary") -> str | None:
+    """The name of the second model if the dictionary is of it alone, by its fingerprint, which must not be that of the first."""
+    made_by = dictionary.metadata.get("model_fingerprint")
+    if made_by is None or made_by == manifest["model"]["fingerprint"]:
+        return None
+    return next((name for name, model in manifest.get("models", {}).items() if model["fingerprint"] == made_by), None)
 
 
 def misaligned(shard: Shard, cache: ActivationCache) -> InputError:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sae.activations.cache import ActivationCache, Shard, misaligned
+from sae.activations.cache import ActivationCache, Shard, misaligned, second_model_of
+from sae.activations.files.manifest import read_manifest
 from sae.errors import InputError
-from sae.model.sites import split_model
+from sae.model.sites import in_model, split_model
 
 if TYPE_CHECKING:
     from sae.dictionaries.dictionary import Dictionary
@@ -33,8 +34,9 @@ class JoinedCache(ActivationCache):
 
     @property
     def model(self) -> dict[str, Any]:
-        """Facts about the first model; those about a second are in the manifest."""
-        return self.manifest["model"]
+        """Facts about the first model whose sites these are; those about a second are in the manifest."""
+        names = [split_model(cache.site)[0] for cache in self.caches]
+        return self.manifest["model"] if None in names else self.caches[0].model
 
     def read(self, shard: Shard) -> tuple[Tensor, Tensor]:
         """Activations [n, d] and global token positions int64 [n]. Raises `InputError` where the sites' rows are of other tokens."""
@@ -56,10 +58,10 @@ def cache_of(folder: Path, dictionary: "Dictionary", *, named: bool, verify: boo
     """
     if len(dictionary.reads) == 1:
         return ActivationCache.of_dictionary(folder, dictionary, named=named, verify=verify)
-    cache = JoinedCache([_opened(folder, port, verify) for port in _named(dictionary.reads)])
+    cache = JoinedCache(_opened(folder, dictionary, dictionary.reads, verify))
     facts = {split_model(one.site)[0]: one.model for one in cache.caches}
     for second, made in facts.items():
-        dictionary.require_model(made["name"], made["fingerprint"], named=named, second=second)
+        dictionary.require_model(made["name"], made["fingerprint"], named=named, second=second if len(facts) > 1 else None)
     return cache
 
 
@@ -69,10 +71,10 @@ def targets_of(cache: ActivationCache, dictionary: "Dictionary") -> ActivationCa
         return cache
     if len(dictionary.reads) == len(dictionary.writes) == 1:
         return cache.target_of(dictionary)
-    return JoinedCache([_opened(cache.folder, port, False) for port in _named(dictionary.writes)])
+    return JoinedCache(_opened(cache.folder, dictionary, dictionary.writes, False))
 
 
-def _named(ports: "Sequence[Port]") -> "Sequence[Port]":
+def _opened(folder: Path, dictionary: "Dictionary", ports: "Sequence[Port]", verify: bool) -> list[ActivationCache]:
     sites = [port.site for port in ports]
     if None in sites or len(set(sites)) < len(sites):
         said = ", ".join(str(site) for site in sites)
@@ -80,13 +82,13 @@ def _named(ports: "Sequence[Port]") -> "Sequence[Port]":
             f"expected a dictionary that names its sites, each once, got {said}; copy it with sae import-dictionary and write them into "
             'its cfg.json as the cache calls them, as a list, "site" under "metadata"'
         )
-    return ports
-
-
-def _opened(folder: Path, port: "Port", verify: bool) -> ActivationCache:
-    cache = ActivationCache.open(folder, port.site, verify=verify)
-    if cache.d_in != port.width:
-        raise InputError(
-            f"expected activations of width {port.width} at {port.site}, but {folder} has {cache.d_in}; use a cache of the same models"
-        )
-    return cache
+    every = [port for port in (*dictionary.reads, *dictionary.writes) if port.site is not None]
+    of_one = all(split_model(str(port.site))[0] is None for port in every)
+    second = second_model_of(read_manifest(folder), dictionary) if of_one else None
+    caches = [ActivationCache.open(folder, in_model(second, str(port.site)), verify=verify) for port in ports]
+    for port, cache in zip(ports, caches):
+        if cache.d_in != port.width:
+            raise InputError(
+                f"expected activations of width {port.width} at {port.site}, but {folder} has {cache.d_in}; use a cache of the same models"
+            )
+    return caches

@@ -22,7 +22,8 @@ class Record(TypedDict):
     """training.json, which marks a finished run."""
 
     settings: dict[str, Any]
-    scale: Number
+    scale: Number | dict[str, Number]
+    """several sites have one each"""
     last: dict[str, Any]
     since_init: NotRequired[dict[str, Any]]
 

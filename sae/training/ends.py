@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sae.activations.source import Source
 from sae.errors import InputError
+from sae.model.sites import split_model
 from sae.training.config import RunConfig
 
 
@@ -57,9 +58,20 @@ class Ends(NamedTuple):
         return f"{read} to {' and '.join(self.writes)} ({self.d_out} wide)" if self.transcodes else read
 
     def metadata(self) -> dict[str, Any]:
-        """ "site" and, of a transcoder, "site_out"."""
-        found = {"site": one_or_list(self.reads)}
-        return found | {"site_out": one_or_list(self.writes)} if self.transcodes else found
+        """ "site" and, of a transcoder, "site_out": as their model calls them, where all are of one."""
+        found = {"site": one_or_list(self.named(self.reads))}
+        return found | {"site_out": one_or_list(self.named(self.writes))} if self.transcodes else found
+
+    def named(self, sites: tuple[str, ...]) -> tuple[str, ...]:
+        """Without the name of a second model where no site is of the first."""
+        of_one = len({split_model(site)[0] for site in self.sites}) == 1
+        return tuple(split_model(site)[1] for site in sites) if of_one else sites
+
+    def models(self, manifest: dict[str, Any]) -> dict[str | None, dict[str, Any]]:
+        """Facts about the models whose sites these are: None -> the only or the first one, name -> a second one."""
+        every = {None: manifest["model"], **manifest.get("models", {})}
+        names = {split_model(site)[0] for site in self.sites}
+        return {name: every[name] for name in every if name in names} if len(names) > 1 else {None: every[names.pop()]}
 
     def scales(self, source: Source) -> dict[str, float]:
         """site -> what gives its rows a mean squared norm of its width; says what is known of massive ones, which decide it."""

@@ -30,5 +30,8 @@ def train_live(config: LiveTrainingConfig) -> list[Path]:
     source = LiveSource(config.live)
     live = {k: v for k, v in asdict(config.live).items() if k not in ("device", "device_map")}
     live["text_bytes"] = [path.stat().st_size for path in text_files(config.live)]
-    decides = {"live": json.loads(json.dumps(live)), "fingerprint": source.manifest["model"]["fingerprint"]}
+    manifest = source.manifest
+    decides = {"live": json.loads(json.dumps(live)), "fingerprint": manifest["model"]["fingerprint"]}
+    if "models" in manifest:
+        decides["fingerprints"] = {name: model["fingerprint"] for name, model in manifest["models"].items()}
     return train_on(source, config, [config], config.settings() | decides)

@@ -128,11 +128,13 @@ class Part:
 
 def provenance(manifest: dict[str, Any], ends: Ends) -> dict[str, Any]:
     """What a dictionary's metadata says about the activations it was trained on."""
+    models = ends.models(manifest)
+    first = models.pop(None)
     return {
-        "model_name": manifest["model"]["name"],
-        "model_revision": manifest["model"]["revision"],
-        "model_fingerprint": manifest["model"]["fingerprint"],
-        **({"models": manifest["models"]} if "models" in manifest else {}),
+        "model_name": first["name"],
+        "model_revision": first["revision"],
+        "model_fingerprint": first["fingerprint"],
+        **({"models": models} if models else {}),
         **ends.metadata(),
         "context_size": manifest["context"],
         "prepend_bos": manifest.get("prepend_bos"),

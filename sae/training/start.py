@@ -55,10 +55,10 @@ def opened(init: Path, source: Source, ends: Ends, config: RunConfig) -> Diction
     the kind cannot take over.
     """
     found = Dictionary.load(init)
-    model = source.manifest["model"]
-    found.require_model(model["name"], model["fingerprint"], named=True)
+    for second, model in ends.models(source.manifest).items():
+        found.require_model(model["name"], model["fingerprint"], named=True, second=second)
     theirs = tuple(port.site for port in found.reads), tuple(port.site for port in found.writes)
-    if None not in theirs[0] and theirs != (ends.reads, ends.writes):
+    if None not in theirs[0] and theirs != (ends.named(ends.reads), ends.named(ends.writes)):
         there = [" and ".join(map(str, sites)) for sites in theirs]
         raise InputError(
             f"the dictionary in {init} was made for {' to '.join(dict.fromkeys(there))}, so it says nothing about {ends}; "
