@@ -70,14 +70,14 @@ def differences(points: Points, kind: str, peer: str, name: str = "fvu") -> dict
 def report(points: Points, d_sae: int) -> str:
     """Two markdown tables: the curves, and our FVU and loss recovered against each peer's at equal L0."""
     names = {"fvu": "FVU"} | ({"loss_recovered": "loss recovered"} if all("loss_recovered" in p for p in points) else {})
-    head = ["kind", "trainer", "k, target L0 or L1", "learning rate", "seeds", "L0", *names.values(), "dead", "median density"]
+    head = ["kind", "trainer", "k, target L0 or L1", "learning rate", "seeds", "L0", *names.values(), "FVU · √L0", "dead", "median density"]
     lines = [row(head), row(["---"] * len(head))]
     for kind, trainers in TRAINERS.items():
         for tool in trainers:
             for p in curve(points, tool, kind):
                 lr = f"{p['lr']:g}" if p["lr"] is not None else "its default"
                 cells = [kind, label(tool, kind), f"{p['sparsity']:g}", lr, str(p["seeds"]), number(p, "l0", 1)]
-                last = f"{p['dead'] / d_sae:.1%}", f"{p['median_density']:.2%}"
+                last = f"{score(p):.3f}", f"{p['dead'] / d_sae:.1%}", f"{p['median_density']:.2%}"
                 lines.append(row([*cells, *(number(p, name, 4) for name in names), *last]))
     lines += ["", row(["kind", "against", *(f"our {text} minus theirs at equal L0" for text in names.values())])]
     lines.append(row(["---"] * (2 + len(names))))
