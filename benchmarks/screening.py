@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from time import perf_counter
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from objective import BenchmarkConfig, Case, machine, problem, spread
@@ -21,7 +21,7 @@ from sae.activations.cache import ActivationCache
 from sae.command_line import run
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.writing import write_json
-from sae.encoding import Encoder, Method
+from sae.encoding import METHODS, Encoder, Method
 from sae.encoding.bounds import Features, frame_of
 from sae.entries import Buffers
 from sae.errors import InputError
@@ -42,7 +42,7 @@ class ScreeningConfig:
     """"synthetic" for normally distributed activations, or the folder of an activation cache."""
     dictionary: Path | None = None
     """Folder of a dictionary trained on that cache, for its weights, size and firing. Default: initial weights."""
-    methods: tuple[Method, ...] = get_args(Method)
+    methods: tuple[Method, ...] = METHODS
     """Ways to compare with `product`. bfloat16 and int8 take many times as long on a processor without instructions for them."""
     rounds: int = 5
     """Interleaved rounds; one more, not counted, comes first."""

@@ -41,6 +41,11 @@ class Entries(NamedTuple):
     value_n: Tensor
 
 
+def joined(parts: list[Entries]) -> Entries:
+    """Entries of one chunk of rows after another."""
+    return parts[0] if len(parts) == 1 else Entries(*map(torch.cat, zip(*parts)))
+
+
 def active_entries(acts_bf: Tensor, first_row: int, buffers: Buffers) -> Entries:
     """The entries of a chunk that are not 0, row after row; rows are counted from `first_row`."""
     mask_bf = _mask(acts_bf.shape, buffers, acts_bf.device)

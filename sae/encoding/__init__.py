@@ -1,6 +1,6 @@
 """Active entries of an encoder, by whichever way is the fastest one here."""
 
 from sae.encoding.choice import fastest
-from sae.encoding.encoder import Encoder, Method
+from sae.encoding.encoder import METHODS, Encoder, Method
 
-__all__ = ["Encoder", "Method", "fastest"]
+__all__ = ["METHODS", "Encoder", "Method", "fastest"]

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from sae.encoding.bounds import LARGEST_OFFSET, Features, Low, fits, frame_of
-from sae.entries import Buffers, Entries, active_entries, starts_of
+from sae.entries import Buffers, Entries, active_entries, entries_above, joined, starts_of
 from sae.errors import InputError
 
 Method = Literal["product", "onednn", "bfloat16", "int8"]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 BLOCK_BYTES = 16 << 20
 """of the bounds or the oneDNN product made at a time: the allocator uses memory of this size again"""
@@ -56,12 +57,15 @@ class Encoder:
                 frame = None if like_bd is None else frame_of(like_bd, W_fd)
                 self.features = Features(W_fd, b_f, above_f, method, frame, buffers)
 
-    def entries(self, x_bd: Tensor, buffers: Buffers, first_row: int = 0) -> Entries:
+    def entries(self, x_bd: Tensor, buffers: Buffers, first_row: int = 0, floor: float = 0.0) -> Entries:
         """Entries above the threshold, row after row; rows are counted from `first_row`. Rows [b, d] have b_in taken off already.
 
-        Rows or weights too large for a bound, or not finite, go through the float32 product.
+        With a `floor`, a number above one threshold that all features have, those above the floor. Rows or weights too large for a bound,
+        or not finite, go through the float32 product.
         """
-        return self._gathered(x_bd, buffers, first_row, None)
+        if floor and isinstance(self.above_f, Tensor):
+            raise InputError("expected one threshold for all features with a floor, got one for each; leave the floor at 0")
+        return self._gathered(x_bd, buffers, first_row, floor)
 
     def top(self, x_bd: Tensor, k: int, buffers: Buffers) -> Entries:
         """Entries above the threshold, and of each row at least the k largest of those; a few more, none of them wrong.
@@ -70,49 +74,48 @@ class Encoder:
         """
         if isinstance(self.above_f, Tensor):
             raise InputError("expected one threshold for all features when the k largest are wanted, got one for each; leave it at 0")
-        return self._gathered(x_bd, buffers, 0, k)
+        return self._gathered(x_bd, buffers, 0, 0.0, k)
 
-    def _gathered(self, x_bd: Tensor, buffers: Buffers, first_row: int, k: int | None) -> Entries:
+    def _gathered(self, x_bd: Tensor, buffers: Buffers, first_row: int, floor: float, k: int | None = None) -> Entries:
         if self.method != "onednn" and (self.features is None or not fits(x_bd)):
-            return self._by_product(x_bd, buffers, first_row)
+            acts_bf = buffers.take("acts", (len(x_bd), len(self.W_fd)), x_bd.dtype, x_bd.device)
+            return self._kept(torch.addmm(self.b_f, x_bd, self.W_fd.T, out=acts_bf), buffers, first_row, floor)
         width = 4 if self.features is None else self.features.bound_dtype.itemsize
         size = max(1, BLOCK_BYTES // (width * len(self.W_fd)))
         starts = range(0, max(1, len(x_bd)), size)
-        found = [self._of_block(x_bd[start : start + size], buffers, first_row + start, k) for start in starts]
-        return found[0] if len(found) == 1 else Entries(*map(torch.cat, zip(*found)))
+        found = [self._of_block(x_bd[start : start + size], buffers, first_row + start, floor, k) for start in starts]
+        return joined(found)
 
-    def _of_block(self, x_bd: Tensor, buffers: Buffers, first_row: int, k: int | None) -> Entries:
+    def _of_block(self, x_bd: Tensor, buffers: Buffers, first_row: int, floor: float, k: int | None) -> Entries:
         if self.features is None:
-            return self._kept(torch.ops.mkldnn._linear_pointwise(x_bd, self.W_fd, self.b_f, *self._after), buffers, first_row)
+            z_bf = torch.ops.mkldnn._linear_pointwise(x_bd, self.W_fd, self.b_f, "none", [], "")
+            return self._kept(z_bf, buffers, first_row, floor)
         bound_bf = buffers.take("bound", (len(x_bd), len(self.W_fd)), self.features.bound_dtype, x_bd.device)
         excess_b = self.features.upper_bounds(x_bd, bound_bf, buffers)
-        floor_b = None if k is None else surely_reached(bound_bf, excess_b, k)
-        if floor_b is not None:
-            bound_bf.sub_(floor_b[:, None].to(bound_bf.dtype)).relu_()
+        above_f = self.above_f
+        if k is not None:
+            bound_bf.sub_(below(surely_reached(bound_bf, excess_b, k))[:, None]).relu_()
+        elif floor and not isinstance(above_f, Tensor):
+            bound_bf.sub_(float(below(torch.tensor(floor - above_f)))).relu_()
+            above_f = max(above_f, floor)
         row_n, feature_n, _ = active_entries(bound_bf, 0, buffers)
         value_n = exact_products(x_bd, self.W_fd, row_n, feature_n)
         value_n += self.b_f.index_select(0, feature_n)
-        above_n = self.above_f.index_select(0, feature_n) if isinstance(self.above_f, Tensor) else self.above_f
-        kept_n = (value_n > above_n).nonzero().squeeze(1)  # host sync
+        kept_n = (
+            (value_n > (above_f.index_select(0, feature_n) if isinstance(above_f, Tensor) else above_f)).nonzero().squeeze(1)
+        )  # host sync
         row_n, feature_n, value_n = (one.index_select(0, kept_n) for one in (row_n, feature_n, value_n))
         return Entries(row_n.add_(first_row), feature_n, value_n)
 
-    @property
-    def _after(self) -> tuple[str, list[float], str]:
-        return ("none", [], "") if isinstance(self.above_f, Tensor) else ("relu", [], "")
-
-    def _by_product(self, x_bd: Tensor, buffers: Buffers, first_row: int) -> Entries:
-        acts_bf = buffers.take("acts", (len(x_bd), len(self.W_fd)), x_bd.dtype, x_bd.device)
-        return self._kept(torch.addmm(self.b_f, x_bd, self.W_fd.T, out=acts_bf), buffers, first_row)
-
-    def _kept(self, z_bf: Tensor, buffers: Buffers, first_row: int) -> Entries:
-        if isinstance(self.above_f, Tensor) or self.above_f:
-            z_bf.masked_fill_(z_bf <= self.above_f, 0)
-        return active_entries(z_bf.relu_(), first_row, buffers)
+    def _kept(self, z_bf: Tensor, buffers: Buffers, first_row: int, floor: float) -> Entries:
+        if isinstance(self.above_f, Tensor):
+            return entries_above(z_bf, self.above_f, first_row, buffers)
+        low = max(self.above_f, floor)
+        return entries_above(z_bf, low, first_row, buffers) if low else active_entries(z_bf.relu_(), first_row, buffers)
 
 
 def surely_reached(bound_bf: Tensor, excess_b: Tensor, k: int) -> Tensor:
-    """A number for each row below k of its values at least, [b], or 0, from bounds that exceed the values by `excess_b` at most.
+    """A number for each row below k of its values at least, [b], or less than 0, from bounds that exceed the values by `excess_b` at most.
 
     Of the largest bounds of k groups of features each belongs to another feature, so k values are at least the smallest of these, less the
     excess. Groups are many times more than k, so that it seldom happens that two of the k largest share one.
@@ -124,9 +127,12 @@ def surely_reached(bound_bf: Tensor, excess_b: Tensor, k: int) -> Tensor:
     if largest_bg.shape[1] < k:
         return torch.zeros_like(excess_b)
     reached_b = largest_bg.topk(k, dim=1).values[:, -1].float()
-    floor_b = reached_b * (1 - 2.0**-7) - excess_b
-    # a number of bfloat16, and so far below that no value above `floor_b` rounds to it
-    return (floor_b * (1 - 2.0**-6)).bfloat16().float().clamp(min=0)
+    return reached_b * (1 - 2.0**-7) - excess_b
+
+
+def below(floor: Tensor) -> Tensor:
+    """A number of bfloat16, or 0, so far below that nothing above the floor rounds to it: a bound in bfloat16 less it keeps its sign."""
+    return (floor * (1 - 2.0**-6)).bfloat16().float().clamp(min=0)
 
 
 def exact_products(x_bd: Tensor, W_fd: Tensor, row_n: Tensor, feature_n: Tensor) -> Tensor:
@@ -142,8 +148,8 @@ def exact_products(x_bd: Tensor, W_fd: Tensor, row_n: Tensor, feature_n: Tensor)
 
 
 def refuse_missing(method: Method, W_fd: Tensor) -> None:
-    if method not in get_args(Method):
-        raise InputError(f"expected an encoder out of {', '.join(get_args(Method))}, got {method!r}")
+    if method not in METHODS:
+        raise InputError(f"expected an encoder out of {', '.join(METHODS)}, got {method!r}")
     if method == "product":
         return
     if W_fd.dtype != torch.float32:

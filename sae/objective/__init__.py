@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sae.encoding import Method
+from sae.encoding.encoder import refuse_missing
 from sae.errors import InputError
 from sae.objective.fast import fast_step
 from sae.objective.formula import L1, formula_step
@@ -134,10 +136,30 @@ def one_by_one(
     return Step.stack(alone)._replace(gradients=buffers, own_gradients=own_buffers)
 
 
+def screens(rule: Rule | None) -> bool:
+    """Whether another encoder than the product can find the entries."""
+    return rule is not None and not rule.signed
+
+
+def refuse_encoder(encoder: Method, backend: Backend, rules: Sequence[Rule | None], weights: Weights) -> None:
+    """Raises `InputError` for an encoder that would not be used or does not exist here."""
+    if encoder == "product":
+        return
+    refuse_missing(encoder, weights.W_enc_fd)
+    cuda = weights.W_enc_fd.is_cuda
+    if backend not in (("sparse",) if cuda else ("auto", "sparse")):
+        raise InputError(f"expected the backend {'sparse' if cuda else 'auto or sparse'} for the encoder {encoder}, got {backend}; "
+                         "take that, or the encoder product")  # fmt: skip
+    if not all(map(screens, rules)):
+        raise InputError(f"expected a kind that keeps what is large with its sign for the encoder {encoder}, got one that compares without "
+                         "signs or has no fast rule; take the encoder product")  # fmt: skip
+
+
 def chosen(
     backend: Backend, x_bd: Tensor, weights: Weights, rules: Sequence[Rule | None], y_bo: Tensor | None, workspace: Workspace
 ) -> str:
-    """The path for this call. Raises `InputError` for one that this device or kind lacks."""
+    """The path for this call. Raises `InputError` for one that this device or kind lacks, and for an encoder that it does not use."""
+    refuse_encoder(workspace.encoder, backend, rules, weights)
     relu = y_bo is None and all(rule is not None and rule.is_relu for rule in rules)
     if backend == "triton":
         if not relu:

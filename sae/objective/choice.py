@@ -8,7 +8,7 @@ without it, so that the guess decides the time and never the result. Of equal va
 kept, as the gates do (sae/dictionaries/gates.py).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -29,28 +29,38 @@ def top_of_rows(z_bf: Tensor, k: int, signed: bool, guess: float | None, buffers
     rows = len(z_bf)
     if guess is None:
         guess = _low(size_bf[:: max(1, rows // SAMPLE)].topk(k).values[:, -1])
-    row_n, column_n, value_n = entries_above(size_bf, guess, 0, buffers)
-    starts = starts_of(row_n, rows).long()
-    count_b = starts.diff()
-    place_n = torch.arange(len(row_n), device=row_n.device) - starts[row_n.long()]
-    width = max(k + 1, int(count_b.max()))  # host sync
-    list_bn = size_bf.new_zeros(rows, width)
-    list_bn[row_n.long(), place_n] = value_n
-    kept_bk = largest(list_bn, k)
-    value_bk = list_bn.gather(1, kept_bk)
-    feature_bk = column_n.new_zeros(rows, width)
-    feature_bk[row_n.long(), place_n] = column_n
-    feature_bk = feature_bk.gather(1, kept_bk)
+    feature_bk, value_bk, count_b = top_of_lists(entries_above(size_bf, guess, 0, buffers), rows, k)
     short_m = (count_b < k).nonzero().squeeze(1) if guess > 0 else count_b.new_empty(0)
     if len(short_m):
         again_mf = size_bf.index_select(0, short_m)
         kept_mk = largest(again_mf, k)
         feature_bk[short_m] = kept_mk.int()
         value_bk[short_m] = again_mf.gather(1, kept_mk)
-    row_n, at_n = (~(value_bk <= 0)).nonzero(as_tuple=True)  # what is not a number is kept, so that the loss tells of it
-    feature_n = feature_bk[row_n, at_n]
-    value_n = z_bf[row_n, feature_n.long()] if signed else value_bk[row_n, at_n]
-    return Entries(row_n.int(), feature_n, value_n), _low(value_bk.min(1).values)
+    entries = positive(feature_bk, value_bk)
+    if signed:
+        entries = entries._replace(value_n=z_bf[entries.row_n.long(), entries.feature_n.long()])
+    return entries, _low(value_bk.min(1).values)
+
+
+def top_of_lists(entries: Entries, rows: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Features and values [rows, k] of the k largest listed entries of each row, 0 where there are fewer; how many are listed, [rows]."""
+    row_n, column_n, value_n = entries
+    starts = starts_of(row_n, rows).long()
+    count_b = starts.diff()
+    place_n = torch.arange(len(row_n), device=row_n.device) - starts[row_n.long()]
+    width = max(k + 1, int(count_b.max()))  # host sync
+    list_bn = value_n.new_zeros(rows, width)
+    list_bn[row_n.long(), place_n] = value_n
+    kept_bk = largest(list_bn, k)
+    feature_bn = column_n.new_zeros(rows, width)
+    feature_bn[row_n.long(), place_n] = column_n
+    return feature_bn.gather(1, kept_bk), list_bn.gather(1, kept_bk), count_b
+
+
+def positive(feature_bk: Tensor, value_bk: Tensor) -> Entries:
+    """Those above 0, and what is not a number, so that the loss tells of it."""
+    row_n, at_n = (~(value_bk <= 0)).nonzero(as_tuple=True)  # host sync
+    return Entries(row_n.int(), feature_bk[row_n, at_n], value_bk[row_n, at_n])
 
 
 def _low(kth_b: Tensor) -> float:
@@ -58,23 +68,10 @@ def _low(kth_b: Tensor) -> float:
     return max(0.0, float(kth_b.kthvalue(1 + int(SHORT * len(kth_b))).values))  # host sync
 
 
-def top_of_batch(
-    chunks: Callable[[], Iterable[tuple[int, Tensor]]], total: int, share: float, guess: float | None, buffers: Buffers
-) -> tuple[Entries, float]:
-    """The `total` largest of a batch that are above 0, and the smallest of them (0 if there are none).
-
-    `share` is that of all entries. `chunks` gives the number of the first row and pre-activations [chunk, f], one chunk after another,
-    each valid until the next.
-    """
+def top_of_batch(above: Callable[[float], Entries], total: int, guess: float) -> tuple[Entries, float]:
+    """The `total` largest of a batch that are above 0, and the smallest of them (0 if there are none); `above` gives all above a number."""
     for lower in LOWER:
-        found: list[Entries] = []
-        for first, z_bf in chunks():
-            if guess is None:
-                sample_n = z_bf[:: max(1, len(z_bf) // SAMPLE)].flatten()
-                below = len(sample_n) - round(share * len(sample_n))
-                guess = max(0.0, float(sample_n.kthvalue(max(1, below)).values))  # host sync
-            found.append(entries_above(z_bf, guess * lower, first, buffers))
-        row_n, feature_n, value_n = (torch.cat(one) for one in zip(*found))
+        row_n, feature_n, value_n = above(guess * lower)
         if len(value_n) >= total or guess == 0:
             break
     if len(value_n) > total:
@@ -84,3 +81,9 @@ def top_of_batch(
         kept_n[tied_n[: total - int(kept_n.sum())]] = True  # host sync
         row_n, feature_n, value_n = row_n[kept_n], feature_n[kept_n], value_n[kept_n]
     return Entries(row_n, feature_n, value_n), float(value_n.min()) if len(value_n) else 0.0  # host sync
+
+
+def first_guess(sample_bf: Tensor, share: float) -> float:
+    """A threshold above which about that share of entries is, from the pre-activations of a few rows."""
+    sample_n = sample_bf.flatten()
+    return max(0.0, float(sample_n.kthvalue(max(1, len(sample_n) - round(share * len(sample_n)))).values))  # host sync

@@ -11,7 +11,8 @@ a_bf = g_b·W_dec_f + (slope/B)‖W_dec_f‖ on active entries, slope being the 
 Rows are taken a chunk at a time, so that no [b, f] tensor is larger than a chunk, and the chunk's buffers are reused from step to
 step (fresh ones cost page faults). Of a chunk whose code is sparse only the active entries are kept, and those of all rows then go
 through the rest at once (sparse.py), so that no gradient is passed over twice; a dense chunk, as early in training, goes through matrix
-products. What keeps the k largest is always sparse. What else was tried, with numbers: benchmarks/cpu_experiments.md.
+products. What keeps the k largest is always sparse. Where the workspace names an encoder of sae/encoding, that finds the entries of a
+sparse chunk. What else was tried, with numbers: benchmarks/cpu_experiments.md.
 """
 
 from collections.abc import Iterator
@@ -19,8 +20,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sae.entries import Entries, active_entries, entries_above
-from sae.objective.choice import top_of_batch, top_of_rows
+from sae.encoding import Encoder
+from sae.entries import Entries, active_entries, entries_above, joined
+from sae.objective.choice import SAMPLE, first_guess, positive, top_of_batch, top_of_lists, top_of_rows
 from sae.objective.rule import Linear, Rule
 from sae.objective.sparse import Sums, add_dead_features, add_sparse_rows
 from sae.objective.step import Own, Step, Weights
@@ -32,6 +34,10 @@ SPARSE_BELOW = 1 / 8
 """share of active entries under which the sparse path is the faster one (measured on two CPU cores, d_in 256 to 512)"""
 HELD_ENTRIES = 2 << 20
 """active entries after which the sparse path does not wait for more rows; they take about 70 bytes each"""
+SCREENED_BELOW = 1 / 32
+"""share of active entries under which an encoder of sae/encoding is used: a value alone costs about twenty times its share of a product"""
+SCREENED_SAMPLE = 256
+"""one row of so many tells that share"""
 
 
 def fast_step(
@@ -62,34 +68,52 @@ def fast_step(
     return sums.step(sparse_rows / len(x_bd), threshold)
 
 
-def pre_activations(sums: Sums, name: str = "acts") -> Iterator[tuple[slice, Tensor]]:
-    """z of one chunk of rows after another, in memory that the next one overwrites."""
-    input_bd, weights = sums.input_bd, sums.weights
-    f = len(weights.b_enc_f)
-    chunk = max(1, CHUNK_BYTES * (8 if input_bd.is_cuda else 1) // (f * input_bd.element_size()))
-    for start in range(0, len(input_bd), chunk):
-        rows = slice(start, min(start + chunk, len(input_bd)))
-        z_bf = sums.workspace.take(name, (rows.stop - start, f), input_bd.dtype, input_bd.device)
-        yield rows, torch.addmm(weights.b_enc_f, input_bd[rows], weights.W_enc_fd.T, out=z_bf)
+def chunks(sums: Sums) -> Iterator[slice]:
+    rows, size = len(sums.input_bd), len(sums.weights.b_enc_f) * sums.input_bd.element_size()
+    chunk = max(1, CHUNK_BYTES * (8 if sums.input_bd.is_cuda else 1) // size)
+    return (slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk))
+
+
+def pre_activations(sums: Sums, rows: slice) -> Tensor:
+    """z of some rows, in memory that the next call overwrites."""
+    input_bd, weights = sums.input_bd[rows], sums.weights
+    z_bf = sums.workspace.take("acts", (len(input_bd), len(weights.b_enc_f)), input_bd.dtype, input_bd.device)
+    return torch.addmm(weights.b_enc_f, input_bd, weights.W_enc_fd.T, out=z_bf)
+
+
+def encoder_of(sums: Sums) -> Encoder:
+    """The workspace's encoder for the weights of this step."""
+    method, weights, rule = sums.workspace.encoder, sums.weights, sums.rule
+    like_bd = sums.input_bd if method == "int8" else None  # bfloat16 loses less by huge dimensions than the frame costs at every step
+    low = 0.0 if rule.jump is None else sums.low_f
+    return Encoder(method, weights.W_enc_fd, weights.b_enc_f, low, like_bd=like_bd, buffers=sums.workspace)
 
 
 def add_chosen(sums: Sums, name: str) -> float:
     """A step of the k largest, of rows or of the batch; gives the batch's smallest."""
-    rule, guesses = sums.rule, sums.workspace.guesses
-    rows = len(sums.input_bd)
+    rule, guesses, workspace = sums.rule, sums.workspace.guesses, sums.workspace
+    rows, share = len(sums.input_bd), rule.top / len(sums.weights.b_enc_f)
+    encoder = encoder_of(sums) if workspace.encoder != "product" and share < SCREENED_BELOW else None
     if rule.over == "batch":
-        f = len(sums.weights.b_enc_f)
+        if name not in guesses:
+            guesses[name] = first_guess(pre_activations(sums, slice(None, None, max(1, rows // SAMPLE))), share)
 
-        def chunks() -> Iterator[tuple[int, Tensor]]:
-            return ((part.start, z_bf) for part, z_bf in pre_activations(sums))
+        def above(low: float) -> Entries:
+            if encoder is not None:
+                return encoder.entries(sums.input_bd, workspace, floor=low)
+            return joined([entries_above(pre_activations(sums, part), low, part.start, workspace) for part in chunks(sums)])
 
-        entries, threshold = top_of_batch(chunks, rows * rule.top, rule.top / f, guesses.get(name), sums.workspace)
+        entries, threshold = top_of_batch(above, rows * rule.top, guesses[name])
         guesses[name] = threshold
         add_sparse_rows(sums, slice(0, rows), [entries])
         return threshold
     found: list[Entries] = []
-    for part, z_bf in pre_activations(sums):
-        entries, guesses[name] = top_of_rows(z_bf, rule.top, rule.signed, guesses.get(name), sums.workspace)
+    for part in chunks(sums):
+        if encoder is not None:
+            input_bd = sums.input_bd[part]
+            entries = positive(*top_of_lists(encoder.top(input_bd, rule.top, workspace), len(input_bd), rule.top)[:2])
+        else:
+            entries, guesses[name] = top_of_rows(pre_activations(sums, part), rule.top, rule.signed, guesses.get(name), workspace)
         found.append(entries._replace(row_n=entries.row_n + part.start))
     add_sparse_rows(sums, slice(0, rows), found)
     return 0.0
@@ -102,17 +126,26 @@ def add_all_above(sums: Sums, path: str) -> int:
     sparse_rows = 0
     entries: list[Entries] = []  # of the rows since `first`, which are still to go through the sparse path
     first = 0
-    for part, acts in pre_activations(sums):
-        if jump is None:
-            acts.relu_()
-        sparse = path == "sparse"
-        if path == "auto":
-            sample = acts[::64]  # counting every entry would be a pass of its own
-            active = torch.count_nonzero(sample if jump is None else sample > sums.low_f)
-            sparse = active.item() < SPARSE_BELOW * sample.numel()  # host sync
+    encoder: Encoder | None = None
+    for part in chunks(sums):
+        here = part.start - first
+        sparse = screened = workspace.encoder != "product" and path != "dense" and few_active(sums, part)
+        if screened:
+            encoder = encoder or encoder_of(sums)
+            entries.append(encoder.entries(sums.input_bd[part], workspace, here))
+        else:
+            acts = pre_activations(sums, part)
+            if jump is None:
+                acts.relu_()
+            sparse = path == "sparse"
+            if path == "auto":
+                sample = acts[::64]  # counting every entry would be a pass of its own
+                active = torch.count_nonzero(sample if jump is None else sample > sums.low_f)
+                sparse = active.item() < SPARSE_BELOW * sample.numel()  # host sync
+            if sparse:
+                listed = active_entries(acts, here, workspace) if jump is None else entries_above(acts, sums.low_f, here, workspace)
+                entries.append(listed)
         if sparse:
-            here = part.start - first
-            entries.append(active_entries(acts, here, workspace) if jump is None else entries_above(acts, sums.low_f, here, workspace))
             sparse_rows += part.stop - part.start
         if entries and (not sparse or part.stop == rows or sum(len(e[0]) for e in entries) >= HELD_ENTRIES):
             add_sparse_rows(sums, slice(first, part.stop if sparse else part.start), entries)
@@ -122,6 +155,13 @@ def add_all_above(sums: Sums, path: str) -> int:
         if not entries:
             first = part.stop
     return sparse_rows
+
+
+def few_active(sums: Sums, part: slice) -> bool:
+    """Whether the code of these rows is so sparse that the workspace's encoder is worth while: by float32 products of a sample of them."""
+    z_bf = pre_activations(sums, slice(part.start, part.stop, SCREENED_SAMPLE))
+    low = 0.0 if sums.rule.jump is None else sums.low_f
+    return int(torch.count_nonzero(z_bf > low)) < SCREENED_BELOW * z_bf.numel()  # host sync
 
 
 def add_dense_rows(sums: Sums, part: slice, acts: Tensor) -> None:

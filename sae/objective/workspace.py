@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sae.encoding import METHODS, Method
 from sae.entries import Buffers
 
 Precision = Literal["float32", "tf32", "bfloat16"]
@@ -16,14 +17,19 @@ DECIDE_EVERY = 32
 class Workspace(Buffers):
     """`precision`: of the matrix products' operands on CUDA; sums are always in float32, and a CPU has float32 only.
 
+    `encoder`: how active entries are found where the code is sparse; "product" is torch's float32 product, others are in sae/encoding.
     `deterministic`: on CUDA, sum in one fixed order, so that two runs are equal bit for bit (a CPU does that anyway).
     `plan` is [calls, triton?, capacity]: the calls so far and what was decided for CUDA. With the weights it decides the next step.
     """
 
-    def __init__(self, precision: Precision = "float32", deterministic: bool = True, capacity: int = 256) -> None:
+    def __init__(
+        self, precision: Precision = "float32", deterministic: bool = True, capacity: int = 256, encoder: Method = "product"
+    ) -> None:
         super().__init__()
         self.precision, self.deterministic = precision, deterministic
         self.plan = torch.tensor([0, 0, capacity])
+        self.encoder_number = torch.tensor(METHODS.index(encoder))
+        """the encoder as a tensor, for a checkpoint: a run goes on with the one that it began with, since it decides last digits"""
         self.guesses: dict[str, float] = {}
         """of thresholds that the k largest of the next step pass, by dictionary; they decide its time and not its result"""
         self.l0: Tensor | None = None
@@ -32,6 +38,10 @@ class Workspace(Buffers):
         """on CUDA, how many steps had a row that was not finite and left the weights alone, []"""
         self.bad_rows_b: Tensor | None = None
         """on CUDA, which rows that were, over all those steps, [b]"""
+
+    @property
+    def encoder(self) -> Method:
+        return METHODS[int(self.encoder_number)]
 
     def note_bad_rows(self, bad_b: Tensor) -> None:
         """Remembers on the device what `first_bad_rows` tells later."""

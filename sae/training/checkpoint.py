@@ -24,6 +24,7 @@ class Record(TypedDict):
     settings: dict[str, Any]
     scale: Number | dict[str, Number]
     """several sites have one each"""
+    encoder: NotRequired[str]
     last: dict[str, Any]
     since_init: NotRequired[dict[str, Any]]
 

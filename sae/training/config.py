@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from sae.encoding import Method
 from sae.errors import InputError
 from sae.kinds import Kind, ReLU, name_of
 from sae.kinds.kind import flag
@@ -82,6 +83,9 @@ class RunConfig:
     """How the objective is computed. auto chooses the sparse path (triton on CUDA) or the dense one by the share of active entries."""
     precision: Literal["auto"] | Precision = "auto"
     """Precision of the operands of matrix products; sums are in float32. auto is tf32 on CUDA and float32, the only one, on a CPU."""
+    encoder: Literal["auto"] | Method = "auto"
+    """How active entries are found on a CPU while the code is sparse. It decides their last digits. auto measures at the start, and says
+    so where it is not the float32 product; training.json has the answer, which repeats the run bit for bit."""
     deterministic: bool = True
     """Add in one fixed order on CUDA, so that a run can be repeated bit for bit; a CPU always does."""
     log_every: int = 50

@@ -14,10 +14,13 @@ from sae.activations.source import Source
 from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.gates import Threshold
 from sae.disk.writing import write_json
+from sae.encoding import METHODS, fastest
+from sae.encoding.choice import TRIED_ROWS
 from sae.errors import InputError
 from sae.kinds import BatchTopK, name_of
 from sae.kinds.batchtopk import threshold_for
-from sae.objective import Step, Workspace, bad_rows_text
+from sae.objective import Step, Workspace, bad_rows_text, refuse_encoder, screens
+from sae.objective.step import of
 from sae.training.config import RunConfig
 from sae.training.ends import Ends
 from sae.training.metrics import MetricsLog, write_lines
@@ -38,6 +41,29 @@ class Part:
         self.lines: list[dict[str, Any]] = [{} for _ in self.folders]
         """the last ones of metrics"""
         self._last: tuple[Step, Tensor, Tensor | None]
+
+    def choose_encoder(self) -> None:
+        """How active entries are found: as the settings say, or the fastest for such rows where the kind, device and path allow others.
+
+        Raises `InputError` for one that would not be used.
+        """
+        sweep, config = self.sweep, self.config
+        weights, own, found = sweep.weights.of(0), of(sweep.own, 0), config.encoder
+        rule = sweep.kind.goal(sweep.values[0], sweep.now(0, 0)).rule(weights, own)
+        if found != "auto":
+            refuse_encoder(found, config.backend, [rule], weights)
+        elif weights.W_enc_fd.is_cuda or config.backend not in ("auto", "sparse") or not screens(rule):
+            found = "product"
+        else:
+            rows = {site: self.source.first_rows(site)[:TRIED_ROWS].float() for site in self.ends.sites}
+            x_bd, y_bo = self.ends.pair(rows, self.scales)
+            input_bd = x_bd - weights.b_dec_d if y_bo is None else x_bd
+            found = fastest(input_bd, weights.W_enc_fd, weights.b_enc_f, rows=config.steps * config.batch_size)
+            if found != "product":
+                print(
+                    f"active entries are found by {found}, measured to be the fastest here; --encoder {found} repeats this run bit for bit"
+                )
+        sweep.workspace.encoder_number.fill_(METHODS.index(found))
 
     def open_logs(self, first: int, wandb_run: Any, out: Path) -> None:
         names = ["" if folder == out else str(folder.relative_to(out)) for folder in self.folders]
@@ -87,6 +113,7 @@ class Part:
         record: dict[str, Any] = {
             "settings": json.loads(json.dumps(settings)),
             "scale": self.scales[ends.reads[0]] if len(self.scales) == 1 else self.scales,
+            "encoder": sweep.workspace.encoder,
             "last": {name: number for name, number in self.lines[k].items() if name != "tokens_per_second"},
         }
         if isinstance(sweep.kind, BatchTopK):

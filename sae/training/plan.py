@@ -25,7 +25,8 @@ class PlanConfig(TrainingConfig):
     kind: Kind = field(default_factory=ReLU, init=False)  # said by each run
     plan: Path
     """JSON file with a list of runs. Each has a name, which is its folder in --out, a kind, and any of that kind's options and of --reads,
-    --writes, --skip, --d-sae, --lr, --betas, --lr-warmup, --lr-decay, --clip, --init, --decoder-norm, --b-dec, --dead-steps and --seed."""
+    --writes, --skip, --d-sae, --lr, --betas, --lr-warmup, --lr-decay, --clip, --init, --decoder-norm, --b-dec, --dead-steps, --encoder
+    and --seed."""
 
     def runs(self) -> list[RunConfig]:
         """One for each run. Raises `InputError` for a plan that cannot be meant."""

@@ -145,4 +145,5 @@ class Sweep:
         for name, parameter in list(tensors.items()):
             tensors |= {f"adam.{name}.{moment}": self.adam.state[parameter][moment] for moment in MOMENTS}
         tensors |= {f"kept.{name}": tensor for name, tensor in self.kept.items()}
-        return tensors | {"silent_steps_kf": self.silent_steps_kf, "plan": self.workspace.plan} | self.counts()
+        decided = {"plan": self.workspace.plan, "encoder": self.workspace.encoder_number}
+        return tensors | {"silent_steps_kf": self.silent_steps_kf} | decided | self.counts()

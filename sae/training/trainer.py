@@ -86,6 +86,9 @@ def train_into(source: Source, run: RunConfig, configs: Sequence[RunConfig], set
     first = checkpoint.restore([part.sweep for part in parts])
     if first:
         print(f"resuming after step {first:,}")
+    else:
+        for part in parts:
+            part.choose_encoder()
     batches = source.batches(run.batch_size, seed=run.seed, device=device)
     batches.seek(first)
     wandb_run = start_wandb(run.wandb, run.wandb_project, run.out, settings)
@@ -111,14 +114,15 @@ def loop(parts: list[Part], batches: Iterator[dict[str, Tensor]], checkpoint: Ch
     with stop_requests() as stop, progress("training", run.steps, "steps", first) as bar:
         for step in range(first, run.steps):
             batch = next(batches)
-            done = step + 1
-            log_now = done % run.log_every == 0 or done == run.steps
-            save_now = bool(stop) or (done % run.checkpoint_every == 0 and done < run.steps)
             for part in parts:
                 try:
                     part.step(batch, step)
                 except InputError as error:
                     raise InputError(f"step {step + 1}: {error}; harvest these activations again; {checkpoint.kept()}") from None
+            done = step + 1
+            log_now = done % run.log_every == 0 or done == run.steps
+            save_now = bool(stop) or (done % run.checkpoint_every == 0 and done < run.steps)  # a signal may have come during the step
+            for part in parts:
                 if on_cpu or log_now or save_now:  # elsewhere each look is a host sync
                     part.refuse_runaway(step, checkpoint.kept())
                 part.resample(step)
@@ -128,7 +132,7 @@ def loop(parts: list[Part], batches: Iterator[dict[str, Tensor]], checkpoint: Ch
             bar.advance(1, **{k: f"{line[k]:.3g}" for k in ("fvu", "l0") if line})
             if save_now:
                 checkpoint.save(sweeps, done)
-            if stop:
+            if stop and save_now:  # one that came since then waits for the next step
                 print(f"stopped after step {done:,}; the same command continues from there")
                 raise KeyboardInterrupt
 

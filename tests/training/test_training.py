@@ -19,7 +19,7 @@ from sae.activations.harvest.command import HarvestConfig, harvest
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.writing import only_writer
 from sae.errors import InputError
-from sae.kinds import Now, ReLU
+from sae.kinds import AbsTopK, Now, ReLU, TopK
 from sae.objective import Workspace
 from sae.training import TrainingConfig, train
 from sae.training.sweep import Sweep
@@ -144,6 +144,42 @@ def test_a_stopped_run_continues_bit_for_bit(cache, tmp_path, monkeypatch):
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("encoder", ["bfloat16", "onednn"])
+def test_a_run_goes_on_with_the_encoder_that_it_began_with(cache, tmp_path, monkeypatch, capsys, encoder):
+    """Measured once, at the start; named, it gives the same bits, and other settings only where its values are others."""
+
+    class Stop(Exception): ...
+
+    def stop(*_):
+        raise Stop
+
+    def changes(out, **more):
+        return config_for(cache, tmp_path / out, kind=TopK(k=(1,)), steps=30, checkpoint_every=10, **more)
+
+    monkeypatch.setattr("sae.training.part.fastest", lambda *_, **__: encoder)
+    with monkeypatch.context() as patch:
+        patch.setattr("sae.training.part.Part.finish", stop)
+        with pytest.raises(Stop):
+            train(changes("parts"))
+    assert f"active entries are found by {encoder}, measured to be the fastest here" in capsys.readouterr().out
+    monkeypatch.setattr("sae.training.part.fastest", lambda *_, **__: "product")
+    train(changes("parts"))
+    monkeypatch.undo()
+    train(changes("named", encoder=encoder))
+    train(changes("product"))
+    found = {name: contents(tmp_path / name) for name in ("parts", "named", "product")}
+    assert found["parts"] == found["named"]
+    records = {name: json.loads((tmp_path / name / "training.json").read_text()) for name in found}
+    assert [records[name]["encoder"] for name in found] == [encoder, encoder, "product"]
+    losses = [[line["loss"] for line in lines] for _, lines in found.values()]
+    assert losses[1] == pytest.approx(losses[2], rel=1e-3)
+
+
+def test_an_encoder_that_a_kind_does_not_use_is_refused_before_the_first_step(cache, tmp_path):
+    with pytest.raises(InputError, match=r"^expected a kind that keeps what is large with its sign for the encoder int8, got one that"):
+        train(config_for(cache, tmp_path / "d", kind=AbsTopK(k=(3,)), encoder="int8"))
+
+
 def test_a_checkpoint_with_a_flipped_bit_or_without_a_checksum_is_refused(cache, tmp_path, monkeypatch):
     class Stop(Exception):
         pass
@@ -152,7 +188,7 @@ def test_a_checkpoint_with_a_flipped_bit_or_without_a_checksum_is_refused(cache,
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr("sae.training.trainer.finish", stop)
+        patch.setattr("sae.training.part.Part.finish", stop)
         with pytest.raises(Stop):
             train(config_for(cache, tmp_path / "d"))
     path = tmp_path / "d" / "checkpoint.safetensors"
