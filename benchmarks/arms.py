@@ -46,6 +46,8 @@ class Problem(NamedTuple):
     """of our step"""
     clip: float = 0.0
     """largest norm of our step's gradient; the others have settings of their own"""
+    encoder: Any = "product"
+    """how our step finds active entries; "auto": what is measured to be the fastest"""
 
     def parameters(self) -> list[torch.nn.Parameter]:
         return [torch.nn.Parameter(getattr(self, name)) for name in NAMES]
@@ -79,18 +81,20 @@ def encoder_product(p: Problem) -> Arm:
 
 
 def ours(p: Problem) -> Arm:
+    from sae.encoding import fastest
     from sae.objective import Weights, Workspace, objective
 
     weights = Weights(*p.parameters())
     optimizer = adam(weights)
-    workspace = Workspace(p.precision, p.deterministic)
+    method = fastest(p.x_bd - p.b_dec_d, p.W_enc_fd, p.b_enc_f, 0.0) if p.encoder == "auto" else p.encoder
+    workspace = Workspace(p.precision, p.deterministic, encoder=method)
 
     def step() -> Any:
         return objective(p.x_bd, weights, p.l1, p.backend, workspace, optimizer, p.clip)
 
     def check() -> dict[str, Any]:
         result = step()
-        return {"loss": float(result.loss), "sparse_share": float(result.sparse_share)}  # host sync
+        return {"loss": float(result.loss), "sparse_share": float(result.sparse_share), "encoder": method}  # host sync
 
     return Arm(step, check)
 
@@ -321,7 +325,8 @@ def load(settings: dict[str, Any]) -> Problem:
     tensors = load_file(settings["problem"])  # mapped from the file: cloned, so that it lies in memory as it would in training
     own = {name: tensors[name].clone().to(settings["device"]) for name in ("x_bd", *NAMES)}
     precision = "bfloat16" if settings["device"] == "cuda" else "float32"
-    return Problem(**own, l1=settings["l1"], device=settings["device"], backend=settings["backend"], precision=precision)
+    ours = {name: settings[name] for name in ("backend", "encoder")}
+    return Problem(**own, l1=settings["l1"], device=settings["device"], precision=precision, **ours)
 
 
 def serve(settings: dict[str, Any], answer: Answer) -> None:

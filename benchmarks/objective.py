@@ -27,6 +27,7 @@ from sae.activations.cached import CachedSource
 from sae.command_line import run
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.writing import write_json
+from sae.encoding import Method
 from sae.errors import InputError
 from sae.objective import Weights
 
@@ -53,6 +54,8 @@ class BenchmarkConfig:
     """Where to run; on CUDA products are in bfloat16."""
     backend: Literal["auto", "dense", "sparse", "triton"] = "auto"
     """Backend of our step."""
+    encoder: Literal["auto"] | Method = "auto"
+    """How our step finds active entries while the code is sparse; auto measures. On CUDA always the product."""
     rivals: tuple[Rival, ...] | None = None
     """Steps to compare with. Default: all; with --growth the compiled one."""
     rounds: int = 5
@@ -81,6 +84,8 @@ class BenchmarkConfig:
             raise InputError(f"expected every L0 above 0 and no larger than --d-sae, got {self.l0}; give others")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError(f"expected a CUDA GPU for --device cuda, but torch {torch.__version__} finds none; take --device cpu")
+        if self.encoder not in ("auto", "product") and (self.device == "cuda" or self.backend in ("dense", "triton")):
+            raise InputError(f"expected the CPU and --backend auto or sparse for --encoder {self.encoder}, got others; leave it out")
         if self.backend == "triton" and self.device == "cpu":
             raise InputError("expected --device cuda for --backend triton, got cpu; choose another backend")
         if self.growth and (self.d_in or self.d_sae or self.l0 or self.batch_size or self.stream != "synthetic" or self.dictionary):
@@ -107,7 +112,8 @@ def benchmark(config: BenchmarkConfig) -> None:
         raise InputError(f"expected a dictionary for activations {cache.d_in} wide, but {config.dictionary} is for {dictionary.d_in}")
     todo, arms, out = cases(config, cache, dictionary), arms_of(config), config.out or default_out(config)
     threads = config.threads or torch.get_num_threads()
-    settings = {"device": config.device, "threads": threads, "backend": config.backend, "l1": config.l1}
+    encoder = "product" if config.device == "cuda" or config.backend in ("dense", "triton") else config.encoder
+    settings = {"device": config.device, "threads": threads, "backend": config.backend, "encoder": encoder, "l1": config.l1}
     flags = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
     record: dict[str, Any] = {"date": date.today().isoformat(), "machine": machine(config, threads), "flags": flags, "cases": []}
     for number, case in enumerate(todo):
@@ -213,7 +219,9 @@ def summary(config: BenchmarkConfig, case: Case, measured: Measured) -> dict[str
     for arm, end in measured.ends.items():
         own = measured.seconds[arm]
         arms[arm] = {
-            "label": LABELS[arm] + (f" {end['version']}" if "version" in end else ""),
+            "label": LABELS[arm]
+            + (f" {end['version']}" if "version" in end else "")
+            + (f" ({end['encoder']})" if "encoder" in end else ""),
             "ms": spread([1000 * s for s in own]),
             "tokens_per_second": case.batch_size / median(own),
             "times_encoder": spread([s / e for s, e in zip(own, encoder)]),
@@ -221,7 +229,7 @@ def summary(config: BenchmarkConfig, case: Case, measured: Measured) -> dict[str
             "peak_mib": (end["peak"] - end["held"]) / 2**20,
             "total_mib": end["peak"] / 2**20,
         }
-        arms[arm] |= {name: end[name] for name in ("loss", "sparse_share") if name in end}
+        arms[arm] |= {name: end[name] for name in ("loss", "sparse_share", "encoder") if name in end}
     l0 = measured.ends["encoder"]["l0"]
     return {**case._asdict(), "l0": l0, "floor_ms": floor(config, case, l0), "arms": arms, "left_out": measured.left_out}
 
