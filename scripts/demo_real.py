@@ -31,7 +31,7 @@ PROMPTS = "'I think' 'The man said' 'When we got there,' 'It was' 'Yesterday I' 
 @dataclass
 class RealDemoConfig:
     dictionary: str = "train"
-    """"train" trains one (25 minutes on two cores in all), "shipped" takes checkpoints/smollm2-sae (8); or the folder of another."""
+    """"train" trains one, "shipped" takes checkpoints/smollm2-sae; or the folder of another."""
     out: Path = Path("runs/demo-real")
     """Folder for everything the demo makes; what each dictionary gives goes into a folder of its own there."""
     word: str = "God"
@@ -56,7 +56,7 @@ def demo(config: RealDemoConfig) -> None:
     began = time.monotonic()
     cache, index, pages, evaluation, comparison = (out / name for name in ("cache", "index", "pages", "evaluation.json", "comparison"))
     dictionary, site = (out / "sae", SITE) if own else given(config.dictionary)
-    tokens = 300_000 if own else 60_000  # without training, harvesting takes most of the time
+    tokens = 300_000 if own else 60_000  # enough to index
     call("fetch_real_model", "")
     call("cache_activations", f"--model {MODEL} --text {TEXT} --sites {site} --tokens {tokens} --out {cache}")
     if own:
