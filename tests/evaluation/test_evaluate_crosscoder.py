@@ -15,7 +15,6 @@ from sae.dictionaries.dictionary import Dictionary
 from sae.disk.reading import read_json
 from sae.errors import InputError
 from sae.evaluation import EvaluationConfig, evaluate
-from sae.features.index.build import IndexConfig, build_index
 
 D, F = 8, 20
 SITES = ["resid_post.0", "chat/resid_post.1"]
@@ -124,9 +123,3 @@ def test_sites_whose_rows_are_of_other_tokens_are_refused(cache, crosscoder, tmp
     x_nd, positions_n = JoinedCache(caches).read(shard)
     assert torch.equal(positions_n, stored["rows"])
     assert x_nd.shape == (shard.rows, 2 * D)
-
-
-def test_an_index_needs_one_site(cache, crosscoder, tmp_path):
-    crosscoder.save(tmp_path / "d")
-    with pytest.raises(InputError, match=r"expected a dictionary of one site, but this one reads 2 of them .* sae diff-models"):
-        build_index(IndexConfig(dictionary=str(tmp_path / "d"), cache=cache, out=tmp_path / "index"))

@@ -64,6 +64,8 @@ class Names(NamedTuple):
 def names_of(index: "FeatureIndex", model: str | None = None, source_set: str | None = None) -> Names:
     """From the index's model, site and width, or as given. A transcoder is called so, apart from dictionaries of the site that it reads."""
     site, site_out = index.info["site"], index.info.get("site_out")
+    if not isinstance(site, str) or not isinstance(site_out, str | None):
+        raise InputError(f"expected an index of a dictionary of one site, got one of {index.place}; sae export --format static takes it")
     kind, layer = parse_site(site)
     short = SHORT_SITES.get(kind, kind.replace("_", "-")) if site_out is None else "transcoder"
     width = f"{index.d_sae // 1000}k" if index.d_sae >= 1000 else str(index.d_sae)

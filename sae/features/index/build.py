@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sae.device import device_named
 from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.parts import Port
 from sae.dictionaries.source import sampled_crc32, weights_crc32
 from sae.disk.arrays import ANSWERS, EXPLANATIONS, create, open_arrays, write_arrays
 from sae.disk.checksum import crc32
@@ -82,12 +83,12 @@ def build_index(config: IndexConfig) -> Path:
     Memory: on a CPU up to four chunks of activations (64 MB each; one on CUDA), one run or block of 8M entries (about 200 MB) or the
     largest feature if that is more, and the tokens. Raises `InputError` when cache and dictionary do not belong together.
     """
-    from sae.activations.cache import ActivationCache
+    from sae.activations.joined import cache_of
     from sae.model.language_model import LanguageModel
 
     require_folder(config.out)
     dictionary = Dictionary.load(config.dictionary, device_named(config.device))
-    cache = ActivationCache.of_dictionary(config.cache, dictionary, named=config.model is not None, verify=config.verify)
+    cache = cache_of(config.cache, dictionary, named=config.model is not None, verify=config.verify)
     if dictionary.d_sae > MAX_FEATURES:
         raise InputError(f"expected at most {MAX_FEATURES:,} features, but the dictionary has {dictionary.d_sae:,}")
     model = LanguageModel.load(config.model or cache.model_name(), device="cpu")
@@ -137,8 +138,8 @@ def write_index(folder: Path, config: IndexConfig, dictionary: Dictionary, cache
         **checksum(config.dictionary, dictionary),
         "cache": str(config.cache),
         "model": cache.model,
-        "site": cache.own_site,
-        **({"site_out": dictionary.site_out, "d_out": dictionary.d_out} if dictionary.is_transcoder else {}),
+        "site": sites_of(dictionary.reads) or cache.own_site,
+        **({"site_out": sites_of(dictionary.writes), "d_out": dictionary.d_out} if dictionary.is_transcoder else {}),
         "d_in": dictionary.d_in,
         "d_sae": dictionary.d_sae,
         "splits": list(config.splits),
@@ -161,6 +162,11 @@ def write_index(folder: Path, config: IndexConfig, dictionary: Dictionary, cache
     write_final_files(folder, info, columns, details, sums, text)
 
 
+def sites_of(ports: tuple[Port, ...]) -> str | list[str | None] | None:
+    """The name of the only site, or a list of several."""
+    return ports[0].site if len(ports) == 1 else [port.site for port in ports]
+
+
 def checksum(source: str, dictionary: Dictionary) -> dict[str, str]:
     """Entries of index.json by which the dictionary is known again."""
     parts = dictionary.parts()
@@ -178,6 +184,8 @@ def too_long(operations: int, dictionary: Dictionary) -> str:
 
 def lens_of(dictionary: Dictionary, site: str, model: "LanguageModel") -> tuple[dict[str, np.ndarray], str]:
     """What `logit_lens` gives, empty where there is none, and a sentence that says what it is or why there is none."""
+    if len(dictionary.writes) > 1:
+        return {}, "none: the dictionary writes at several sites"
     into = partial(into_residual, model, dictionary.site_out or site)
     row_1o = dictionary.rows([0])
     try:
@@ -302,12 +310,14 @@ def spool_activations(
     folder: Path, dictionary: Dictionary, cache: "ActivationCache", wanted: np.ndarray, config: IndexConfig
 ) -> tuple[Spool, np.ndarray, dict[str, np.ndarray], str]:
     """Encodes the wanted rows and spools their non-zeros; also gives which tokens there were, bool [n], the error's sums, the encoder."""
+    from sae.activations.joined import targets_of
+
     splits = config.splits
     spool, sums, local = Spool(folder, dictionary.d_sae), ErrorSums(dictionary), threading.local()
     scanned = np.zeros(len(wanted), bool)
     size = min(MAX_ROWS, max(1, CHUNK_BYTES // (dictionary.features_at_once * 4)))
     rows = sum(cache.rows(split) for split in splits)
-    caches = [cache] if not dictionary.is_transcoder else [cache, cache.target_of(dictionary)]
+    caches = [cache] if not dictionary.is_transcoder else [cache, targets_of(cache, dictionary)]
     total, checked = min(rows, int(wanted.sum())), False
     encoders: list[Encoder | None] = []
     choosing = threading.Lock()

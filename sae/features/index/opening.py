@@ -24,6 +24,9 @@ FILES = ("columns", "records", "details", "token_features", "tokens")
 CHECKED = (*FILES, "sums")
 
 
+Site = Annotated[str, Field(pattern=SITE)]
+
+
 class Info(TypedDict):
     """index.json."""
 
@@ -33,8 +36,9 @@ class Info(TypedDict):
     """of which part of the weights that is; by default of all"""
     cache: str
     model: ModelEntry
-    site: Annotated[str, Field(pattern=SITE)]
-    site_out: NotRequired[Annotated[str, Field(pattern=SITE)]]
+    site: Site | Annotated[list[Site], Field(min_length=2)]
+    """several of a crosscoder"""
+    site_out: NotRequired[Site | Annotated[list[Site], Field(min_length=2)]]
     """of a transcoder, with d_out"""
     d_out: NotRequired[Count]
     d_in: Count

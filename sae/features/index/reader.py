@@ -130,9 +130,9 @@ class FeatureIndex:
 
     @property
     def place(self) -> str:
-        """The dictionary's site, for people; of a transcoder both: "mlp_in.2 to mlp_out.2"."""
-        out = self.info.get("site_out", self.info["site"])
-        return self.info["site"] if out == self.info["site"] else f"{self.info['site']} to {out}"
+        """The dictionary's site or sites, for people; of a transcoder both ends: "mlp_in.2 to mlp_out.2"."""
+        ends = [self.info["site"]] + ([self.info["site_out"]] if "site_out" in self.info else [])
+        return " to ".join(end if isinstance(end, str) else " and ".join(end) for end in ends)
 
     def feature(self, j: int) -> Feature:
         """Raises `InputError` if `j` is not a feature."""

@@ -240,7 +240,7 @@ def write_pages(index: "FeatureIndex", features: Sequence[int], folder: Path, he
         for i, j in enumerate(features):
             around = (features[i - 1] if i else None, features[i + 1] if i + 1 < len(features) else None)
             html = feature_html(index, j, link=lambda k: f"{k}.html" if k in written else None)
-            text = document(f"Feature {j} · {index.info['site']}", navigation(*around) + html, STYLE, POLICY)
+            text = document(f"Feature {j} · {index.place}", navigation(*around) + html, STYLE, POLICY)
             with atomic(folder / f"{j}.html") as temporary:
                 temporary.write_text(text, encoding="utf-8")
             bar.advance(1)
@@ -280,7 +280,7 @@ def table_html(index: "FeatureIndex", features: Sequence[int], heading: str) -> 
             text = "".join(parts)
         rows.append(f"<tr>{''.join(cells)}<td class='tok'>{text}</td></tr>")
     return (
-        f"<h1>{escape(heading)}</h1><p class='soft'>{escape(index.info['site'])}, {index.info['tokens_scanned']:,} tokens scanned</p>"
+        f"<h1>{escape(heading)}</h1><p class='soft'>{escape(index.place)}, {index.info['tokens_scanned']:,} tokens scanned</p>"
         f"<p><input id='filter' type='search' placeholder='filter by token or number' aria-label='filter'> <span id='count' class='soft'>"
         f"{len(features)} of {len(features)}</span></p>\n<section class='scroll'><table><thead><tr>{head}</tr></thead><tbody>\n"
         + "\n".join(rows)
