@@ -36,6 +36,7 @@ def ours(p: Problem, kind: str, k: int) -> Arm:
     workspace = Workspace(p.precision, p.deterministic)
     now = Now(STEPS - 1, STEPS, d, torch.zeros(d_sae, dtype=torch.bool), made.state())
 
+    @torch.no_grad()
     def step() -> Any:
         goal = made.goal(made.values[0], now)
         result = objective(p.x_bd, weights, goal, p.backend, workspace, optimizer, 1.0, own=own, unit_rows=made.unit_rows)

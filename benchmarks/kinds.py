@@ -89,9 +89,10 @@ def measure(config: KindsConfig, kind: str, tensors: dict[str, Any]) -> dict[str
         }
         workers: dict[str, Worker] = {}
 
-        def ask(tool: str, question: str) -> dict[str, Any]:
+        def ask(tool: str, question: str | None) -> dict[str, Any]:
+            """None waits for what it says first."""
             try:
-                return workers[tool].ask(question)
+                return workers[tool].answer() if question is None else workers[tool].ask(question)
             except ArmFailed as reason:
                 if tool in ("encoder", "ours"):
                     raise InputError(f"{NAMES[tool]} failed, and nothing can be compared without it: {reason}") from None
@@ -111,7 +112,7 @@ def measure(config: KindsConfig, kind: str, tensors: dict[str, Any]) -> dict[str
                 started("kind_arms.py", {"tool": tool, "kind": kind, "k": config.k, **shared}, env, peers=peers)
             )
             seconds[tool] = []
-            workers[tool].answer()
+            ask(tool, None)
         for number in range(config.rounds + 1):
             for tool in list(workers):
                 took = ask(tool, "step").get("seconds")
