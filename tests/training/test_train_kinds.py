@@ -52,7 +52,8 @@ def test_an_interrupted_run_ends_with_the_same_bits(name, cache, tmp_path, monke
 @pytest.mark.parametrize("name", KINDS)
 def test_a_saved_dictionary_does_on_raw_activations_what_was_trained(name, cache, tmp_path):  # noqa: F811
     """FVU on held-out rows by a formula written here, and the gate of the kind."""
-    folder = train(config_of(small(name), cache, tmp_path / "d", steps=400, lr=1e-2))[0]
+    kind = small(name)
+    (folder,) = train(config_of(kind.at(kind.values[0]), cache, tmp_path / "d", steps=250, lr=1e-2))
     d = Dictionary.load(folder)
     gate = {"topk": TopK, "abstopk": AbsTopK}.get(name, Threshold)
     assert type(d.gate) is gate
@@ -97,11 +98,11 @@ def sites(cache, tmp_path_factory):  # noqa: F811
     return out
 
 
-@pytest.mark.parametrize("name", ["relu", "topk", "batchtopk", "jumprelu"])
-@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize(("name", "skip"), [("relu", False), ("topk", True), ("batchtopk", True), ("jumprelu", False)])
 def test_a_transcoder_writes_what_the_mlp_writes(sites, tmp_path, name, skip):
+    kind = small(name)
     changes = dict(reads=("mlp_in.1",), writes=("mlp_out.1",), skip=skip, steps=400, lr=1e-2)
-    folder = train(config_of(small(name), sites, tmp_path / "d", **changes))[0]
+    (folder,) = train(config_of(kind.at(kind.values[0]), sites, tmp_path / "d", **changes))
     d = Dictionary.load(folder)
     assert (d.site, d.site_out, d.b_in_d) == ("mlp_in.1", "mlp_out.1", None)
     assert (d.W_skip_od is not None) == skip
@@ -116,7 +117,8 @@ def test_a_transcoder_writes_what_the_mlp_writes(sites, tmp_path, name, skip):
 @pytest.mark.parametrize("name", ["relu", "batchtopk"])
 def test_a_crosscoder_reads_and_writes_several_sites(sites, tmp_path, name):
     reads = ("resid_post.0", "mlp_out.1")
-    folder = train(config_of(small(name), sites, tmp_path / "d", reads=reads, steps=400, lr=1e-2))[0]
+    kind = small(name)
+    (folder,) = train(config_of(kind.at(kind.values[0]), sites, tmp_path / "d", reads=reads, steps=400, lr=1e-2))
     d = Dictionary.load(folder)
     assert [port.site for port in d.reads] == list(reads)
     parts = [ActivationCache.open(sites, site) for site in reads]
