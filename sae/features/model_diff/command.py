@@ -71,11 +71,11 @@ def diff_models(config: DiffConfig) -> dict[str, Any]:
     """
     from sae.features.model_diff.page import page_html
 
+    require_file(config.out)
     page = config.out.with_suffix(".html")
     if page == config.out:
         raise InputError(f"expected a name for the JSON, beside which the page gets the ending .html, got {config.out}; end it in .json")
-    for path in (config.out, page):
-        require_file(path)
+    require_file(page)
     if config.rows < 1 or config.features < 1:
         raise InputError(f"expected --rows and --features of at least 1, got {config.rows} and {config.features}; give larger numbers")
     dictionary = Dictionary.load(config.dictionary, device_named(config.device))
