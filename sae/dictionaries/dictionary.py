@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from sae.dictionaries.formats.saelens.files import save
 from sae.dictionaries.frames import Frame
 from sae.dictionaries.gates import Choice, Chosen, Gate, Threshold, TopK
-from sae.dictionaries.listed import chosen_entries
 from sae.dictionaries.parts import Parts, Port
 from sae.dictionaries.rows import at_once, computing_dtype, ranges, rows_of
 from sae.dictionaries.source import read
@@ -29,6 +28,7 @@ from sae.disk.mapped import require_room
 from sae.encoding import Encoder, Method, fastest
 from sae.entries import Buffers, Entries, active_entries
 from sae.errors import InputError
+from sae.objective.choice import positive, top_of_lists
 
 
 class Dictionary(nn.Module):
@@ -224,7 +224,7 @@ class Dictionary(nn.Module):
         if encoder is not None:
             input_bd = self.encoder_input(x_bd)
             if isinstance(self.gate, TopK):
-                return chosen_entries(encoder.top(input_bd, self.gate.k, buffers), len(x_bd), self.gate)
+                return positive(*top_of_lists(encoder.top(input_bd, self.gate.k, buffers), len(x_bd), self.gate.k)[:2])
             return encoder.entries(input_bd, buffers)
         if self.features_at_once >= self.d_sae:
             return active_entries(self.encode(x_bd, buffers), 0, buffers)
