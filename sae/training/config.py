@@ -71,8 +71,9 @@ class RunConfig:
     over. Default: random rows. With --l1-warmup 0, of kinds that have it, the code stays sparse from the first step."""
     decoder_norm: float | None = None
     """Norm of the decoder rows at the start. Default: 0.3, or 1 for kinds that keep it at 1, which take no other."""
-    b_dec: Literal["zero", "mean"] = "zero"
-    """Decoder bias at the start. "mean", the mean activation, helps where a few dimensions have means far from 0."""
+    b_dec: Literal["zero", "mean"] | None = None
+    """Decoder bias at the start: zero, or the mean activation, which helps where a few dimensions have means far from 0. Default: mean for
+    kinds that keep decoder rows at length 1, which then have fewer dead features, otherwise zero."""
     dead_steps: int = 1000
     """Steps without firing after which a feature counts as dead."""
     seed: int = 0

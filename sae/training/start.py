@@ -40,7 +40,7 @@ def starting_point(source: Source, ends: Ends, scales: dict[str, float], config:
         rest = (reads.b_enc_f, dictionary.W_dec_fo, dictionary.b_dec_o)
         dictionary = Dictionary(reads.W_enc_fd, *rest, W_skip_od=W_skip_od)
     dictionary.metadata = ends.metadata()
-    if config.b_dec == "mean":
+    if (config.b_dec or ("mean" if config.kind.unit_rows else "zero")) == "mean":
         means = [source.first_rows(site).double().mean(0) * scales[site] for site in ends.writes]
         with torch.no_grad():
             dictionary.b_dec_o.copy_(side_by_side(means))
