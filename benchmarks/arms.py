@@ -325,7 +325,7 @@ def load(settings: dict[str, Any]) -> Problem:
     tensors = load_file(settings["problem"])  # mapped from the file: cloned, so that it lies in memory as it would in training
     own = {name: tensors[name].clone().to(settings["device"]) for name in ("x_bd", *NAMES)}
     precision = "bfloat16" if settings["device"] == "cuda" else "float32"
-    ours = {name: settings[name] for name in ("backend", "encoder")}
+    ours = {name: settings[name] for name in ("backend", "encoder") if name in settings}  # the benchmark of other kinds keeps the product
     return Problem(**own, l1=settings["l1"], device=settings["device"], precision=precision, **ours)
 
 
