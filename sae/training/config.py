@@ -73,7 +73,8 @@ class RunConfig:
     """Norm of the decoder rows at the start. Default: 0.3, or 1 for kinds that keep it at 1, which take no other."""
     b_dec: Literal["zero", "mean"] | None = None
     """Decoder bias at the start: zero, or the mean activation, which helps where a few dimensions have means far from 0. Default: mean for
-    kinds that keep decoder rows at length 1, which then have fewer dead features, otherwise zero."""
+    kinds that keep decoder rows at length 1, which then have fewer dead features, otherwise zero. With mean, a transcoder's encoder bias
+    takes off the mean of what it reads."""
     dead_steps: int = 1000
     """Steps without firing after which a feature counts as dead."""
     seed: int = 0

@@ -23,8 +23,9 @@ ROWS = 512
 def starting_point(source: Source, ends: Ends, scales: dict[str, float], config: RunConfig) -> tuple[Dictionary, dict[str, Tensor]]:
     """The dictionary that all of a sweep begin as, in training units, and the kind's own parameters where they are not its usual ones.
 
-    Random decoder rows, the encoder their transpose (of a transcoder random rows of its own), a skip and biases of zero, of which the
-    decoder's may start at the mean of what is written; or `--init`. Raises `InputError` as `opened` does.
+    Random decoder rows, the encoder their transpose (of a transcoder random rows of its own), a skip and biases of zero. The decoder's may
+    start at the mean of what is written; a transcoder's encoder then has the mean of what is read taken off by its bias; or `--init`.
+    Raises `InputError` as `opened` does.
     """
     if config.init is not None:
         factor_in, factor_out = ends.factors(scales)
@@ -41,9 +42,13 @@ def starting_point(source: Source, ends: Ends, scales: dict[str, float], config:
         dictionary = Dictionary(reads.W_enc_fd, *rest, W_skip_od=W_skip_od)
     dictionary.metadata = ends.metadata()
     if (config.b_dec or ("mean" if config.kind.unit_rows else "zero")) == "mean":
-        means = [source.first_rows(site).double().mean(0) * scales[site] for site in ends.writes]
+        read_d, written_o = (
+            side_by_side([source.first_rows(site).double().mean(0) * scales[site] for site in sites]) for sites in (ends.reads, ends.writes)
+        )
         with torch.no_grad():
-            dictionary.b_dec_o.copy_(side_by_side(means))
+            dictionary.b_dec_o.copy_(written_o)
+            if ends.transcodes:  # an autoencoder takes b_dec off what it reads
+                dictionary.b_enc_f.copy_(-dictionary.W_enc_fd @ read_d.float())
     return dictionary, {}
 
 
