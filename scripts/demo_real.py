@@ -22,9 +22,7 @@ MODEL = Path("runs/models/smollm2")
 TEXT = Path("checkpoints/smollm2-text/tokens.safetensors")
 SHIPPED = Path("checkpoints/smollm2-sae")
 SITE = "resid_post.15"
-TRAINING = (
-    "--d-sae 4096 --l1 2 --steps 1500 --batch-size 2048 --lr 1e-3 --resample-every 300 --dead-steps 150 --decoder-norm 0.1 --b-dec mean"
-)
+TRAINING = "batchtopk --k 32 --d-sae 4096 --steps 1500 --batch-size 2048 --lr 2e-3 --dead-steps 150"
 PROMPTS = "'I think' 'The man said' 'When we got there,' 'It was' 'Yesterday I' 'What do you' 'The first thing' 'After a while'"
 
 
@@ -60,7 +58,7 @@ def demo(config: RealDemoConfig) -> None:
     call("fetch_real_model", "")
     call("cache_activations", f"--model {MODEL} --text {TEXT} --sites {site} --tokens {tokens} --out {cache}")
     if own:
-        call("train_sae", f"relu --cache {cache} --out {dictionary} {TRAINING}")
+        call("train_sae", f"{TRAINING} --cache {cache} --out {dictionary}")
     both = f"--dictionary {dictionary} --cache {cache}"
     call("evaluate_sae", f"{both} --sequences 40 --out {evaluation}", makes=evaluation)
     call("build_feature_index", f"{both} --out {index}")
