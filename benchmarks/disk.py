@@ -94,7 +94,7 @@ def write_cache(
     pools = plan_pools(tokens, seed=seed, pool_tokens=pool_tokens, shard_tokens=shard_tokens, masks=masks)
     require_free_space(folder, sum(pool.rows for pool in pools) * row_bytes("float16", width), "the synthetic cache")
     recorder = Recorder(
-        lm=None,  # type: ignore[arg-type]  # no forward passes
+        models=None,  # type: ignore[arg-type]  # no forward passes
         tokens=tokens,
         widths={SITE: width},
         dtype="float16",

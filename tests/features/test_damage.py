@@ -67,7 +67,7 @@ def home(world, tmp_path_factory) -> Path:
     harvest(harvest_config(home, home / "cache"))
     train(training(home, home / "run"))
     assert (home / "run" / "training.json").exists()
-    stop_at("sae.training.trainer.finish", lambda: train(training(home, home / "stopped")))
+    stop_at("sae.training.part.Part.finish", lambda: train(training(home, home / "stopped")))
     assert (home / "stopped" / "checkpoint.safetensors").exists()
     build_index(IndexConfig(cache=home / "cache", dictionary=world.dictionary_folder, out=home / "index", device="cpu"))
     explain(ExplainConfig(index=home / "index", features=(0, 1, 2)))
