@@ -146,7 +146,7 @@ def measure_harvest(config: BenchmarkConfig, folder: Path) -> dict[str, Any]:
 
 
 def harvest_settings(config: BenchmarkConfig, folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """What the arms are told; and the rivals that cannot run, with the reason."""
+    """The settings that the arms get; and the rivals that cannot run, with the reason."""
     names = ("model", "text", "sites", "tokens", "pool_tokens", "device")
     settings: dict[str, Any] = {"harvest": {name: getattr(config, name) for name in names}, "folder": str(folder)}
     settings["threads"] = config.threads or torch.get_num_threads()

@@ -36,7 +36,7 @@ class Measured(NamedTuple):
     seconds: dict[str, list[float]]
     """of a step, for every arm that went through, a number for each round"""
     ends: dict[str, dict[str, Any]]
-    """memory, and what else an arm told at its end"""
+    """memory, and what else an arm reported at its end"""
     left_out: dict[str, str]
     """the others, and why"""
 

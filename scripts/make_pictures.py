@@ -123,7 +123,7 @@ def browser(index: Path) -> Iterator[str]:
 
 @contextmanager
 def camera(config: PicturesConfig) -> Iterator[Any]:
-    """A function that takes the picture of an address under a file name, after `act` did something on the page."""
+    """A function that takes the picture of a URL under a file name, after `act` did something on the page."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

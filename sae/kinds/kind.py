@@ -5,12 +5,11 @@ b rows (tokens) · d width that is read · o width that is written · f features
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from sae.dictionaries.gates import Gate, Threshold, TopK
 from sae.entries import largest
@@ -53,10 +52,6 @@ class Kind(ABC):
     def values(self) -> tuple[Any, ...]:
         """One for each dictionary."""
         return getattr(self, self.swept)
-
-    def at(self, value: Any) -> Self:
-        """The same with one of its values."""
-        return replace(self, **{self.swept: (value,)})
 
     def check(self, d_sae: int) -> None:
         """Raises `InputError` for options that cannot be meant."""

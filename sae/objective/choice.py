@@ -3,9 +3,9 @@
 b rows (tokens) · f features · n entries
 
 torch.topk over [b, f] costs about as much as the encoder product. What passes a threshold that lets through a little more than is kept
-is a short list; the choice is made in it. Where the guess was too high for a row, or for the batch, that part is chosen from again
-without it, so that the guess decides the time and never the result. Of equal values the lower feature (in a batch: the earlier row) is
-kept, as the gates do (sae/dictionaries/gates.py).
+is a short list; the choice is made in it. Where the guess was too high, a row is chosen from whole, and a batch again with a lower
+guess, so that the guess decides the time and never the result. Of equal values the lower feature (in a batch: the earlier row) is kept,
+as the gates do (sae/dictionaries/gates.py).
 """
 
 from collections.abc import Callable

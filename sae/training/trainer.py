@@ -132,7 +132,7 @@ def loop(parts: list[Part], batches: Iterator[dict[str, Tensor]], checkpoint: Ch
             bar.advance(1, **{k: f"{line[k]:.3g}" for k in ("fvu", "l0") if line})
             if save_now:
                 checkpoint.save(sweeps, done)
-            if stop and save_now:  # one that came since then waits for the next step
+            if stop and save_now:  # a later one waits for the next step
                 print(f"stopped after step {done:,}; the same command continues from there")
                 raise KeyboardInterrupt
 

@@ -1,7 +1,7 @@
 """Training of every kind from a cache: exact resume, what is saved, transcoders and crosscoders, going on from a dictionary."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -23,6 +23,11 @@ from sae.training.sweep import Sweep
 def small(name: str) -> Kind:
     options = {"k": (4, 7), "resample_every": 15, "l1": (1.0, 4.0), "target_l0": (4.0, 7.0), "prefixes": (10, 20), "bandwidth": 0.05}
     return KINDS[name](**{field.name: options[field.name] for field in fields(KINDS[name]) if field.name in options})
+
+
+def alone(kind: Kind) -> Kind:
+    """With the first of its values."""
+    return replace(kind, **{kind.swept: kind.values[:1]})
 
 
 def config_of(kind, cache, out, **changes):  # noqa: F811
@@ -53,7 +58,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(name, cache, tmp_path, monke
 def test_a_saved_dictionary_does_on_raw_activations_what_was_trained(name, cache, tmp_path):  # noqa: F811
     """FVU on held-out rows by a formula written here, and the gate of the kind."""
     kind = small(name)
-    (folder,) = train(config_of(kind.at(kind.values[0]), cache, tmp_path / "d", steps=250, lr=1e-2))
+    (folder,) = train(config_of(alone(kind), cache, tmp_path / "d", steps=250, lr=1e-2))
     d = Dictionary.load(folder)
     gate = {"topk": TopK, "abstopk": AbsTopK}.get(name, Threshold)
     assert type(d.gate) is gate
@@ -102,7 +107,7 @@ def sites(cache, tmp_path_factory):  # noqa: F811
 def test_a_transcoder_writes_what_the_mlp_writes(sites, tmp_path, name, skip):
     kind = small(name)
     changes = dict(reads=("mlp_in.1",), writes=("mlp_out.1",), skip=skip, steps=400, lr=1e-2)
-    (folder,) = train(config_of(kind.at(kind.values[0]), sites, tmp_path / "d", **changes))
+    (folder,) = train(config_of(alone(kind), sites, tmp_path / "d", **changes))
     d = Dictionary.load(folder)
     assert (d.site, d.site_out, d.b_in_d) == ("mlp_in.1", "mlp_out.1", None)
     assert (d.W_skip_od is not None) == skip
@@ -118,7 +123,7 @@ def test_a_transcoder_writes_what_the_mlp_writes(sites, tmp_path, name, skip):
 def test_a_crosscoder_reads_and_writes_several_sites(sites, tmp_path, name):
     reads = ("resid_post.0", "mlp_out.1")
     kind = small(name)
-    (folder,) = train(config_of(kind.at(kind.values[0]), sites, tmp_path / "d", reads=reads, steps=400, lr=1e-2))
+    (folder,) = train(config_of(alone(kind), sites, tmp_path / "d", reads=reads, steps=400, lr=1e-2))
     d = Dictionary.load(folder)
     assert [port.site for port in d.reads] == list(reads)
     parts = [ActivationCache.open(sites, site) for site in reads]
@@ -132,7 +137,7 @@ def test_a_crosscoder_reads_and_writes_several_sites(sites, tmp_path, name):
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "gated"])
 def test_every_kind_goes_on_from_what_it_saved(name, cache, tmp_path):  # noqa: F811
-    kind = small(name).at(small(name).values[0])
+    kind = alone(small(name))
     (folder,) = train(config_of(kind, cache, tmp_path / "d", steps=200))
     tuned = config_of(kind, cache, tmp_path / "tuned", init=folder, steps=1, lr=1e-9)
     (again,) = train(tuned)

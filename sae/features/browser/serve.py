@@ -100,7 +100,7 @@ def server_of(app: Any) -> "uvicorn.Server":
         log_level="warning",
         server_header=False,
         timeout_graceful_shutdown=1,
-        h11_max_incomplete_event_size=1 << 18,  # an address beyond what we take is still answered with a sentence
+        h11_max_incomplete_event_size=1 << 18,  # a URL beyond what we take is still answered with a sentence
     )
     return uvicorn.Server(settings)
 
