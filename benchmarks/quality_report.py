@@ -113,6 +113,7 @@ def plot(points: Points, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     kinds = [kind for kind in TRAINERS if any(p["kind"] == kind for p in points)]
     names = ["fvu", *(["loss_recovered"] if all("loss_recovered" in p for p in points) else [])]
@@ -126,6 +127,9 @@ def plot(points: Points, path: Path) -> None:
                 style = dict(marker="osv"[number_of], color=f"C{number_of}", label=text, markersize=4, linewidth=1.2)
                 panel.plot([p["l0"] for p in found], [p[name] for p in found], **style)
             panel.set(xscale="log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())  # the labels of all minor ticks run into one another
             panel.grid(alpha=0.3)
         axes[0][column].set_title(kind, fontsize=10)
         axes[-1][column].set_xlabel("L0")
