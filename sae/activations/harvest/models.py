@@ -132,7 +132,7 @@ def tokens_differ(first: "LanguageModel", second: "LanguageModel") -> str | None
     if without:
         return f"{without[0]} has no tokenizer to compare"
     ids, others = (lm.tokenizer.get_vocab() for lm in (first, second))
-    for token in sorted({*ids, *others}, key=lambda token: min(ids.get(token, 1 << 40), others.get(token, 1 << 40))):
+    for token in sorted({*ids, *others}, key=lambda token: (min(ids.get(token, 1 << 40), others.get(token, 1 << 40)), token)):
         if ids.get(token) != others.get(token):
             has, lacks = (first.name, second.name) if token in ids else (second.name, first.name)
             if token in ids and token in others:
