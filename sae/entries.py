@@ -13,8 +13,10 @@ from torch.nn.functional import embedding_bag
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
-BLOCK_BYTES = 2 << 20
+BLOCK_BYTES = 1 << 20
 """of the sums made at a time: memory this small is used again at once, where a whole gradient's would be fresh pages at every step"""
+BLOCK_COLUMNS = 64
+"""of a table summed at a time on a CPU: so much of all rows stays in the processor's cache while rows are picked at random"""
 
 
 class Buffers:
@@ -99,11 +101,15 @@ def starts_of(sorted_n: Tensor, size: int) -> Tensor:
 
 def add_weighted_sums(out_kd: Tensor, table_md: Tensor, index_n: Tensor, starts: Tensor, weight_n: Tensor, fresh: bool) -> None:
     """out_k += Σ weight_n · table[index_n] over the n from starts[k] to starts[k + 1]; `fresh`: out_k = that sum."""
-    block = max(1, BLOCK_BYTES // (out_kd.shape[1] * out_kd.element_size()))
+    again = not out_kd.is_cuda and len(index_n) > len(table_md)  # a row is picked more than once, so that copying all of them pays
+    width = BLOCK_COLUMNS if again else out_kd.shape[1]
+    block = max(1, BLOCK_BYTES // (width * out_kd.element_size()))
     firsts = range(0, len(out_kd), block)
     bounds = [*starts[:-1:block].tolist(), len(index_n)]  # host sync
-    for first, low, high in zip(firsts, bounds, bounds[1:]):
-        part = (index_n[low:high], table_md, starts[first : first + block + 1] - low)
-        sums = embedding_bag(*part, mode="sum", per_sample_weights=weight_n[low:high], include_last_offset=True)
-        part_kd = out_kd[first : first + block]
-        part_kd.copy_(sums) if fresh else part_kd.add_(sums)
+    for columns in (slice(left, left + width) for left in range(0, out_kd.shape[1], width)):
+        table_mw = table_md[:, columns].contiguous()
+        for first, low, high in zip(firsts, bounds, bounds[1:]):
+            part = (index_n[low:high], table_mw, starts[first : first + block + 1] - low)
+            sums = embedding_bag(*part, mode="sum", per_sample_weights=weight_n[low:high], include_last_offset=True)
+            part_kw = out_kd[first : first + block, columns]
+            part_kw.copy_(sums) if fresh else part_kw.add_(sums)

@@ -28,7 +28,7 @@ from sae.disk.mapped import require_room
 from sae.encoding import Encoder, Method, fastest
 from sae.entries import Buffers, Entries, active_entries
 from sae.errors import InputError
-from sae.objective.choice import positive, top_of_lists
+from sae.objective.choice import SAMPLE, above_of, first_of_rows, top_of_rows
 
 
 class Dictionary(nn.Module):
@@ -224,7 +224,8 @@ class Dictionary(nn.Module):
         if encoder is not None:
             input_bd = self.encoder_input(x_bd)
             if isinstance(self.gate, TopK):
-                return positive(*top_of_lists(encoder.top(input_bd, self.gate.k, buffers), len(x_bd), self.gate.k)[:2])
+                guess = first_of_rows(torch.addmm(encoder.b_f, input_bd[:: max(1, len(x_bd) // SAMPLE)], encoder.W_fd.T), self.gate.k)
+                return top_of_rows(above_of(encoder, input_bd, buffers), len(x_bd), self.gate.k, guess)[0]
             return encoder.entries(input_bd, buffers)
         if self.features_at_once >= self.d_sae:
             return active_entries(self.encode(x_bd, buffers), 0, buffers)

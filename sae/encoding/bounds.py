@@ -125,11 +125,8 @@ class Features:
             low_f = (self.offset_f - high_f.float()).bfloat16()
             self.operand_fk[:, d : d + 4] = torch.stack((raised(self.norm_f), raised(self.error_f), high_f, low_f), 1)
 
-    def upper_bounds(self, x_bd: Tensor, out_bf: Tensor, buffers: Buffers) -> Tensor:
-        """Not below z − above, 0 where that is surely not positive; and of each row how far above z − above it may be at most, [b].
-
-        `out_bf` has `bound_dtype` and is overwritten. Of rows that `fits` allows.
-        """
+    def rows(self, x_bd: Tensor, buffers: Buffers) -> "Rows":
+        """The rows' side, in memory that the next call with these buffers overwrites. Of rows that `fits` allows."""
         d, frame = x_bd.shape[1], self.frame
         moved_bd = x_bd if frame is None else (x_bd - frame.centre_d).mul_(frame.scale_d)
         operand_bk = empty_operand(len(x_bd), d, self.low, buffers, f"{self.low} rows", x_bd.device)
@@ -139,18 +136,36 @@ class Features:
         if step_b is None:
             one_b = torch.ones_like(error_b).bfloat16()
             operand_bk[:, d : d + 4] = torch.stack([raised(error_b), raised(length_b), one_b, one_b], 1)
-            torch.mm(operand_bk, self.operand_fk.T, out=out_bf)
+        return Rows(operand_bk, step_b, length_b, error_b)
+
+    def upper_bounds(self, rows: "Rows", part: slice, buffers: Buffers) -> Tensor:
+        """Not below z − above of a part of the features, 0 where that is surely not positive, in memory that the next call overwrites."""
+        operand_pk = self.operand_fk[part]
+        shape, device = (len(rows.operand_bk), len(operand_pk)), operand_pk.device
+        bound_bp = buffers.take("bound", shape, self.bound_dtype, device)
+        if rows.step_b is None:
+            torch.mm(rows.operand_bk, operand_pk.T, out=bound_bp)
         else:
-            out_bf.copy_(torch._int_mm(operand_bk, self.operand_fk.T)).mul_(self.step_f).mul_(step_b[:, None])
+            whole_bp = torch._int_mm(rows.operand_bk, operand_pk.T, out=buffers.take("int8 product", shape, torch.int32, device))
+            bound_bp.copy_(whole_bp).mul_(self.step_f[part]).mul_(rows.step_b[:, None])
             wider = 1 + 2.0**-10
-            rows_b3 = torch.stack([error_b, length_b, torch.ones_like(error_b)], 1)
-            out_bf.addmm_(rows_b3, torch.stack([self.norm_f * wider, self.error_f * wider, self.offset_f]))
-        out_bf.relu_()
-        return 2.1 * (error_b * self.norm_f.max() + length_b * self.error_f.max() + self.slack_f.max())
+            rows_b3 = torch.stack([rows.error_b, rows.length_b, torch.ones_like(rows.error_b)], 1)
+            bound_bp.addmm_(rows_b3, torch.stack([self.norm_f[part] * wider, self.error_f[part] * wider, self.offset_f[part]]))
+        return bound_bp.relu_()
 
     @property
     def bound_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.low == "bfloat16" else torch.float32
+
+
+class Rows(NamedTuple):
+    """Rows in low precision, with what their bounds need."""
+
+    operand_bk: Tensor
+    step_b: Tensor | None
+    """what a whole number stands for, of int8"""
+    length_b: Tensor
+    error_b: Tensor
 
 
 def raised(size: Tensor) -> Tensor:

@@ -16,8 +16,10 @@ from sae.errors import InputError
 Method = Literal["product", "onednn", "bfloat16", "int8"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
+BLOCK = 1024
+"""rows, and features, of the bounds made at a time"""
 BLOCK_BYTES = 16 << 20
-"""of the bounds or the oneDNN product made at a time: the allocator uses memory of this size again"""
+"""of the oneDNN product made at a time: the allocator uses memory of this size again"""
 EXACT_BYTES = 16 << 20
 """of rows gathered at a time for exact values on CUDA"""
 
@@ -65,47 +67,46 @@ class Encoder:
         """
         if floor and isinstance(self.above_f, Tensor):
             raise InputError("expected one threshold for all features with a floor, got one for each; leave the floor at 0")
-        return self._gathered(x_bd, buffers, first_row, floor)
-
-    def top(self, x_bd: Tensor, k: int, buffers: Buffers) -> Entries:
-        """Entries above the threshold, and of each row at least the k largest of those; a few more, none of them wrong.
-
-        Without screening these are all entries above the threshold. Raises `InputError` where features have thresholds of their own.
-        """
-        if isinstance(self.above_f, Tensor):
-            raise InputError("expected one threshold for all features when the k largest are wanted, got one for each; leave it at 0")
-        return self._gathered(x_bd, buffers, 0, 0.0, k)
-
-    def _gathered(self, x_bd: Tensor, buffers: Buffers, first_row: int, floor: float, k: int | None = None) -> Entries:
-        if self.method != "onednn" and (self.features is None or not fits(x_bd)):
-            acts_bf = buffers.take("acts", (len(x_bd), len(self.W_fd)), x_bd.dtype, x_bd.device)
-            return self._kept(torch.addmm(self.b_f, x_bd, self.W_fd.T, out=acts_bf), buffers, first_row, floor)
-        width = 4 if self.features is None else self.features.bound_dtype.itemsize
-        size = max(1, BLOCK_BYTES // (width * len(self.W_fd)))
+        if self.features is not None and fits(x_bd):
+            starts = range(0, max(1, len(x_bd)), BLOCK)
+            return joined([self._screened(x_bd[start : start + BLOCK], buffers, first_row + start, floor) for start in starts])
+        size = max(1, BLOCK_BYTES // (4 * len(self.W_fd))) if self.method == "onednn" else max(1, len(x_bd))
         starts = range(0, max(1, len(x_bd)), size)
-        found = [self._of_block(x_bd[start : start + size], buffers, first_row + start, floor, k) for start in starts]
-        return joined(found)
+        return joined([self._kept(self.values(x_bd[start : start + size], buffers), buffers, first_row + start, floor) for start in starts])
 
-    def _of_block(self, x_bd: Tensor, buffers: Buffers, first_row: int, floor: float, k: int | None) -> Entries:
-        if self.features is None:
-            z_bf = torch.ops.mkldnn._linear_pointwise(x_bd, self.W_fd, self.b_f, "none", [], "")
-            return self._kept(z_bf, buffers, first_row, floor)
-        bound_bf = buffers.take("bound", (len(x_bd), len(self.W_fd)), self.features.bound_dtype, x_bd.device)
-        excess_b = self.features.upper_bounds(x_bd, bound_bf, buffers)
-        above_f = self.above_f
-        if k is not None:
-            bound_bf.sub_(below(surely_reached(bound_bf, excess_b, k))[:, None]).relu_()
-        elif floor and not isinstance(above_f, Tensor):
-            bound_bf.sub_(float(below(torch.tensor(floor - above_f)))).relu_()
+    def values(self, x_bd: Tensor, buffers: Buffers) -> Tensor:
+        """All z [b, f] by the float32 product, in memory that the next call may overwrite."""
+        if self.method == "onednn":
+            return torch.ops.mkldnn._linear_pointwise(x_bd, self.W_fd, self.b_f, "none", [], "")
+        z_bf = buffers.take("acts", (len(x_bd), len(self.W_fd)), x_bd.dtype, x_bd.device)
+        return torch.addmm(self.b_f, x_bd, self.W_fd.T, out=z_bf)
+
+    def _screened(self, x_bd: Tensor, buffers: Buffers, first_row: int, floor: float) -> Entries:
+        """Features are taken a block at a time as well, so that a block's operands, bounds and rows stay in the processor's cache."""
+        features, above_f = self.features, self.above_f
+        assert features is not None
+        rows = features.rows(x_bd, buffers)
+        low = 0.0
+        if floor and not isinstance(above_f, Tensor):
+            low = below(floor - above_f)
             above_f = max(above_f, floor)
-        row_n, feature_n, _ = active_entries(bound_bf, 0, buffers)
-        value_n = exact_products(x_bd, self.W_fd, row_n, feature_n)
-        value_n += self.b_f.index_select(0, feature_n)
-        kept_n = (
-            (value_n > (above_f.index_select(0, feature_n) if isinstance(above_f, Tensor) else above_f)).nonzero().squeeze(1)
-        )  # host sync
-        row_n, feature_n, value_n = (one.index_select(0, kept_n) for one in (row_n, feature_n, value_n))
-        return Entries(row_n.add_(first_row), feature_n, value_n)
+        found = [Entries(*(x_bd.new_empty(0, dtype=kind) for kind in (torch.int32, torch.int32, x_bd.dtype)))]
+        block = len(self.W_fd) if x_bd.is_cuda else BLOCK
+        for start in range(0, len(self.W_fd), block):
+            part = slice(start, start + block)
+            bound_bp = features.upper_bounds(rows, part, buffers)
+            if low:
+                bound_bp.sub_(low).relu_()
+            row_n, feature_n, _ = active_entries(bound_bp, 0, buffers)
+            value_n = exact_products(x_bd, self.W_fd[part], row_n, feature_n)
+            feature_n = feature_n + start
+            value_n += self.b_f.index_select(0, feature_n)
+            low_n = above_f.index_select(0, feature_n) if isinstance(above_f, Tensor) else above_f
+            kept_n = (value_n > low_n).nonzero().squeeze(1)  # host sync
+            found.append(Entries(*(one.index_select(0, kept_n) for one in (row_n, feature_n, value_n))))
+        row_n, feature_n, value_n = joined(found)
+        row_n, order_n = row_n.sort(stable=True)
+        return Entries(row_n.add_(first_row), feature_n.index_select(0, order_n), value_n.index_select(0, order_n))
 
     def _kept(self, z_bf: Tensor, buffers: Buffers, first_row: int, floor: float) -> Entries:
         if isinstance(self.above_f, Tensor):
@@ -114,25 +115,9 @@ class Encoder:
         return entries_above(z_bf, low, first_row, buffers) if low else active_entries(z_bf.relu_(), first_row, buffers)
 
 
-def surely_reached(bound_bf: Tensor, excess_b: Tensor, k: int) -> Tensor:
-    """A number for each row below k of its values at least, [b], or less than 0, from bounds that exceed the values by `excess_b` at most.
-
-    Of the largest bounds of k groups of features each belongs to another feature, so k values are at least the smallest of these, less the
-    excess. Groups are many times more than k, so that it seldom happens that two of the k largest share one.
-    """
-    f = bound_bf.shape[1]
-    size = max(1, f // (16 * k))
-    whole = f // size * size
-    largest_bg = bound_bf[:, :whole].unflatten(1, (-1, size)).amax(2)
-    if largest_bg.shape[1] < k:
-        return torch.zeros_like(excess_b)
-    reached_b = largest_bg.topk(k, dim=1).values[:, -1].float()
-    return reached_b * (1 - 2.0**-7) - excess_b
-
-
-def below(floor: Tensor) -> Tensor:
+def below(floor: float) -> float:
     """A number of bfloat16, or 0, so far below that nothing above the floor rounds to it: a bound in bfloat16 less it keeps its sign."""
-    return (floor * (1 - 2.0**-6)).bfloat16().float().clamp(min=0)
+    return max(0.0, float(torch.tensor(floor * (1 - 2.0**-6)).bfloat16()))
 
 
 def exact_products(x_bd: Tensor, W_fd: Tensor, row_n: Tensor, feature_n: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 b rows (tokens) · f features · n entries
 
 torch.topk over [b, f] costs about as much as the encoder product. What passes a threshold that lets through a little more than is kept
-is a short list; the choice is made in it. Where the guess was too high, a row is chosen from whole, and a batch again with a lower
-guess, so that the guess decides the time and never the result. Of equal values the lower feature (in a batch: the earlier row) is kept,
+is a short list; the choice is made in it. Where the guess was too high, those rows or the batch are looked at again with a lower one, so
+that the guess decides the time and never the result. Of equal values the lower feature (in a batch: the earlier row) is kept,
 as the gates do (sae/dictionaries/gates.py).
 """
 
@@ -13,33 +13,44 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from sae.encoding import Encoder
 from sae.entries import Buffers, Entries, entries_above, largest, starts_of
 
 SHORT = 0.05
-"""share of the rows whose k-th value the next batch's guess is above; they are chosen from whole"""
-LOWER = (0.85, 0.5, 0.2, 0.0)
-"""a batch's guesses, as shares of the last batch's threshold, the next where too few pass"""
+"""share of the rows whose k-th value the next batch's guess is above; they are looked at again"""
+LOWER = (0.97, 0.85, 0.5, 0.2, 0.0)
+"""guesses as shares of the last batch's threshold, the next where too few pass"""
 SAMPLE = 64
 """rows from which the first guess is made"""
 
 
-def top_of_rows(z_bf: Tensor, k: int, signed: bool, guess: float | None, buffers: Buffers) -> tuple[Entries, float]:
-    """The k largest of each row that are above 0, and a guess for the next rows. `signed`: largest without signs, with them."""
-    size_bf = torch.abs(z_bf, out=buffers.take("size", tuple(z_bf.shape), z_bf.dtype, z_bf.device)) if signed else z_bf
-    rows = len(z_bf)
-    if guess is None:
-        guess = _low(size_bf[:: max(1, rows // SAMPLE)].topk(k).values[:, -1])
-    feature_bk, value_bk, count_b = top_of_lists(entries_above(size_bf, guess, 0, buffers), rows, k)
-    short_m = (count_b < k).nonzero().squeeze(1) if guess > 0 else count_b.new_empty(0)
-    if len(short_m):
-        again_mf = size_bf.index_select(0, short_m)
-        kept_mk = largest(again_mf, k)
-        feature_bk[short_m] = kept_mk.int()
-        value_bk[short_m] = again_mf.gather(1, kept_mk)
-    entries = positive(feature_bk, value_bk)
-    if signed:
-        entries = entries._replace(value_n=z_bf[entries.row_n.long(), entries.feature_n.long()])
-    return entries, _low(value_bk.min(1).values)
+def top_of_rows(above: Callable[[float, Tensor | None], Entries], rows: int, k: int, guess: float) -> tuple[Entries, float]:
+    """The k largest of each row that are above 0, and a guess for the next rows. `above` gives all above a number, of some rows or all."""
+    feature_bk, value_bk, count_b = top_of_lists(above(guess, None), rows, k)
+    for lower in LOWER[1:]:
+        short_m = (count_b < k).nonzero().squeeze(1)  # host sync
+        if guess == 0 or not len(short_m):
+            break
+        again = top_of_lists(above(guess * lower, short_m), len(short_m), k)
+        feature_bk[short_m], value_bk[short_m], count_b[short_m] = again
+    return positive(feature_bk, value_bk), low_of(value_bk.min(1).values)
+
+
+def above_in(size_bf: Tensor, buffers: Buffers) -> Callable[[float, Tensor | None], Entries]:
+    """`above` of `top_of_rows` for values that are there."""
+    return lambda low, rows_m: entries_above(size_bf if rows_m is None else size_bf[rows_m], low, 0, buffers)
+
+
+def above_of(encoder: Encoder, input_bd: Tensor, buffers: Buffers) -> Callable[[float, Tensor | None], Entries]:
+    """`above` of `top_of_rows` by an encoder. A float32 product of fewer rows may have other last digits, so there it is made once."""
+    if encoder.features is None:
+        return above_in(encoder.values(input_bd, buffers), buffers)
+    return lambda low, rows_m: encoder.entries(input_bd if rows_m is None else input_bd[rows_m], buffers, floor=low)
+
+
+def first_of_rows(sample_bf: Tensor, k: int) -> float:
+    """A first guess, from what a sample of rows has."""
+    return low_of(sample_bf.topk(min(k, sample_bf.shape[1])).values[:, -1])
 
 
 def top_of_lists(entries: Entries, rows: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +74,7 @@ def positive(feature_bk: Tensor, value_bk: Tensor) -> Entries:
     return Entries(row_n.int(), feature_bk[row_n, at_n], value_bk[row_n, at_n])
 
 
-def _low(kth_b: Tensor) -> float:
+def low_of(kth_b: Tensor) -> float:
     """What all but a share `SHORT` of the rows' k-th values are at least."""
     return max(0.0, float(kth_b.kthvalue(1 + int(SHORT * len(kth_b))).values))  # host sync
 

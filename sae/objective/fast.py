@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sae.encoding import Encoder
 from sae.entries import Entries, active_entries, entries_above, joined
-from sae.objective.choice import SAMPLE, first_guess, positive, top_of_batch, top_of_lists, top_of_rows
+from sae.objective.choice import SAMPLE, above_in, above_of, first_guess, first_of_rows, top_of_batch, top_of_rows
 from sae.objective.rule import Linear, Rule
 from sae.objective.sparse import Sums, add_dead_features, add_sparse_rows
 from sae.objective.step import Own, Step, Weights
@@ -98,22 +98,28 @@ def add_chosen(sums: Sums, name: str) -> float:
         if name not in guesses:
             guesses[name] = first_guess(pre_activations(sums, slice(None, None, max(1, rows // SAMPLE))), share)
 
-        def above(low: float) -> Entries:
+        def above_all(low: float) -> Entries:
             if encoder is not None:
                 return encoder.entries(sums.input_bd, workspace, floor=low)
             return joined([entries_above(pre_activations(sums, part), low, part.start, workspace) for part in chunks(sums)])
 
-        entries, threshold = top_of_batch(above, rows * rule.top, guesses[name])
+        entries, threshold = top_of_batch(above_all, rows * rule.top, guesses[name])
         guesses[name] = threshold
         add_sparse_rows(sums, slice(0, rows), [entries])
         return threshold
+    if name not in guesses:
+        sample_bf = pre_activations(sums, slice(None, None, max(1, rows // SAMPLE)))
+        guesses[name] = first_of_rows(sample_bf.abs() if rule.signed else sample_bf, rule.top)
     found: list[Entries] = []
     for part in chunks(sums):
         if encoder is not None:
-            input_bd = sums.input_bd[part]
-            entries = positive(*top_of_lists(encoder.top(input_bd, rule.top, workspace), len(input_bd), rule.top)[:2])
+            above = above_of(encoder, sums.input_bd[part], workspace)
         else:
-            entries, guesses[name] = top_of_rows(pre_activations(sums, part), rule.top, rule.signed, guesses.get(name), workspace)
+            z_bf = pre_activations(sums, part)
+            above = above_in(z_bf.abs() if rule.signed else z_bf, workspace)
+        entries, guesses[name] = top_of_rows(above, part.stop - part.start, rule.top, guesses[name])
+        if rule.signed:
+            entries = entries._replace(value_n=z_bf[entries.row_n.long(), entries.feature_n.long()])
         found.append(entries._replace(row_n=entries.row_n + part.start))
     add_sparse_rows(sums, slice(0, rows), found)
     return 0.0
