@@ -21,7 +21,8 @@ CHOOSING = "topk", "abstopk", "batchtopk", "matryoshka"
 def ours(p: Problem, kind: str, k: int) -> Arm:
     """What a step of `sae train` does, clipping included; p-annealing at its last power."""
     from sae.kinds import KINDS, Now
-    from sae.objective import Weights, Workspace, objective
+    from sae.encoding import fastest
+    from sae.objective import Weights, Workspace, objective, screens
 
     d, d_sae = p.x_bd.shape[1], len(p.b_enc_f)
     options = {"l1": {"l1": (p.l1,)}, "k": {"k": (k,)}, "target_l0": {"target_l0": (float(k),)}}
@@ -33,8 +34,10 @@ def ours(p: Problem, kind: str, k: int) -> Arm:
         copy((own["b_mag_f"], p.b_enc_f))
     weights = Weights(*p.parameters())
     optimizer = adam([*weights, *own.values()])
-    workspace = Workspace(p.precision, p.deterministic)
     now = Now(STEPS - 1, STEPS, d, torch.zeros(d_sae, dtype=torch.bool), made.state())
+    rule = made.goal(made.values[0], now).rule(weights, own)
+    method = fastest(p.x_bd - p.b_dec_d, p.W_enc_fd, p.b_enc_f) if screens(rule) else "product"
+    workspace = Workspace(p.precision, p.deterministic, encoder=method)
 
     @torch.no_grad()
     def step() -> Any:
@@ -43,7 +46,7 @@ def ours(p: Problem, kind: str, k: int) -> Arm:
         made.after(result, own, now)
         return result
 
-    return Arm(step, lambda: {"l0": float(step().l0)})
+    return Arm(step, lambda: {"l0": float(step().l0), "encoder": method})
 
 
 def saelens(p: Problem, kind: str, k: int) -> Arm:

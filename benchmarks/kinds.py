@@ -127,7 +127,7 @@ def measure(config: KindsConfig, kind: str, tensors: dict[str, Any]) -> dict[str
             "times_encoder": spread([s / e for s, e in zip(own, encoder)]),
             "times_ours": spread([s / o for s, o in zip(own, seconds["ours"])]) if "ours" in seconds else None,
             "peak_mib": (ends[tool]["peak"] - ends[tool]["held"]) / 2**20,
-            **{name: ends[tool][name] for name in ("l0", "version") if name in ends[tool]},
+            **{name: ends[tool][name] for name in ("l0", "version", "encoder") if name in ends[tool]},
         }
         for tool, own in seconds.items()
     }
