@@ -20,8 +20,8 @@ CHOOSING = "topk", "abstopk", "batchtopk", "matryoshka"
 
 def ours(p: Problem, kind: str, k: int) -> Arm:
     """What a step of `sae train` does, clipping included; p-annealing at its last power."""
-    from sae.kinds import KINDS, Now
     from sae.encoding import fastest
+    from sae.kinds import KINDS, Now
     from sae.objective import Weights, Workspace, objective, screens
 
     d, d_sae = p.x_bd.shape[1], len(p.b_enc_f)
