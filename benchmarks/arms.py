@@ -241,13 +241,13 @@ SYSTEM_ALLOCATOR = ("encoder", "ours", "eager", "sparsify_plain")
 LABELS = {
     "encoder": "encoder product alone",
     "ours": "ours",
-    "eager": "eager, allocator as it comes",
+    "eager": "eager, default allocator",
     "eager_tuned": "eager",
     "compile": "torch.compile",
     "saelens": "SAELens standard",
     "dictionary_learning": "dictionary_learning April",
     "sparsify": "sparsify TopK, k 32",
-    "sparsify_plain": "sparsify TopK, k 32, allocator as it comes",
+    "sparsify_plain": "sparsify TopK, k 32, default allocator",
 }
 
 

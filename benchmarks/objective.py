@@ -2,8 +2,8 @@
 
 Every arm runs in a process of its own on the same batch and weights; one computes at a time, in interleaved rounds, so that a slow spell
 of the machine hits all alike. Medians and ranges are over rounds, those of ratios over ratios within a round. Rivals have glibc's
-allocator tuned to keep freed memory (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_) unless their name says otherwise; our step has it as
-it comes, so that no gain is the allocator's. Peak memory is what the step needs beyond weights, Adam's moments and the batch.
+allocator tuned to keep freed memory (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_) unless their name says otherwise; our step has the
+default, so that no gain is the allocator's. Peak memory is what the step needs beyond weights, Adam's moments and the batch.
 
 b rows (tokens) · d model width · f features
 """
