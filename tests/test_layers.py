@@ -12,6 +12,7 @@ ROOMS = (
     "sae.device",
     "sae.entries",
     "sae.html",
+    "sae.mesh",
     "sae.progress",
     "sae.statistics",
     "sae.streams",

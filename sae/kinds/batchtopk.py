@@ -58,7 +58,7 @@ class BatchTopK(Aided):
         return {"threshold": torch.zeros(()), "weight": torch.zeros(())}
 
     def goal(self, value: int, now: Now) -> Goal:
-        return BatchTopKGoal(value, self.prefixes_of(len(now.dead_f)), self.aid(now))
+        return BatchTopKGoal(value, self.prefixes_of(now.d_sae), self.aid(now))
 
     def after(self, result: Step, own: Own, now: Now) -> None:
         now.state["threshold"].lerp_(result.threshold.to(now.state["threshold"]), 1 - REMEMBERS)

@@ -14,6 +14,7 @@ from torch import Tensor
 from sae.dictionaries.gates import Gate, Threshold, TopK
 from sae.entries import largest
 from sae.errors import InputError
+from sae.mesh import ALONE, Mesh
 from sae.objective import Goal, Own, Step, Weights
 from sae.objective.formula import pre_activations, written
 from sae.objective.rule import Aid
@@ -33,6 +34,12 @@ class Now(NamedTuple):
     """what the kind keeps from step to step, to be changed in place"""
     sites: int = 1
     """parts of a decoder row (crosscoders)"""
+    mesh: Mesh = ALONE
+    """processes among which features are split: `dead_f` is of this one's"""
+
+    @property
+    def d_sae(self) -> int:
+        return len(self.dead_f) * self.mesh.features.size
 
     def share(self, of_steps: float) -> float:
         """How much of a linear rise over this share of the steps is done, up to 1."""

@@ -69,8 +69,9 @@ class PAnnealing(ReLU):
         if new < old:
             v_bf = torch.relu(pre_activations(x_bd, y_bo, weights)) * norms(weights.W_dec_fd, now.sites)
             v_n = v_bf[v_bf > 0].double()
-            if len(v_n):
-                now.state["factor"].mul_(v_n.pow(old).sum() / v_n.pow(new).sum())
+            before, after = now.mesh.every.sums(v_n.pow(old).sum(), v_n.pow(new).sum())
+            if after > 0:
+                now.state["factor"].mul_(before / after)
 
     def goal(self, value: float, now: Now) -> Goal:
         p = self.power(now.step, now.steps)

@@ -15,7 +15,7 @@ from sae.errors import InputError
 from sae.objective.fast import fast_step
 from sae.objective.formula import L1, formula_step
 from sae.objective.rule import Linear, Rule
-from sae.objective.step import Goal, Own, Step, Terms, Weights, of
+from sae.objective.step import WHOLE, Goal, Own, Step, Terms, Weights, of
 from sae.objective.update import adam_state, apply, clip
 from sae.objective.workspace import DECIDE_EVERY, Precision, Workspace
 
@@ -54,6 +54,8 @@ def objective(
     whole gradient to `largest_norm` if that is not 0. With `unit_rows` decoder rows stay of length 1: their gradients lose the part along
     them, and they are brought back to it after the update. Otherwise the gradients are given; they may live in `workspace` and are then
     overwritten by the next call with it.
+    Of several processes (the workspace's `mesh`) each has its part of the features and of the rows, and the step's numbers are those of
+    the whole. Where rows are split, the optimizer is over this process's part of the weights, and all get the others' after the update.
 
     Raises `InputError` for a batch that does not fit the dictionary, and for rows that are not finite, which it names; nothing is
     updated then. On CUDA, where knowing would cost a host sync, such a batch leaves the weights alone as well but is only noted in the
@@ -89,15 +91,23 @@ def objective(
         step = step.of(0)
     if optimizer is None or step.gradients is None:
         return step
-    gradients = [g.to(w.dtype) for g, w in zip([*step.gradients, *step.own_gradients.values()], [*weights, *own.values()])]
+    whole, split = [*weights, *own.values()], [name not in WHOLE for name in [*Weights._fields, *own]]
+    gradients = [g.to(w.dtype) for g, w in zip([*step.gradients, *step.own_gradients.values()], whole)]
+    parameters, rows, along = whole, workspace.mesh.rows, 0 if one else 1
+    if not rows.alone:
+        parameters = optimizer.param_groups[0]["params"]
+        gradients = [rows.sum_of_part(g, along) if is_split else g for g, is_split in zip(gradients, split)]
     if unit_rows:
-        W_dec_fd, dW_dec_fd = weights.W_dec_fd, gradients[2]
+        W_dec_fd, dW_dec_fd = parameters[2], gradients[2]
         dW_dec_fd.addcmul_(W_dec_fd, torch.linalg.vecdot(dW_dec_fd, W_dec_fd)[..., None], value=-1)
     if largest_norm:
-        clip([g[None] for g in gradients] if one else gradients, largest_norm)
-    apply(optimizer, [*weights, *own.values()], gradients, ~step.loss.isfinite().all())
+        clip([g[None] for g in gradients] if one else gradients, largest_norm, split, workspace.mesh)
+    apply(optimizer, parameters, gradients, ~step.loss.isfinite().all())
     if unit_rows:
-        weights.W_dec_fd.div_(weights.W_dec_fd.norm(dim=-1, keepdim=True))
+        parameters[2].div_(parameters[2].norm(dim=-1, keepdim=True))
+    for one_whole, part, is_split in zip(whole, parameters, split):
+        if is_split:
+            rows.gather_parts_(one_whole, part, along)
     return step._replace(gradients=None, own_gradients={})
 
 
@@ -160,8 +170,10 @@ def chosen(
 ) -> str:
     """The path for this call. Raises `InputError` for one that this device or kind lacks, and for an encoder that it does not use."""
     refuse_encoder(workspace.encoder, backend, rules, weights)
-    relu = y_bo is None and all(rule is not None and rule.is_relu for rule in rules)
+    relu = y_bo is None and all(rule is not None and rule.is_relu for rule in rules) and workspace.mesh.alone
     if backend == "triton":
+        if not workspace.mesh.alone:
+            raise InputError("expected one process for the triton backend, got several that share a dictionary; use backend auto")
         if not relu:
             raise InputError("expected autoencoders with ReLU and an L1 penalty for the triton backend, got others; use backend auto")
         if reason := why_no_triton(x_bd.device):

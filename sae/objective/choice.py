@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sae.encoding import Encoder
 from sae.entries import Buffers, Entries, entries_above, largest, starts_of
+from sae.mesh import ALONE, Axis, Mesh
 
 SHORT = 0.05
 """share of the rows whose k-th value the next batch's guess is above; they are looked at again"""
@@ -24,8 +25,13 @@ SAMPLE = 64
 """rows from which the first guess is made"""
 
 
-def top_of_rows(above: Callable[[float, Tensor | None], Entries], rows: int, k: int, guess: float) -> tuple[Entries, float]:
-    """The k largest of each row that are above 0, and a guess for the next rows. `above` gives all above a number, of some rows or all."""
+def top_of_rows(
+    above: Callable[[float, Tensor | None], Entries], rows: int, k: int, guess: float, features: Axis = ALONE.features
+) -> tuple[Entries, float]:
+    """The k largest of each row that are above 0, and a guess for the next rows. `above` gives all above a number, of some rows or all.
+
+    Where `features` are split, those of the k largest of all that are this process's.
+    """
     feature_bk, value_bk, count_b = top_of_lists(above(guess, None), rows, k)
     for lower in LOWER[1:]:
         short_m = (count_b < k).nonzero().squeeze(1)  # host sync
@@ -33,7 +39,7 @@ def top_of_rows(above: Callable[[float, Tensor | None], Entries], rows: int, k: 
             break
         again = top_of_lists(above(guess * lower, short_m), len(short_m), k)
         feature_bk[short_m], value_bk[short_m], count_b[short_m] = again
-    return positive(feature_bk, value_bk), low_of(value_bk.min(1).values)
+    return positive(feature_bk, kept_of_rows(value_bk, k, features)), low_of(value_bk.min(1).values)
 
 
 def above_in(size_bf: Tensor, buffers: Buffers) -> Callable[[float, Tensor | None], Entries]:
@@ -68,6 +74,24 @@ def top_of_lists(entries: Entries, rows: int, k: int) -> tuple[Tensor, Tensor, T
     return feature_bn.gather(1, kept_bk), list_bn.gather(1, kept_bk), count_b
 
 
+def kept_of_rows(value_bk: Tensor, k: int, features: Axis, width: int | None = None) -> Tensor:
+    """The values, at least 0, with 0 in the place of those that are not among the k largest of their row in all processes.
+
+    Each process gives its own largest of each row in the order of the features; of equal ones the lower feature's is kept. It decides for
+    its part of the rows: their values go to it, and a byte for each comes back. `width`: the most values that any process has in a row.
+    """
+    if features.alone:
+        return value_bk
+    (rows, own), size = value_bk.shape, features.size
+    width = width or own
+    part = -(-rows // size)
+    padded = torch.nn.functional.pad(value_bk.clamp(min=0), (0, width - own, 0, part * size - rows))  # NaN stays
+    value_bn = features.exchange(padded.view(size, part, width)).transpose(0, 1).flatten(1)
+    kept_bn = torch.zeros_like(value_bn, dtype=torch.uint8).scatter_(1, largest(value_bn, k), 1)
+    kept_bk = features.exchange(kept_bn.unflatten(1, (size, width)).transpose(0, 1).contiguous()).flatten(0, 1)[:rows, :own]
+    return value_bk.masked_fill(kept_bk == 0, 0)
+
+
 def positive(feature_bk: Tensor, value_bk: Tensor) -> Entries:
     """Those above 0, and what is not a number, so that the loss tells of it."""
     row_n, at_n = (~(value_bk <= 0)).nonzero(as_tuple=True)  # host sync
@@ -79,12 +103,23 @@ def low_of(kth_b: Tensor) -> float:
     return max(0.0, float(kth_b.kthvalue(1 + int(SHORT * len(kth_b))).values))  # host sync
 
 
-def top_of_batch(above: Callable[[float], Entries], total: int, guess: float) -> tuple[Entries, float]:
-    """The `total` largest of a batch that are above 0, and the smallest of them (0 if there are none); `above` gives all above a number."""
+def top_of_batch(above: Callable[[float], Entries], total: int, guess: float, rows: int, mesh: Mesh) -> tuple[Entries, float]:
+    """The `total` largest of a batch that are above 0, and the smallest of them (0 if there are none); `above` gives all above a number.
+
+    Of several processes all give one guess, and get those that are theirs; each has `rows` of the batch.
+    """
     for lower in LOWER:
         row_n, feature_n, value_n = above(guess * lower)
-        if len(value_n) >= total or guess == 0:
+        found = mesh.every.total(len(value_n), value_n.device)
+        if found >= total or guess == 0:
             break
+    if not mesh.alone:
+        threshold, ties, equal = kth_largest(value_n, min(total, found), mesh.every)
+        kept_n = ~(value_n < threshold)
+        if ties < equal:
+            tied_n = (value_n == threshold).nonzero().squeeze(1)
+            kept_n[tied_n[first_of(ties, row_n[tied_n], rows, mesh) :]] = False
+        return Entries(row_n[kept_n], feature_n[kept_n], value_n[kept_n]), threshold
     if len(value_n) > total:
         smallest = value_n.kthvalue(len(value_n) - total + 1).values
         kept_n = ~(value_n <= smallest)  # what is not a number is kept, so that the loss tells of it
@@ -92,6 +127,36 @@ def top_of_batch(above: Callable[[float], Entries], total: int, guess: float) ->
         kept_n[tied_n[: total - int(kept_n.sum())]] = True  # host sync
         row_n, feature_n, value_n = row_n[kept_n], feature_n[kept_n], value_n[kept_n]
     return Entries(row_n, feature_n, value_n), float(value_n.min()) if len(value_n) else 0.0  # host sync
+
+
+def kth_largest(value_n: Tensor, k: int, every: Axis) -> tuple[float, int, int]:
+    """The k-th largest of the values, above 0, of all processes; how many equal to it are among the k largest, and how many there are.
+
+    Bits of positive numbers rise with them, so it is found byte after byte: counts of the 256 values of a byte are added up over processes.
+    """
+    bits_n = value_n.nan_to_num(nan=torch.inf, posinf=torch.inf).view(torch.int32 if value_n.itemsize == 4 else torch.int64)
+    found, left, equal = 0, k, 0
+    for shift in range(8 * value_n.itemsize - 8, -1, -8):
+        byte_n = (bits_n >> shift) & 255
+        counts = every.sum_(torch.bincount(byte_n, minlength=256)).tolist()  # host sync
+        byte = 255 if k else 0
+        while byte and left > counts[byte]:
+            left -= counts[byte]
+            byte -= 1
+        bits_n, found, equal = bits_n[byte_n == byte], (found << 8) | byte, counts[byte]
+    return float(torch.tensor(found, dtype=bits_n.dtype).view(value_n.dtype)), left, equal
+
+
+def first_of(count: int, row_n: Tensor, rows: int, mesh: Mesh) -> int:
+    """How many of the first `count` things of a batch, counted row after row and in a row process after process, are this process's.
+
+    `row_n`: the rows of its own, rising.
+    """
+    here_rb = mesh.every.gather(torch.bincount(row_n, minlength=rows))
+    order_jbi = here_rb.view(mesh.features.size, mesh.rows.size, rows).permute(1, 2, 0)
+    before_jbi = (order_jbi.flatten().cumsum(0).view_as(order_jbi) - order_jbi)[mesh.rows.rank, :, mesh.features.rank]
+    mine_b = (count - before_jbi).clamp(min=0).minimum(here_rb[mesh.every.rank])
+    return int(mine_b.sum())  # host sync
 
 
 def first_guess(sample_bf: Tensor, share: float) -> float:

@@ -13,6 +13,9 @@ step (fresh ones cost page faults). Of a chunk whose code is sparse only the act
 through the rest at once (sparse.py), so that no gradient is passed over twice; a dense chunk, as early in training, goes through matrix
 products. What keeps the k largest is always sparse. Where the workspace names an encoder of sae/encoding, that finds the entries of a
 sparse chunk. What else was tried, with numbers: benchmarks/cpu_experiments.md.
+
+Of processes that share the features (sae/mesh.py) each adds its part of ŷ, and of the last sum above. All take one path, so that they speak
+at the same times.
 """
 
 from collections.abc import Iterator
@@ -92,18 +95,20 @@ def encoder_of(sums: Sums) -> Encoder:
 def add_chosen(sums: Sums, name: str) -> float:
     """A step of the k largest, of rows or of the batch; gives the batch's smallest."""
     rule, guesses, workspace = sums.rule, sums.workspace.guesses, sums.workspace
-    rows, share = len(sums.input_bd), rule.top / len(sums.weights.b_enc_f)
+    mesh, rows = workspace.mesh, len(sums.input_bd)
+    share = rule.top / (len(sums.weights.b_enc_f) * mesh.features.size)
     encoder = encoder_of(sums) if workspace.encoder != "product" and share < SCREENED_BELOW else None
     if rule.over == "batch":
         if name not in guesses:
-            guesses[name] = first_guess(pre_activations(sums, slice(None, None, max(1, rows // SAMPLE))), share)
+            guess = first_guess(pre_activations(sums, slice(None, None, max(1, rows // SAMPLE))), share)
+            guesses[name] = sum(mesh.every.numbers(guess, sums.input_bd.device)) / mesh.every.size
 
         def above_all(low: float) -> Entries:
             if encoder is not None:
                 return encoder.entries(sums.input_bd, workspace, floor=low)
             return joined([entries_above(pre_activations(sums, part), low, part.start, workspace) for part in chunks(sums)])
 
-        entries, threshold = top_of_batch(above_all, rows * rule.top, guesses[name])
+        entries, threshold = top_of_batch(above_all, sums.rows * rule.top, guesses[name], rows, mesh)
         guesses[name] = threshold
         add_sparse_rows(sums, slice(0, rows), [entries])
         return threshold
@@ -117,7 +122,7 @@ def add_chosen(sums: Sums, name: str) -> float:
         else:
             z_bf = pre_activations(sums, part)
             above = above_in(z_bf.abs() if rule.signed else z_bf, workspace)
-        entries, guesses[name] = top_of_rows(above, part.stop - part.start, rule.top, guesses[name])
+        entries, guesses[name] = top_of_rows(above, part.stop - part.start, rule.top, guesses[name], mesh.features)
         if rule.signed:
             entries = entries._replace(value_n=z_bf[entries.row_n.long(), entries.feature_n.long()])
         found.append(entries._replace(row_n=entries.row_n + part.start))
@@ -127,7 +132,7 @@ def add_chosen(sums: Sums, name: str) -> float:
 
 def add_all_above(sums: Sums, path: str) -> int:
     """A step of all that is above a threshold; gives the rows that went through the sparse path."""
-    rule, workspace = sums.rule, sums.workspace
+    rule, workspace, axis = sums.rule, sums.workspace, sums.workspace.mesh.features
     rows, jump = len(sums.input_bd), rule.jump
     sparse_rows = 0
     entries: list[Entries] = []  # of the rows since `first`, which are still to go through the sparse path
@@ -147,13 +152,14 @@ def add_all_above(sums: Sums, path: str) -> int:
             if path == "auto":
                 sample = acts[::64]  # counting every entry would be a pass of its own
                 active = torch.count_nonzero(sample if jump is None else sample > sums.low_f)
-                sparse = active.item() < SPARSE_BELOW * sample.numel()  # host sync
+                sparse = axis.total(int(active), acts.device) < SPARSE_BELOW * sample.numel() * axis.size  # host sync
             if sparse:
                 listed = active_entries(acts, here, workspace) if jump is None else entries_above(acts, sums.low_f, here, workspace)
                 entries.append(listed)
         if sparse:
             sparse_rows += part.stop - part.start
-        if entries and (not sparse or part.stop == rows or sum(len(e[0]) for e in entries) >= HELD_ENTRIES):
+        held = axis.total(sum(len(e[0]) for e in entries), sums.input_bd.device) if sparse else 0
+        if entries and (not sparse or part.stop == rows or held >= HELD_ENTRIES * axis.size):
             add_sparse_rows(sums, slice(first, part.stop if sparse else part.start), entries)
             entries = []
         if not sparse:
@@ -167,19 +173,20 @@ def few_active(sums: Sums, part: slice) -> bool:
     """Whether the code of these rows is so sparse that the workspace's encoder is worth while: by float32 products of a sample of them."""
     z_bf = pre_activations(sums, slice(part.start, part.stop, SCREENED_SAMPLE))
     low = 0.0 if sums.rule.jump is None else sums.low_f
-    return int(torch.count_nonzero(z_bf > low)) < SCREENED_BELOW * z_bf.numel()  # host sync
+    axis = sums.workspace.mesh.features
+    return axis.total(int(torch.count_nonzero(z_bf > low)), z_bf.device) < SCREENED_BELOW * z_bf.numel() * axis.size  # host sync
 
 
 def add_dense_rows(sums: Sums, part: slice, acts: Tensor) -> None:
     """Adds a chunk's gradients, firing counts and activity; overwrites `acts`, which of a kind with thresholds are pre-activations."""
     weights, rule, workspace, gradients = sums.weights, sums.rule, sums.workspace, sums.gradients
-    rows, beta = len(sums.input_bd), 0 if sums.fresh else 1
-    input_bd = sums.input_bd[part]
+    rows, beta = sums.rows, 0 if sums.fresh else 1
+    axis, input_bd = workspace.mesh.features, sums.input_bd[part]
     near = None
     if rule.jump is not None:
         near = (acts - rule.jump.theta_f).abs_() < rule.jump.window / 2
         acts.masked_fill_(acts <= rule.jump.theta_f, 0)
-    error = torch.addmm(sums.base(part), acts, weights.W_dec_fd)
+    error = axis.sum_(torch.addmm(axis.leave_to_first_(sums.base(part)), acts, weights.W_dec_fd))
     g = error * (2 / rows)
     gradients.W_dec_fd.addmm_(acts.T, g, beta=beta)
     sums.add_of_rows(part, g)

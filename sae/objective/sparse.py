@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sae.entries import Entries, add_weighted_sums, largest, starts_of
+from sae.objective.choice import kept_of_rows
 from sae.objective.rule import Aid, Jump, Linear, Rule, norms
 from sae.objective.step import Own, Step, Weights
 from sae.objective.workspace import Workspace
@@ -30,6 +31,8 @@ class Sums:
     ):
         self.x_bd, self.y_bo, self.weights, self.own, self.rule, self.workspace = x_bd, y_bo, weights, own, rule, workspace
         self.gradients, self.own_gradients = gradients, own_gradients
+        self.rows = len(x_bd) * workspace.mesh.rows.size
+        """of all processes"""
         self.input_bd = x_bd - weights.b_dec_d if y_bo is None else x_bd
         self.norm_f = norms(weights.W_dec_fd, rule.sites)
         zero = x_bd.new_zeros(())
@@ -74,7 +77,7 @@ class Sums:
 
     def step(self, sparse_share: float, threshold: float) -> Step:
         """The loss and what is whole only after all rows."""
-        weights, gradients, rows, rule = self.weights, self.gradients, len(self.x_bd), self.rule
+        weights, gradients, rows, rule, mesh = self.weights, self.gradients, self.rows, self.rule, self.workspace.mesh
         linear = isinstance(rule.price, Linear)
         if rule.price is not None:
             per_row_f = self.l1 / rows * self.activity_f if linear else self.pull_f / rows
@@ -85,14 +88,21 @@ class Sums:
                 W_fsd = weights.W_dec_fd.unflatten(-1, (rule.sites, -1))
                 per_site_fs = per_row_f[:, None] / W_fsd.norm(dim=-1).clamp(min=tiny)
                 gradients.W_dec_fd.unflatten(-1, (rule.sites, -1)).addcmul_(W_fsd, per_site_fs[..., None])
+        pull_d = gradients.b_enc_f @ weights.W_enc_fd if self.y_bo is None else self.norm_f.new_zeros(0)
+        lengths, fired = self.activity_f @ self.norm_f, self.fired_f.sum().to(self.norm_f.dtype)
+        pull_d, *of_features = mesh.features.sums(pull_d, lengths, fired, self.cost)
         if self.y_bo is None:
-            gradients.b_dec_d.sub_(gradients.b_enc_f @ weights.W_enc_fd)
-        squared_error = self.squared_error / rows
-        sparsity = self.activity_f @ self.norm_f / rows
-        l0 = self.fired_f.sum().to(self.norm_f.dtype) / rows
-        loss = squared_error if not rule.prefixes else self.part_error / rows
+            gradients.b_dec_d.sub_(pull_d)
+        of_rows = *of_features, self.squared_error, self.part_error, self.norm_f.new_tensor(sparse_share)
+        lengths, fired, cost, squared_error, part_error, sparse = mesh.rows.sums(*of_rows)
+        mesh.rows.sum_(gradients.b_dec_d)
+        mesh.rows.sum_(self.fired_f)
+        if "W_skip_od" in self.own_gradients:
+            mesh.rows.sum_(self.own_gradients["W_skip_od"])
+        squared_error, sparsity, l0 = squared_error / rows, lengths / rows, fired / rows
+        loss = squared_error if not rule.prefixes else part_error / rows
         if rule.price is not None:
-            loss = loss + (self.l1 * sparsity if linear else self.cost / rows)
+            loss = loss + (self.l1 * sparsity if linear else cost / rows)
         if rule.jump is not None:
             theta_f, window = rule.jump.theta_f, rule.jump.window
             loss = loss + rule.jump.cost(l0)
@@ -105,7 +115,7 @@ class Sums:
             l0=l0,
             fired_f=self.fired_f,
             gradients=gradients,
-            sparse_share=self.norm_f.new_full((), sparse_share),
+            sparse_share=sparse / mesh.rows.size,
             threshold=self.norm_f.new_full((), threshold),
             own_gradients=self.own_gradients,
         )
@@ -113,18 +123,20 @@ class Sums:
 
 def add_sparse_rows(sums: Sums, part: slice, entries: list[Entries]) -> None:
     """As `add_dense_rows`, for any number of rows; the entries' rows count from the first of them."""
-    rule, rows = sums.rule, len(sums.x_bd)
+    rule, rows, axis = sums.rule, sums.rows, sums.workspace.mesh.features
     row_n, column_n, value_n = map(torch.cat, zip(*entries))
     error = sums.base(part)
-    b = len(error)
-    cuts = [0, *rule.prefixes] if rule.prefixes else [0, len(sums.norm_f)]
+    b, f = len(error), len(sums.norm_f)
+    cuts = [min(max(0, end - f * axis.rank), f) for end in (0, *rule.prefixes)] if rule.prefixes else [0, f]
     parts: list[tuple[slice, Tensor, Tensor, Tensor, Tensor]] = []
     for number, (low, high) in enumerate(pairwise(cuts)):
         mine = row_n, column_n, value_n
         if rule.prefixes:
             inside_n = (column_n >= low) & (column_n < high)
             mine = row_n[inside_n], column_n[inside_n], value_n[inside_n]
+        axis.leave_to_first_(error)
         add_weighted_sums(error, sums.weights.W_dec_fd, mine[1], starts_of(mine[0], b), rule.kept(*mine[1:]), False)
+        axis.sum_(error)
         g = sums.workspace.take(f"g{number}", tuple(error.shape), error.dtype, error.device)
         torch.mul(error, 2 / rows / (len(cuts) - 1), out=g)
         parts.append((slice(low, high), g, *mine))
@@ -137,6 +149,8 @@ def add_sparse_rows(sums: Sums, part: slice, entries: list[Entries]) -> None:
     sums.add_of_rows(part, parts[0][1])
     gradients = sums.gradients
     for features, g, row_n, column_n, value_n in parts:
+        if features.start == features.stop:  # other processes have all of this prefix
+            continue
         W_dec_fo, norm_f = sums.weights.W_dec_fd[features], sums.norm_f[features]
         row_n, column_n, z_n, starts = sort_by_feature(row_n, column_n - features.start, value_n, len(norm_f))
         value_n = rule.kept(column_n, z_n)
@@ -186,21 +200,27 @@ def add_thresholds(sums: Sums, jump: Jump, column_n: Tensor, z_n: Tensor, a_n: T
 
 def add_dead_features(sums: Sums, aid: Aid) -> None:
     """Adds the loss of the dead features' second code and its gradients, from what the first code left of all rows."""
-    dead_m = aid.dead_f.nonzero().squeeze(1)  # host sync
-    if not len(dead_m):
+    mesh, dead_m = sums.workspace.mesh, aid.dead_f.nonzero().squeeze(1)  # host sync
+    dead = [int(number) for number in mesh.features.numbers(len(dead_m), dead_m.device)]  # of each process
+    if not sum(dead):
         return
     weights, gradients, rows = sums.weights, sums.gradients, len(sums.x_bd)
-    k = min(aid.k, len(dead_m))
     W_enc_md, W_dec_mo = weights.W_enc_fd.index_select(0, dead_m), weights.W_dec_fd.index_select(0, dead_m)
     z_bm = torch.addmm(weights.b_enc_f.index_select(0, dead_m), sums.input_bd, W_enc_md.T)
-    kept_bk = largest(z_bm, k)
+    kept_bk = largest(z_bm, aid.k)
     value_bk = z_bm.gather(1, kept_bk)
+    if sum(dead) > aid.k:
+        value_bk = kept_of_rows(value_bk, aid.k, mesh.features, min(aid.k, max(dead)))
     row_n, at_n = (value_bk > 0).nonzero(as_tuple=True)
     column_n, value_n = kept_bk[row_n, at_n].int(), value_bk[row_n, at_n]
-    error = torch.neg(sums.left_bo)
+    error = mesh.features.leave_to_first_(torch.neg(sums.left_bo))
     add_weighted_sums(error, W_dec_mo, column_n, starts_of(row_n, rows), value_n, False)
-    weight = aid.weight / sums.left_bo.square().sum().clamp(min=torch.finfo(error.dtype).tiny)
-    sums.aid = weight * error.square().sum()
+    mesh.features.sum_(error)
+    left, missed = mesh.rows.sums(sums.left_bo.square().sum(), error.square().sum())
+    weight = aid.weight / left.clamp(min=torch.finfo(error.dtype).tiny)
+    sums.aid = weight * missed
+    if not len(dead_m):
+        return
     g = error.mul_(2 * weight)
     row_n, column_n, value_n, starts = sort_by_feature(row_n.int(), column_n, value_n, len(dead_m))
     a_n = products_with(g, W_dec_mo, row_n, starts, value_n)

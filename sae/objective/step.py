@@ -36,6 +36,10 @@ Own = Mapping[str, Tensor]
 """parameters that only some kinds have, by name: theta_f, W_skip_od, ...; for a sweep each has a leading k"""
 
 
+WHOLE = "b_dec_d", "W_skip_od"
+"""parameters that every process has whole; the others have an entry for each feature, and are split with the features"""
+
+
 def of(own: Own, k: int) -> dict[str, Tensor]:
     """Views of one dictionary's, of a sweep's."""
     return {name: tensor[k] for name, tensor in own.items()}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sae.errors import InputError
+from sae.mesh import Mesh
 from sae.objective.step import Weights
 
 
@@ -56,9 +57,16 @@ def moments(optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> list[d
     return [optimizer.state[parameter] for parameter in parameters]
 
 
-def clip(gradients: Sequence[Tensor], largest: float) -> None:
-    """Scales each dictionary's gradients (leading k) in place so that their joint norm is at most `largest`."""
-    norm_k = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+def clip(gradients: Sequence[Tensor], largest: float, split: Sequence[bool], mesh: Mesh) -> None:
+    """Scales each dictionary's gradients (leading k) in place so that their joint norm is at most `largest`.
+
+    `split`: which of them are this process's part of the whole.
+    """
+    norm_pk = torch.stack([g.flatten(1).norm(dim=1) for g in gradients])
+    if not mesh.alone:
+        mine_p = torch.tensor(split, device=norm_pk.device)
+        norm_pk = torch.cat([mesh.every.gather(norm_pk[mine_p]).flatten(0, 1), norm_pk[~mine_p]])
+    norm_k = norm_pk.norm(dim=0)
     factor_k = (largest / (norm_k + 1e-6)).clamp(max=1)
     for g in gradients:
         g.mul_(factor_k.view(-1, *[1] * (g.ndim - 1)))

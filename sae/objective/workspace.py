@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sae.encoding import METHODS, Method
 from sae.entries import Buffers
+from sae.mesh import ALONE, Mesh
 
 Precision = Literal["float32", "tf32", "bfloat16"]
 
@@ -19,13 +20,20 @@ class Workspace(Buffers):
 
     `encoder`: how active entries are found where the code is sparse; "product" is torch's float32 product, others are in sae/encoding.
     `deterministic`: on CUDA, sum in one fixed order, so that two runs are equal bit for bit (a CPU does that anyway).
+    `mesh`: the processes that share the work; weights are this one's features, and a batch its rows.
     `plan` is [calls, triton?, capacity]: the calls so far and what was decided for CUDA. With the weights it decides the next step.
     """
 
     def __init__(
-        self, precision: Precision = "float32", deterministic: bool = True, capacity: int = 256, encoder: Method = "product"
+        self,
+        precision: Precision = "float32",
+        deterministic: bool = True,
+        capacity: int = 256,
+        encoder: Method = "product",
+        mesh: Mesh = ALONE,
     ) -> None:
         super().__init__()
+        self.mesh = mesh
         self.precision, self.deterministic = precision, deterministic
         self.plan = torch.tensor([0, 0, capacity])
         self.encoder_number = torch.tensor(METHODS.index(encoder))

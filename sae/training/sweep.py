@@ -1,5 +1,7 @@
 """The dictionaries under training, together: weights, optimiser and firing counts; a step, and resampling of dead features.
 
+Of several processes (sae/mesh.py) each has its part of the features, and adds up its part of a batch's rows.
+
 k dictionaries, one for each value of the kind's swept option · b rows (tokens) · d width that is read · o written · f features
 Everything in training units (mean squared norm of the activations = their width).
 """
@@ -10,9 +12,11 @@ import torch
 from torch import Tensor
 
 from sae.dictionaries.dictionary import Dictionary
+from sae.entries import largest
 from sae.kinds import Kind, Now
-from sae.objective import Backend, Step, Weights, Workspace, objective
-from sae.objective.step import of
+from sae.objective import Backend, Own, Step, Weights, Workspace, objective
+from sae.objective.choice import kept_of_rows
+from sae.objective.step import WHOLE, of
 from sae.objective.update import moments
 from sae.training.config import Recipe
 
@@ -30,34 +34,66 @@ class Sweep:
         backend: Backend,
         workspace: Workspace,
         own: Mapping[str, Tensor] | None = None,
+        device: torch.device | None = None,
     ):
-        """`own`: values at which the kind's own parameters start, in the place of its usual ones."""
-        self.kind, self.recipe, self.backend, self.workspace = kind, recipe, backend, workspace
+        """`own`: values at which the kind's own parameters start, in the place of its usual ones. `device`: by default the dictionary's."""
+        self.kind, self.recipe, self.backend, self.workspace, self.mesh = kind, recipe, backend, workspace, workspace.mesh
         self.values = kind.values
         self.transcodes, self.sites = dictionary.is_transcoder, len(dictionary.writes)
-        k, device = len(self.values), dictionary.W_dec_fo.device
+        k, mine, device = len(self.values), self.mesh.features.part(dictionary.d_sae), device or dictionary.W_dec_fo.device
 
         def copies(tensor: Tensor) -> Tensor:
             return tensor.detach().to(device).repeat(k, *[1] * tensor.ndim)
 
-        self.weights = Weights(*map(copies, (dictionary.W_enc_fd, dictionary.b_enc_f, dictionary.W_dec_fo, dictionary.b_dec_o)))
+        def copies_of(name: str, tensor: Tensor) -> Tensor:
+            return copies(tensor if name in WHOLE else tensor[mine])
+
+        started = dictionary.W_enc_fd, dictionary.b_enc_f, dictionary.W_dec_fo, dictionary.b_dec_o
+        self.weights = Weights(*map(copies_of, Weights._fields, started))
         owns = kind.own(dictionary.d_out, dictionary.d_sae) | dict(own or {})
         if dictionary.W_skip_od is not None:
             owns["W_skip_od"] = dictionary.W_skip_od
-        self.own = {name: copies(tensor) for name, tensor in owns.items()}
+        self.own = {name: copies_of(name, tensor) for name, tensor in owns.items()}
         self.kept = {name: copies(tensor) for name, tensor in kind.state().items()}
-        self.parameters = [*self.weights, *self.own.values()]
-        self.adam = torch.optim.Adam(self.parameters, lr=recipe.lr, betas=recipe.betas, fused=True)
-        moments(self.adam, self.parameters)  # from the start, so that a checkpoint always has it
-        self.silent_steps_kf = torch.zeros(k, dictionary.d_sae, dtype=torch.int64, device=device)
+        self.parameters = {name: tensor if name in WHOLE else self._mine(tensor) for name, tensor in self._whole().items()}
+        """what this process updates: where rows are split, of its features an equal part"""
+        self.adam = torch.optim.Adam(list(self.parameters.values()), lr=recipe.lr, betas=recipe.betas, fused=True)
+        moments(self.adam, list(self.parameters.values()))  # from the start, so that a checkpoint always has it
+        self.silent_steps_kf = torch.zeros(k, mine.stop - mine.start, dtype=torch.int64, device=device)
         self.fired_kf = torch.zeros_like(self.silent_steps_kf)
         self.rows_counted = torch.zeros((), dtype=torch.int64)
         self.sparse_rows_k = torch.zeros(k, dtype=torch.float64, device=device)
         self.resampled_k = torch.zeros(k, dtype=torch.int64)
 
+    def _whole(self) -> dict[str, Tensor]:
+        return dict(zip(Weights._fields, self.weights)) | self.own
+
+    def _mine(self, tensor_kf: Tensor) -> Tensor:
+        """What this process updates of the features that it computes with."""
+        rows = self.mesh.rows
+        return tensor_kf if rows.alone else tensor_kf[:, rows.part(tensor_kf.shape[1])].clone()
+
+    def _take_over(self) -> None:
+        """After a change to the weights that was not Adam's."""
+        for name, tensor in self._whole().items():
+            if name not in WHOLE and not self.mesh.rows.alone:
+                self.parameters[name].copy_(self._mine(tensor))
+
     def dictionary(self, k: int) -> Dictionary:
-        """The k-th one as it is now, sharing memory with the sweep."""
-        weights, own = self.weights.of(k), of(self.own, k)
+        """The k-th one as it is now, sharing memory with the sweep; of several processes this one's features."""
+        return self._dictionary(self.weights.of(k), of(self.own, k), k)
+
+    def gathered(self, k: int) -> Dictionary | None:
+        """The whole k-th one on the CPU, in the process that leads; all call it."""
+        if self.mesh.alone:
+            return self.dictionary(k)
+        parts = {name: list(self.mesh.every.to_first(tensor[k])) for name, tensor in self.parameters.items()}
+        if not self.mesh.leads:
+            return None
+        whole = {name: pieces[0] if name in WHOLE else torch.cat(pieces) for name, pieces in parts.items()}
+        return self._dictionary(Weights(*(whole.pop(name) for name in Weights._fields)), whole, k)
+
+    def _dictionary(self, weights: Weights, own: Own, k: int) -> Dictionary:
         W_enc_fd, b_enc_f, gate = self.kind.encoder(weights, own, of(self.kept, k), self.values[k])
         b_in_d = None if self.transcodes else weights.b_dec_d
         W_skip_od = own.get("W_skip_od")
@@ -66,11 +102,16 @@ class Sweep:
 
     def now(self, k: int, step: int) -> Now:
         d_out = self.weights.W_dec_fd.shape[-1]
-        return Now(step, self.recipe.steps, d_out, self.dead_kf()[k], of(self.kept, k), self.sites)
+        return Now(step, self.recipe.steps, d_out, self.dead_kf()[k], of(self.kept, k), self.sites, self.mesh)
 
     @torch.no_grad()
     def step(self, x_bd: Tensor, step: int, y_bo: Tensor | None = None) -> Step:
-        """One update of all dictionaries, which also counts which features fired. `y_bo`: what transcoders are to write."""
+        """One update of all dictionaries, which also counts which features fired. `y_bo`: what transcoders are to write.
+
+        Of several processes all have the whole batch.
+        """
+        rows, mine = len(x_bd), self.mesh.rows.part(len(x_bd))
+        x_bd, y_bo = x_bd[mine], None if y_bo is None else y_bo[mine]
         self.adam.param_groups[0]["lr"] = self.recipe.learning_rate(step)
         nows = [self.now(k, step) for k in range(len(self.values))]
         for k, (value, now) in enumerate(zip(self.values, nows)):
@@ -90,10 +131,11 @@ class Sweep:
         )
         for k, now in enumerate(nows):
             self.kind.after(result.of(k), of(self.own, k), now)
+        self._take_over()
         self.silent_steps_kf = torch.where(result.fired_f > 0, 0, self.silent_steps_kf + 1)
         self.fired_kf += result.fired_f
-        self.rows_counted += len(x_bd)
-        self.sparse_rows_k += result.sparse_share * len(x_bd)
+        self.rows_counted += rows
+        self.sparse_rows_k += result.sparse_share * rows
         return result
 
     def dead_kf(self) -> Tensor:
@@ -108,32 +150,52 @@ class Sweep:
         encoder row gets 0.2 of the mean norm of living ones, the bias 0, Adam's moments 0. The new direction is the row's residual
         rather than the row itself, since what is already explained needs no second feature; a transcoder's feature reads the row itself.
         """
-        dead_f = self.dead_kf()[k]
-        count = int(dead_f.sum())  # host sync
-        if not count or count == len(dead_f):
+        dead_f, features = self.dead_kf()[k], self.mesh.features
+        dead = [int(number) for number in features.numbers(int(dead_f.sum()), dead_f.device)]  # host sync; of each process
+        count, before = sum(dead), sum(dead[: features.rank])
+        if not count or count == len(dead_f) * features.size:
             return 0  # without a living feature there is no scale to follow
-        residual_bo = (x_bd if y_bo is None else y_bo) - self.dictionary(k)(x_bd)
+        residual_bo = (x_bd if y_bo is None else y_bo) - self.written(x_bd, k, step)
         loss_b = residual_bo.square().sum(-1)
         generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
         drawn = torch.multinomial(loss_b.double().square().cpu(), count, replacement=count > len(x_bd), generator=generator)  # host sync
-        drawn = drawn.to(x_bd.device)
+        drawn = drawn[before : before + dead[features.rank]].to(x_bd.device)
         written = torch.nn.functional.normalize(residual_bo[drawn], dim=-1)
         read = written if y_bo is None else torch.nn.functional.normalize(x_bd[drawn], dim=-1)
         W_enc_fd, b_enc_f, W_dec_fd, _ = self.weights.of(k)
-        W_enc_fd[dead_f] = read * 0.2 * W_enc_fd[~dead_f].norm(dim=-1).mean()
-        W_dec_fd[dead_f] = written * W_dec_fd[~dead_f].norm(dim=-1).mean()
+        W_enc_fd[dead_f] = read * 0.2 * self._mean(W_enc_fd[~dead_f].norm(dim=-1))
+        W_dec_fd[dead_f] = written * self._mean(W_dec_fd[~dead_f].norm(dim=-1))
         b_enc_f[dead_f] = 0
         start = self.kind.own(W_dec_fd.shape[-1], len(dead_f))
         for name, tensor in start.items():  # each has one number for a feature
             self.own[name][k][dead_f] = tensor.to(dead_f.device)[dead_f]
-        features = [*self.weights[:3], *(self.own[name] for name in start)]
-        for parameter, state in zip(self.parameters, moments(self.adam, self.parameters)):
-            if any(parameter is one for one in features):
-                state["exp_avg"][k][dead_f] = 0
-                state["exp_avg_sq"][k][dead_f] = 0
+        self._take_over()
+        mine_f = dead_f[self.mesh.rows.part(len(dead_f))]
+        for name, parameter in self.parameters.items():
+            if name not in WHOLE:
+                for moment in MOMENTS[:2]:
+                    self.adam.state[parameter][moment][k][mine_f] = 0
         self.silent_steps_kf[k, dead_f] = 0
         self.resampled_k[k] += count
         return count
+
+    def _mean(self, norm_n: Tensor) -> Tensor:
+        """Over all processes' features."""
+        total, count = self.mesh.features.sums(norm_n.sum(), norm_n.new_tensor(len(norm_n)))
+        return total / count
+
+    def written(self, x_bd: Tensor, k: int, step: int) -> Tensor:
+        """What the k-th dictionary makes of rows, [b, o]: the sum of all processes' features."""
+        features, weights, own = self.mesh.features, self.weights.of(k), of(self.own, k)
+        if features.alone:
+            return self.dictionary(k)(x_bd)
+        acts_bf, rule = self.dictionary(k).encode(x_bd), self.kind.goal(self.values[k], self.now(k, step)).rule(weights, own)
+        if rule is not None and rule.top and rule.over == "row":
+            kept_bk = largest(acts_bf.abs(), rule.top)
+            value_bk = kept_of_rows(acts_bf.abs().gather(1, kept_bk), rule.top, features)
+            acts_bf = torch.zeros_like(acts_bf).scatter(1, kept_bk, acts_bf.gather(1, kept_bk) * (value_bk > 0))
+        y_bo = features.sum_(acts_bf @ weights.W_dec_fd) + weights.b_dec_d
+        return y_bo + x_bd @ own["W_skip_od"].T if "W_skip_od" in own else y_bo
 
     def counts(self) -> dict[str, Tensor]:
         """What has happened since the last lines of metrics."""
@@ -141,9 +203,10 @@ class Sweep:
 
     def state(self) -> dict[str, Tensor]:
         """References to every tensor that the next step depends on, by name."""
-        tensors = dict(zip(Weights._fields, self.weights)) | {f"own.{name}": tensor for name, tensor in self.own.items()}
-        for name, parameter in list(tensors.items()):
-            tensors |= {f"adam.{name}.{moment}": self.adam.state[parameter][moment] for moment in MOMENTS}
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            name = name if name in Weights._fields else f"own.{name}"
+            tensors |= {name: parameter} | {f"adam.{name}.{moment}": self.adam.state[parameter][moment] for moment in MOMENTS}
         tensors |= {f"kept.{name}": tensor for name, tensor in self.kept.items()}
         decided = {"plan": self.workspace.plan, "encoder": self.workspace.encoder_number}
         return tensors | {"silent_steps_kf": self.silent_steps_kf} | decided | self.counts()
