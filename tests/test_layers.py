@@ -13,6 +13,7 @@ ROOMS = (
     "sae.entries",
     "sae.html",
     "sae.mesh",
+    "sae.processes",
     "sae.progress",
     "sae.statistics",
     "sae.streams",
@@ -66,6 +67,7 @@ ROOMS = (
     "steering.studies",
     "steering.compare",
     "steering.command_line",
+    "sae.__main__",
 )
 
 

@@ -1,2 +1,2 @@
 """Tokens to a cache: settings.py says what is recorded, plan.py what is visited when, pools.py runs the model on a pool of sequences,
-massive.py finds massive rows, writers.py lets several processes make one cache, command.py runs the stages."""
+massive.py finds massive rows, command.py runs the stages, in several processes if torchrun starts them."""

@@ -29,12 +29,12 @@ from sae.activations.harvest.settings import (
     make_recorder,
     require_tokens,
 )
-from sae.activations.harvest.writers import Writers
 from sae.activations.text.documents import PASSAGE, text_files
 from sae.activations.text.tokens import SPLITS, Tokens
 from sae.disk.places import require_folder
 from sae.disk.writing import only_writer, require_free_space, write_json, write_tensors
 from sae.errors import InputError
+from sae.processes import Processes
 from sae.progress import counted, progress
 
 
@@ -60,26 +60,26 @@ def harvest(config: HarvestConfig) -> Path:
     Raises `InputError` for unusable options or text, a folder begun with other settings or another model, activations that are not
     finite in the number format on disk, and a full disk.
     """
-    writers = Writers.from_environment()
-    with writers.together():
-        if writers.leads:
-            _lead(config, writers)
+    processes = Processes.from_environment()
+    with processes.together():
+        if processes.leads:
+            _lead(config, processes)
         else:
-            _help(config, writers)
+            _help(config, processes)
     return config.out
 
 
-def _lead(config: HarvestConfig, writers: Writers) -> None:
+def _lead(config: HarvestConfig, processes: Processes) -> None:
     if config.verify:
         _verify(config)
-        return writers.tell("work", None)
+        return processes.tell("work", None)
     check_recording(config)
     if not config.dry_run:
         require_folder(config.out)
-    models = load_models(replace(config, device=device_of(config, writers)))
+    models = load_models(replace(config, device=device_of(config, processes)))
     if config.dry_run:
         _dry_run(config, models)
-        return writers.tell("work", None)
+        return processes.tell("work", None)
     settings, is_new = _settings(config), not config.out.exists()
     with only_writer(config.out) as let_others_in:
         claim(config.out, settings=settings, **models.records())
@@ -88,7 +88,7 @@ def _lead(config: HarvestConfig, writers: Writers) -> None:
         if (config.out / "manifest.json").exists():
             ledger.clear()  # a kill may have come between the two last steps
             print(f"{config.out} is already complete", file=sys.stderr)
-            return writers.tell("work", None)
+            return processes.tell("work", None)
         try:
             _write_tokens(config, models, ledger)
         except InputError:  # nothing is recorded yet, so the corrected command may have the folder
@@ -99,39 +99,32 @@ def _lead(config: HarvestConfig, writers: Writers) -> None:
         _say_held_out(config, pools, work["counts"]["documents"])
         work["left"] = _left(config, recorder, pools, ledger)
         let_others_in()
-        writers.tell("work", work)
-        _write_pools(config, writers, recorder, [pools[number] for number in work["left"]], ledger)
+        processes.tell("work", work)
+        _write_pools(config, processes, recorder, [pools[number] for number in work["left"]], ledger)
         ledger.take_over()
         write_json(config.out / "manifest.json", _manifest(config, recorder, pools, ledger))
         ledger.clear()
     _report(config.out)
-    writers.tell("complete", True)
+    processes.tell("complete", True)
 
 
-def _help(config: HarvestConfig, writers: Writers) -> None:
-    work = writers.hear("work")
+def _help(config: HarvestConfig, processes: Processes) -> None:
+    work = processes.hear("work")
     if work is None:
         return
     with only_writer(config.out, shared=True):
-        models = load_models(replace(config, device=device_of(config, writers)))
+        models = load_models(replace(config, device=device_of(config, processes)))
         require_same(config.out, **models.records())
         recorder, pools = _prepare(config, models, work)
-        _write_pools(config, writers, recorder, [pools[number] for number in work["left"]], Ledger(config.out, writers.rank))
-    writers.hear("complete")
+        _write_pools(config, processes, recorder, [pools[number] for number in work["left"]], Ledger(config.out, processes.rank))
+    processes.hear("complete")
 
 
-def device_of(config: RecordingConfig, writers: Writers) -> str:
-    """Where this process computes: "auto" becomes a GPU of its own when several processes run on one machine with GPUs."""
-    if writers.local_world == 1:
-        return config.device
-    if config.device_map is not None:
-        raise InputError(f"--device-map spreads a model over all GPUs, but {writers.local_world} processes run here; start one a machine")
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if config.device != "auto" or not gpus:
-        return config.device
-    if writers.local_world > gpus:
-        raise InputError(f"expected a GPU for each of the {writers.local_world} processes, but there are {gpus} GPUs; start fewer")
-    return f"cuda:{writers.local_rank}"
+def device_of(config: RecordingConfig, processes: Processes) -> str:
+    """Where this process computes, see `Processes.device`. Raises `InputError` for several that would each spread a model over all GPUs."""
+    if processes.local_world > 1 and config.device_map is not None:
+        raise InputError(f"--device-map spreads a model over all GPUs, but {processes.local_world} processes run here; start one a machine")
+    return processes.device(config.device)
 
 
 def _verify(config: HarvestConfig) -> Path:
@@ -245,7 +238,7 @@ def _path(config: HarvestConfig, site: str, name: str) -> Path:
     return config.out / site / f"{name}.safetensors"
 
 
-def _write_pools(config: HarvestConfig, writers: Writers, recorder: Recorder, left: list[Pool], ledger: Ledger) -> None:
+def _write_pools(config: HarvestConfig, processes: Processes, recorder: Recorder, left: list[Pool], ledger: Ledger) -> None:
     """Stage 2, the forward passes, shared by all processes; one pool is written while the next is recorded.
 
     The leader comes back when all pools are written, and it alone shows progress.
@@ -255,24 +248,24 @@ def _write_pools(config: HarvestConfig, writers: Writers, recorder: Recorder, le
     before = total - sum(int(lengths[pool.sequences].sum()) for pool in left)
 
     def advance(tokens: int) -> None:
-        done = writers.count(tokens)
+        done = processes.count(tokens)
         if bar:
             bar.advance(before + done - bar.done)
 
     def write(recorded: Recorded) -> None:
         ledger.append(recorder.write(recorded, partial(_path, config)))
 
-    showing = progress("harvest", total, "tokens", before) if writers.leads else nullcontext()
+    showing = progress("harvest", total, "tokens", before) if processes.leads else nullcontext()
     with showing as bar, ThreadPoolExecutor(1) as background:
         writing: Future[None] | None = None
-        for pool in writers.deal(left):
+        for pool in processes.deal(left):
             recorded = recorder.begin(pool, advance)
             if writing:
                 writing.result()
             writing = background.submit(write, recorded)
         if writing:
             writing.result()
-        for _ in writers.wait_for_all():
+        for _ in processes.wait_for_all():
             advance(0)
 
 

@@ -5,12 +5,13 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 from live_world import make_world
+from several_processes import flags, fork, forked, torchrun, worker
 from test_harvest import different
-from test_harvest_writers import fork, forked, torchrun, worker
 
 from sae.activations.harvest.command import HarvestConfig, harvest
 
@@ -39,7 +40,7 @@ def files(config: HarvestConfig) -> int:
 
 def one_life_forked(config: HarvestConfig, processes: int, moments: random.Random, log: Path) -> bool:
     """Starts the harvest and kills its processes one after another; gives whether it was killed before its end."""
-    children = fork(config, processes, log) if processes > 1 else [fork_alone(config)]
+    children = fork(partial(harvest, config), processes, log) if processes > 1 else [fork_alone(config)]
     wait_for_moment(config, moments, lambda: os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None)
     for child in moments.sample(children, processes):
         os.kill(child, signal.SIGKILL)
@@ -59,7 +60,7 @@ def fork_alone(config: HarvestConfig) -> int:
 
 def one_life_of_torchrun(config: HarvestConfig, moments: random.Random) -> bool:
     """Like `one_life_forked`, killing a rank, whose end torchrun must notice, or all at once, as a power cut does."""
-    run = torchrun(config, 2)
+    run = torchrun("cache", *flags(config), processes=2)
     wait_for_moment(config, moments, lambda: run.poll() is not None)
     victims = [rank for rank in range(2) if moments.random() < 0.6]
     pids = []
@@ -110,9 +111,11 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(how, kills, tmp_path
             killed = one_life_forked(config, 1 if how == "one process" else 2, moments, tmp_path / "log")
         assert killed, f"it ended by itself in life {life}"
     if how == "torchrun":
-        last = torchrun(config, 2)
+        last = torchrun("cache", *flags(config), processes=2)
         _, err = last.communicate(timeout=300)
         assert last.returncode == 0, err
     else:
-        assert forked(config, 2 if how == "two processes" else 1, tmp_path / "log") == [0] * (2 if how == "two processes" else 1)
+        assert forked(partial(harvest, config), 2 if how == "two processes" else 1, tmp_path / "log") == [0] * (
+            2 if how == "two processes" else 1
+        )
     assert different(config.out, harvest(settings(world, tmp_path / "whole", kills))) == []

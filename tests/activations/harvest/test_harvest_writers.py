@@ -2,28 +2,23 @@
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 import torch
 from live_world import make_world
 from safetensors.torch import load_file, save_file
+from several_processes import flags, forked, said, torchrun, worker
 from test_harvest import change, different, in_child
 
 from sae.activations.cache import ActivationCache
 from sae.activations.files.ledger import Ledger
-from sae.activations.harvest import writers
 from sae.activations.harvest.command import HarvestConfig, device_of, harvest
 from sae.disk.writing import only_writer
 from sae.errors import InputError
-
-SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "cache_activations.py"
+from sae.processes import Processes
 
 
 @pytest.fixture(scope="module")
@@ -47,121 +42,43 @@ def whole(world, tmp_path_factory) -> Path:
     return harvest(settings(world, tmp_path_factory.mktemp("whole") / "cache"))
 
 
-def flags(config: HarvestConfig) -> list[str]:
-    """The command line that gives these settings."""
-    given: list[str] = []
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if value != field.default:
-            given.append("--" + field.name.replace("_", "-"))
-            given += [] if value is True else [str(part) for part in (value if isinstance(value, tuple) else [value])]
-    return given
-
-
-def torchrun(config: HarvestConfig, processes: int) -> subprocess.Popen:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TORCH_DISTRIBUTED_DEBUG": "OFF"}
-    return subprocess.Popen([*launcher, SCRIPT, *flags(config)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def worker(run: subprocess.Popen, rank: int) -> int:
-    """Process id of a rank that torchrun started."""
-    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    return next(int(pid) for pid in children if f"\0RANK={rank}\0".encode() in Path(f"/proc/{pid}/environ").read_bytes())
-
-
-def forked(config: HarvestConfig, processes: int, log: Path, kill: tuple[int, int] | None = None) -> list[int]:
-    """Harvests in forked processes; gives their exit codes, -9 if killed."""
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in fork(config, processes, log, kill)]
-
-
-def fork(config: HarvestConfig, processes: int, log: Path, kill: tuple[int, int] | None = None) -> list[int]:
-    """Process ids of a harvest's processes, which start at once; `kill` is a rank and the number of its fsync at which it is killed."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = []
-    for rank in range(processes):
-        if (child := os.fork()) == 0:
-            try:
-                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                log_of_rank = os.open(log.with_suffix(f".{rank}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-                os.dup2(log_of_rank, 1)
-                os.dup2(log_of_rank, 2)
-                sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-                if kill:
-                    writers.PATIENCE, writers.FAREWELL = 1.0, 0.2
-                    if kill[0] == rank:
-                        die_at_fsync(kill[1])
-                run(harvest, config)
-            finally:
-                os._exit(1)
-        children.append(child)
-    return children
-
-
-def run(function, config: HarvestConfig) -> NoReturn:
-    """As `sae.command_line.run` ends."""
-    try:
-        function(config)
-        os._exit(0)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        os._exit(2)
-    except SystemExit as stop:
-        os._exit(int(stop.code or 0))
-
-
-def die_at_fsync(number: int) -> None:
-    left, fsync = iter(range(number)), os.fsync
-
-    def fsync_or_die(handle: int) -> None:
-        if next(left, None) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        fsync(handle)
-
-    os.fsync = fsync_or_die
-
-
-def said(log: Path) -> list[str]:
-    """What each rank said."""
-    return [path.read_text() for path in sorted(log.parent.glob(f"{log.name}.*"))]
-
-
 @pytest.mark.parametrize("processes", [2, 3])
 def test_any_number_of_processes_gives_the_same_bytes(config, whole, tmp_path, processes):
-    assert forked(config, processes, tmp_path / "log") == [0] * processes
+    assert forked(partial(harvest, config), processes, tmp_path / "log") == [0] * processes
     assert different(config.out, whole) == []
     first, *others = said(tmp_path / "log")
     assert "training and" in first
     assert first.count("harvest: ") == 1
     assert set(others) == {""}
-    assert forked(config, processes, tmp_path / "again") == [0] * processes
+    assert forked(partial(harvest, config), processes, tmp_path / "again") == [0] * processes
     assert "already complete" in said(tmp_path / "again")[0]
 
 
 def test_processes_without_a_pool_do_nothing(config, tmp_path):
     few = change(config, tokens=300)
-    assert forked(few, 3, tmp_path / "log") == [0, 0, 0]
+    assert forked(partial(harvest, few), 3, tmp_path / "log") == [0, 0, 0]
     assert different(few.out, harvest(change(few, out=tmp_path / "one"))) == []
 
 
 @pytest.mark.parametrize(("kill", "then"), [((0, 5), 2), ((0, 30), 1), ((1, 0), 3), ((1, 7), 1), ((1, 12), 2), ((1, 20), 3)])
 def test_one_killed_process_costs_nothing_but_its_pool(config, whole, tmp_path, kill, then):
-    if forked(config, 2, tmp_path / "log", kill) != [0, 0]:  # so it is when the one to be killed came too late to write much
+    if forked(partial(harvest, config), 2, tmp_path / "log", kill) != [
+        0,
+        0,
+    ]:  # so it is when the one to be killed came too late to write much
         assert "same command again" in said(tmp_path / "log")[1 - kill[0]]
         with pytest.raises(InputError, match="not finished"):
             ActivationCache.open(config.out)
     finished = [shard["name"] for rank in range(2) for entry in Ledger(config.out, rank).of("pool") for shard in entry["shards"]]
     assert kill[0] == 0 or not finished or len(finished) > 25  # all but those that the dead process held
     written = {path: path.stat().st_mtime_ns for path in config.out.glob("resid*/*.safetensors") if path.stem in finished}
-    assert forked(config, then, tmp_path / "then") == [0] * then
+    assert forked(partial(harvest, config), then, tmp_path / "then") == [0] * then
     assert all(path.stat().st_mtime_ns == at for path, at in written.items())  # whoever wrote them, they are not made again
     assert different(config.out, whole) == []
 
 
 def test_torchrun_makes_the_same_bytes_and_speaks_with_one_voice(config, whole):
-    run = torchrun(config, 2)
+    run = torchrun("cache", *flags(config), processes=2)
     out, err = run.communicate(timeout=200)
     assert run.returncode == 0, err
     assert different(config.out, whole) == []
@@ -171,7 +88,7 @@ def test_torchrun_makes_the_same_bytes_and_speaks_with_one_voice(config, whole):
 
 def test_torchrun_stops_when_a_process_is_killed_and_one_process_finishes(config, tmp_path):
     larger = change(config, pool_tokens=60, shard_tokens=20)
-    run = torchrun(larger, 2)
+    run = torchrun("cache", *flags(larger), processes=2)
     while run.poll() is None and len(list(larger.out.glob("resid*/*.safetensors"))) < 10:
         time.sleep(0.005)
     os.kill(worker(run, 1), signal.SIGKILL)
@@ -195,11 +112,11 @@ def test_a_failure_is_told_once_and_stops_all(config, world, tmp_path):
     ids["ids"][-5] = 49
     save_file(ids, tmp_path / "text.safetensors")
     ill = change(config, model=str(source), text=(str(tmp_path / "text.safetensors"),))
-    assert forked(ill, 3, tmp_path / "log") == [2, 2, 2]
+    assert forked(partial(harvest, ill), 3, tmp_path / "log") == [2, 2, 2]
     assert "".join(said(tmp_path / "log")).count("error: ") == 1
     assert "NaN or infinity" in "".join(said(tmp_path / "log"))
     for changes in ({"sites": ("resid_post.9",)}, {"text": ("nowhere.txt",)}, {"tokens": 1}):
-        assert forked(change(ill, **changes), 2, tmp_path / "options") == [2, 2]
+        assert forked(partial(harvest, change(ill, **changes)), 2, tmp_path / "options") == [2, 2]
         assert [text.count("error: ") for text in said(tmp_path / "options")] == [1, 0]
 
 
@@ -207,7 +124,7 @@ def test_a_process_with_another_model_is_refused(config, tmp_path):
     assert os.WIFSIGNALED(in_child(config, kill_at_sync=8))
     torch.manual_seed(5)
     other = make_world(tmp_path, 1)["model"]
-    assert forked(change(config, model=other), 2, tmp_path / "log") == [2, 2]
+    assert forked(partial(harvest, change(config, model=other)), 2, tmp_path / "log") == [2, 2]
     assert "model name =" in "".join(said(tmp_path / "log")) or "settings model =" in "".join(said(tmp_path / "log"))
 
 
@@ -224,16 +141,16 @@ def test_only_one_run_at_a_time_however_many_processes_it_has(config):
 
 
 def test_dry_run_and_verify_speak_once(config, whole, tmp_path):
-    assert forked(change(config, dry_run=True), 2, tmp_path / "dry") == [0, 0]
+    assert forked(partial(harvest, change(config, dry_run=True)), 2, tmp_path / "dry") == [0, 0]
     assert [text.count("would write") for text in said(tmp_path / "dry")] == [1, 0]
-    assert forked(HarvestConfig(out=whole, verify=True), 2, tmp_path / "verify") == [0, 0]
+    assert forked(partial(harvest, HarvestConfig(out=whole, verify=True)), 2, tmp_path / "verify") == [0, 0]
     assert [text.count("as it was written") for text in said(tmp_path / "verify")] == [1, 0]
 
 
 def test_a_crowded_gpu_is_refused(config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    alone, first, second, third = (writers.Writers(None, rank, world, rank, world) for rank, world in ((0, 1), (0, 2), (1, 2), (2, 3)))
+    alone, first, second, third = (Processes(None, rank, world, rank, world) for rank, world in ((0, 1), (0, 2), (1, 2), (2, 3)))
     auto = change(config, device="auto")
     assert [device_of(auto, writer) for writer in (alone, first, second)] == ["auto", "cuda:0", "cuda:1"]
     assert device_of(config, third) == "cpu"

@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from live_world import SITE, make_world
+from several_processes import forked
 from test_harvest import change, different, in_child
-from test_harvest_writers import forked
 
 from sae.activations.cache import ActivationCache
 from sae.activations.cached import CachedSource
@@ -95,11 +96,11 @@ class Store(RuleBasedStateMachine):
     @precondition(lambda self: not self.finished)
     @rule(rank=st.integers(0, 1), moment=st.integers(0, 30))
     def one_of_two_killed(self, rank: int, moment: int) -> None:
-        forked(self.config, 2, self.place / "log", (rank, moment))
+        forked(partial(harvest, self.config), 2, self.place / "log", (rank, moment))
 
     @rule(processes=st.integers(1, 2))
     def resumed(self, processes: int) -> None:
-        assert forked(self.config, processes, self.place / "log") == [0] * processes
+        assert forked(partial(harvest, self.config), processes, self.place / "log") == [0] * processes
         assert self.finished
 
     @precondition(lambda self: not self.finished)

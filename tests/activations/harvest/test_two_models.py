@@ -2,13 +2,14 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from live_world import make_world
+from several_processes import forked, said
 from test_harvest import change, different, in_child
-from test_harvest_writers import forked, said
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -115,7 +116,7 @@ def test_killed_at_any_time_it_ends_with_the_same_bytes(config, whole):
 
 
 def test_several_processes_give_the_same_bytes(config, whole, tmp_path):
-    assert forked(config, 2, tmp_path / "log") == [0, 0]
+    assert forked(partial(harvest, config), 2, tmp_path / "log") == [0, 0]
     assert different(config.out, whole) == []
 
 
@@ -127,7 +128,7 @@ def test_another_second_model_does_not_go_on_with_it(config, world, tmp_path):
     model.save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match=r"begun with settings second_model"):
         harvest(change(config, second_model=str(tmp_path / "other")))
-    assert forked(change(config, second_model=str(tmp_path / "other")), 2, tmp_path / "log") == [2, 2]
+    assert forked(partial(harvest, change(config, second_model=str(tmp_path / "other"))), 2, tmp_path / "log") == [2, 2]
     assert "second_model" in "".join(said(tmp_path / "log"))
 
 
