@@ -42,10 +42,11 @@ from sae.entries import Buffers
 from sae.errors import InputError
 from sae.features.exports.command import ExportConfig, export_features
 from sae.features.index import examples
-from sae.features.index.build import CHUNK_BYTES, IndexConfig, build_index, choose_tokens, chunks
+from sae.features.index.build import IndexConfig, build_index, choose_tokens
 from sae.features.index.contribution import MAX_ROWS
 from sae.features.index.opening import FORMAT_VERSION, SCHEMAS, details_layout
 from sae.features.index.reader import FeatureIndex
+from sae.features.index.spooling import CHUNK_BYTES, chunks, shards_of
 from sae.model.language_model import LanguageModel
 
 Part = Literal["build", "read", "page", "export"]
@@ -149,8 +150,10 @@ def encode_alone(config: IndexConfig) -> None:
     cache = ActivationCache.open(config.cache, dictionary.site)
     buffers = Buffers()
     size = min(MAX_ROWS, max(1, CHUNK_BYTES // (dictionary.d_sae * 4)))
-    for (x_bd,), _ in chunks([cache], choose_tokens(cache.tokens, cache, config), config.splits, size):
-        dictionary.encode(x_bd, buffers)
+    wanted = choose_tokens(cache.tokens, cache, config)
+    for shard in shards_of([cache], config.splits):
+        for (x_bd,), _ in chunks([cache], shard, wanted, size):
+            dictionary.encode(x_bd, buffers)
 
 
 def measure_read(config: BenchmarkConfig, folder: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ ROOMS = (
     "sae.statistics",
     "sae.streams",
     "sae.disk",
+    "sae.pieces",
     "sae.text_input",
     "sae.encoding",
     "sae.objective",

@@ -15,9 +15,9 @@ import pytest
 import torch
 from feature_world import VOCABULARY, save_dictionary
 
-import sae.features.index.build as index_module
 from sae.disk.writing import only_writer
 from sae.errors import InputError
+from sae.features.index import spooling
 from sae.features.index.build import IndexConfig, build_index
 from sae.features.index.reader import FeatureIndex
 
@@ -64,7 +64,7 @@ def test_index_equals_brute_force(world, dense):
 
 
 def test_small_chunks_give_the_same_files(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(index_module, "CHUNK_BYTES", 40 * 4 * 7)  # seven rows at a time
+    monkeypatch.setattr(spooling, "CHUNK_BYTES", 40 * 4 * 7)  # seven rows at a time
     build_index(config_of(world, tmp_path / "index"))
     names = {path.name for path in world.index.folder.iterdir()}
     assert names == {path.name for path in (tmp_path / "index").iterdir()}
@@ -239,7 +239,7 @@ def test_a_kill_leaves_the_older_index_whole_and_the_next_build_clears_up(world,
         command = [sys.executable, "-c", KILLED, str(world.cache), str(world.dictionary_folder), str(out), moment]
         assert subprocess.run(command, capture_output=True, cwd=ROOT).returncode == -signal.SIGKILL
         assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-        assert len(list(tmp_path.iterdir())) == 2  # what it had written so far
+        assert len(list(tmp_path.iterdir())) == 3  # what it had written so far, and its pieces
     out.rename(tmp_path / ".index.999999999.old.tmp")  # as a kill between the two renames leaves it
     with pytest.raises(InputError):
         build_index(config_of(world, out, tokens=0))

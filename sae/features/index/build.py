@@ -8,10 +8,11 @@ activations, feature after feature: see csc.py), `details` (what a reader is sho
 `tokens` (the text, so that neither cache nor model is needed to browse).
 """
 
+import json
 import re
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from sae.device import device_named
 from sae.dictionaries.dictionary import Dictionary
@@ -31,24 +30,24 @@ from sae.disk.checksum import crc32
 from sae.disk.folders import fresh_folder
 from sae.disk.mapped import is_mapped
 from sae.disk.places import require_folder
-from sae.disk.writing import require_free_space, write_json
-from sae.encoding import Encoder, Method
-from sae.entries import Buffers
+from sae.disk.writing import write_json
+from sae.encoding import Method
 from sae.errors import InputError
 from sae.features.index import examples, neighbours
-from sae.features.index.contribution import MAX_ROWS, ErrorSums, contributions
-from sae.features.index.csc import BLOCK_ENTRIES, MAX_FEATURES, RUN_ENTRIES, Spool, merge, statistics
+from sae.features.index.contribution import contributions
+from sae.features.index.csc import BLOCK_ENTRIES, MAX_FEATURES, RUN_ENTRIES, merge, statistics
 from sae.features.index.lens import folded_unembedding, into_residual, logit_lens
 from sae.features.index.opening import CHECKED, FORMAT_VERSION, details_layout
-from sae.features.index.parallel import WORKERS, in_order
-from sae.progress import progress
+from sae.features.index.parallel import in_order
+from sae.features.index.spooling import Spooled, spool_activations
+from sae.pieces import pieces
+from sae.processes import Processes
 from sae.text_input import text_list
 
 if TYPE_CHECKING:
     from sae.activations.cache import ActivationCache
     from sae.model.language_model import LanguageModel
 
-CHUNK_BYTES = 1 << 26  # of one [b, f] block of activations, the only dense one there ever is
 MOST_OPERATIONS = 10**15  # for all features together, on a CPU: about four hours on two cores
 TEXT = ("ids", "sequence_starts", "sequence_document", "document_label", "sequence_split")
 
@@ -80,23 +79,42 @@ class IndexConfig:
 def build_index(config: IndexConfig) -> Path:
     """Builds the folder whole or not at all, and gives its path.
 
-    Memory: on a CPU up to four chunks of activations (64 MB each; one on CUDA), one run or block of 8M entries (about 200 MB) or the
-    largest feature if that is more, and the tokens. Raises `InputError` when cache and dictionary do not belong together.
+    Called in every process that torchrun started, they share the encoding, and the index has the same bytes as that of one; when one of
+    them fails, so do the others, with SystemExit. Killed and started again, with any number of processes, it goes on with the pieces that
+    were finished (see sae/pieces.py), one for each of the cache's shards.
+
+    Memory of a process: on a CPU up to four chunks of activations (64 MB each; one on CUDA), one run or block of 8M entries (about 200 MB)
+    or the largest feature if that is more, and the tokens. Raises `InputError` when cache and dictionary do not belong together.
     """
     from sae.activations.joined import cache_of
     from sae.model.language_model import LanguageModel
 
     require_folder(config.out)
-    dictionary = Dictionary.load(config.dictionary, device_named(config.device))
-    cache = cache_of(config.cache, dictionary, named=config.model is not None, verify=config.verify)
-    if dictionary.d_sae > MAX_FEATURES:
-        raise InputError(f"expected at most {MAX_FEATURES:,} features, but the dictionary has {dictionary.d_sae:,}")
-    model = LanguageModel.load(config.model or cache.model_name(), device="cpu")
-    cache.require_model(model)
-    with replacing_index(config.out) as folder:
-        write_index(folder, config, dictionary, cache, model)
+    processes = Processes.from_environment()
+    with processes.together():
+        dictionary = Dictionary.load(config.dictionary, device_named(processes.device(config.device)))
+        cache = cache_of(config.cache, dictionary, named=config.model is not None, verify=config.verify and processes.leads)
+        if dictionary.d_sae > MAX_FEATURES:
+            raise InputError(f"expected at most {MAX_FEATURES:,} features, but the dictionary has {dictionary.d_sae:,}")
+        wanted, known = choose_tokens(cache.tokens, cache, config), checksum(config.dictionary, dictionary)
+        if not processes.leads:
+            with pieces(processes, config.out, decisive(config, cache, known)) as made:
+                spool_activations(made, dictionary, cache, wanted, config.splits, config.encoder)
+            return config.out
+        model = LanguageModel.load(config.model or cache.model_name(), device="cpu")
+        cache.require_model(model)
+        with pieces(processes, config.out, decisive(config, cache, known)) as made, replacing_index(config.out) as folder:
+            spooled = spool_activations(made, dictionary, cache, wanted, config.splits, config.encoder)
+            write_index(folder, config, dictionary, cache, model, known, spooled)
     print(f"indexed {dictionary.d_sae:,} features in {config.out}")
     return config.out
+
+
+def decisive(config: IndexConfig, cache: "ActivationCache", known: dict[str, str]) -> dict[str, Any]:
+    """What decides the activations that are spooled."""
+    chosen = {name: getattr(config, name) for name in ("tokens", "splits", "part", "encoder")}
+    manifest = zlib.crc32(json.dumps(cache.manifest, sort_keys=True).encode())
+    return {"format_version": FORMAT_VERSION, "cache": f"{manifest:08x}", **known, **chosen}
 
 
 @contextmanager
@@ -112,17 +130,21 @@ def replacing_index(out: Path) -> Iterator[Path]:
         )
 
 
-def write_index(folder: Path, config: IndexConfig, dictionary: Dictionary, cache: "ActivationCache", model: "LanguageModel") -> None:
-    """Writes the files of an index into the empty `folder`."""
+def write_index(
+    folder: Path,
+    config: IndexConfig,
+    dictionary: Dictionary,
+    cache: "ActivationCache",
+    model: "LanguageModel",
+    known: dict[str, str],
+    spooled: Spooled,
+) -> None:
+    """Writes the files of an index into the empty `folder`; `known`: what `checksum` gives."""
     from sae.model.vocabulary import vocabulary
 
     tokens = cache.tokens
-    wanted = choose_tokens(tokens, cache, config)
-    spool, scanned, sums, encoder = spool_activations(folder, dictionary, cache, wanted, config)
     text = {name: np.asarray(getattr(tokens, name)) for name in TEXT}
-    columns, details = derive_columns(folder, spool.paths, dictionary.d_sae, text, signed=dictionary.gate.signed)
-    for run in spool.paths:
-        run.unlink()
+    columns, details = derive_columns(folder, spooled.runs, dictionary.d_sae, text, signed=dictionary.gate.signed)
     columns["decoder_norm"] = dictionary.norms().float().cpu().numpy()  # host sync
     alike = too_long(2 * dictionary.d_sae**2 * dictionary.d_out, dictionary)
     if not alike:
@@ -135,7 +157,7 @@ def write_index(folder: Path, config: IndexConfig, dictionary: Dictionary, cache
     info: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "dictionary": str(config.dictionary),
-        **checksum(config.dictionary, dictionary),
+        **known,
         "cache": str(config.cache),
         "model": cache.model,
         "site": sites_of(dictionary.reads) or cache.own_site,
@@ -143,9 +165,9 @@ def write_index(folder: Path, config: IndexConfig, dictionary: Dictionary, cache
         "d_in": dictionary.d_in,
         "d_sae": dictionary.d_sae,
         "splits": list(config.splits),
-        "encoder": encoder,
-        "activations": spool.entries,
-        "activations_cut_to_65504": spool.clipped,
+        "encoder": spooled.encoder,
+        "activations": spooled.entries,
+        "activations_cut_to_65504": spooled.clipped,
         "label_names": list(tokens.label_names),
         "logit_lens": lens,
         **({"cosine_neighbours": f"none: {alike}"} if alike else {}),
@@ -154,12 +176,12 @@ def write_index(folder: Path, config: IndexConfig, dictionary: Dictionary, cache
         if none.startswith("none: "):
             print(f"the index has no {what}: {none[6:]}", file=sys.stderr)
     text |= {
-        "scanned": scanned,
+        "scanned": spooled.scanned,
         "piece_bytes": np.frombuffer(b"".join(vocab.pieces), np.uint8),
         "piece_lengths": np.array([len(p) for p in vocab.pieces], np.int32),
         "piece_special": vocab.special,
     }
-    write_final_files(folder, info, columns, details, sums, text)
+    write_final_files(folder, info, columns, details, spooled.sums, text)
 
 
 def sites_of(ports: tuple[Port, ...]) -> str | list[str | None] | None:
@@ -288,69 +310,3 @@ def part_of(part: str) -> tuple[int, int]:
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise InputError(f"expected --part as i/n with i from 1 to n, for example 1/4, but got {part!r}")
     return int(found[1]), int(found[2])
-
-
-def chunks(
-    caches: Sequence["ActivationCache"], wanted: np.ndarray, splits: tuple[str, ...], size: int
-) -> Iterator[tuple[list[Tensor], np.ndarray]]:
-    """The wanted rows of caches of the same tokens, in their order: activations [b, d] of each, and their tokens [b]; at most `size`."""
-    for split in splits:
-        for shards in zip(*(cache.shards(split) for cache in caches), strict=True):
-            x_nd, (rows, *_) = zip(*(cache.read(shard) for cache, shard in zip(caches, shards)))
-            positions = np.asarray(rows)
-            kept = np.flatnonzero(wanted[positions])
-            for low in range(0, len(kept), size):
-                part = kept[low : low + size]
-                whole = len(part) == part[-1] - part[0] + 1  # a slice of the map, not a gather
-                rows_of = slice(part[0], part[-1] + 1) if whole else torch.from_numpy(part)
-                yield [x[rows_of] for x in x_nd], positions[part]
-
-
-def spool_activations(
-    folder: Path, dictionary: Dictionary, cache: "ActivationCache", wanted: np.ndarray, config: IndexConfig
-) -> tuple[Spool, np.ndarray, dict[str, np.ndarray], str]:
-    """Encodes the wanted rows and spools their non-zeros; also gives which tokens there were, bool [n], the error's sums, the encoder."""
-    from sae.activations.joined import targets_of
-
-    splits = config.splits
-    spool, sums, local = Spool(folder, dictionary.d_sae), ErrorSums(dictionary), threading.local()
-    scanned = np.zeros(len(wanted), bool)
-    size = min(MAX_ROWS, max(1, CHUNK_BYTES // (dictionary.features_at_once * 4)))
-    rows = sum(cache.rows(split) for split in splits)
-    caches = [cache] if not dictionary.is_transcoder else [cache, targets_of(cache, dictionary)]
-    total, checked = min(rows, int(wanted.sum())), False
-    encoders: list[Encoder | None] = []
-    choosing = threading.Lock()
-
-    @torch.no_grad()
-    def entries_of(chunk: tuple[list[Tensor], np.ndarray]) -> tuple[np.ndarray, ...]:
-        local.buffers = buffers = getattr(local, "buffers", None) or Buffers()
-        x_bd, *y_bo = (rows.to(dictionary.W_enc_fd.device, dictionary.dtype) for rows in chunk[0])
-        with choosing:  # by the first chunk, for all
-            if not encoders:
-                encoders.append(dictionary.encoder(x_bd, config.encoder, total))
-        entries = dictionary.entries(x_bd, buffers, encoders[0])
-        values = entries.value_n.float().cpu().numpy()  # host sync
-        if not np.isfinite(values).all():
-            raise InputError(f"activations of tokens near {chunk[1][0]} in {cache.folder} are NaN or infinite; harvest the cache again")
-        sums.add(x_bd, entries, *y_bo)
-        return chunk[1], entries.row_n.cpu().numpy(), entries.feature_n.cpu().numpy(), values  # host sync
-
-    workers = 1 if dictionary.W_enc_fd.is_cuda else WORKERS
-    with progress("index", total, "tokens") as bar:
-        for positions, *entries in in_order(entries_of, chunks(caches, wanted, splits, size), workers):
-            spool.add(positions, *entries)
-            scanned[positions] = True
-            bar.advance(len(positions), active=f"{spool.entries / (bar.done + len(positions)):.1f} per token")
-            if not checked and spool.paths:  # once it is known how sparse the code is: runs, merged file and its transpose
-                require_free_space(folder, int(16 * spool.entries * (total / bar.done)), "the index")
-                checked = True
-    spool.flush()
-    if not scanned.any():
-        raise InputError(
-            f"expected activations in the splits {', '.join(splits)} of {cache.folder}, but there are none; name other --splits"
-        )
-    encoder = encoders[0].method if encoders[0] else "product"
-    if encoder != "product":
-        print(f"encoded by {encoder}; name it with --encoder to repeat this index bit for bit")
-    return spool, scanned, sums.sums, encoder

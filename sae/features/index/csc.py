@@ -25,8 +25,8 @@ MAX_VALUE = float(np.finfo(np.float16).max)
 class Spool:
     """Takes non-zeros in row order and writes sorted runs into `folder`."""
 
-    def __init__(self, folder: Path, d_sae: int, run_entries: int = RUN_ENTRIES):
-        self.folder, self.d_sae, self.run_entries = folder, d_sae, run_entries
+    def __init__(self, folder: Path, d_sae: int, run_entries: int = RUN_ENTRIES, name: str = "run"):
+        self.folder, self.d_sae, self.run_entries, self.name = folder, d_sae, run_entries, name
         self.paths: list[Path] = []
         self.entries = self.clipped = 0
         self._keys: list[np.ndarray] = []
@@ -58,12 +58,16 @@ class Spool:
             return
         key, positions = np.concatenate(keys), np.concatenate(rows)
         key.sort()
-        path = self.folder / f"run-{len(self.paths):05d}.safetensors"
+        path = run_path(self.folder, self.name, len(self.paths))
         begins = np.searchsorted(key, np.arange(self.d_sae, dtype=np.uint64) << np.uint64(40))
         row = (key >> np.uint64(16)) & np.uint64(MAX_ROWS - 1)
         values = key.astype(np.uint16).view(np.float16)  # the lowest 16 bits
         write_arrays(path, {"offsets": np.r_[begins, len(key)], "positions": positions[row], "values": values})
         self.paths.append(path)
+
+
+def run_path(folder: Path, name: str, number: int) -> Path:
+    return folder / f"{name}-{number:05d}.safetensors"
 
 
 def merge(

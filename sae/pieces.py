@@ -1,0 +1,99 @@
+"""Work in pieces that several processes share. Each finished piece is a file, so that work that was cut short goes on from there."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from sae.disk.reading import read_json
+from sae.disk.writing import only_writer, remove_leftovers, write_json
+from sae.errors import InputError
+from sae.processes import Processes
+from sae.progress import Progress, progress
+
+
+class Pieces:
+    """The files of the pieces, in the folder `.NAME.pieces` beside what the work is to write, as long as it goes on."""
+
+    def __init__(self, processes: Processes, folder: Path):
+        self.processes, self.folder = processes, folder
+        self._stage, self._before = 0, 0
+        self._bar: Progress | None = None
+
+    def make(self, sizes: dict[str, int], compute: Callable[[int, Path], Callable[[], Any]], what: str = "", unit: str = "") -> list[Path]:
+        """The files of these names, once all are there. Every process calls it, with the same names; sizes are in `unit`s.
+
+        Those that are missing are dealt out. `compute(number, path)` gives a function that writes the file, atomically; it runs while
+        the next piece is computed. The leader shows the progress of all, if the work has a name, `what`.
+        """
+        paths, stage = [self.folder / name for name in sizes], self._stage
+        self._stage += 1
+        if self.processes.leads:
+            self.processes.tell(f"missing{stage}", [number for number, path in enumerate(paths) if not path.exists()])
+        missing, total = self.processes.hear(f"missing{stage}"), sum(sizes.values())
+        self._before = total - sum(list(sizes.values())[number] for number in missing)
+        showing = progress(what, total, unit, self._before) if what and self.processes.leads else nullcontext()
+        with showing as self._bar, ThreadPoolExecutor(1) as background:
+            writing: Future[Any] | None = None
+            for number in self.processes.deal(missing):
+                write = compute(number, paths[number])
+                if writing:
+                    writing.result()
+                writing = background.submit(write)
+            if writing:
+                writing.result()
+            for _ in self.processes.wait_for_all():
+                self.advance(0)
+        if self.processes.leads:
+            self.processes.tell(f"made{stage}", True)
+        self.processes.hear(f"made{stage}")
+        return paths
+
+    def advance(self, units: int, **fields: str) -> None:
+        """Notes units of a piece as done; now and then, looks whether another process failed."""
+        done = self._before + self.processes.count(units)
+        if self._bar:
+            self._bar.advance(done - self._bar.done, **fields)
+
+
+@contextmanager
+def pieces(processes: Processes, out: Path, settings: dict[str, Any]) -> Iterator[Pieces]:
+    """The pieces of work that writes `out`, for all that decides them: `settings`. At a clean exit they are removed.
+
+    Pieces that were made with other settings are removed at the start. Raises `InputError` in a process that has other settings than the
+    leader, and while another run makes pieces for the same place.
+    """
+    processes.require_same(**settings)
+    place = out.absolute()
+    folder = place.parent / f".{place.name}.pieces"
+    if processes.leads:
+        with only_writer(folder) as let_others_in:
+            remove_leftovers(folder)
+            _claim(folder, json.loads(json.dumps(settings)))
+            let_others_in()
+            processes.tell("claimed", True)
+            yield Pieces(processes, folder)
+            shutil.rmtree(folder, ignore_errors=True)
+        processes.tell("finished", True)
+    else:
+        processes.hear("claimed")
+        with only_writer(folder, shared=True):
+            yield Pieces(processes, folder)
+        processes.hear("finished")
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Leaves the pieces there if they are of these settings, otherwise an empty folder that is."""
+    record = folder / "settings.json"
+    if record.exists():
+        try:
+            if read_json(record, "settings of pieces", dict[str, Any]) == settings:
+                return
+        except InputError:  # damaged
+            pass
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_json(record, settings)
