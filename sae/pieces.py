@@ -1,18 +1,27 @@
 """Work in pieces that several processes share. Each finished piece is a file, so that work that was cut short goes on from there."""
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sae.disk.reading import read_json
-from sae.disk.writing import only_writer, remove_leftovers, write_json
+from sae.disk.reading import read_json, read_tensors
+from sae.disk.writing import only_writer, remove_leftovers, write_json, write_tensors
 from sae.errors import InputError
 from sae.processes import Processes
 from sae.progress import Progress, progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RECORD = "settings.json"
+MOST = 32
+"""pieces of work that could be cut anywhere: enough to share evenly, few enough for sums as long as the features are many"""
 
 
 class Pieces:
@@ -59,12 +68,40 @@ class Pieces:
             self._bar.advance(done - self._bar.done, **fields)
 
 
+def results(
+    made: Pieces | None, what: str, unit: str, sizes: Sequence[int], compute: Callable[[int, Callable[[int], None]], "dict[str, Tensor]"]
+) -> "Iterator[dict[str, Tensor]]":
+    """What `compute(number, advance)` gives of each piece, in order: computed here alone, or shared with the processes of `made`.
+
+    `sizes` are in `unit`s, of which `advance` notes some as done.
+    """
+    if made is None:
+        with progress(what, sum(sizes), unit) as bar:
+            yield from (compute(number, bar.advance) for number in range(len(sizes)))
+        return
+    shared, named = made, what.replace(" ", "_")
+    paths = shared.make(
+        {f"{named}-{number:03d}.safetensors": size for number, size in enumerate(sizes)},
+        lambda number, path: partial(write_tensors, path, compute(number, shared.advance)),
+        what,
+        unit,
+    )
+    for path in paths:
+        yield read_tensors(path, "a piece of this work")[0]
+
+
+def stretches(count: int) -> list[range]:
+    """Numbers up to `count` in at most `MOST` stretches of nearly equal length."""
+    many = min(count, MOST)
+    return [range(count * i // many, count * (i + 1) // many) for i in range(many)]
+
+
 @contextmanager
 def pieces(processes: Processes, out: Path, settings: dict[str, Any]) -> Iterator[Pieces]:
     """The pieces of work that writes `out`, for all that decides them: `settings`. At a clean exit they are removed.
 
     Pieces that were made with other settings are removed at the start. Raises `InputError` in a process that has other settings than the
-    leader, and while another run makes pieces for the same place.
+    leader, and while another run makes pieces for the same place. Inside, only the leader can be heard: the others would say the same.
     """
     processes.require_same(**settings)
     place = out.absolute()
@@ -75,19 +112,24 @@ def pieces(processes: Processes, out: Path, settings: dict[str, Any]) -> Iterato
             _claim(folder, json.loads(json.dumps(settings)))
             let_others_in()
             processes.tell("claimed", True)
-            yield Pieces(processes, folder)
+            try:
+                yield Pieces(processes, folder)
+            except BaseException:
+                if [path.name for path in folder.iterdir()] == [RECORD]:
+                    shutil.rmtree(folder, ignore_errors=True)
+                raise
             shutil.rmtree(folder, ignore_errors=True)
         processes.tell("finished", True)
     else:
         processes.hear("claimed")
-        with only_writer(folder, shared=True):
+        with only_writer(folder, shared=True), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
             yield Pieces(processes, folder)
         processes.hear("finished")
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
     """Leaves the pieces there if they are of these settings, otherwise an empty folder that is."""
-    record = folder / "settings.json"
+    record = folder / RECORD
     if record.exists():
         try:
             if read_json(record, "settings of pieces", dict[str, Any]) == settings:

@@ -2,7 +2,9 @@
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +24,8 @@ from sae.evaluation.bundle import evaluate_bundle
 from sae.evaluation.language_model_loss import ARMS, LanguageModelLoss, language_model_loss
 from sae.evaluation.reconstruction import Reconstruction, ReconstructionMetrics, add_reconstruction
 from sae.evaluation.settings import EvaluationConfig, held_out_text, refuse_training_tokens
-from sae.progress import progress
+from sae.pieces import Pieces, pieces, results, stretches
+from sae.processes import Processes
 
 if TYPE_CHECKING:
     from sae.activations.cache import ActivationCache
@@ -35,14 +38,15 @@ OF_A_SITE = ("fvu", "explained_variance", "mse", "cosine", "norm_ratio", "relati
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     """Measures, prints a table and writes `evaluation.json`; gives what is in that file. Sets of transcoders: see bundle.py.
 
+    Called in every process that torchrun started, they share the work, and the file has the same bytes as that of one; when one of them
+    fails, so do the others, with SystemExit. Killed and started again, it goes on with what was finished (see sae/pieces.py).
+
     A dictionary of several sites (a crosscoder) is measured at each of them too, but not spliced in: it writes at the first before it
     has read the last, or in two models.
 
     Raises `InputError` for a cache of another model, site or width, for one without held-out tokens or whose held-out tokens were
     trained on, and for values that are not finite.
     """
-    from sae.activations.joined import cache_of
-
     config.check()
     folder = Path(config.dictionary)
     if config.out is None and not folder.is_dir():
@@ -50,28 +54,55 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         raise InputError(f"expected --out for the numbers of {config.dictionary}, which is no folder of this machine; give a file's name")
     out = config.out or folder / "evaluation.json"
     require_file(out)
-    device = device_named(config.device)
-    dictionary = load(config.dictionary, device)
-    if isinstance(dictionary, Bundle):
-        result = evaluate_bundle(config, dictionary, device)
-        write_json(out, result)
-        return result
-    cache = cache_of(config.cache, dictionary, named=config.model is not None, verify=config.verify)
-    refuse_training_tokens(folder, cache)
-    reconstruction, sites, massive = reconstruct(dictionary, cache, config.rows)
+    processes = Processes.from_environment()
+    with processes.together():
+        device = device_named(processes.device(config.device))
+        dictionary = load(config.dictionary, device)
+        every = list(dictionary.values()) if isinstance(dictionary, Bundle) else [dictionary]
+        known = weights_crc32(config.dictionary, [one.parts() for one in every])
+        with pieces(processes, out, {"weights": known, **decisive(config)}) as made:
+            if isinstance(dictionary, Bundle):
+                result, show = evaluate_bundle(config, dictionary, known, device, made)
+            else:
+                result, show = evaluate_one(config, dictionary, known, device, made)
+            result = jsonable(result)
+            if processes.leads:
+                write_json(out, result)
+                show()
+    return result
+
+
+def decisive(config: EvaluationConfig) -> dict[str, Any]:
+    """What decides the numbers, beside the weights."""
+    from sae.activations.files.manifest import manifest_crc32, read_manifest
+
+    chosen = {name: getattr(config, name) for name in ("model", "sequences", "rows", "batch", "seed")}
+    return {"cache": manifest_crc32(read_manifest(config.cache)), **chosen}
+
+
+def evaluate_one(
+    config: EvaluationConfig, dictionary: Dictionary, known: str, device: torch.device, made: Pieces
+) -> tuple[dict[str, Any], Callable[[], None]]:
+    """What goes into the file, and a function that prints the table; `known`: the checksum of the weights."""
+    from sae.activations.joined import cache_of
+
+    cache = cache_of(config.cache, dictionary, named=config.model is not None, verify=config.verify and made.processes.leads)
+    refuse_training_tokens(Path(config.dictionary), cache)
+    reconstruction, sites, massive = reconstruct(dictionary, cache, config.rows, made)
     loss, several = None, len(dictionary.reads) + len(dictionary.writes) > 2
     if config.sequences and several:
-        print("the model's loss is not measured: a dictionary of several sites cannot be spliced into one pass", file=sys.stderr)
+        if made.processes.leads:
+            print("the model's loss is not measured: a dictionary of several sites cannot be spliced into one pass", file=sys.stderr)
     elif config.sequences:
         dictionary.metadata["site"] = cache.own_site  # where it does not name its own
         text = held_out_text(config, cache, device)
         means = {str(dictionary.site_out): reconstruction.mean_d}
         loss = language_model_loss(
-            text.lm, [dictionary], text.sequences, means, replaced=text.replaced, batch=config.batch, seed=config.seed
+            text.lm, [dictionary], text.sequences, means, replaced=text.replaced, batch=config.batch, seed=config.seed, made=made
         )
     result = {
         "dictionary": str(config.dictionary),
-        "weights_crc32": weights_crc32(config.dictionary, [dictionary.parts()]),
+        "weights_crc32": known,
         "d_in": dictionary.d_in,
         "d_sae": dictionary.d_sae,
         "site": [port.site for port in dictionary.reads] if several else cache.own_site,
@@ -86,10 +117,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         "massive_rows": massive and massive._asdict() | {"without": reconstruction_facts(massive.without)},
         "language_model": loss._asdict() if loss else None,
     }
-    result = jsonable(result)
-    write_json(out, result)
-    print_evaluation(config, cache, reconstruction, sites, massive, loss)
-    return result
+    return result, partial(print_evaluation, config, cache, reconstruction, sites, massive, loss)
 
 
 class MassiveRows(NamedTuple):
@@ -102,25 +130,45 @@ class MassiveRows(NamedTuple):
 
 
 def reconstruct(
-    dictionary: Dictionary, cache: "ActivationCache", rows: int
+    dictionary: Dictionary, cache: "ActivationCache", rows: int, made: Pieces | None = None
 ) -> tuple[Reconstruction, dict[str, Reconstruction], MassiveRows | None]:
     """Over the first `rows` held-out rows, at each of several sites too, and over those rows that are not massive, where some are.
 
-    The first rows are a fair sample: shards were shuffled when they were written.
+    The first rows are a fair sample: shards were shuffled when they were written. Other processes of `made` share the work.
     """
     from sae.activations.joined import targets_of
 
-    total, target = min(rows, cache.rows("held_out")), targets_of(cache, dictionary)
-    norm_n = torch.cat([torch.linalg.vector_norm(x_bd.float(), dim=-1) for x_bd in held_out(cache, total)])
-    massive_n, square_n = is_massive(norm_n), norm_n.double().square()
-    usual, massive = (ReconstructionMetrics(dictionary.norms(), dictionary.d_out, dictionary.writes) for _ in range(2))
-    with progress("reconstruction", total, "tokens") as bar:
-        for x_bd, y_bo in zip(held_out(cache, total), held_out(target, total)):
-            massive_b = massive_n[bar.done : bar.done + len(x_bd)]
+    target, blocks = targets_of(cache, dictionary), blocks_of(cache, rows)
+    parts = [blocks[part.start : part.stop] for part in stretches(len(blocks))]
+    sizes = [sum(block.rows for block in part) for part in parts]
+
+    def norms(number: int, advance: Callable[[int], None]) -> dict[str, Tensor]:
+        found = [torch.linalg.vector_norm(x_bd.float(), dim=-1) for x_bd in read_blocks(cache, parts[number])]
+        advance(sizes[number])
+        return {"norm_n": torch.cat(found)}
+
+    def measure(number: int, advance: Callable[[int], None]) -> dict[str, Tensor]:
+        usual, massive = empty(), empty()
+        massive_n = massive_parts[number]
+        for x_bd, y_bo in zip(read_blocks(cache, parts[number]), read_blocks(target, parts[number])):
+            massive_b, massive_n = massive_n[: len(x_bd)], massive_n[len(x_bd) :]
             for rows_b, metrics in ((~massive_b, usual), (massive_b, massive)):
                 chosen = slice(None) if rows_b.all() else rows_b
                 add_reconstruction(dictionary, x_bd[chosen], metrics, y_bo[chosen])
-            bar.advance(len(x_bd))
+            advance(len(x_bd))
+        named = (("usual", usual), ("massive", massive))
+        return {f"{name}.{key}": sum_ for name, metrics in named for key, sum_ in metrics.state().items()}
+
+    def empty() -> ReconstructionMetrics:
+        return ReconstructionMetrics(dictionary.norms(), dictionary.d_out, dictionary.writes)
+
+    norm_n = torch.cat([found["norm_n"] for found in results(made, "norms", "tokens", sizes, norms)])
+    massive_n, square_n = is_massive(norm_n), norm_n.double().square()
+    massive_parts = massive_n.split(sizes)
+    usual, massive = empty(), empty()
+    for found in results(made, "reconstruction", "tokens", sizes, measure):
+        for name, metrics in (("usual", usual), ("massive", massive)):
+            metrics.merge_state({key.removeprefix(f"{name}."): sum_ for key, sum_ in found.items() if key.startswith(f"{name}.")})
     without = usual.result()
     if not massive.rows:
         return without, usual.by_site(), None
@@ -129,14 +177,29 @@ def reconstruct(
     return usual.result(), usual.by_site(), MassiveRows(RATIO, massive.rows, of_norm, without)
 
 
-def held_out(cache: "ActivationCache", rows: int) -> Iterator[Tensor]:
-    """The first `rows` of the split, some at a time."""
-    for shard in cache.shards("held_out"):
-        if not rows:
-            return
-        x_nd = cache.read(shard)[0][:rows]
-        rows -= len(x_nd)
-        yield from x_nd.split(READ_ROWS)
+class Block(NamedTuple):
+    """Some rows of a shard that are read at a time."""
+
+    shard: int
+    start: int
+    rows: int
+
+
+def blocks_of(cache: "ActivationCache", rows: int) -> list[Block]:
+    """The first `rows` held-out rows."""
+    blocks = []
+    for number, shard in enumerate(cache.shards("held_out")):
+        taken = min(rows, shard.rows)
+        blocks += [Block(number, start, min(READ_ROWS, taken - start)) for start in range(0, taken, READ_ROWS)]
+        rows -= taken
+    return blocks
+
+
+def read_blocks(cache: "ActivationCache", blocks: Sequence[Block]) -> Iterator[Tensor]:
+    """[b, d] of one block after another."""
+    for number, own in groupby(blocks, lambda block: block.shard):
+        x_nd = cache.read(cache.shards("held_out")[number])[0]
+        yield from (x_nd[block.start : block.start + block.rows] for block in own)
 
 
 def reconstruction_facts(reconstruction: Reconstruction) -> dict[str, Any]:

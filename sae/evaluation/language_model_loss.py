@@ -18,7 +18,7 @@ from torch import Tensor
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.evaluation.splice import Splice, require_widths
-from sae.progress import progress
+from sae.pieces import Pieces, results, stretches
 from sae.statistics import percentile_interval, resamples
 
 if TYPE_CHECKING:
@@ -79,18 +79,27 @@ def language_model_loss(
     replaced: Sequence[np.ndarray],
     batch: int = 8,
     seed: int = 0,
+    made: Pieces | None = None,
 ) -> LanguageModelLoss:
     """Loss with one dictionary, or with several, spliced in. `sequences` of token ids; `means` [d] by site where they write replace
-    its values in the mean arm; `replaced` says of each token whether its position is replaced (True) or left as it is.
+    its values in the mean arm; `replaced` says of each token whether its position is replaced (True) or left as it is. Other
+    processes of `made` share the work.
 
     Raises `InputError` for sequences without a next token, or a dictionary whose width is not the site's.
     """
     require_widths(lm, dictionaries)
-    sums = []
-    with progress("language model", len(sequences), "sequences") as bar:
-        for rows in batches(lm, sequences, replaced, batch):
+    every = list(batches(lm, sequences, replaced, batch))
+    groups = [every[part.start : part.stop] for part in stretches(len(every))]
+
+    def compute(number: int, advance: Callable[[int], None]) -> dict[str, Tensor]:
+        sums = []
+        for rows in groups[number]:
             sums.append(batch_sums(lm, dictionaries, rows, means))
-            bar.advance(len(sums[-1]))
+            advance(len(rows))
+        return {"sums_sc": torch.from_numpy(np.concatenate(sums))}
+
+    sizes = [sum(map(len, group)) for group in groups]
+    sums = [found["sums_sc"].numpy() for found in results(made, "language model", "sequences", sizes, compute)]
     return summarise(np.concatenate(sums), seed)
 
 

@@ -16,6 +16,7 @@ from sae.statistics import ratio
 
 DENSE_ABOVE = 0.1
 """a feature that fires on a larger share of rows than this counts as dense"""
+SUMS = ("mean_d", "centred", "sums", "fired_f", "activity_f", "l0_histogram")
 CHUNK_BYTES = 128 << 20
 """of one [rows, f] tensor of activations"""
 
@@ -100,11 +101,21 @@ class ReconstructionMetrics:
 
     def merge(self, other: "ReconstructionMetrics") -> None:
         """Adds what another instance for the same dictionary has summed."""
-        self._merge_variance(other.rows, other.mean_d, other.centred)
-        for name in ("sums", "fired_f", "activity_f", "l0_histogram"):
-            getattr(self, name).add_(getattr(other, name))
-        for mine, part in zip(self.parts, other.parts):
-            mine.merge(part)
+        self.merge_state(other.state())
+
+    def state(self) -> dict[str, Tensor]:
+        """All sums, by name; copies on the CPU."""
+        own = {name: getattr(self, name).cpu() for name in SUMS} | {"rows": torch.tensor(self.rows)}  # host sync
+        return own | {f"{number}.{name}": sum_ for number, part in enumerate(self.parts) for name, sum_ in part.state().items()}
+
+    def merge_state(self, state: dict[str, Tensor]) -> None:
+        """`merge` of the instance whose state this is."""
+        device = self.centred.device
+        self._merge_variance(int(state["rows"]), state["mean_d"].to(device), state["centred"].to(device))
+        for name in SUMS[2:]:
+            getattr(self, name).add_(state[name].to(device))
+        for number, part in enumerate(self.parts):
+            part.merge_state({name.removeprefix(f"{number}."): sum_ for name, sum_ in state.items() if name.startswith(f"{number}.")})
 
     def by_site(self) -> dict[str, Reconstruction]:
         """The result at each of several sites; of one, nothing. Raises as `result` does."""

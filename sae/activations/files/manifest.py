@@ -1,6 +1,8 @@
 """What a cache's manifest.json says, held against its schema, and the files that it names against their sizes and checksums."""
 
+import json
 import os
+import zlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,6 +58,11 @@ class Manifest(TypedDict):
     labels: list[str]
     shards: LongList[ShardEntry]
     tokens: LongList[TokenEntry]
+
+
+def manifest_crc32(manifest: dict[str, Any]) -> str:
+    """By which two copies of one cache are known to be the same: the manifest has the checksums of all files."""
+    return f"{zlib.crc32(json.dumps(manifest, sort_keys=True).encode()):08x}"
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -8,10 +8,8 @@ activations, feature after feature: see csc.py), `details` (what a reader is sho
 `tokens` (the text, so that neither cache nor model is needed to browse).
 """
 
-import json
 import re
 import sys
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +38,7 @@ from sae.features.index.lens import folded_unembedding, into_residual, logit_len
 from sae.features.index.opening import CHECKED, FORMAT_VERSION, details_layout
 from sae.features.index.parallel import in_order
 from sae.features.index.spooling import Spooled, spool_activations
-from sae.pieces import pieces
+from sae.pieces import Pieces, pieces
 from sae.processes import Processes
 from sae.text_input import text_list
 
@@ -96,25 +94,29 @@ def build_index(config: IndexConfig) -> Path:
         cache = cache_of(config.cache, dictionary, named=config.model is not None, verify=config.verify and processes.leads)
         if dictionary.d_sae > MAX_FEATURES:
             raise InputError(f"expected at most {MAX_FEATURES:,} features, but the dictionary has {dictionary.d_sae:,}")
-        wanted, known = choose_tokens(cache.tokens, cache, config), checksum(config.dictionary, dictionary)
+        known = checksum(config.dictionary, dictionary)
         if not processes.leads:
             with pieces(processes, config.out, decisive(config, cache, known)) as made:
-                spool_activations(made, dictionary, cache, wanted, config.splits, config.encoder)
+                spool(made, config, dictionary, cache)
             return config.out
         model = LanguageModel.load(config.model or cache.model_name(), device="cpu")
         cache.require_model(model)
         with pieces(processes, config.out, decisive(config, cache, known)) as made, replacing_index(config.out) as folder:
-            spooled = spool_activations(made, dictionary, cache, wanted, config.splits, config.encoder)
-            write_index(folder, config, dictionary, cache, model, known, spooled)
+            write_index(folder, config, dictionary, cache, model, known, spool(made, config, dictionary, cache))
     print(f"indexed {dictionary.d_sae:,} features in {config.out}")
     return config.out
 
 
+def spool(made: Pieces, config: IndexConfig, dictionary: Dictionary, cache: "ActivationCache") -> Spooled:
+    return spool_activations(made, dictionary, cache, choose_tokens(cache.tokens, cache, config), config.splits, config.encoder)
+
+
 def decisive(config: IndexConfig, cache: "ActivationCache", known: dict[str, str]) -> dict[str, Any]:
     """What decides the activations that are spooled."""
+    from sae.activations.files.manifest import manifest_crc32
+
     chosen = {name: getattr(config, name) for name in ("tokens", "splits", "part", "encoder")}
-    manifest = zlib.crc32(json.dumps(cache.manifest, sort_keys=True).encode())
-    return {"format_version": FORMAT_VERSION, "cache": f"{manifest:08x}", **known, **chosen}
+    return {"format_version": FORMAT_VERSION, "cache": manifest_crc32(cache.manifest), **known, **chosen}
 
 
 @contextmanager
