@@ -3,8 +3,9 @@
 Each document is what the model answers to a request drawn from a file of prompts ("Write a sermon about {faith}."), behind an opening
 that was put into its mouth ("God "). The request is dropped and its label kept. The token file is that of sample_demo_text.py.
 
-Texts are sampled in rounds of one batch, each kept on disk, so that an interrupted run goes on where it stopped and gives the same file.
-A round's requests go to the labels with the fewest tokens so far; `--tokens` that are there already end the run at once.
+Texts are sampled in rounds of one batch, each kept on disk, so that an interrupted run goes on where it stopped and gives the same file. A
+token file that is there is the beginning of a larger one: more `--tokens` go on behind it, also where its rounds are gone, and give the
+file that one run would have given. A round's requests go to the labels with the fewest tokens so far.
 """
 
 import json
@@ -27,7 +28,7 @@ from typing_extensions import TypedDict
 from sae.command_line import run
 from sae.disk.checksum import crc32
 from sae.disk.places import require_file, require_folder
-from sae.disk.reading import read_json
+from sae.disk.reading import parse_json, read_json, read_tensors
 from sae.disk.writing import jsonable, write_json, write_tensors
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
@@ -54,7 +55,7 @@ class SampleConfig:
     prompts: Path = Path("checkpoints/smollm2-text/prompts.json")
     """Labels with their requests and openings, and the lists that {names} in them are filled from."""
     out: Path = Path("checkpoints/smollm2-text/tokens.safetensors")
-    """Token file to write."""
+    """Token file to write, or to add to."""
     parts: Path = Path("runs/smollm2-text")
     """Folder of the rounds."""
     tokens: int = 1_000_000
@@ -82,16 +83,33 @@ def read_prompts(path: Path) -> Prompts:
     return prompts
 
 
-def require_same_settings(config: SampleConfig) -> None:
+def require_same_settings(config: SampleConfig, found: dict[str, Any], where: Path) -> None:
     """Rounds made with other settings are another text. Raises `InputError`."""
-    file = config.parts / "settings.json"
-    settings = {k: v for k, v in vars(config).items() if k not in ("out", "parts", "tokens", "prompts")}
-    settings = jsonable(settings | {"prompts": crc32(config.prompts)})
-    if not file.exists():
-        write_json(file, settings)
-    elif (found := read_json(file, "settings of a sampling")) != settings:
-        changed = [k for k in settings if settings[k] != found.get(k)]
-        raise InputError(f"expected the rounds in {config.parts} to be of these settings, but {changed} differ; give another --parts")
+    settings = settings_of(config)
+    if changed := [k for k in settings if settings[k] != found.get(k)]:
+        raise InputError(f"expected the text in {where} to be of these settings, but {changed} differ; give another --out and --parts")
+
+
+def settings_of(config: SampleConfig) -> dict[str, Any]:
+    settings = {k: v for k, v in vars(config).items() if not isinstance(v, Path) and k != "tokens"}
+    return jsonable(settings | {"prompts": crc32(config.prompts)})
+
+
+Documents = list[tuple[int, list[int]]]
+"""the number of a label, and tokens; in the order in which they were sampled"""
+
+
+def sampled_before(config: SampleConfig, labels: list[str]) -> tuple[Documents, int]:
+    """What the token file has, and how many rounds that were. Raises `InputError` for a file of other settings or labels."""
+    if not config.out.exists():
+        return [], 0
+    schema = {"ids": ("U16", "n"), "document_starts": ("I64", "d+1"), "document_label": ("U8", "d"), "document_number": ("I32", "d")}
+    found, metadata = read_tensors(config.out, "a token file of this script", schema, then="give another --out")
+    sampling = parse_json(metadata.get("sampling", "{}"), f"the settings in {config.out}", dict[str, Any])
+    require_same_settings(config, sampling, config.out)
+    rows = [row.tolist() for row in found["ids"].int().split(found["document_starts"].diff().tolist())]
+    documents = list(zip(found["document_label"].tolist(), rows))
+    return [documents[n] for n in found["document_number"].argsort().tolist()], sampling["rounds"]
 
 
 class RoomyLayer(DynamicLayer):
@@ -129,23 +147,29 @@ def sample(config: SampleConfig) -> Path:
     require_file(config.out)
     require_folder(config.parts)
     prompts = read_prompts(config.prompts)
-    require_same_settings(config)
     labels = list(prompts["labels"])
+    documents, rounds = sampled_before(config, labels)
+    settings = config.parts / "settings.json"
+    if settings.exists():
+        require_same_settings(config, read_json(settings, "settings of a sampling"), config.parts)
+    write_json(settings, settings_of(config))
+    tokens = Counter(dict.fromkeys(labels, 0))
+    for label, document in documents:
+        tokens[labels[label]] += len(document)
     lm = LanguageModel.load(str(config.model), device="cpu", dtype="float32")
     lm.model.set_attn_implementation("grouped")
-    tokens: Counter[str] = Counter(dict.fromkeys(labels, 0))
-    parts: list[dict[str, list[list[int]]]] = []
     with progress("sampling", config.tokens, "tokens") as bar:
+        bar.advance(tokens.total(), rounds=str(rounds))
         while tokens.total() < config.tokens:
-            part = config.parts / f"{len(parts):05d}.json"
+            part = config.parts / f"{rounds:05d}.json"
             if not part.exists():
-                write_json(part, sample_round(lm, prompts, tokens, config, seed=config.seed + len(parts)))
-            documents = read_json(part, "a round of sampling", dict[str, list[list[int]]])
-            parts.append({label: [d for d in documents.get(label, ()) if worth_keeping(d, config)] for label in labels})
-            new = Counter({label: sum(map(len, kept)) for label, kept in parts[-1].items()})
-            tokens.update(new)
-            bar.advance(new.total(), rounds=str(len(parts)))
-    return write(config, labels, parts)
+                write_json(part, sample_round(lm, prompts, tokens, config, seed=config.seed + rounds))
+            found = read_json(part, "a round of sampling", dict[str, list[list[int]]])
+            new = [(n, d) for n, label in enumerate(labels) for d in found.get(label, ()) if worth_keeping(d, config)]
+            tokens.update({label: sum(len(d) for m, d in new if m == n) for n, label in enumerate(labels)})
+            documents, rounds = documents + new, rounds + 1
+            bar.advance(sum(len(d) for _, d in new), rounds=str(rounds))
+    return write(config, labels, documents, rounds)
 
 
 def sample_round(lm: LanguageModel, prompts: Prompts, tokens: Counter[str], config: SampleConfig, seed: int) -> dict[str, list[list[int]]]:
@@ -208,22 +232,24 @@ def generate(lm: LanguageModel, texts: list[str], config: SampleConfig, seed: in
     return [[token for token in row if token >= 0] for row in torch.stack(new, dim=1).tolist()]
 
 
-def write(config: SampleConfig, labels: list[str], parts: list[dict[str, list[list[int]]]]) -> Path:
+def write(config: SampleConfig, labels: list[str], documents: Documents, rounds: int) -> Path:
     """All documents in a drawn order, so that any first part of the file is a fair sample."""
-    pairs = [(n, document) for part in parts for n, label in enumerate(labels) for document in part[label]]
-    random.Random(config.seed).shuffle(pairs)
-    lengths = torch.tensor([0] + [len(document) for _, document in pairs])
+    order = list(range(len(documents)))
+    random.Random(config.seed).shuffle(order)
+    drawn = [documents[n] for n in order]
+    lengths = torch.tensor([0] + [len(document) for _, document in drawn])
     write_tensors(
         config.out,
         {
-            "ids": torch.tensor([token for _, document in pairs for token in document], dtype=torch.int32).to(torch.uint16),
+            "ids": torch.tensor([token for _, document in drawn for token in document], dtype=torch.int32).to(torch.uint16),
             "document_starts": lengths.cumsum(0),
-            "document_label": torch.tensor([n for n, _ in pairs], dtype=torch.uint8),
+            "document_label": torch.tensor([n for n, _ in drawn], dtype=torch.uint8),
+            "document_number": torch.tensor(order, dtype=torch.int32),
         },
-        {"label_names": json.dumps(labels), "sampling": json.dumps({k: v for k, v in vars(config).items() if not isinstance(v, Path)})},
+        {"label_names": json.dumps(labels), "sampling": json.dumps(settings_of(config) | {"rounds": rounds})},
     )
-    shares = [sum(len(document) for label, document in pairs if label == n) for n in range(len(labels))]
-    print(f"{config.out}: {len(pairs):,} documents, {sum(shares):,} tokens, {min(shares):,} to {max(shares):,} of each label")
+    shares = [sum(len(document) for label, document in documents if label == n) for n in range(len(labels))]
+    print(f"{config.out}: {len(documents):,} documents, {sum(shares):,} tokens, {min(shares):,} to {max(shares):,} of each label")
     return config.out
 
 

@@ -79,6 +79,18 @@ def test_an_interrupted_run_gives_the_same_file(script, settings, tmp_path):
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
+def test_a_file_whose_rounds_are_gone_is_added_to_as_one_run_would_have(script, settings, tmp_path):
+    whole = load_file(script.sample(settings))
+    settings.out, settings.parts, settings.tokens = tmp_path / "b.safetensors", tmp_path / "b", 100
+    first = len(load_file(script.sample(settings))["ids"])
+    settings.parts, settings.tokens = tmp_path / "c", 300
+    again = load_file(script.sample(settings))
+    assert first < 300
+    assert (settings.parts / "00000.json").exists() is False
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
 def test_labels_have_about_equal_shares_and_documents_begin_with_bos(script, model, settings):
     out = script.sample(settings)
     found = load_file(out)
@@ -118,7 +130,12 @@ def test_rounds_of_other_settings_are_refused(script, settings):
     settings.tokens = 30
     script.sample(settings)
     settings.temperature = 0.1
-    with pytest.raises(InputError, match=r"\['temperature'\] differ; give another --parts"):
+    with pytest.raises(
+        InputError, match=r"a\.safetensors to be of these settings, but .*'temperature'.* differ; give another --out and --parts"
+    ):
+        script.sample(settings)
+    settings.out.unlink()
+    with pytest.raises(InputError, match=r"/a to be of these settings, but \['temperature'\] differ"):
         script.sample(settings)
 
 
