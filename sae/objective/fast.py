@@ -26,6 +26,7 @@ from torch import Tensor
 from sae.encoding import Encoder
 from sae.entries import Entries, active_entries, entries_above, joined
 from sae.objective.choice import SAMPLE, above_in, above_of, first_guess, first_of_rows, top_of_batch, top_of_rows
+from sae.objective.gated import add_dense_gated_rows, add_sparse_gated_rows
 from sae.objective.rule import Linear, Rule
 from sae.objective.sparse import Sums, add_dead_features, add_sparse_rows
 from sae.objective.step import Own, Step, Weights
@@ -134,6 +135,8 @@ def add_all_above(sums: Sums, path: str) -> int:
     """A step of all that is above a threshold; gives the rows that went through the sparse path."""
     rule, workspace, axis = sums.rule, sums.workspace, sums.workspace.mesh.features
     rows, jump = len(sums.input_bd), rule.jump
+    gated = rule.magnitude is not None
+    add_dense, add_sparse = (add_dense_gated_rows, add_sparse_gated_rows) if gated else (add_dense_rows, add_sparse_rows)
     sparse_rows = 0
     entries: list[Entries] = []  # of the rows since `first`, which are still to go through the sparse path
     first = 0
@@ -160,10 +163,10 @@ def add_all_above(sums: Sums, path: str) -> int:
             sparse_rows += part.stop - part.start
         held = axis.total(sum(len(e[0]) for e in entries), sums.input_bd.device) if sparse else 0
         if entries and (not sparse or part.stop == rows or held >= HELD_ENTRIES * axis.size):
-            add_sparse_rows(sums, slice(first, part.stop if sparse else part.start), entries)
+            add_sparse(sums, slice(first, part.stop if sparse else part.start), entries)
             entries = []
         if not sparse:
-            add_dense_rows(sums, part, acts)
+            add_dense(sums, part, acts)
         if not entries:
             first = part.stop
     return sparse_rows

@@ -78,6 +78,16 @@ class Jump(NamedTuple):
         return self.l0 * (2 * (l0 / self.target - 1) / self.target if self.target else torch.ones_like(l0))
 
 
+class Magnitude(NamedTuple):
+    """A second path measures what the first one finds active: relu(e^r_mag u + b_mag), u being z without its bias.
+
+    The price is then of z, and z too must rebuild y, with a decoder that does not learn from it (Rajamanoharan et al. 2024).
+    """
+
+    r_mag_f: Tensor
+    b_mag_f: Tensor
+
+
 class Aid(NamedTuple):
     """Dead features rebuild what the others leave (Gao et al. 2024, arXiv 2406.04093): weight · Σ_b ‖e − ê‖² / Σ_b ‖e‖².
 
@@ -101,6 +111,7 @@ class Rule(NamedTuple):
     """compare without signs, and keep them"""
     jump: Jump | None = None
     """active where z > theta rather than z > 0"""
+    magnitude: Magnitude | None = None
     prefixes: tuple[int, ...] = ()
     """ends of the first parts of the features that must each rebuild y alone; the loss has their mean squared error (Matryoshka)"""
     aid: Aid | None = None

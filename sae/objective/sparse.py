@@ -42,7 +42,7 @@ class Sums:
         """Σ |activation|"""
         self.squared_error = zero.clone()
         self.part_error = zero.clone()
-        """of the prefixes, as they are in the loss"""
+        """of the prefixes, or of both paths, as they are in the loss"""
         self.cost = zero.clone()
         self.aid = zero
         self.fresh = True
@@ -52,7 +52,7 @@ class Sums:
         for gradient in own_gradients.values():
             gradient.zero_()
         self.pull_f = torch.zeros_like(self.norm_f)
-        """Σ slope · |activation|, of prices that are not linear"""
+        """Σ slope · |activation|, of prices that are not linear; of a second path Σ slope · z"""
         if rule.jump is not None:
             self.low_f = rule.jump.theta_f - rule.jump.window / 2
             self.near_f, self.near_pull_f = torch.zeros_like(self.fired_f), torch.zeros_like(self.norm_f)
@@ -78,7 +78,7 @@ class Sums:
     def step(self, sparse_share: float, threshold: float) -> Step:
         """The loss and what is whole only after all rows."""
         weights, gradients, rows, rule, mesh = self.weights, self.gradients, self.rows, self.rule, self.workspace.mesh
-        linear = isinstance(rule.price, Linear)
+        linear = isinstance(rule.price, Linear) and rule.magnitude is None
         if rule.price is not None:
             per_row_f = self.l1 / rows * self.activity_f if linear else self.pull_f / rows
             tiny = torch.finfo(self.norm_f.dtype).tiny
@@ -88,7 +88,10 @@ class Sums:
                 W_fsd = weights.W_dec_fd.unflatten(-1, (rule.sites, -1))
                 per_site_fs = per_row_f[:, None] / W_fsd.norm(dim=-1).clamp(min=tiny)
                 gradients.W_dec_fd.unflatten(-1, (rule.sites, -1)).addcmul_(W_fsd, per_site_fs[..., None])
-        pull_d = gradients.b_enc_f @ weights.W_enc_fd if self.y_bo is None else self.norm_f.new_zeros(0)
+        dz_f = gradients.b_enc_f
+        if rule.magnitude is not None:
+            dz_f = dz_f + rule.magnitude.r_mag_f.exp() * self.own_gradients["b_mag_f"]
+        pull_d = dz_f @ weights.W_enc_fd if self.y_bo is None else self.norm_f.new_zeros(0)
         lengths, fired = self.activity_f @ self.norm_f, self.fired_f.sum().to(self.norm_f.dtype)
         pull_d, *of_features = mesh.features.sums(pull_d, lengths, fired, self.cost)
         if self.y_bo is None:
@@ -100,7 +103,7 @@ class Sums:
         if "W_skip_od" in self.own_gradients:
             mesh.rows.sum_(self.own_gradients["W_skip_od"])
         squared_error, sparsity, l0 = squared_error / rows, lengths / rows, fired / rows
-        loss = squared_error if not rule.prefixes else part_error / rows
+        loss = part_error / rows if rule.prefixes or rule.magnitude is not None else squared_error
         if rule.price is not None:
             loss = loss + (self.l1 * sparsity if linear else cost / rows)
         if rule.jump is not None:

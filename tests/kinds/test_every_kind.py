@@ -73,7 +73,7 @@ def test_gradients_equal_autograd_on_the_formula(name, path, transcodes, seed):
     assert_same(step, judge, 1e-9)
 
 
-@pytest.mark.parametrize("name", ["relu", "p-annealing", "jumprelu-tanh"])
+@pytest.mark.parametrize("name", ["relu", "p-annealing", "jumprelu-tanh", "gated"])
 def test_norms_of_a_crosscoder_are_sums_over_its_sites(name):
     kind = kind_of(name)
     x_bd, _, weights, dead_f = problem(3)

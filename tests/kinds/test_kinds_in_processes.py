@@ -38,7 +38,7 @@ def joined(steps: list[Step], features: int, rows: int) -> Step:
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ("gated", "p-annealing-early")])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "p-annealing-early"])
 def test_the_step_of_several_is_the_step_of_one(name, split, monkeypatch):
     monkeypatch.setattr(fast, "CHUNK_BYTES", 8 * 48 * 6)  # several chunks
     for seed, (path, transcodes) in enumerate(product(["dense", "sparse", "auto"], [False, True])):
