@@ -66,7 +66,7 @@ def clip(gradients: Sequence[Tensor], largest: float, split: Sequence[bool], mes
     if not mesh.alone:
         mine_p = torch.tensor(split, device=norm_pk.device)
         norm_pk = torch.cat([mesh.every.gather(norm_pk[mine_p]).flatten(0, 1), norm_pk[~mine_p]])
-    norm_k = norm_pk.norm(dim=0)
+    norm_k = norm_pk.T.contiguous().norm(dim=1)  # a row each, which is added in one order for any k
     factor_k = (largest / (norm_k + 1e-6)).clamp(max=1)
     for g in gradients:
         g.mul_(factor_k.view(-1, *[1] * (g.ndim - 1)))

@@ -23,7 +23,6 @@ class Recipe(NamedTuple):
     lr_decay: float
     clip: float
     dead_steps: int
-    seed: int
 
     def learning_rate(self, step: int) -> float:
         """Linear rise, plateau, linear fall to zero."""

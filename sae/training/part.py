@@ -4,6 +4,8 @@ b rows (tokens) · d width that is read · o width that is written
 """
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,38 @@ from sae.training.config import RunConfig
 from sae.training.ends import Ends
 from sae.training.metrics import MetricsLog, write_lines
 from sae.training.start import ROWS, change_since, opened, said, starting_point
-from sae.training.sweep import Sweep
+from sae.training.sweep import Start, Sweep
+
+OF_ONE = ("out", "seed", "init", "decoder_norm", "b_dec")
+"""settings, beside the swept option, in which runs may differ that are one sweep"""
+
+
+def together(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
+    """Runs that differ in nothing but seed, start and the swept option train as one sweep."""
+    groups: dict[str, list[RunConfig]] = {}
+    for config in configs:
+        kind = {**vars(config.kind), config.kind.swept: None}
+        shared = {name: value for name, value in vars(config).items() if name not in OF_ONE}
+        groups.setdefault(repr(shared | {"kind": (type(config.kind), kind)}), []).append(config)
+    return list(groups.values())
 
 
 class Part:
     """Dictionaries of one kind, of one width and at the same sites, which train together."""
 
-    def __init__(self, config: RunConfig, source: Source, device: torch.device):
-        self.config, self.source, self.ends, self.folders = config, source, Ends.of(source, config), config.folders()
+    def __init__(self, configs: Sequence[RunConfig], source: Source, device: torch.device):
+        self.config, self.source, self.ends = configs[0], source, Ends.of(source, configs[0])
+        self.folders = [folder for config in configs for folder in config.folders()]
+        self.inits = [config.init for config in configs for _ in config.folders()]
         self.scales = self.ends.scales(source)
-        dictionary, own = starting_point(source, self.ends, self.scales, config)
+        starts: list[Start] = []
+        for config in configs:
+            dictionary, own = starting_point(source, self.ends, self.scales, config)
+            starts += [Start(dictionary.to(device), config.seed, own)] * len(config.folders())
+        config, swept = self.config, self.config.kind.swept
+        kind = replace(config.kind, **{swept: tuple(value for one in configs for value in one.kind.values)})
         workspace = Workspace(config.operands(device), config.deterministic)
-        self.sweep = Sweep(dictionary.to(device), config.kind, config.recipe(), config.backend, workspace, own)
+        self.sweep = Sweep(starts, kind, config.recipe(), config.backend, workspace)
         self.logs: list[MetricsLog] = []
         self.lines: list[dict[str, Any]] = [{} for _ in self.folders]
         """the last ones of metrics"""
@@ -123,9 +145,9 @@ class Part:
             "trained": {"kind": name_of(sweep.kind), sweep.kind.swept: value},
         }
         saved = dictionary.folded(*ends.factors(self.scales))
-        if config.init is not None:
-            init = opened(config.init, self.source, ends, config).to(sweep.weights.b_enc_f.device)
-            record["since_init"] = change_since(init, saved, self.source, ends)
+        if (init := self.inits[k]) is not None:
+            before = opened(init, self.source, ends, config).to(sweep.weights.b_enc_f.device)
+            record["since_init"] = change_since(before, saved, self.source, ends)
             print(f"{folder}: {said(record['since_init'])}")
         saved.save(folder)
         write_json(folder / "training.json", record)

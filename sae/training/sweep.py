@@ -2,11 +2,13 @@
 
 Of several processes (sae/mesh.py) each has its part of the features, and adds up its part of a batch's rows.
 
-k dictionaries, one for each value of the kind's swept option · b rows (tokens) · d width that is read · o written · f features
+k dictionaries, each with its value of the kind's swept option · b rows (tokens) · d width that is read · o written · f features
 Everything in training units (mean squared norm of the activations = their width).
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,38 +25,43 @@ from sae.training.config import Recipe
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
+class Start(NamedTuple):
+    """Where one dictionary of a sweep begins."""
+
+    dictionary: Dictionary
+    seed: int = 0
+    """of its resampling"""
+    own: Own = MappingProxyType({})
+    """values at which the kind's own parameters start, in the place of its usual ones"""
+
+
 class Sweep:
-    """All start as copies of one dictionary. `state` carries all that the next step and the next metrics depend on."""
+    """One dictionary for each of the kind's values. `state` carries all that the next step and the next metrics depend on."""
 
     def __init__(
         self,
-        dictionary: Dictionary,
+        starts: Sequence[Start],
         kind: Kind,
         recipe: Recipe,
         backend: Backend,
         workspace: Workspace,
-        own: Mapping[str, Tensor] | None = None,
         device: torch.device | None = None,
     ):
-        """`own`: values at which the kind's own parameters start, in the place of its usual ones. `device`: by default the dictionary's."""
+        """`device`: by default the dictionaries'."""
         self.kind, self.recipe, self.backend, self.workspace, self.mesh = kind, recipe, backend, workspace, workspace.mesh
-        self.values = kind.values
-        self.transcodes, self.sites = dictionary.is_transcoder, len(dictionary.writes)
-        k, mine, device = len(self.values), self.mesh.features.part(dictionary.d_sae), device or dictionary.W_dec_fo.device
+        self.values, self.seeds = kind.values, [start.seed for start in starts]
+        first = starts[0].dictionary
+        self.transcodes, self.sites = first.is_transcoder, len(first.writes)
+        k, mine, device = len(starts), self.mesh.features.part(first.d_sae), device or first.W_dec_fo.device
 
-        def copies(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(device).repeat(k, *[1] * tensor.ndim)
+        def stacked(tensors: Sequence[Tensor]) -> Tensor:
+            return torch.stack([tensor.detach().to(device) for tensor in tensors])
 
-        def copies_of(name: str, tensor: Tensor) -> Tensor:
-            return copies(tensor if name in WHOLE else tensor[mine])
-
-        started = dictionary.W_enc_fd, dictionary.b_enc_f, dictionary.W_dec_fo, dictionary.b_dec_o
-        self.weights = Weights(*map(copies_of, Weights._fields, started))
-        owns = kind.own(dictionary.d_out, dictionary.d_sae) | dict(own or {})
-        if dictionary.W_skip_od is not None:
-            owns["W_skip_od"] = dictionary.W_skip_od
-        self.own = {name: copies_of(name, tensor) for name, tensor in owns.items()}
-        self.kept = {name: copies(tensor) for name, tensor in kind.state().items()}
+        wholes = [self._started(start) for start in starts]
+        stacks = {name: stacked([one[name] if name in WHOLE else one[name][mine] for one in wholes]) for name in wholes[0]}
+        self.weights = Weights(*(stacks.pop(name) for name in Weights._fields))
+        self.own = stacks
+        self.kept = {name: stacked([tensor] * k) for name, tensor in kind.state().items()}
         self.parameters = {name: tensor if name in WHOLE else self._mine(tensor) for name, tensor in self._whole().items()}
         """what this process updates: where rows are split, of its features an equal part"""
         self.adam = torch.optim.Adam(list(self.parameters.values()), lr=recipe.lr, betas=recipe.betas, fused=True)
@@ -64,6 +71,12 @@ class Sweep:
         self.rows_counted = torch.zeros((), dtype=torch.int64)
         self.sparse_rows_k = torch.zeros(k, dtype=torch.float64, device=device)
         self.resampled_k = torch.zeros(k, dtype=torch.int64)
+
+    def _started(self, start: Start) -> dict[str, Tensor]:
+        d = start.dictionary
+        weights = dict(zip(Weights._fields, (d.W_enc_fd, d.b_enc_f, d.W_dec_fo, d.b_dec_o)))
+        skip = {} if d.W_skip_od is None else {"W_skip_od": d.W_skip_od}
+        return weights | self.kind.own(d.d_out, d.d_sae) | dict(start.own) | skip
 
     def _whole(self) -> dict[str, Tensor]:
         return dict(zip(Weights._fields, self.weights)) | self.own
@@ -157,7 +170,7 @@ class Sweep:
             return 0  # without a living feature there is no scale to follow
         residual_bo = (x_bd if y_bo is None else y_bo) - self.written(x_bd, k, step)
         loss_b = residual_bo.square().sum(-1)
-        generator = torch.Generator().manual_seed(self.recipe.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed(self.seeds[k] * 1_000_003 + step)
         drawn = torch.multinomial(loss_b.double().square().cpu(), count, replacement=count > len(x_bd), generator=generator)  # host sync
         drawn = drawn[before : before + dead[features.rank]].to(x_bd.device)
         written = torch.nn.functional.normalize(residual_bo[drawn], dim=-1)

@@ -24,7 +24,7 @@ from sae.training.checkpoint import Checkpoint, Record
 from sae.training.config import RunConfig, TrainingConfig
 from sae.training.ends import Ends
 from sae.training.metrics import start_wandb
-from sae.training.part import Part
+from sae.training.part import Part, together
 from sae.training.start import opened
 
 
@@ -82,7 +82,7 @@ def train_into(source: Source, run: RunConfig, configs: Sequence[RunConfig], set
         return
 
     remove_leftovers(run.out)
-    parts = [Part(config, source, device) for config in configs]
+    parts = [Part(group, source, device) for group in together(configs)]
     first = checkpoint.restore([part.sweep for part in parts])
     if first:
         print(f"resuming after step {first:,}")

@@ -10,7 +10,7 @@ from sae.evaluation.toy import Recovery, recovery, toy, toy_l1
 from sae.kinds import ReLU
 from sae.objective import Step, Weights, Workspace, objective
 from sae.training import TrainingConfig
-from sae.training.sweep import Sweep
+from sae.training.sweep import Start, Sweep
 
 
 def train_on_toy(a: float, d_sae: int, l1_warmup: float = 0.05, **settings) -> tuple[Recovery, Step]:
@@ -19,7 +19,7 @@ def train_on_toy(a: float, d_sae: int, l1_warmup: float = 0.05, **settings) -> t
     scale = (d / data.mean_squared_norm) ** 0.5
     l1 = toy_l1(a, d, d_sae, data.mean_squared_norm)
     recipe = TrainingConfig(cache=Path(), out=Path(), **settings).recipe()
-    sweep = Sweep(Dictionary.initial(d, d_sae, seed=0), ReLU(l1=(l1,), l1_warmup=l1_warmup), recipe, "auto", Workspace())
+    sweep = Sweep([Start(Dictionary.initial(d, d_sae, seed=0))], ReLU(l1=(l1,), l1_warmup=l1_warmup), recipe, "auto", Workspace())
     generator = torch.Generator().manual_seed(1)
     for step in range(recipe.steps):
         result = sweep.step(data.sample(512, generator) * scale, step)

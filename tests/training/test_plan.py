@@ -15,6 +15,7 @@ from sae.training.sweep import Sweep
 RUNS = [
     {"name": "relu", "kind": "relu", "l1": [1.0, 4.0], "resample_every": 15, "reads": ["resid_post.0"]},
     {"name": "wide", "kind": "batchtopk", "k": [4], "d_sae": 56, "seed": 3, "reads": ["mlp_in.1"], "writes": ["mlp_out.1"], "lr": 0.01},
+    {"name": "second", "kind": "batchtopk", "k": [4], "d_sae": 56, "seed": 4, "reads": ["mlp_in.1"], "writes": ["mlp_out.1"], "lr": 0.01},
 ]
 
 
@@ -29,12 +30,38 @@ def test_each_run_is_as_if_it_had_trained_alone(sites, tmp_path):  # noqa: F811
     found = train_plan(plan_of(sites, tmp_path, RUNS))
     relu = ReLU(l1=(1.0, 4.0), resample_every=15)
     alone = train(config_of(relu, sites, tmp_path / "relu", reads=("resid_post.0",)))
-    assert [folder.relative_to(tmp_path).as_posix() for folder in found] == ["out/relu/l1_1", "out/relu/l1_4", "out/wide"]
+    assert [folder.relative_to(tmp_path).as_posix() for folder in found] == ["out/relu/l1_1", "out/relu/l1_4", "out/wide", "out/second"]
     for one, other in zip(found, alone):
         assert contents(one) == contents(other)
     changes = dict(d_sae=56, reads=("mlp_in.1",), writes=("mlp_out.1",), lr=0.01)
     (wide,) = train(config_of(BatchTopK(k=(4,)), sites, tmp_path / "wide", **changes))
     assert contents(found[2])[0] != contents(wide)[0]  # another seed of the start; the batches are those of the command's own
+
+
+ALIKE = [
+    {"kind": "abstopk", "resample_every": 15, "dead_steps": 1, "reads": ["mlp_in.1"], "writes": ["mlp_out.1"], "skip": True, **own}
+    for own in ({"name": "one", "k": [1]}, {"name": "two", "k": [1], "seed": 7}, {"name": "zero", "k": [2], "b_dec": "zero"})
+]
+
+
+def test_runs_that_differ_in_seed_start_and_value_are_one_sweep(sites, tmp_path, monkeypatch):  # noqa: F811
+    """And each has the bits that it has alone."""
+    sizes, step = [], Sweep.step
+
+    def noted(self, x_bd, number, y_bo=None):
+        sizes.append(len(self.values))
+        return step(self, x_bd, number, y_bo)
+
+    monkeypatch.setattr(Sweep, "step", noted)
+    other = {**ALIKE[0], "name": "other", "lr": 0.01}
+    found = train_plan(plan_of(sites, tmp_path, [*ALIKE, other]))
+    assert sizes[:4] == [3, 1, 3, 1]
+    for run, folder in zip(ALIKE, found):
+        (alone,) = train_plan(plan_of(sites, tmp_path, [run], f"alone_{run['name']}"))
+        assert contents(alone) == contents(folder)
+    weights = [contents(folder)[0] for folder in found]
+    assert weights[0] != weights[1]
+    assert sum(line["resampled"] for line in contents(found[1])[1]) > 0  # from a seed of its own
 
 
 def test_one_checkpoint_resumes_them_all(sites, tmp_path, monkeypatch):  # noqa: F811

@@ -17,7 +17,7 @@ from sae.kinds import KINDS, BatchTopK, JumpReLU, Kind, Matryoshka, ReLU
 from sae.objective import Workspace
 from sae.training import TrainingConfig, train
 from sae.training.config import Recipe
-from sae.training.sweep import Sweep
+from sae.training.sweep import Start, Sweep
 
 
 def small(name: str) -> Kind:
@@ -153,9 +153,9 @@ def test_true_features_are_recovered(name, found):
     scale = (d / data.mean_squared_norm) ** 0.5
     options = {"k": (3,), "target_l0": (3.0,), "l1": (1.5,), "bandwidth": 0.02}
     kind = KINDS[name](**{field.name: options[field.name] for field in fields(KINDS[name]) if field.name in options})
-    recipe = Recipe(steps=1500, lr=5e-3, betas=(0.9, 0.999), lr_warmup=0.01, lr_decay=0.3, clip=1.0, dead_steps=100, seed=0)
+    recipe = Recipe(steps=1500, lr=5e-3, betas=(0.9, 0.999), lr_warmup=0.01, lr_decay=0.3, clip=1.0, dead_steps=100)
     start = Dictionary.initial(d, 128, seed=0, decoder_norm=1.0)
-    sweep = Sweep(start, kind, recipe, "auto", Workspace())
+    sweep = Sweep([Start(start)], kind, recipe, "auto", Workspace())
     generator = torch.Generator().manual_seed(1)
     for step in range(recipe.steps):
         x_bd = data.sample(256, generator) * scale

@@ -22,7 +22,7 @@ from sae.errors import InputError
 from sae.kinds import AbsTopK, Now, ReLU, TopK
 from sae.objective import Workspace
 from sae.training import TrainingConfig, train
-from sae.training.sweep import Sweep
+from sae.training.sweep import Start, Sweep
 
 WEIGHTS = "sae_weights.safetensors"
 
@@ -287,7 +287,7 @@ def test_dead_features_are_resampled_and_live_again(cache, tmp_path):
     config = config_for(cache, tmp_path)
     torch.manual_seed(0)
     dictionary = Dictionary.initial(16, 40, seed=0)
-    sweep, x_bd = Sweep(dictionary, config.kind, config.recipe(), "auto", Workspace()), torch.randn(64, 16)
+    sweep, x_bd = Sweep([Start(dictionary)], config.kind, config.recipe(), "auto", Workspace()), torch.randn(64, 16)
     sweep.silent_steps_kf[0, [3, 11]] = 5
     before = {name: t.clone() for name, t in sweep.state().items()}
     residual_bd = torch.nn.functional.normalize(x_bd - dictionary(x_bd), dim=-1)
