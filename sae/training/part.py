@@ -166,7 +166,7 @@ class Part:
         chunks = [self.ends.pair({site: x_bd.to(device) for site, x_bd in part.items()}, self.scales)[0] for part in parts]
         running = float(gate.theta_f[0])
         active = sum(int((dictionary.encode(x_bd) > 0).sum()) for x_bd in chunks)
-        threshold, count = threshold_for(dictionary, chunks, k)
+        threshold, count = threshold_for(dictionary, chunks, k, guess=running)
         gate.theta_f.data.fill_(threshold)
         print(
             f"{folder}: a threshold of {threshold:.4g} keeps {k} a row on {count:,} {'held-out' if held_out else 'training'} rows; the "
