@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sae.disk.places import refusal_sentence
+from sae.disk.remote import Place, RemotePath, is_url
 from sae.errors import InputError
 from sae.streams import lasting_streams
 from sae.text_input import replace_surrogates
@@ -46,15 +47,26 @@ def parse(config_class: type, description: str) -> Any:
 
     _check_encoding(sys.argv[1:])
     registry = ConstructorRegistry()
+    urls: list[str] = []  # where a path on this machine is meant
 
     @registry.primitive_rule
     def path(info: Any) -> Any:
+        if info.type == Place:
+            return PrimitiveConstructorSpec(1, "PATH|URL", _place, lambda value: isinstance(value, Place), lambda value: [str(value)])
         if info.type is not Path:
             return None
-        return PrimitiveConstructorSpec(1, "PATH", _path, lambda value: isinstance(value, Path), lambda value: [str(value)])
+
+        def local(arguments: list[str]) -> Path:
+            urls.extend(filter(is_url, arguments))
+            return _path(arguments)
+
+        return PrimitiveConstructorSpec(1, "PATH", local, lambda value: isinstance(value, Path), lambda value: [str(value)])
 
     with registry:
-        return tyro.cli(config_class, description=description)
+        config: Any = tyro.cli(config_class, description=description)
+    if urls:
+        raise InputError(f"expected a path on this machine, got the URL {urls[0]}; only activation caches have URLs")
+    return config
 
 
 def _check_encoding(arguments: list[str]) -> None:
@@ -70,3 +82,7 @@ def _path(arguments: list[str]) -> Path:
     if not arguments[0]:  # from an unset variable of the shell; for Python it would be the present folder
         raise ValueError("expected a path, got an empty text")
     return Path(arguments[0])
+
+
+def _place(arguments: list[str]) -> Place:
+    return RemotePath(arguments[0]) if is_url(arguments[0]) else _path(arguments)

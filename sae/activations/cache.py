@@ -1,13 +1,15 @@
-"""An activation cache on disk: what is in it, whether it is whole, and its shards as memory-mapped tensors.
+"""An activation cache on disk or behind a URL: what is in it, whether it is whole, and its shards as memory-mapped tensors.
 
 n rows · d width of the site
 """
 
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from io import RawIOBase
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from sae.activations.files.manifest import THEN, check_file, damaged, read_manif
 from sae.activations.files.number_formats import FORMATS, decode, shard_layout
 from sae.activations.text.tokens import SPLITS, Tokens
 from sae.disk.reading import SMALL, TensorLayout, layout, map_arrays, read_tensors, require_within
+from sae.disk.remote import Place, RemotePath, place
 from sae.errors import InputError
 from sae.model.sites import in_model, split_model
 
@@ -31,18 +34,19 @@ class Shard(NamedTuple):
     name: str
     """for example "00000" """
     rows: int
-    path: Path
+    path: Place
 
 
 class ActivationCache:
     """One site of a cache. `open` makes it; `CachedSource` deals out its rows, shuffled."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], site: str, shards: dict[str, list[Shard]]):
+    def __init__(self, folder: Place, manifest: dict[str, Any], site: str, shards: dict[str, list[Shard]]):
         self.folder, self.manifest, self.site = folder, manifest, site
         self.d_in: int = manifest["sites"][site]["d_in"]
         self.mean_squared_norm: float = manifest["sites"][site]["mean_squared_norm"]
         """mean of ‖x‖² over all training rows, in the model's own units"""
         self._shards = shards
+        self._remote_places: dict[str, dict[str, TensorLayout]] = {}
         self.format = FORMATS[manifest["dtype"]]
         self.dtype = self.format.read
         """of the rows that are read; those of int8 are float16"""
@@ -59,17 +63,19 @@ class ActivationCache:
         return self.manifest["model"] if name is None else self.manifest["models"][name]
 
     @classmethod
-    def open(cls, folder: str | Path, site: str | None = None, *, skip_damaged: bool = False, verify: bool = False) -> "ActivationCache":
+    def open(cls, folder: str | Place, site: str | None = None, *, skip_damaged: bool = False, verify: bool = False) -> "ActivationCache":
         """Opens a finished cache; `site` may be left out when there is exactly one.
 
         Sizes and headers of all files are checked, and checksums of token files up to 32 MB; with `verify`, every file of the site is
         read once to compare its checksum. A damaged file raises `InputError` naming it. With `skip_damaged`, checksums are compared too,
         and damaged shards are left out and named on stderr.
         """
-        folder = Path(folder)
+        folder = place(folder)
         manifest = read_manifest(folder)
         site = _choose_site(folder, manifest, site)
         cache = cls(folder, manifest, site, {split: [] for split in SPLITS})
+        if isinstance(folder, RemotePath):  # sizes of all files at once
+            (folder / "tokens").names(), (folder / site).names()
         checksums = skip_damaged or verify
         for entry in manifest["tokens"]:
             _try(skip_damaged, partial(check_file, folder / entry["file"], entry, checksums or entry["bytes"] <= SMALL))
@@ -80,7 +86,7 @@ class ActivationCache:
         return cache
 
     @classmethod
-    def of_dictionary(cls, folder: Path, dictionary: "Dictionary", *, named: bool, verify: bool = False) -> "ActivationCache":
+    def of_dictionary(cls, folder: Place, dictionary: "Dictionary", *, named: bool, verify: bool = False) -> "ActivationCache":
         """Opened where the dictionary reads in its model, or at the only site where it names none; see `require_dictionary`."""
         manifest = read_manifest(folder)
         sites, site = manifest["sites"], dictionary.site
@@ -103,7 +109,17 @@ class ActivationCache:
         return self._shards[split]
 
     def read(self, shard: Shard) -> tuple[Tensor, Tensor]:
-        """Activations [n, d_in] of the cache's dtype, and their global token positions, int64 [n]; both memory-mapped (int8: unpacked)."""
+        """Activations [n, d_in] of the cache's dtype, and their global token positions, int64 [n]; both memory-mapped (int8: unpacked).
+
+        Of a cache behind a URL they are in memory, and while shards are read one after the other, so is the next one.
+        """
+        return self._in_order(shard) if isinstance(shard.path, RemotePath) else self._read(shard)
+
+    @cached_property
+    def _in_order(self) -> "_InOrder":
+        return _InOrder(self._read, [shard for split in SPLITS for shard in self._shards[split]])
+
+    def _read(self, shard: Shard) -> tuple[Tensor, Tensor]:
         stored, _ = read_tensors(shard.path, "a cache's shard", then=THEN)
         rows = stored.pop("rows")
         self._require_positions(rows.numpy(), shard)
@@ -111,7 +127,12 @@ class ActivationCache:
 
     def positions(self, shard: Shard) -> np.ndarray:
         """Global token positions of the shard's rows, int64 [n], memory-mapped."""
-        rows = map_arrays(shard.path, "a cache's shard", then=THEN)[0]["rows"]
+        if isinstance(shard.path, RemotePath):  # nothing but these
+            rows = np.empty(shard.rows, np.int64)
+            with shard.path.open() as file:
+                _read_into(file, self._places(shard)["rows"].offset, torch.from_numpy(rows), shard.path)
+        else:
+            rows = map_arrays(shard.path, "a cache's shard", then=THEN)[0]["rows"]
         self._require_positions(rows, shard)
         return rows
 
@@ -121,7 +142,7 @@ class ActivationCache:
         stored = {"activations": out_nd}
         if self.format.stored != self.dtype:
             stored = {"activations": torch.empty(out_nd.shape, dtype=self.format.stored), "scale": torch.empty(len(out_nd))}
-        with open(shard.path, "rb", buffering=0) as file:
+        with shard.path.open("rb", buffering=0) as file:
             for name, values in stored.items():
                 _read_into(file, places[name].offset + start * values[:1].nbytes, values, shard.path)
         if self.format.stored != self.dtype:
@@ -207,11 +228,15 @@ class ActivationCache:
 
     def _places(self, shard: Shard) -> dict[str, TensorLayout]:
         """Where the shard's tensors lie; raises `InputError` if the file is not what the manifest says."""
+        if shard.name in self._remote_places:
+            return self._remote_places[shard.name]
         places, _ = layout(shard.path, "a cache's shard", THEN)
         expected = shard_layout(self.manifest["dtype"], shard.rows, self.d_in)
         found = {name: (place.dtype, place.shape) for name, place in places.items()}
         if found != expected:
             raise damaged(shard.path, f"it holds {found} where the manifest says {expected}")
+        if isinstance(shard.path, RemotePath):  # it does not change while it is read, or reading it fails
+            self._remote_places[shard.name] = places
         return places
 
     def _require_positions(self, rows_n: np.ndarray, shard: Shard) -> None:
@@ -219,21 +244,40 @@ class ActivationCache:
 
     def _check(self, shard: Shard, entry: dict[str, Any], checksum: bool) -> None:
         check_file(shard.path, entry, checksum)
-        self._places(shard)
+        if not isinstance(shard.path, RemotePath):  # there, when it is read: each would be a request
+            self._places(shard)
 
 
-def _read_into(file: IO[bytes], offset: int, values: Tensor, path: Path) -> None:
+class _InOrder:
+    """Reads shards; where they are read one after the other, a thread reads the next one meanwhile."""
+
+    def __init__(self, read: Callable[[Shard], tuple[Tensor, Tensor]], shards: list[Shard]):
+        self._read, self._after = read, dict(pairwise(shards))
+        self._thread = ThreadPoolExecutor(1)
+        self._last: Shard | None = None
+        self._coming: dict[Shard, Future[tuple[Tensor, Tensor]]] = {}
+
+    def __call__(self, shard: Shard) -> tuple[Tensor, Tensor]:
+        coming = self._coming.pop(shard, None)
+        read = coming.result() if coming else self._read(shard)
+        if self._last in self._after and self._after[self._last] == shard and shard in self._after:
+            self._coming = {self._after[shard]: self._thread.submit(self._read, self._after[shard])}
+        self._last = shard
+        return read
+
+
+def _read_into(file: RawIOBase, offset: int, values: Tensor, path: Place) -> None:
     view = values.view(torch.uint8).numpy().reshape(-1).data
     file.seek(offset)
     filled = 0
     while filled < len(view):
-        count = file.readinto(view[filled:])  # type: ignore[attr-defined]
+        count = file.readinto(view[filled:])
         if not count:
             raise damaged(path, "it ended while being read")
         filled += count
 
 
-def _choose_site(folder: Path, manifest: dict[str, Any], site: str | None) -> str:
+def _choose_site(folder: Place, manifest: dict[str, Any], site: str | None) -> str:
     sites = list(manifest["sites"])
     if site is None and len(sites) == 1:
         return sites[0]

@@ -22,12 +22,14 @@ from torch import Tensor
 from sae.activations.cache import ActivationCache, Shard, misaligned
 from sae.activations.harvest.massive import sampled, sentence
 from sae.activations.source import Batches, Group
+from sae.disk.remote import RemotePath
 from sae.errors import InputError
 
 BUFFER_BYTES = 1 << 27
 BLOCKS_PER_BUFFER = 64
 MEASURED = 1 << 15
 READERS = 4  # blocks read at a time: one alone leaves the disk idle between two, and was measured a third slower
+REMOTE_READERS = 16  # behind a URL each waits tens of milliseconds for its first byte
 
 
 class CachedSource:
@@ -204,7 +206,8 @@ class CachedEpochs:
             for site, cache in self._caches.items():
                 cache.read_block(self._shards[site][shard], start, out[site][end - rows : end])
 
-        with ThreadPoolExecutor(READERS) as readers:
+        remote = any(isinstance(cache.folder, RemotePath) for cache in self._caches.values())
+        with ThreadPoolExecutor(REMOTE_READERS if remote else READERS) as readers:
             list(readers.map(read, ends_n.tolist(), blocks_n3.tolist()))  # raises what one of them raised
         rng = np.random.default_rng([self.seed, epoch, number + 1, self.rank])  # + 1: numpy takes [s, e, 0] for [s, e]
         return torch.from_numpy(rng.permutation(int(ends_n[-1])))

@@ -8,7 +8,6 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest.massive import RATIO, is_massive
 from sae.activations.text.tokens import SPLITS
+from sae.disk.remote import Place
 from sae.errors import InputError
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
@@ -29,8 +29,8 @@ SHOWN_LABELS = 20
 
 @dataclass(kw_only=True)
 class DescribeConfig:
-    cache: Path
-    """Folder of the cache."""
+    cache: Place
+    """Folder or URL of the cache."""
     site: str | None = None
     """Which of the cache's sites, when it has several."""
     rows: int = 1 << 16
@@ -99,8 +99,12 @@ def sample_rows(cache: ActivationCache, most: int) -> tuple[Tensor, Tensor]:
         raise InputError(f"expected training rows in {cache.folder}, but there are none; harvest more documents")
     count = min(most, total, max(1, (1 << 28) // (4 * cache.d_in)))
     shares = np.diff(np.cumsum([0] + [shard.rows for shard in shards]) * count // total)
-    parts = [(cache.read(shard), share) for shard, share in zip(shards, shares) if share]
-    return torch.cat([x_nd[:share].float() for (x_nd, _), share in parts]), torch.cat([rows[:share] for (_, rows), share in parts])
+    x_nd, positions_n = torch.empty(count, cache.d_in, dtype=cache.dtype), torch.empty(count, dtype=torch.int64)
+    for shard, stop, share in zip(shards, np.cumsum(shares).tolist(), shares.tolist()):
+        if share:
+            cache.read_block(shard, 0, x_nd[stop - share : stop])
+            positions_n[stop - share : stop] = torch.from_numpy(cache.positions(shard)[:share].copy())
+    return x_nd.float(), positions_n
 
 
 def outlier_dimensions(x_nd: Tensor) -> list[dict[str, float]]:

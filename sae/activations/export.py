@@ -18,6 +18,7 @@ from sae.activations.cache import ActivationCache
 from sae.activations.text.tokens import SPLITS
 from sae.disk.folders import fresh_folder
 from sae.disk.places import require_folder
+from sae.disk.remote import Place
 from sae.disk.writing import require_free_space
 from sae.errors import InputError
 from sae.progress import progress
@@ -31,8 +32,8 @@ CHUNK_ROWS = 4096
 
 @dataclass(kw_only=True)
 class ExportConfig:
-    cache: Path
-    """Folder of the cache."""
+    cache: Place
+    """Folder or URL of the cache."""
     out: Path
     """Folder to write, for `datasets.load_from_disk`; it must not exist yet."""
     site: str | None = None

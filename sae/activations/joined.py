@@ -4,7 +4,6 @@ n rows · d width of all sites together
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from sae.activations.cache import ActivationCache, Shard, misaligned, second_model_of
 from sae.activations.files.manifest import read_manifest
+from sae.disk.remote import Place
 from sae.errors import InputError
 from sae.model.sites import in_model, split_model
 
@@ -51,7 +51,7 @@ class JoinedCache(ActivationCache):
         return torch.cat(parts, dim=-1), positions_n
 
 
-def cache_of(folder: Path, dictionary: "Dictionary", *, named: bool, verify: bool = False) -> ActivationCache:
+def cache_of(folder: Place, dictionary: "Dictionary", *, named: bool, verify: bool = False) -> ActivationCache:
     """The cache where the dictionary reads: one of its sites, or several side by side.
 
     Raises `InputError` as `ActivationCache.require_dictionary` does, and for sites without a name.
@@ -74,7 +74,7 @@ def targets_of(cache: ActivationCache, dictionary: "Dictionary") -> ActivationCa
     return JoinedCache(_opened(cache.folder, dictionary, dictionary.writes, False))
 
 
-def _opened(folder: Path, dictionary: "Dictionary", ports: "Sequence[Port]", verify: bool) -> list[ActivationCache]:
+def _opened(folder: Place, dictionary: "Dictionary", ports: "Sequence[Port]", verify: bool) -> list[ActivationCache]:
     sites = [port.site for port in ports]
     if None in sites or len(set(sites)) < len(sites):
         said = ", ".join(str(site) for site in sites)

@@ -6,12 +6,14 @@ That one is of all bytes of the file, header included, its own eight digits take
 import zlib
 from pathlib import Path
 
+from sae.disk.remote import Place
+
 BLOCK = 1 << 22
 BLANK = "00000000"
 MARK = b'"crc32":"'  # quotes inside of other texts of the header are escaped, so this is the key
 
 
-def crc32(path: Path) -> str:
+def crc32(path: Place) -> str:
     """Checksum of a file's bytes, eight hexadecimal digits."""
     return _crc32(path, None)
 
@@ -26,27 +28,27 @@ def seal(path: Path) -> None:
         file.write(value.encode())
 
 
-def is_intact(path: Path) -> bool | None:
+def is_intact(path: Place) -> bool | None:
     """Whether a safetensors file's bytes are those of its checksum; None for one without. The file's header must be readable."""
     place = _place(path)
     if place is None:
         return None
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         file.seek(place)
         return file.read(len(BLANK)) == _crc32(path, place).encode()
 
 
-def _place(path: Path) -> int | None:
+def _place(path: Place) -> int | None:
     """Where the digits begin."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
     found = header.find(MARK)
     return None if found < 0 else 8 + found + len(MARK)
 
 
-def _crc32(path: Path, blank_at: int | None) -> str:
+def _crc32(path: Place, blank_at: int | None) -> str:
     value = 0
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         if blank_at is not None:
             value = zlib.crc32(BLANK.encode(), zlib.crc32(file.read(blank_at)))
             file.seek(len(BLANK), 1)

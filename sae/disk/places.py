@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sae.disk.remote import Place, RemotePath
 from sae.errors import InputError
 
 ELSEWHERE = "choose another place"
@@ -71,8 +72,10 @@ def require_file(path: Path) -> None:
         _try(path.parent, longest)
 
 
-def require_folder(path: Path) -> None:
+def require_folder(path: Place) -> None:
     """Raises `InputError` unless files can be written into the folder `path`, which need not be there yet. Leaves nothing behind."""
+    if isinstance(path, RemotePath):
+        return path.require_writable()
     with writing(path):
         if path.is_file():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))

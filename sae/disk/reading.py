@@ -15,6 +15,7 @@ import numpy as np
 from pydantic import FailFast, Field, TypeAdapter, ValidationError
 
 from sae.disk.checksum import is_intact
+from sae.disk.remote import Place, RemotePath
 from sae.errors import InputError
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class TensorLayout(NamedTuple):
     """bytes from the beginning of the file"""
 
 
-def read_json(path: Path, what: str, schema: Any = Any) -> Any:
+def read_json(path: Place, what: str, schema: Any = Any) -> Any:
     """The file's value, as it is, if it fits `schema`, a type that pydantic knows. `what` names the kind of file in the error sentence.
 
     Raises `InputError` for a file that is missing, cannot be read, is no JSON or does not fit.
@@ -77,7 +78,7 @@ def read_json(path: Path, what: str, schema: Any = Any) -> Any:
     return parse_json(read_bytes(path, what), f"{what} at {path}", schema)
 
 
-def read_bytes(path: Path, what: str) -> bytes:
+def read_bytes(path: Place, what: str) -> bytes:
     """All of a file. Raises `InputError` if it is missing or cannot be read."""
     try:
         return path.read_bytes()
@@ -144,7 +145,7 @@ def _adapter(schema: Any) -> TypeAdapter:
     return TypeAdapter(schema)
 
 
-def layout(path: Path, what: str, then: str = MAKE_AGAIN) -> tuple[dict[str, TensorLayout], dict[str, str]]:
+def layout(path: Place, what: str, then: str = MAKE_AGAIN) -> tuple[dict[str, TensorLayout], dict[str, str]]:
     """Where the tensors of a safetensors file lie, and its metadata; only the header is read.
 
     `what` names the kind of file in the error sentence, and `then` says what to do. Raises `InputError` if the file is missing, cannot
@@ -159,9 +160,9 @@ def layout(path: Path, what: str, then: str = MAKE_AGAIN) -> tuple[dict[str, Ten
         raise InputError(f"expected {what} at {path}, but it is damaged or no safetensors file ({reason}); {then}") from None
 
 
-def _layout(path: Path) -> tuple[dict[str, TensorLayout], dict[str, str]]:
+def _layout(path: Place) -> tuple[dict[str, TensorLayout], dict[str, str]]:
     size = path.stat().st_size
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > min(size - 8, LONGEST_HEADER):
             raise ValueError("its header is cut off")
@@ -214,9 +215,10 @@ def fits(shape: tuple[int, ...], pattern: str, sizes: dict[str, int]) -> bool:
 
 
 def map_arrays(
-    path: Path, what: str, schema: Arrays | None = None, *, mode: Literal["r", "r+"] = "r", then: str = MAKE_AGAIN, **sizes: int
+    path: Place, what: str, schema: Arrays | None = None, *, mode: Literal["r", "r+"] = "r", then: str = MAKE_AGAIN, **sizes: int
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The arrays of a safetensors file as parts of one memory map of it (but for bfloat16, which numpy does not know), and its metadata.
+    A remote file is read into memory.
 
     A checksum in a file of at most 32 MB is compared. Raises `InputError` like `layout`, and for arrays that do not fit `schema`.
     """
@@ -226,7 +228,8 @@ def map_arrays(
         require_intact(path, what, then)
     if not places:
         return {}, metadata
-    whole = np.asarray(np.memmap(path, np.uint8, mode))  # plain arrays are several times as fast to cut as numpy's maps
+    # plain arrays are several times as fast to cut as numpy's maps
+    whole = np.frombuffer(path.read_bytes(), np.uint8) if isinstance(path, RemotePath) else np.asarray(np.memmap(path, np.uint8, mode))
     arrays = {}
     for name, (dtype, shape, offset) in places.items():
         if dtype in NUMPY_DTYPES:
@@ -236,37 +239,40 @@ def map_arrays(
 
 
 def read_tensors(
-    path: Path, what: str, schema: Arrays | None = None, *, device: "str | torch.device" = "cpu", then: str = MAKE_AGAIN, **sizes: int
+    path: Place, what: str, schema: Arrays | None = None, *, device: "str | torch.device" = "cpu", then: str = MAKE_AGAIN, **sizes: int
 ) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
     """All tensors of a safetensors file on `device`, and its metadata; its checksum, where it has one, is compared.
 
     Raises `InputError` like `layout`, and for arrays that do not fit `schema`.
     """
     from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load
 
     places, metadata = layout(path, what, then)
     require_arrays(places, schema or {}, str(path), then, **sizes)
     require_intact(path, what, then)
     try:
+        if isinstance(path, RemotePath):
+            return {name: tensor.to(device) for name, tensor in load(path.read_bytes()).items()}, metadata
         with safe_open(path, "pt", str(device)) as file:
             return {name: file.get_tensor(name) for name in places}, metadata
     except (OSError, SafetensorError) as error:  # what lies over one another or between two arrays
         raise InputError(f"expected {what} at {path}, but it is damaged or no safetensors file ({error}); {then}") from None
 
 
-def require_intact(path: Path, what: str, then: str = MAKE_AGAIN) -> None:
+def require_intact(path: Place, what: str, then: str = MAKE_AGAIN) -> None:
     """Raises `InputError` if a safetensors file has a checksum and it is not that of its bytes."""
     if is_intact(path) is False:
         raise InputError(f"expected {what} at {path}, but its checksum is wrong, so it is damaged; {then}")
 
 
-def require_starts(starts: np.ndarray, end: int, name: str, where: Path | str) -> None:
+def require_starts(starts: np.ndarray, end: int, name: str, where: Place | str) -> None:
     """Raises `InputError` unless the numbers rise from 0 to `end`."""
     if len(starts) < 1 or starts[0] != 0 or starts[-1] != end or (starts[1:] < starts[:-1]).any():
         raise InputError(f"expected {name} in {where} to rise from 0 to {end}, but they do not, so it is damaged; make it again")
 
 
-def require_within(numbers: np.ndarray, low: int, high: int, name: str, where: Path | str) -> None:
+def require_within(numbers: np.ndarray, low: int, high: int, name: str, where: Place | str) -> None:
     """Raises `InputError` unless all numbers are at least `low` and below `high`."""
     if not numbers.size:
         return

@@ -14,6 +14,7 @@ from typing import Any
 
 from sae.disk.checksum import BLANK, seal
 from sae.disk.places import writing
+from sae.disk.remote import Place, RemotePath
 from sae.errors import InputError
 
 try:
@@ -23,12 +24,22 @@ except ImportError:  # Windows
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[Path]:
+def atomic(path: Place) -> Iterator[Path]:
     """Yields a temporary path beside `path`; at a clean exit it is flushed to disk and takes the name, otherwise it is removed.
+    A remote file is written on the local disk and then uploaded whole.
 
     What an earlier process left of `path` half-written goes too. Raises `InputError` when the place cannot be written, or no further,
     as on a full disk; what stood at `path` before is then still there.
     """
+    if isinstance(path, RemotePath):
+        here = path.written_here
+        try:
+            with atomic(here) as temporary:
+                yield temporary
+            path.upload(here)
+        finally:
+            here.unlink(missing_ok=True)
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,13 +78,13 @@ def jsonable(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Place, value: Any) -> None:
     """`jsonable` of the value, atomically."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(jsonable(value), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None) -> None:
+def write_tensors(path: Place, tensors: dict, metadata: dict[str, str] | None = None) -> None:
     """`tensors` of torch, as safetensors with a checksum (see checksum.py), atomically; those that share memory are written once each."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -100,12 +111,17 @@ def write_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = N
 
 
 @contextmanager
-def only_writer(folder: Path, *, shared: bool = False) -> Iterator[Callable[[], None]]:
+def only_writer(folder: Place, *, shared: bool = False) -> Iterator[Callable[[], None]]:
     """Holds the folder against a second run into it; the operating system lets go of it even after kill -9.
 
     With `shared`, together with others that share it. What is yielded lets such others in from then on. Raises `InputError` while
-    another process holds the folder, and when it cannot be made or opened.
+    another process holds the folder, and when it cannot be made or opened. What cannot be locked is named on stderr.
     """
+    if isinstance(folder, RemotePath):
+        if not shared:
+            _say_unlocked(folder, "it is behind a URL")
+        yield lambda: None
+        return
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = None if fcntl is None else os.open(folder, os.O_RDONLY)
@@ -129,7 +145,7 @@ def only_writer(folder: Path, *, shared: bool = False) -> Iterator[Callable[[], 
         os.close(handle)
 
 
-def _say_unlocked(folder: Path, why: str | None) -> None:
+def _say_unlocked(folder: Place, why: str | None) -> None:
     print(f"{folder} cannot be locked ({why}): see to it that no other run writes into it", file=sys.stderr)
 
 
@@ -167,8 +183,10 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def require_free_space(folder: Path, needed: int, what: str) -> None:
-    """Raises `InputError` if the disk that holds `folder` has fewer than `needed` bytes left."""
+def require_free_space(folder: Place, needed: int, what: str) -> None:
+    """Raises `InputError` if the disk that holds `folder` has fewer than `needed` bytes left; of a server that is not known."""
+    if isinstance(folder, RemotePath):
+        return
     existing = next(p for p in [folder, *folder.resolve().parents] if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

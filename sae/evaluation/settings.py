@@ -12,6 +12,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from sae.disk.reading import Number, read_json, require
+from sae.disk.remote import Place
 from sae.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class OnCache(TypedDict):
 class EvaluationConfig:
     dictionary: str
     """Folder, file or hub name of the dictionary."""
-    cache: Path
-    """Activation cache with the dictionary's site; its held-out tokens are used, never its training tokens."""
+    cache: Place
+    """Folder or URL of an activation cache with the dictionary's site; its held-out tokens are used, never its training tokens."""
     model: str | None = None
     """Hub name, folder or GGUF file of the language model. Default: the one the cache was made with."""
     sequences: int = 200
@@ -82,13 +83,13 @@ def refuse_training_tokens(folder: Path, cache: "ActivationCache") -> None:
         trained_on: Any = "activations computed live"
         theirs = settings["live"] | {"dataset": {name: settings["live"].get(name) for name in cache.manifest["dataset"] or ()}}
     else:
-        trained_on = Path(settings["cache"])
-        if os.path.realpath(trained_on) == os.path.realpath(cache.folder):
+        trained_on = settings["cache"]
+        if os.path.realpath(trained_on) == os.path.realpath(str(cache.folder)):
             return
-        if not os.path.exists(trained_on / "manifest.json"):
+        if not os.path.exists(os.path.join(trained_on, "manifest.json")):  # nor a URL, which the file of a stranger may name
             print(f"note: the dictionary was trained on {trained_on}, which is not at hand to compare texts with", file=sys.stderr)
             return
-        theirs = read_manifest(trained_on)
+        theirs = read_manifest(Path(trained_on))
     split = [(manifest["seed"], manifest["held_out"]) for manifest in (theirs, cache.manifest)]
     if theirs["dataset"] and theirs["dataset"] == cache.manifest["dataset"] and split[0] != split[1]:
         raise InputError(
@@ -124,6 +125,6 @@ def held_out_text(config: EvaluationConfig, cache: "ActivationCache", device: to
     chosen = np.random.default_rng(config.seed).permutation(candidates)[: config.sequences]
     stored_n = np.zeros(len(tokens.ids), dtype=bool)  # whatever a token was left out for, it has no row
     for shard in cache.shards("held_out"):
-        stored_n[cache.read(shard)[1].numpy()] = True
+        stored_n[cache.positions(shard)] = True
     spans = [slice(*tokens.sequence_starts[[i, i + 1]]) for i in chosen]
     return Text(lm, [np.asarray(tokens.ids[span]) for span in spans], [stored_n[span] for span in spans])

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from sae.disk.remote import Place
 from sae.encoding import Method
 from sae.errors import InputError
 from sae.kinds import Kind, ReLU, name_of
@@ -157,8 +158,8 @@ class RunConfig:
 class TrainingConfig(RunConfig):
     """A training run on a cache."""
 
-    cache: Path
-    """Activation cache to train on (its train split)."""
+    cache: Place
+    """Folder or URL of the activation cache to train on (its train split)."""
     verify: bool = False
     """First read the whole site in the cache to compare every checksum. Default: only those of token files up to 32 MB."""
 

@@ -17,6 +17,7 @@ from sae.device import device_named
 from sae.dictionaries.source import sampled_crc32
 from sae.disk.places import require_folder
 from sae.disk.reading import read_json
+from sae.disk.remote import Place
 from sae.disk.writing import only_writer, remove_leftovers
 from sae.errors import InputError
 from sae.progress import progress
@@ -41,7 +42,7 @@ def train(config: TrainingConfig) -> list[Path]:
     return train_on(cached(config.cache, config.sites, config.verify), config, [config], config.settings())
 
 
-def cached(cache: Path, sites: Iterable[str], verify: bool) -> CachedSource:
+def cached(cache: Place, sites: Iterable[str], verify: bool) -> CachedSource:
     """The sites of a cache that are named, or its only one."""
     return CachedSource(*(ActivationCache.open(cache, site, verify=verify) for site in list(sites) or (None,)))
 

@@ -1,7 +1,11 @@
-"""What a harvest has finished so far: an append-only file of JSON lines, each written after the files it names are safely on disk."""
+"""What a harvest has finished so far: JSON lines, each written after the files it names are safely on disk.
+
+In a folder they are an append-only file. Behind a URL, where nothing can be appended, every note is a file of its own.
+"""
 
 import json
 import os
+import re
 import shutil
 import sys
 from contextlib import suppress
@@ -14,7 +18,8 @@ from typing_extensions import NotRequired, TypedDict
 from sae.disk.checksum import crc32
 from sae.disk.places import writing
 from sae.disk.reading import Count, Number, parse_json, read_json
-from sae.disk.writing import remove_leftovers, sync, write_json
+from sae.disk.remote import Place, RemotePath
+from sae.disk.writing import atomic, remove_leftovers, sync, write_json
 from sae.errors import InputError
 
 FORMAT_VERSION = 1
@@ -82,8 +87,12 @@ class Ledger:
         self.path = folder / (f"progress.{writer}.jsonl" if writer else "progress.jsonl")
         self.entries: list[dict[str, Any]] = []
         if self.path.exists():
-            self.entries, size = _read(self.path)
+            self.entries, size = _read(self.path.read_bytes(), self.path)
             os.truncate(self.path, size)
+
+    @staticmethod
+    def of_place(folder: Place, writer: int = 0) -> "Ledger | RemoteLedger":
+        return RemoteLedger(folder, writer) if isinstance(folder, RemotePath) else Ledger(folder, writer)
 
     def append(self, *entries: dict[str, Any]) -> None:
         with writing(self.path):
@@ -97,7 +106,7 @@ class Ledger:
     def take_over(self) -> None:
         """Moves in what other writers noted, those of an earlier run too; none of them may be at work any more."""
         for path in sorted(self.folder.glob("progress.*.jsonl")):
-            self.append(*_read(path)[0])
+            self.append(*_read(path.read_bytes(), path)[0])
             path.unlink()
 
     def clear(self) -> None:
@@ -108,13 +117,47 @@ class Ledger:
         return [entry for entry in self.entries if entry["kind"] == kind]
 
 
-def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+class RemoteLedger(Ledger):
+    """`progress.WRITER.NUMBER.jsonl` behind a URL."""
+
+    def __init__(self, folder: RemotePath, writer: int = 0):
+        self.remote, self.writer = folder, writer
+        self.entries: list[dict[str, Any]] = []
+        self._known: set[str] = set()
+        mine = [int(name.split(".")[2]) for name in self._names() if name.split(".")[1] == str(writer)]
+        self._next = max(mine, default=-1) + 1  # what a killed run noted stays
+
+    def append(self, *entries: dict[str, Any]) -> None:
+        name = f"progress.{self.writer}.{self._next:06d}.jsonl"
+        with atomic(self.remote / name) as temporary:
+            temporary.write_bytes(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
+        self._next += 1
+        self._known.add(name)
+        self.entries += entries
+
+    def take_over(self) -> None:
+        """Reads what others noted, and an earlier run."""
+        names = [name for name in self._names() if name not in self._known]
+        for name, text in zip(names, self.remote.read_many(names)):
+            self.entries += _read(text, self.remote / name)[0]
+        self._known |= set(names)
+
+    def clear(self) -> None:
+        for name in self._names():
+            (self.remote / name).unlink()
+        self.entries, self._known, self._next = [], set(), 0
+
+    def _names(self) -> list[str]:
+        return [name for name in self.remote.names() if re.fullmatch(r"progress\.[0-9]+\.[0-9]+\.jsonl", name)]
+
+
+def _read(text: bytes, path: Place) -> tuple[list[dict[str, Any]], int]:
     """Entries up to a line that is not whole, as a kill or a full disk leaves it, and the bytes that they take.
 
     What a damaged line and those after it noted is done again.
     """
     entries, size = [], 0
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in text.splitlines(keepends=True):
         try:
             if not line.endswith(b"\n"):
                 break
@@ -125,11 +168,11 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
     return entries, size
 
 
-def describe_file(path: Path) -> dict[str, Any]:
+def describe_file(path: Place) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "crc32": crc32(path)}
 
 
-def has_size(path: Path, size: int) -> bool:
+def has_size(path: Place, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
@@ -139,7 +182,7 @@ def require_little_endian() -> None:
         raise InputError(f"expected a little-endian machine, because a cache's numbers are, but this one is {sys.byteorder}-endian")
 
 
-def claim(folder: Path, **decides: dict[str, Any]) -> None:
+def claim(folder: Place, **decides: dict[str, Any]) -> None:
     """Makes `folder` the place of a harvest with these settings and models, or checks that it already is; removes what a kill left
     half-written.
 
@@ -148,25 +191,31 @@ def claim(folder: Path, **decides: dict[str, Any]) -> None:
     Raises `InputError` for a folder with other things in it, or one that was begun with other settings or another model.
     """
     require_little_endian()
-    path = folder / "harvest.json"
-    begun = path.exists()
-    if begun:
-        remove_leftovers(folder)
-    for leftover in folder.glob(".harvest.json.*.tmp"):
-        leftover.unlink()
-    if not begun:
-        other = next(iter(sorted(p.name for p in folder.iterdir())), None)
-        if other is not None:
-            raise InputError(f"expected an empty folder or an unfinished cache at {folder}, but it holds {other!r}; choose another --out")
-        write_json(path, {"format_version": FORMAT_VERSION, **decides})
-        sync(folder.parent)
+    if isinstance(folder, Path):
+        for leftover in folder.glob(".harvest.json.*.tmp"):
+            leftover.unlink()
+    names = folder.names() if isinstance(folder, RemotePath) else sorted(path.name for path in folder.iterdir())
+    if "harvest.json" not in names:
+        if names:
+            raise InputError(
+                f"expected an empty folder or an unfinished cache at {folder}, but it holds {names[0]!r}; choose another --out"
+            )
+        write_json(folder / "harvest.json", {"format_version": FORMAT_VERSION, **decides})
+        if isinstance(folder, Path):
+            sync(folder.parent)
         return
+    if isinstance(folder, Path):
+        remove_leftovers(folder)
     require_same(folder, **decides)
 
 
-def abandon(folder: Path, ledger: Ledger, is_new: bool) -> None:
+def abandon(folder: Place, ledger: Ledger, is_new: bool) -> None:
     """Takes back a `claim` whose text cannot be used; with `is_new`, the folder too."""
     ledger.clear()
+    if isinstance(folder, RemotePath):
+        for name in (folder / "tokens").names():
+            (folder / "tokens" / name).unlink()
+        return (folder / "harvest.json").unlink()
     shutil.rmtree(folder / "tokens", ignore_errors=True)
     (folder / "harvest.json").unlink(missing_ok=True)
     if is_new:
@@ -180,7 +229,7 @@ class Begun(TypedDict):
     models: NotRequired[dict[str, Any]]
 
 
-def require_same(folder: Path, **mine_of: dict[str, Any]) -> None:
+def require_same(folder: Place, **mine_of: dict[str, Any]) -> None:
     """Raises `InputError` if the harvest in `folder` was begun with other models, or other settings, than these."""
     path = folder / "harvest.json"
     stored = read_json(path, "a harvest's settings", Begun)

@@ -3,7 +3,6 @@
 import json
 import os
 import zlib
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -13,6 +12,7 @@ from sae.activations.files.ledger import FORMAT_VERSION, ShardEntry, TokenEntry,
 from sae.activations.text.tokens import SPLITS
 from sae.disk.checksum import crc32
 from sae.disk.reading import Count, LongList, Number, read_json, require
+from sae.disk.remote import Place, RemotePath, place
 from sae.errors import InputError
 from sae.model.sites import EMBED, KINDS, MODEL, split_model
 
@@ -65,10 +65,12 @@ def manifest_crc32(manifest: dict[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(manifest, sort_keys=True).encode()):08x}"
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Place) -> dict[str, Any]:
     """Raises `InputError` for a folder that is no finished cache of a known format."""
     require_little_endian()
-    if not os.path.exists(folder / "manifest.json") and os.path.exists(folder / "harvest.json"):  # False where one may not look
+    if isinstance(folder, RemotePath):
+        folder.names()  # so that nothing is taken from an earlier look
+    if not _exists(folder / "manifest.json") and _exists(folder / "harvest.json"):
         raise InputError(f"the harvest into {folder} has not finished; give its command again to let it go on")
     manifest = read_json(folder / "manifest.json", "an activation cache's manifest")
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
@@ -93,9 +95,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(folder: str | Path) -> list[str]:
+def _exists(path: Place) -> bool:
+    """False where one may not look."""
+    return path.exists() if isinstance(path, RemotePath) else os.path.exists(path)
+
+
+def verify(folder: str | Place) -> list[str]:
     """Names of the files whose size or checksum is not that of the manifest, relative to the folder; reads all of them."""
-    folder = Path(folder)
+    folder = place(folder)
     manifest = read_manifest(folder)
     files = {entry["file"]: entry for entry in manifest["tokens"]}
     for entry in manifest["shards"]:
@@ -108,7 +115,7 @@ def verify(folder: str | Path) -> list[str]:
     return damaged
 
 
-def check_file(path: Path, entry: dict[str, Any], checksum: bool) -> None:
+def check_file(path: Place, entry: dict[str, Any], checksum: bool) -> None:
     size = path.stat().st_size if path.is_file() else None
     if size != entry["bytes"]:
         raise damaged(path, "it is missing" if size is None else f"it has {size} bytes instead of {entry['bytes']}")
@@ -116,5 +123,5 @@ def check_file(path: Path, entry: dict[str, Any], checksum: bool) -> None:
         raise damaged(path, "its checksum is wrong")
 
 
-def damaged(path: Path, why: str) -> InputError:
+def damaged(path: Place, why: str) -> InputError:
     return InputError(f"expected a whole file at {path}, but {why}; {THEN}")

@@ -10,13 +10,13 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sae.disk.remote import Place
 from sae.disk.writing import atomic
 
 BLOCK_BYTES = 1 << 22
@@ -73,7 +73,7 @@ def decode(stored: Mapping[str, Tensor]) -> Tensor:
     return (stored["activations"] * stored["scale"][:, None]).to(FORMATS["int8"].read)
 
 
-def write_shard(path: Path, dtype: str, stored: Mapping[str, Tensor], positions_n: Tensor, order_n: np.ndarray) -> dict[str, Any]:
+def write_shard(path: Place, dtype: str, stored: Mapping[str, Tensor], positions_n: Tensor, order_n: np.ndarray) -> dict[str, Any]:
     """Writes the rows `order_n` of `stored` and of their global token positions, atomically; returns the file's size and CRC-32.
 
     Gathered, checksummed and written block by block, so that no copy of a shard is held. Raises `InputError` when the disk is full.

@@ -7,7 +7,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from sae.activations.harvest.settings import (
 from sae.activations.text.documents import PASSAGE, text_files
 from sae.activations.text.tokens import SPLITS, Tokens
 from sae.disk.places import require_folder
+from sae.disk.remote import Place, RemotePath
 from sae.disk.writing import only_writer, require_free_space, write_json, write_tensors
 from sae.errors import InputError
 from sae.processes import Processes
@@ -42,8 +42,8 @@ from sae.progress import counted, progress
 class HarvestConfig(RecordingConfig):
     """Where to put what is recorded."""
 
-    out: Path
-    """Folder of the cache. Given again with the same settings, an interrupted harvest goes on where it stopped."""
+    out: Place
+    """Folder or URL of the cache. Given again with the same settings, an interrupted harvest goes on where it stopped."""
     shard_tokens: int = 1 << 16
     """Rows per file at most."""
     dry_run: bool = False
@@ -52,7 +52,7 @@ class HarvestConfig(RecordingConfig):
     """Only read the cache at --out again and compare every file's checksum."""
 
 
-def harvest(config: HarvestConfig) -> Path:
+def harvest(config: HarvestConfig) -> Place:
     """Makes the cache, or finishes one that was interrupted; returns its folder.
 
     Killed at any moment and started again, it ends with the same bytes as one that was not. Called in every process that torchrun
@@ -83,7 +83,7 @@ def _lead(config: HarvestConfig, processes: Processes) -> None:
     settings, is_new = _settings(config), not config.out.exists()
     with only_writer(config.out) as let_others_in:
         claim(config.out, settings=settings, **models.records())
-        ledger = Ledger(config.out)
+        ledger = Ledger.of_place(config.out)
         ledger.take_over()
         if (config.out / "manifest.json").exists():
             ledger.clear()  # a kill may have come between the two last steps
@@ -116,7 +116,7 @@ def _help(config: HarvestConfig, processes: Processes) -> None:
         models = load_models(replace(config, device=device_of(config, processes)))
         require_same(config.out, **models.records())
         recorder, pools = _prepare(config, models, work)
-        _write_pools(config, processes, recorder, [pools[number] for number in work["left"]], Ledger(config.out, processes.rank))
+        _write_pools(config, processes, recorder, [pools[number] for number in work["left"]], Ledger.of_place(config.out, processes.rank))
     processes.hear("complete")
 
 
@@ -127,7 +127,7 @@ def device_of(config: RecordingConfig, processes: Processes) -> str:
     return processes.device(config.device)
 
 
-def _verify(config: HarvestConfig) -> Path:
+def _verify(config: HarvestConfig) -> Place:
     defaults = HarvestConfig(out=config.out, verify=True)
     given = [f.name for f in fields(config) if getattr(config, f.name) != getattr(defaults, f.name)]
     if given:
@@ -202,7 +202,7 @@ def _bytes(config: HarvestConfig, rows: int, models: Models) -> int:
     return rows * sum(row_bytes(config.dtype, models.width(site)) for site in config.sites)
 
 
-def _dry_run(config: HarvestConfig, models: Models) -> Path:
+def _dry_run(config: HarvestConfig, models: Models) -> Place:
     cutter, cut = cut_text(config, models)
     parts = list(cut)
     require_tokens(config, cutter)
@@ -222,6 +222,9 @@ def _dry_run(config: HarvestConfig, models: Models) -> Path:
 
 def _left(config: HarvestConfig, recorder: Recorder, pools: list[Pool], ledger: Ledger) -> list[int]:
     """Indices of the pools whose files are not all there; raises `InputError` if the disk has no room for them."""
+    if isinstance(config.out, RemotePath):
+        for site in config.sites:  # all sizes at once
+            (config.out / site).names()
     done = {
         (entry["split"], entry["number"])
         for entry in ledger.of("pool")
@@ -234,7 +237,7 @@ def _left(config: HarvestConfig, recorder: Recorder, pools: list[Pool], ledger: 
     return left
 
 
-def _path(config: HarvestConfig, site: str, name: str) -> Path:
+def _path(config: HarvestConfig, site: str, name: str) -> Place:
     return config.out / site / f"{name}.safetensors"
 
 
@@ -307,7 +310,7 @@ def _manifest(config: HarvestConfig, recorder: Recorder, pools: list[Pool], ledg
     }
 
 
-def _report(folder: Path) -> None:
+def _report(folder: Place) -> None:
     manifest = read_manifest(folder)
     rows = manifest["counts"]["rows"]
     size = sum(file["bytes"] for shard in manifest["shards"] for file in shard["files"].values())

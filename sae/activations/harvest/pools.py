@@ -5,7 +5,6 @@ s sequences · p positions · d width of a site · n rows
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from sae.activations.harvest.massive import PoolRows, is_massive
 from sae.activations.harvest.models import Models
 from sae.activations.harvest.plan import Masks, Pool, plan_batches
 from sae.activations.text.tokens import Tokens
+from sae.disk.remote import Place
 from sae.errors import InputError
 
 
@@ -104,7 +104,7 @@ class Recorder(NamedTuple):
             return acts, massive
         return {site: acts_nd[kept_n] for site, acts_nd in acts.items()}, massive
 
-    def write(self, recorded: Recorded, path_of: Callable[[str, str], Path]) -> dict[str, Any]:
+    def write(self, recorded: Recorded, path_of: Callable[[str, str], Place]) -> dict[str, Any]:
         """Writes a pool's shards, shuffled, to `path_of(site, shard name)`; returns the ledger's entry for it.
 
         May run in a thread of its own. Raises `InputError` for numbers that are not finite in the format on disk, and for a full disk.

@@ -19,6 +19,7 @@ from sae.activations.harvest.pools import sum_of_squares
 from sae.activations.imports.foreign import ForeignRows, open_source
 from sae.activations.text.tokens import PART_TOKENS, Part, Tokens, is_held_out
 from sae.disk.places import require_folder
+from sae.disk.remote import Place
 from sae.disk.writing import only_writer, require_free_space, write_json, write_tensors
 from sae.errors import InputError
 from sae.progress import progress
@@ -28,8 +29,8 @@ from sae.progress import progress
 class ImportConfig:
     source: tuple[Path, ...]
     """A folder that SAELens' CacheActivationsRunner wrote, or .npy or .safetensors files with an array [n, d] each, taken end to end."""
-    out: Path
-    """Folder of the cache."""
+    out: Place
+    """Folder or URL of the cache."""
     site: str | None = None
     """Where they were recorded, for example resid_post.2; a SAELens folder says so itself."""
     column: str | None = None
@@ -54,7 +55,7 @@ class ImportConfig:
     """Rows per file at most."""
 
 
-def import_activations(config: ImportConfig) -> Path:
+def import_activations(config: ImportConfig) -> Place:
     """Copies the activations into a new cache and returns its folder; interrupted, the same command begins again.
 
     Memory: one pool of rows, and 4 bytes a row where token ids are known. Raises `InputError` for a source that cannot be read, rows
@@ -145,7 +146,7 @@ def _tokens(config: ImportConfig, source: ForeignRows) -> Tokens:
     return Tokens(ids, starts.astype(np.int64), np.arange(runs), np.full(runs, -1, dtype=np.int32), held_out, [])
 
 
-def _write_tokens(folder: Path, tokens: Tokens) -> list[dict[str, Any]]:
+def _write_tokens(folder: Place, tokens: Tokens) -> list[dict[str, Any]]:
     """In files of about 16 million tokens; gives the manifest's entries."""
     entries = []
     lengths = np.diff(tokens.sequence_starts)

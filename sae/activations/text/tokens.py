@@ -2,15 +2,15 @@
 
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sae.activations.text.documents import Document
 from sae.disk.reading import map_arrays, require_starts, require_within
+from sae.disk.remote import Place
 from sae.errors import InputError
 from sae.progress import counted
 
@@ -71,7 +71,7 @@ class Tokens:
         )
 
     @classmethod
-    def read(cls, paths: list[Path], label_names: list[str]) -> "Tokens":
+    def read(cls, paths: Sequence[Place], label_names: list[str]) -> "Tokens":
         """Raises `InputError` for a damaged file."""
         parts = []
         for path in paths:

@@ -28,6 +28,7 @@ from sae.disk.checksum import crc32
 from sae.disk.folders import fresh_folder
 from sae.disk.mapped import is_mapped
 from sae.disk.places import require_folder
+from sae.disk.remote import Place
 from sae.disk.writing import write_json
 from sae.encoding import Method
 from sae.errors import InputError
@@ -52,8 +53,8 @@ TEXT = ("ids", "sequence_starts", "sequence_document", "document_label", "sequen
 
 @dataclass(kw_only=True)
 class IndexConfig:
-    cache: Path
-    """Activation cache that `sae cache` wrote."""
+    cache: Place
+    """Folder or URL of an activation cache that `sae cache` wrote."""
     dictionary: str
     """Folder, file or hub name of the dictionary."""
     out: Path

@@ -14,6 +14,7 @@ from sae.device import device_named
 from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.source import weights_crc32
 from sae.disk.places import require_file
+from sae.disk.remote import Place
 from sae.disk.writing import atomic, write_json
 from sae.errors import InputError
 from sae.evaluation.reconstruction import CHUNK_BYTES, ReconstructionMetrics
@@ -46,8 +47,8 @@ KEPT = 6
 class DiffConfig:
     dictionary: str
     """Folder of a crosscoder that reads and writes one site of each of two models (or two sites of one)."""
-    cache: Path
-    """Activation cache with both sites: sae cache with --second-model."""
+    cache: Place
+    """Folder or URL of an activation cache with both sites: sae cache with --second-model."""
     out: Path
     """JSON file for the numbers; the page goes beside it, with the ending .html."""
     rows: int = 100_000

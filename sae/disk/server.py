@@ -1,0 +1,115 @@
+"""What stands behind a URL of fsspec: opened when it is first needed, and asked again, a bounded number of times, where the connection is
+lost."""
+
+import dataclasses
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, TypeVar
+
+from sae.errors import InputError
+
+WAITS: Sequence[float] = (1, 2, 4, 8, 16)
+"""seconds before each further try"""
+EXTRA = "pip install '.[remote]' has what s3:// and hf:// need"
+NETWORK = ("botocore", "aiobotocore", "aiohttp", "urllib3", "requests", "httpx", "huggingface_hub", "google", "gcsfs", "azure", "asyncio")
+"""packages whose errors are those of a connection"""
+
+
+Result = TypeVar("Result")
+
+
+class Server:
+    """What stands behind a URL: opened when it is first needed, and asked again where the connection is lost."""
+
+    def __init__(self, url: str):
+        self._url = url
+        self._commit: str | None = None
+        self._said: dict[int, float] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def protocol(self) -> str:
+        return self._url.partition("://")[0]
+
+    @property
+    def unchanging(self) -> bool:
+        """Whether what is read is sure to be of the file that was opened: S3 compares the version in the same request, and on the hub a
+        commit does not change."""
+        return self.protocol in ("s3", "s3a") or (self.protocol == "hf" and not self._url.startswith("hf://buckets/"))
+
+    def path(self, url: str) -> str:
+        """What the file system calls it; on the hub, in the commit that was the newest when it was first asked."""
+        path = self.filesystem._strip_protocol(url)
+        if self.protocol != "hf":
+            return path
+        at = self.filesystem.resolve_path(path)
+        if not hasattr(at, "revision"):
+            return path
+        with self._lock:
+            if self._commit is None:
+                self._commit = self.filesystem._api.repo_info(at.repo_id, repo_type=at.repo_type, revision=at.revision).sha
+        return dataclasses.replace(at, revision=self._commit, _raw_revision=None).unresolve()
+
+    @cached_property
+    def filesystem(self) -> Any:
+        import fsspec
+
+        try:
+            return fsspec.core.url_to_fs(self._url)[0]
+        except ImportError as error:
+            raise InputError(f"{self._url} needs a package that is not here ({reason(error)}); {EXTRA}") from None
+        except ValueError as error:
+            raise InputError(f"expected a URL that fsspec knows, got {self._url} ({reason(error)}); s3:// and hf:// are usual") from None
+
+    def lasting(self, call: Callable[[], Result], path: object) -> Result:
+        """What `call` gives, tried again where the connection is lost.
+
+        Raises `InputError` when that does not help, and where access is refused; `FileNotFoundError` goes through.
+        """
+        for number, wait in enumerate((*WAITS, None), 1):
+            try:
+                return call()
+            except (InputError, FileNotFoundError):
+                raise
+            except Exception as error:
+                if sentence := _refused(error, path):
+                    raise InputError(sentence) from None
+                if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in NETWORK:
+                    raise
+                why = reason(error)
+            if wait is None:
+                break
+            self._say(number, f"the connection to {path} is lost ({why}); trying again in {wait:g} s, {number} of {len(WAITS)} times")
+            time.sleep(wait)
+        raise InputError(
+            f"the connection to {path} is lost ({why}), and {len(WAITS)} further tries have not helped; "
+            "give the same command again when it is back"
+        )
+
+    def _say(self, number: int, text: str) -> None:
+        """Once for all the requests that are under way at a time."""
+        with self._lock:
+            now = time.monotonic()
+            if now - self._said.get(number, -60) >= 10:
+                self._said[number] = now
+                print(text, file=sys.stderr)
+
+
+def _refused(error: Exception, path: object) -> str | None:
+    """What is said of an error that trying again does not mend; None for others."""
+    name = type(error).__name__
+    if isinstance(error, PermissionError) or "Credential" in name or "Token" in name:
+        return f"access to {path} is refused ({reason(error)}); set the credentials of an account that may use it"
+    if isinstance(error, NotImplementedError):
+        return f"{path} cannot be written, because its protocol only reads; choose another place"
+    if isinstance(error, ValueError) or "Validation" in name:
+        return f"{path} cannot be used ({reason(error)}); check the URL"
+    return None
+
+
+def reason(error: BaseException) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(text.split())[:300] or type(error).__name__
