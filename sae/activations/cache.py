@@ -4,7 +4,7 @@ n rows · d width of the site
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
 from io import RawIOBase
@@ -117,7 +117,7 @@ class ActivationCache:
 
     @cached_property
     def _in_order(self) -> "_InOrder":
-        return _InOrder(self._read, [shard for split in SPLITS for shard in self._shards[split]])
+        return _InOrder(self._read, self._shards.values())
 
     def _read(self, shard: Shard) -> tuple[Tensor, Tensor]:
         stored, _ = read_tensors(shard.path, "a cache's shard", then=THEN)
@@ -251,8 +251,8 @@ class ActivationCache:
 class _InOrder:
     """Reads shards; where they are read one after the other, a thread reads the next one meanwhile."""
 
-    def __init__(self, read: Callable[[Shard], tuple[Tensor, Tensor]], shards: list[Shard]):
-        self._read, self._after = read, dict(pairwise(shards))
+    def __init__(self, read: Callable[[Shard], tuple[Tensor, Tensor]], splits: Iterable[list[Shard]]):
+        self._read, self._after = read, {shard: after for shards in splits for shard, after in pairwise(shards)}
         self._thread = ThreadPoolExecutor(1)
         self._last: Shard | None = None
         self._coming: dict[Shard, Future[tuple[Tensor, Tensor]]] = {}

@@ -107,14 +107,14 @@ class RemotePath:
         """What is in the folder, without what is in folders there; empty for one that does not exist. Asks the server anew."""
 
         def listed() -> list[str]:
-            self._fs.invalidate_cache(self._path)
             try:
-                return [str(path).rstrip("/") for path in self._fs.ls(self._path, detail=False)]
+                self._fs.invalidate_cache(self._path)
+                paths = [str(path).rstrip("/") for path in self._fs.ls(self._path, detail=False)]
             except FileNotFoundError:
                 return []
+            return sorted(path.rpartition("/")[2] for path in paths if path != self._path)
 
-        inside = (path.rpartition("/")[2] for path in self._server.lasting(listed, self) if path != self._path)
-        return sorted(name for name in inside if name != PROBE)
+        return [name for name in self._server.lasting(listed, self) if name != PROBE]
 
     def read_many(self, names: Sequence[str]) -> list[bytes]:
         """The whole content of small files in the folder, many requests at a time."""

@@ -14,9 +14,6 @@ from sae.errors import InputError
 WAITS: Sequence[float] = (1, 2, 4, 8, 16)
 """seconds before each further try"""
 EXTRA = "pip install '.[remote]' has what s3:// and hf:// need"
-NETWORK = ("botocore", "aiobotocore", "aiohttp", "urllib3", "requests", "httpx", "huggingface_hub", "google", "gcsfs", "azure", "asyncio")
-"""packages whose errors are those of a connection"""
-
 
 Result = TypeVar("Result")
 
@@ -77,7 +74,7 @@ class Server:
             except Exception as error:
                 if sentence := _refused(error, path):
                     raise InputError(sentence) from None
-                if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in NETWORK:
+                if not isinstance(error, OSError) and type(error).__module__ == "builtins":  # a mistake of ours
                     raise
                 why = reason(error)
             if wait is None:

@@ -1,9 +1,9 @@
 """Blocks on the local disk: what was put is what is got, whatever befalls the files; bounded; those in use stay."""
 
 import os
-import subprocess
-import sys
+import signal
 import time
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -133,21 +133,14 @@ def test_the_environment_says_where_and_how_many(tmp_path, monkeypatch):
 
 
 def test_a_killed_process_leaves_whole_blocks(tmp_path):
-    code = f"""
-from pathlib import Path
-from sae.disk.blocks import Blocks
-kept = Blocks(Path({str(tmp_path)!r}), 1 << 30)
-number = 0
-while True:
-    kept.put("a", number, memoryview(bytes([number % 256]) * {SIZE}))
-    if number == 200: print("going", flush=True)
-    number += 1
-"""
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        child.stdout.readline()
-        child.kill()
     kept = Blocks(tmp_path, 1 << 30)
+    if (child := os.fork()) == 0:
+        for number in count():
+            kept.put("a", number, block(number % 256))
+    while not (tmp_path / "a" / "200").exists():
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
     names = [path.name for path in (tmp_path / "a").iterdir() if path.name.isdecimal()]
     assert len(names) > 200
-    assert all(kept.get("a", int(name), SIZE) == bytes([int(name) % 256]) * SIZE for name in names)
+    assert all(kept.get("a", int(name), SIZE) == block(int(name) % 256) for name in names)

@@ -1,6 +1,7 @@
 """A cache behind a URL: the rows of the same cache on disk, bit for bit, whatever the connection does; or one sentence."""
 
 import sys
+from threading import Event
 
 import fsspec
 import numpy as np
@@ -269,3 +270,17 @@ def test_a_server_that_stops_is_said(local, monkeypatch):
     with pytest.raises(InputError, match=r"the connection to s3://activations/c/\S+ is lost \(.*\), and 3 further tries have not helped"):
         drawn(reader, 8)
     S3FileSystem.clear_instance_cache()
+
+
+def test_the_next_buffer_is_read_while_one_is_dealt_out(local, on_flaky, flaky, block_cache):
+    """The server stops answering as soon as the first buffer is there: what is in it is drawn all the same."""
+    block_cache(0)
+    reader = batches(on_flaky)
+    next(reader)
+    answers = Event()
+    flaky.faults["read"].extend([answers.wait] * 10_000)
+    try:
+        drawn(reader, 2)  # a buffer has some 120 rows
+    finally:
+        answers.set()
+    assert torch.equal(drawn(reader, 10), rows_of(local, 13)[3 * 32 :])
