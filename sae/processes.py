@@ -3,22 +3,26 @@
 They share a folder, and a few words through torchrun's key-value store. No tensor goes between them here.
 """
 
+import io
 import itertools
 import json
 import os
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from sae.errors import InputError
 
-PATIENCE = 600.0
-"""seconds without progress from anyone after which the leader gives up waiting for the others"""
+BEAT = 1.0
+"""seconds between two signs of life"""
+SILENCE = 60.0
+"""seconds without one after which a process is taken for dead; where a launcher stops the others sooner, this is not needed"""
 FAREWELL = 5.0
 """seconds that the process in whose memory the store lies stays for the others to read the last word"""
 ASIDE = 1.0
@@ -38,6 +42,8 @@ class Processes:
         self.store, self.rank, self.world, self.local_rank, self.local_world = store, rank, world, local_rank, local_world
         self._hosts_store = hosts_store
         self._total, self._pending, self._looked, self._stage = 0, 0, time.monotonic(), 0
+        self._watched = {other: (0, time.monotonic()) for other in (range(1, world) if rank == 0 else [0])}
+        self._listened = time.monotonic()
 
     @classmethod
     def from_environment(cls) -> "Processes":
@@ -55,13 +61,17 @@ class Processes:
             ) from None
         local = (int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        return cls(dist.PrefixStore(f"job{next(_jobs)}", store), rank, world, *local, hosts)
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)  # torchrun's restarts may have one store
+        return cls(dist.PrefixStore(f"life{life}job{next(_jobs)}", store), rank, world, *local, hosts)
 
     @contextmanager
     def together(self) -> Iterator[None]:
         """When one process fails inside, so do all, soon, with exit code 2; the sentence is that of the first."""
         import torch.distributed as dist
 
+        ended = threading.Event()
+        if self.world > 1:
+            threading.Thread(target=self._live, args=(ended,), daemon=True).start()
         try:
             yield
         except dist.DistError:
@@ -74,8 +84,17 @@ class Processes:
                 raise
             sys.exit(2)
         finally:
+            ended.set()
             with suppress(dist.DistError):
                 self._part()
+
+    def _live(self, ended: threading.Event) -> None:
+        """Gives signs of life."""
+        import torch.distributed as dist
+
+        with suppress(dist.DistError):
+            while not ended.wait(BEAT):
+                self.store.add(f"beats{self.rank}", 1)
 
     @property
     def leads(self) -> bool:
@@ -95,6 +114,12 @@ class Processes:
             raise InputError(f"expected a GPU for each of the {self.local_world} processes, but there are {gpus} GPUs; start fewer")
         return f"cuda:{self.local_rank}"
 
+    @contextmanager
+    def numbered(self) -> Iterator[None]:
+        """While it lasts, every line that another process than the leader prints begins with its number."""
+        with nullcontext() if self.leads else redirect_stdout(_Numbered(sys.stdout, f"process {self.rank}: ")):  # type: ignore[type-var]
+            yield
+
     def tell(self, key: str, value: Any) -> None:
         self.store.set(key, json.dumps(value))
 
@@ -104,6 +129,10 @@ class Processes:
             self._look()
             time.sleep(0.05)
         return json.loads(self.store.get(key))
+
+    def heard(self, key: str) -> Any:
+        """The message under `key`, or None if there is none yet."""
+        return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
     def require_same(self, **facts: Any) -> None:
         """Raises `InputError` in a process whose facts, or whose code, are not the leader's. Every process calls it."""
@@ -141,28 +170,48 @@ class Processes:
         self._look()
         key = f"done{self._stage}"
         self.store.add(key, 1)
-        seen, since = self._total, time.monotonic()
         while self.leads and self.store.add(key, 0) < self.world:
             time.sleep(0.05)
             self._look()
-            if self._total > seen:
-                seen, since = self._total, time.monotonic()
-            elif time.monotonic() - since > PATIENCE:
-                raise InputError("the other processes of this run have gone silent; stop them and give the same command again")
-            yield seen
+            yield self._total
 
     def _look(self) -> None:
         self._total, self._pending = self.store.add(f"units{self._stage}", self._pending), 0
         self._looked = time.monotonic()
         if self.store.add("failed", 0):
             sys.exit(2)  # silently: the sentence is on the terminal already
+        if self._looked - self._listened > BEAT:
+            self._listen()
+
+    def _listen(self) -> None:
+        """Raises `InputError` when a process that this one depends on has died: the leader listens to all, the others to the leader."""
+        self._listened = time.monotonic()
+        for other, (beats, at) in self._watched.items():
+            now = self.store.add(f"beats{other}", 0)
+            if now != beats:
+                self._watched[other] = now, self._listened
+            elif now and self._listened - at > SILENCE and not self.store.check([f"gone{other}"]):
+                raise InputError(f"process {other} of this run has died; give the same command again, and it goes on")
 
     def _part(self) -> None:
         """The process in whose memory the store lies stays until the others have read the last word."""
+        self.store.set(f"gone{self.rank}", "")
         gone, until = self.store.add("gone", 1), time.monotonic() + FAREWELL
         while self._hosts_store and gone < self.world and time.monotonic() < until:
             time.sleep(0.05)
             gone = self.store.add("gone", 0)
+
+
+class _Numbered(io.TextIOBase):
+    def __init__(self, stream: TextIO, prefix: str):
+        self.stream, self.prefix, self._begins = stream, prefix, True
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines(keepends=True):
+            self.stream.write((self.prefix if self._begins else "") + line)
+            self._begins = line.endswith("\n")
+        self.stream.flush()
+        return len(text)
 
 
 @cache

@@ -34,7 +34,7 @@ def fork(work: Callable[[], Any], processes: int, log: Path, kill: tuple[int, in
                 os.dup2(log_of_rank, 2)
                 sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
                 if kill:
-                    job.PATIENCE, job.FAREWELL = 1.0, 0.2
+                    job.BEAT, job.SILENCE, job.FAREWELL = 0.2, 3.0, 0.2
                     if kill[0] == rank:
                         die_at_fsync(kill[1])
                 run(work)
@@ -77,7 +77,7 @@ def flags(config: Any) -> list[str]:
     given: list[str] = []
     for field in fields(config):
         value = getattr(config, field.name)
-        if value != field.default:
+        if field.init and value != field.default:
             given.append("--" + field.name.replace("_", "-"))
             given += [] if value is True else [str(part) for part in (value if isinstance(value, tuple) else [value])]
     return given

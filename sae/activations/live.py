@@ -3,8 +3,9 @@
 n rows of a pool · d width of a site
 """
 
-from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -30,33 +31,22 @@ from sae.errors import InputError
 from sae.progress import progress
 
 
-class LiveSource:
-    """A `Source` that computes its rows.
+class PoolSource:
+    """A `Source` whose rows come pool after pool, from anywhere. Memory: one pool of rows, the last that was asked for."""
 
-    The rows are those that a harvest with the same settings stores for training, in its number format. In the place of a massive row,
-    which is found only when its pool is computed, stands another row of the pool, so that an epoch has as many rows as planned. Memory:
-    the model, the tokens (4 bytes each) and one pool of rows. Raises `InputError` for unusable options or text.
-    """
-
-    def __init__(self, config: RecordingConfig):
-        check_recording(config)
-        self.config = config
-        self.recorder, pools = _prepare(config)
-        self.pools = [pool for pool in pools if pool.split == "train" and pool.rows]
-        if not self.pools:
-            raise InputError("expected text to train on, but every token of it is left out; give more text, or keep more")
-        self.widths = self.recorder.widths
-        self.rows = sum(pool.rows for pool in self.pools)
+    def __init__(self, manifest: dict[str, Any], widths: dict[str, int], sizes: Sequence[int], max_norm_ratio: float | None):
+        """`manifest`: the facts on model and text that a cache's manifest has too. `sizes`: rows of each pool."""
+        self.manifest, self.widths, self.sizes, self.max_norm_ratio = manifest, widths, sizes, max_norm_ratio
+        self.rows = sum(sizes)
         self._held: tuple[int, dict[str, Tensor], PoolRows] | None = None
 
-    @cached_property
-    def manifest(self) -> dict[str, Any]:
-        """The facts on model and text that a cache's manifest has too."""
-        return facts(self.config, self.recorder.models)
+    def make(self, number: int) -> tuple[dict[str, Tensor], PoolRows]:
+        """The rows of a pool, site -> [n, d] in visiting order, and what was massive among them."""
+        raise NotImplementedError
 
     def mean_squared_norm(self, site: str) -> float:
         """Mean of ‖x‖², in the model's own units, over the first pool; a cache has it over all of its training rows."""
-        return sum_of_squares(self.first_rows(site)) / self.pools[0].rows
+        return sum_of_squares(self.first_rows(site)) / self.sizes[0]
 
     def first_rows(self, site: str) -> Tensor:
         """[n, d], a fair sample of the training rows: the first pool's."""
@@ -68,38 +58,60 @@ class LiveSource:
 
     def about_massive(self, site: str) -> str | None:
         """From the first pool."""
-        return sentence(summary(self.config.max_norm_ratio, [self._pool(0)[1]]), site)
+        return sentence(summary(self.max_norm_ratio, [self.pool(0)[1]]), site)
 
-    def pool_rows(self, number: int) -> dict[str, Tensor]:
-        """site -> activations [n, d] of a pool in visiting order; the last pool asked for is kept."""
-        return self._pool(number)[0]
+    def pool_rows(self, number: int, after: Iterable[int] = ()) -> dict[str, Tensor]:
+        """site -> activations [n, d] of a pool in visiting order; the last pool asked for is kept. `after`: pools that come after it."""
+        return self.pool(number, after)[0]
 
-    def _pool(self, number: int) -> tuple[dict[str, Tensor], PoolRows]:
+    def pool(self, number: int, after: Iterable[int] = ()) -> tuple[dict[str, Tensor], PoolRows]:
+        """What `make` gives."""
         if self._held is None or self._held[0] != number:
             self._held = None  # so that there are never two
-            acts, massive = self.recorder.record(self.pools[number], lambda _: None)
-            kept, planned = len(next(iter(acts.values()))), self.pools[number].rows
-            if kept == 0:
-                raise InputError("expected rows to train on, but every row of a pool is massive at one of the sites; give fewer sites")
-            if kept < planned:
-                stand_in_n = torch.arange(planned) % kept
-                acts = {site: rows_nd[stand_in_n] for site, rows_nd in acts.items()}
-            self._held = (number, acts, massive)
+            self._held = (number, *self.make(number))
         return self._held[1:]
 
     def batches(self, batch_size: int, *, seed: int = 0, device: str | torch.device = "cpu") -> Batches:
         """Endless shuffled batches; raises `InputError` for a batch size or seed that cannot be meant."""
-        return Batches(LiveEpochs(self, seed), batch_size, device=device)
+        return Batches(PoolEpochs(self, seed), batch_size, device=device)
 
 
-class LiveEpochs:
-    """The `Epochs` of live activations: each pool is a group.
+class LiveSource(PoolSource):
+    """Computes its rows.
+
+    The rows are those that a harvest with the same settings stores for training, in its number format. In the place of a massive row,
+    which is found only when its pool is computed, stands another row of the pool, so that an epoch has as many rows as planned. Memory:
+    the model, the tokens (4 bytes each) and one pool of rows. Raises `InputError` for unusable options or text.
+    """
+
+    def __init__(self, config: RecordingConfig):
+        check_recording(config)
+        self.recorder, pools = _prepare(config)
+        self.pools = [pool for pool in pools if pool.split == "train" and pool.rows]
+        if not self.pools:
+            raise InputError("expected text to train on, but every token of it is left out; give more text, or keep more")
+        sizes = [pool.rows for pool in self.pools]
+        super().__init__(facts(config, self.recorder.models), self.recorder.widths, sizes, config.max_norm_ratio)
+
+    def make(self, number: int) -> tuple[dict[str, Tensor], PoolRows]:
+        acts, massive = self.recorder.record(self.pools[number], lambda _: None)
+        kept, planned = len(next(iter(acts.values()))), self.sizes[number]
+        if kept == 0:
+            raise InputError("expected rows to train on, but every row of a pool is massive at one of the sites; give fewer sites")
+        if kept < planned:
+            stand_in_n = torch.arange(planned) % kept
+            acts = {site: rows_nd[stand_in_n] for site, rows_nd in acts.items()}
+        return acts, massive
+
+
+class PoolEpochs:
+    """The `Epochs` of a `PoolSource`: each pool is a group.
 
     The first epoch visits the pools in their own order, which the harvest's plan made random; later ones shuffle them anew. Rows are
     shuffled within a pool, anew in every epoch.
     """
 
-    def __init__(self, source: LiveSource, seed: int):
+    def __init__(self, source: PoolSource, seed: int):
         if seed < 0:
             raise InputError(f"expected a seed of at least 0, got {seed}; give another")
         self.source, self.seed, self.rows_per_epoch = source, seed, source.rows
@@ -109,19 +121,25 @@ class LiveEpochs:
         return divmod(row, self.source.rows)
 
     def starts(self, epoch: int) -> np.ndarray:
-        return np.cumsum([0, *(self.source.pools[pool].rows for pool in self._visits(epoch))])
+        return np.cumsum([0, *(self.source.sizes[pool] for pool in self._visits(epoch))])
 
     def group(self, epoch: int, number: int) -> Group:
         pool = int(self._visits(epoch)[number])
-        return Group(self.source.pool_rows(pool), self._order_of(epoch, pool))
+        return Group(self.source.pool_rows(pool, self._after(epoch, number)), self._order_of(epoch, pool))
+
+    def _after(self, epoch: int, number: int) -> Iterator[int]:
+        """Pools that are visited after a group, without end."""
+        for later in count(epoch):
+            visits = self._visits(later)
+            yield from (visits[number + 1 :] if later == epoch else visits).tolist()
 
     def _visits(self, epoch: int) -> np.ndarray:
-        pools = np.arange(len(self.source.pools))
+        pools = np.arange(len(self.source.sizes))
         return np.random.default_rng([self.seed, epoch]).permutation(pools) if epoch else pools
 
     def _make_order(self, epoch: int, pool: int) -> Tensor:
         rng = np.random.default_rng([self.seed, epoch, pool + 1])  # + 1: numpy takes [s, e, 0] for [s, e]
-        return torch.from_numpy(rng.permutation(self.source.pools[pool].rows))
+        return torch.from_numpy(rng.permutation(self.source.sizes[pool]))
 
 
 def _prepare(config: RecordingConfig) -> tuple[Recorder, list[Pool]]:

@@ -1,13 +1,17 @@
 """Training without a cache: the model computes the activations as they are needed, pool after pool."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from sae.activations.harvest.command import device_of
 from sae.activations.harvest.settings import RecordingConfig
-from sae.activations.live import LiveSource
+from sae.activations.live import LiveSource, PoolSource
+from sae.activations.producers import FedSource, connected, produce
 from sae.activations.text.documents import text_files
 from sae.disk.places import require_folder
+from sae.processes import Processes
 from sae.training.config import RunConfig
 from sae.training.trainer import train_on
 
@@ -22,14 +26,32 @@ class LiveTrainingConfig(RunConfig):
 def train_live(config: LiveTrainingConfig) -> list[Path]:
     """`train` on activations that are computed as they are needed, from the settings in `config.live`.
 
-    With the same text, settings, machine and device, a run that was interrupted goes on bit for bit as if it had not been.
+    With the same text, settings, machine and device, a run that was interrupted goes on bit for bit as if it had not been. Called in every
+    process that torchrun started, the first trains and the others run the model (see sae/activations/producers.py), with the bits of one
+    process; when one of them fails, so do the others.
     """
     config.check()
     if not config.dry_run:
         require_folder(config.out)
-    source = LiveSource(config.live)
-    live = {k: v for k, v in asdict(config.live).items() if k not in ("device", "device_map")}
-    live["text_bytes"] = [path.stat().st_size for path in text_files(config.live)]
+    processes = Processes.from_environment()
+    with processes.together():
+        live = {k: v for k, v in asdict(config.live).items() if k not in ("device", "device_map")}
+        live["text_bytes"] = [path.stat().st_size for path in text_files(config.live)]
+        if processes.world == 1:
+            return train_from(LiveSource(config.live), config, live)
+        processes.require_same(live=live, training=config.settings())
+        with connected(processes):
+            if processes.leads:
+                source = FedSource(processes)
+                folders = train_from(source, replace(config, device=processes.device(config.device)), live)
+                source.close()
+            else:
+                produce(LiveSource(replace(config.live, device=device_of(config.live, processes))), processes)
+                folders = []
+        return folders
+
+
+def train_from(source: PoolSource, config: LiveTrainingConfig, live: dict[str, Any]) -> list[Path]:
     manifest = source.manifest
     decides = {"live": json.loads(json.dumps(live)), "fingerprint": manifest["model"]["fingerprint"]}
     if "models" in manifest:

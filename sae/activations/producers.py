@@ -1,0 +1,146 @@
+"""Live activations in several processes: the first trains, the others run the model and give it pool after pool.
+
+The process that trains asks for pools by number, in the order in which it visits them, some ahead. The n-th that it asks for is made by
+producer n modulo their number. A finished pool waits at its producer until it is wanted, and the producer with it, so that there are never
+more pools than one for each producer and two where they are used, however much faster one side is. Words go through torchrun's store,
+pools through gloo. Rows and their order are those of one process.
+"""
+
+import json
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae.activations.harvest.massive import PoolRows
+from sae.activations.live import LiveSource, PoolSource
+from sae.errors import InputError
+from sae.processes import Processes
+
+
+@contextmanager
+def connected(processes: Processes) -> Iterator[None]:
+    """While it lasts, pools can be sent. Raises `InputError` when another process ends."""
+    import torch.distributed as dist
+
+    store = dist.PrefixStore("pools", processes.store)
+    dist.init_process_group("gloo", store=store, rank=processes.rank, world_size=processes.world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def speaking() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError:  # gloo has no class of its own for a lost connection
+        raise InputError("another process of this run has ended; the same command goes on from the last checkpoint") from None
+
+
+def produce(source: LiveSource, processes: Processes) -> None:
+    """Makes pools as long as they are wanted. Raises `InputError` where the model or text differ from the first producer's."""
+    import torch.distributed as dist
+
+    facts = {"manifest": source.manifest, "widths": source.widths, "sizes": source.sizes, "max_norm_ratio": source.max_norm_ratio}
+    if processes.rank == 1:
+        processes.tell("live", facts)
+    elif processes.hear("live") != json.loads(json.dumps(facts)):
+        raise InputError(
+            f"expected the same model and text in every process, but process {processes.rank} has others than process 1; "
+            "give all of them the same"
+        )
+    number = processes.rank - 1
+    while (pool := processes.hear(f"ask{number}")) is not None:
+        acts, massive = source.make(pool)
+        dtypes = {site: str(rows_nd.dtype).removeprefix("torch.") for site, rows_nd in acts.items()}
+        processes.tell(f"made{number}", {"dtypes": dtypes, "massive": massive._asdict()})
+        if processes.hear(f"take{number}"):
+            with speaking():
+                for rows_nd in acts.values():
+                    dist.send(rows_nd.contiguous().view(torch.uint8), 0)
+        number += processes.world - 1
+
+
+class Asked(NamedTuple):
+    number: int
+    """of the request, from 0"""
+    pool: int
+
+
+class FedSource(PoolSource):
+    """A `PoolSource` in the process that trains: its pools are made by the others. Memory: two pools."""
+
+    def __init__(self, processes: Processes):
+        facts = processes.hear("live")
+        super().__init__(facts["manifest"], facts["widths"], facts["sizes"], facts["max_norm_ratio"])
+        self.processes, self.producers = processes, processes.world - 1
+        self._requests = 0
+        self._asked: deque[Asked] = deque()
+        self._coming: Future[tuple[dict[str, Tensor], PoolRows]] | None = None  # the first of them
+        self._thread = ThreadPoolExecutor(1)
+
+    def pool(self, number: int, after: Iterable[int] = ()) -> tuple[dict[str, Tensor], PoolRows]:
+        """What the producer's `make` gives; as many of `after` as there are producers are asked for ahead."""
+        if self._held is None or self._held[0] != number:
+            self._held = None
+            while self._asked and self._asked[0].pool != number:
+                self._drop()
+            if not self._asked:
+                self._ask(number)
+            self._held = (number, *self._first().result())
+            self._asked.popleft()
+            self._coming = None
+        ahead = list(islice(after, self.producers))
+        while [one.pool for one in self._asked] != ahead[: len(self._asked)]:
+            self._drop()
+        for pool in ahead[len(self._asked) :]:
+            self._ask(pool)
+        if self._asked:
+            self._first()  # comes while this one is used
+        return self._held[1:]
+
+    def close(self) -> None:
+        """Lets the producers go."""
+        while self._asked:
+            self._drop()
+        for number in range(self._requests, self._requests + self.producers):
+            self.processes.tell(f"ask{number}", None)
+
+    def _ask(self, pool: int) -> None:
+        self.processes.tell(f"ask{self._requests}", pool)
+        self._asked.append(Asked(self._requests, pool))
+        self._requests += 1
+
+    def _first(self) -> Future[tuple[dict[str, Tensor], PoolRows]]:
+        """The first pool that was asked for, on its way."""
+        if self._coming is None:
+            self._coming = self._thread.submit(self._receive, self._asked[0])
+        return self._coming
+
+    def _drop(self) -> None:
+        """The first pool that was asked for is not wanted any more, as after a `seek`."""
+        if self._coming is not None:
+            self._coming.result()
+            self._coming = None
+        else:
+            self.processes.tell(f"take{self._asked[0].number}", False)
+        self._asked.popleft()
+
+    def _receive(self, asked: Asked) -> tuple[dict[str, Tensor], PoolRows]:
+        import torch.distributed as dist
+
+        made: dict[str, Any] = self.processes.hear(f"made{asked.number}")
+        self.processes.tell(f"take{asked.number}", True)
+        rows = self.sizes[asked.pool]
+        acts = {site: torch.empty(rows, self.widths[site], dtype=getattr(torch, dtype)) for site, dtype in made["dtypes"].items()}
+        with speaking():
+            for rows_nd in acts.values():
+                dist.recv(rows_nd.view(torch.uint8), asked.number % self.producers + 1)
+        return acts, PoolRows(**made["massive"])
