@@ -106,25 +106,46 @@ def pieces(processes: Processes, out: Path, settings: dict[str, Any]) -> Iterato
     processes.require_same(**settings)
     place = out.absolute()
     folder = place.parent / f".{place.name}.pieces"
+    with holding(processes, folder, lambda: _claim(folder, json.loads(json.dumps(settings)))), one_voice(processes):
+        try:
+            yield Pieces(processes, folder)
+        except BaseException:
+            if processes.leads and [path.name for path in folder.iterdir()] == [RECORD]:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if processes.leads:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def holding(processes: Processes, folder: Path, prepare: Callable[[], None]) -> Iterator[None]:
+    """Holds the folder together against other runs; the leader alone prepares it first, and the others leave it after the leader.
+
+    Raises `InputError` while another run holds it.
+    """
     if processes.leads:
         with only_writer(folder) as let_others_in:
             remove_leftovers(folder)
-            _claim(folder, json.loads(json.dumps(settings)))
+            prepare()
             let_others_in()
-            processes.tell("claimed", True)
-            try:
-                yield Pieces(processes, folder)
-            except BaseException:
-                if [path.name for path in folder.iterdir()] == [RECORD]:
-                    shutil.rmtree(folder, ignore_errors=True)
-                raise
-            shutil.rmtree(folder, ignore_errors=True)
+            processes.tell("prepared", True)
+            yield
         processes.tell("finished", True)
     else:
-        processes.hear("claimed")
-        with only_writer(folder, shared=True), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            yield Pieces(processes, folder)
+        processes.hear("prepared")
+        with only_writer(folder, shared=True):
+            yield
         processes.hear("finished")
+
+
+@contextmanager
+def one_voice(processes: Processes) -> Iterator[None]:
+    """While it lasts, only the leader can be heard, where the others would say the same."""
+    if processes.leads:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:

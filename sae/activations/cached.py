@@ -36,14 +36,15 @@ class CachedSource:
     """A `Source` that reads a cache at one or several of its sites.
 
     A shard that one of `caches` left out as damaged is left out at every site. Raises `InputError` for sites of different caches, whose
-    rows belong to different tokens.
+    rows belong to different tokens. `dealt`: sites that batches have, all by default; their rows come in the order of all sites.
     """
 
-    def __init__(self, *caches: ActivationCache):
+    def __init__(self, *caches: ActivationCache, dealt: Sequence[str] | None = None):
         if len({cache.folder.resolve() for cache in caches}) > 1:
             folders = " and ".join(str(cache.folder) for cache in caches)
             raise InputError(f"expected sites of one cache, got {folders}; harvest all sites into one")
         self.caches = {cache.site: cache for cache in caches}
+        self.dealt = self.caches if dealt is None else {site: self.caches[site] for site in self.caches if site in dealt}
         self.widths = {site: cache.d_in for site, cache in self.caches.items()}
         self.rows = _rows(self.shards("train"))
 
@@ -119,12 +120,12 @@ class CachedEpochs:
         if not 0 <= rank < world:
             raise InputError(f"expected a rank from 0 to {world - 1}, below the number of readers, got {rank}; count them from 0")
         self.seed, self.rank, self.world = seed, rank, world
-        self._caches, self._shards = source.caches, source.shards(split)
+        self._caches, self._shards = source.dealt, source.shards(split)
         rows = _rows(self._shards)
         if rows == 0:
-            folder = next(iter(self._caches.values())).folder
+            folder = next(iter(source.caches.values())).folder
             raise InputError(f"expected rows in the split {split!r} of {folder}, but there are none; harvest more documents")
-        row_bytes = sum(cache.d_in * cache.dtype.itemsize for cache in self._caches.values())
+        row_bytes = sum(cache.d_in * cache.dtype.itemsize for cache in source.caches.values())
         block_rows = max(1, buffer_bytes // BLOCKS_PER_BUFFER // row_bytes)
         blocks = [
             (number, start, min(block_rows, shard.rows - start))

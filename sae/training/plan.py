@@ -4,12 +4,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from sae.activations.files.manifest import manifest_crc32
+from sae.device import device_named
 from sae.disk.places import require_folder
 from sae.disk.reading import read_json, require
 from sae.errors import InputError
 from sae.kinds import KINDS, Kind, ReLU
+from sae.processes import Processes
 from sae.training.config import RunConfig, TrainingConfig
-from sae.training.trainer import cached, train_on
+from sae.training.dealt import train_dealt
+from sae.training.trainer import announce, cached, with_inits
 
 SHARED = (
     *("kind", "out", "cache", "verify", "steps", "batch_size", "device", "backend", "precision", "deterministic"),
@@ -70,13 +74,34 @@ class PlanConfig(TrainingConfig):
 
 
 def train_plan(config: PlanConfig) -> list[Path]:
-    """Trains all runs of a plan together and gives their folders; one checkpoint resumes them all, as `train` says."""
+    """Trains all runs of a plan together and gives their folders. Each run has a checkpoint of its own, from which it is resumed.
+
+    Called in every process that torchrun started, they share the runs (see deal.py); each run has the bits that it has in one process,
+    on a CPU with as many threads and with `--encoder` named. When one process fails, so do the others, with SystemExit. Started again,
+    with any number of processes, the runs go on from their checkpoints. Raises `InputError` as `train` does, and in a process that has
+    another plan, other settings, another cache or other code than the first.
+    """
     if not config.dry_run:
         require_folder(config.out)
-    runs = config.runs()
-    sites = dict.fromkeys(site for run in runs for site in run.sites)
-    source = cached(config.cache, sites, config.verify)
+    processes = Processes.from_environment()
+    with processes.together():
+        runs = config.runs()
+        device = device_named(processes.device(config.device))
+        sites = dict.fromkeys(site for run in runs for site in run.sites)
+        source = cached(config.cache, sites, config.verify and processes.leads)
+        settings = with_inits(source, runs, shared_settings(config, runs))
+        each = {f"run {name}": own for name, own in settings["runs"].items()}
+        processes.require_same(cache_content=manifest_crc32(source.manifest), **{k: v for k, v in settings.items() if k != "runs"}, **each)
+        if processes.leads:
+            announce(source, config, runs, device)
+        if not config.dry_run:
+            with processes.numbered():
+                train_dealt(source, config, runs, settings, device, processes)
+    return [folder for run in runs for folder in run.folders()]
+
+
+def shared_settings(config: PlanConfig, runs: list[RunConfig]) -> dict[str, Any]:
     shared = config.settings()
     kept = {name: shared[name] for name in ("cache", "steps", "batch_size", "backend", "precision", "deterministic", "log_every", "seed")}
     each = {run.out.name: {name: value for name, value in run.settings().items() if name not in kept or name == "seed"} for run in runs}
-    return train_on(source, config, runs, kept | {"runs": each})
+    return kept | {"runs": each}

@@ -3,9 +3,9 @@
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from sae.training.ends import Ends
 from sae.training.metrics import start_wandb
 from sae.training.part import Part, together
 from sae.training.start import opened
+from sae.training.sweep import Sweep
 
 
 def train(config: TrainingConfig) -> list[Path]:
@@ -53,18 +54,30 @@ def train_on(source: Source, run: RunConfig, configs: Sequence[RunConfig], setti
     `settings` decide the result: a run in the folder is resumed only if it has the same ones.
     """
     device = device_named(run.device)
-    for number, config in enumerate(configs):
-        ends, count = Ends.of(source, config), len(config.kind.values)
-        if config.init is not None:
-            crc32 = sampled_crc32(opened(config.init, source, ends, config).parts())
-            settings = settings | {"init_crc32" if len(configs) == 1 else f"init_crc32_{number}": crc32}
-        print(f"{count} dictionar{'y' if count == 1 else 'ies'} of {config.d_sae:,} features for {ends}")
-    drawn = run.steps * run.batch_size
-    print(f"{run.steps:,} steps of {run.batch_size:,} = {drawn / source.rows:.1f} times the {source.rows:,} training rows, on {device}")
+    settings = with_inits(source, configs, settings)
+    announce(source, run, configs, device)
     if not run.dry_run:
         with only_writer(run.out):
             train_into(source, run, configs, settings, device)
     return [folder for config in configs for folder in config.folders()]
+
+
+def with_inits(source: Source, configs: Sequence[RunConfig], settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the checksums of the dictionaries from which runs go on."""
+    for number, config in enumerate(configs):
+        if config.init is not None:
+            crc32 = sampled_crc32(opened(config.init, source, Ends.of(source, config), config).parts())
+            settings = settings | {"init_crc32" if len(configs) == 1 else f"init_crc32_{number}": crc32}
+    return settings
+
+
+def announce(source: Source, run: RunConfig, configs: Sequence[RunConfig], device: torch.device) -> None:
+    """Says what will be trained. Raises `InputError` for sites that the source lacks."""
+    for config in configs:
+        count = len(config.kind.values)
+        print(f"{count} dictionar{'y' if count == 1 else 'ies'} of {config.d_sae:,} features for {Ends.of(source, config)}")
+    drawn = run.steps * run.batch_size
+    print(f"{run.steps:,} steps of {run.batch_size:,} = {drawn / source.rows:.1f} times the {source.rows:,} training rows, on {device}")
 
 
 def train_into(source: Source, run: RunConfig, configs: Sequence[RunConfig], settings: dict[str, Any], device: torch.device) -> None:
@@ -108,13 +121,35 @@ def train_into(source: Source, run: RunConfig, configs: Sequence[RunConfig], set
     checkpoint.remove()
 
 
-def loop(parts: list[Part], batches: Iterator[dict[str, Tensor]], checkpoint: Checkpoint, first: int, run: RunConfig) -> None:
-    """Steps `first` to the end."""
+class Saves(Protocol):
+    """Where a loop puts what its next step depends on."""
+
+    def save(self, sweeps: Sequence[Sweep], step: int) -> None: ...
+
+    def kept(self) -> str: ...
+
+
+def loop(
+    parts: Sequence[Part],
+    batches: Iterator[dict[str, Tensor]],
+    checkpoint: Saves,
+    first: int,
+    run: RunConfig,
+    until: int | None = None,
+    shown: bool = True,
+) -> None:
+    """Steps `first` to `until`, by default the end; `shown`: with a progress bar."""
     sweeps = [part.sweep for part in parts]
     on_cpu = sweeps[0].weights.b_enc_f.device.type == "cpu"
-    with stop_requests() as stop, progress("training", run.steps, "steps", first) as bar:
-        for step in range(first, run.steps):
-            batch = next(batches)
+    showing = progress("training", run.steps, "steps", first) if shown else nullcontext()
+    with stop_requests() as stop, showing as bar:
+        for step in range(first, run.steps if until is None else until):
+            try:
+                batch = next(batches)
+            except (InputError, SystemExit):  # a damaged shard, or another process that has ended: what is trained is kept
+                if step > first:
+                    checkpoint.save(sweeps, step)
+                raise
             for part in parts:
                 try:
                     part.step(batch, step)
@@ -130,7 +165,8 @@ def loop(parts: list[Part], batches: Iterator[dict[str, Tensor]], checkpoint: Ch
                 if log_now:
                     part.log(done)
             line = parts[0].lines[0]
-            bar.advance(1, **{k: f"{line[k]:.3g}" for k in ("fvu", "l0") if line})
+            if bar:
+                bar.advance(1, **{k: f"{line[k]:.3g}" for k in ("fvu", "l0") if line})
             if save_now:
                 checkpoint.save(sweeps, done)
             if stop and save_now:  # a later one waits for the next step

@@ -1,0 +1,67 @@
+"""How far every run of a plan is, whichever process trains it: a table now and then, and always in status.json."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sae.disk.writing import write_json
+from sae.processes import Processes
+
+EVERY = 60.0
+"""seconds between two tables"""
+
+
+class Row(NamedTuple):
+    rank: int | None
+    """None: finished in an earlier life"""
+    step: int
+    state: str
+    """waiting, training or done"""
+    loss: float | None = None
+    l0: float | None = None
+    rows_per_second: float | None = None
+
+
+class Status:
+    """Everyone reports its runs; the process that leads writes and prints those of all."""
+
+    def __init__(self, processes: Processes, folder: Path, steps: int, rows: dict[str, Row]):
+        """`rows`: of every run by its name, as they are at the start."""
+        self.processes, self.path, self.steps, self.rows = processes, folder / "status.json", steps, rows
+        self._printed = time.monotonic()
+        self.show(print_now=True)
+
+    def advance(self) -> None:
+        """One more step of this process's runs is done. Looks now and then whether another process failed."""
+        self.processes.count(1)
+
+    def report(self, name: str, row: Row) -> None:
+        self.rows[name] = row
+        self.processes.tell(f"run {name}", row)
+
+    def show(self, print_now: bool = False) -> None:
+        """What all have reported so far. Does something only in the process that leads."""
+        if not self.processes.leads:
+            return
+        for name in self.rows:
+            if (told := self.processes.heard(f"run {name}")) is not None:
+                self.rows[name] = Row(*told)
+        write_json(self.path, [{"run": name, "steps": self.steps, **row._asdict()} for name, row in self.rows.items()])
+        if print_now or time.monotonic() - self._printed > EVERY:
+            self._printed = time.monotonic()
+            print_table(self.steps, self.rows)
+
+
+def print_table(steps: int, rows: dict[str, Row]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("run", "process", "step", "loss", "L0", "rows/s", "state")
+    for name, row in rows.items():
+        table.add_row(name, shown(row.rank), f"{row.step:,} of {steps:,}", *map(shown, (row.loss, row.l0, row.rows_per_second)), row.state)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def shown(value: Any) -> str:
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
