@@ -29,8 +29,8 @@ class Measure:
 
     def __call__(self, folder: Path) -> dict[str, Any]:
         dictionary = Dictionary.load(folder)
-        found, _, massive = reconstruct(dictionary, self.cache, self.rows)
-        r = massive.without if massive else found
+        found = reconstruct(dictionary, self.cache, self.rows, encoder="product")
+        r = found.massive.without if found.massive else found.of_all
         firing_f = r.density_f[r.density_f > 0]
         numbers = {
             "l0": r.l0,

@@ -26,7 +26,7 @@ from sae.dictionaries.rows import at_once, computing_dtype, ranges, rows_of
 from sae.dictionaries.source import read
 from sae.disk.mapped import require_room
 from sae.encoding import Encoder, Method, fastest
-from sae.entries import Buffers, Entries, active_entries
+from sae.entries import Buffers, Entries, active_entries, add_weighted_sums, starts_of
 from sae.errors import InputError
 from sae.objective.choice import SAMPLE, above_of, first_of_rows, top_of_rows
 
@@ -255,6 +255,17 @@ class Dictionary(nn.Module):
     def decode(self, acts_bf: Tensor, x_bd: Tensor | None = None) -> Tensor:
         """What is written for these activations, [..., o]; `x_bd`, what was encoded, is needed where `decodes_with_input`."""
         y_bo = self._written(acts_bf) + self.b_dec_o
+        return y_bo if not self.decodes_with_input else self.completed(y_bo, x_bd)
+
+    def decode_entries(self, entries: Entries, x_bd: Tensor) -> Tensor:
+        """What is written for the activations of rows `x_bd` [b, d], as `entries` gives them: `decode` without their zeros."""
+        if self.features_at_once < self.d_sae:
+            acts_bf = x_bd.new_zeros(len(x_bd), self.d_sae, dtype=self.dtype)
+            acts_bf[entries.row_n.long(), entries.feature_n.long()] = entries.value_n
+            return self.decode(acts_bf, x_bd)
+        y_bo = self.b_dec_o.to(self.dtype).repeat(len(x_bd), 1)
+        row_n, feature_n, value_n = entries
+        add_weighted_sums(y_bo, rows_of(self.W_dec_fo, slice(0, self.d_sae)), feature_n, starts_of(row_n, len(x_bd)), value_n, False)
         return y_bo if not self.decodes_with_input else self.completed(y_bo, x_bd)
 
     def _written(self, acts_bf: Tensor) -> Tensor:

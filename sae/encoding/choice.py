@@ -1,12 +1,18 @@
 """Which way to encode is the fastest on this machine, by trying those that its processor has instructions for."""
 
+from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
+from sae.disk.reading import read_json
+from sae.disk.writing import write_json
 from sae.encoding.encoder import Encoder, Method, adds_exactly
 from sae.entries import Buffers
+from sae.pieces import Pieces
 
 TRIED_ROWS = 1024
 ROUNDS = 3
@@ -52,6 +58,18 @@ def fastest(x_bd: Tensor, W_fd: Tensor, b_f: Tensor, above_f: Tensor | float | N
         best = min(seconds, key=lambda method: seconds[method])
         _fastest[key] = best if seconds[best] < MARGIN * seconds["product"] else "product"
     return _fastest[key]
+
+
+def agreed(made: Pieces | None, find: Callable[[], Method]) -> Method:
+    """What one process finds, in all that share the work, and after an interruption: it decides last digits."""
+    if made is None:
+        return find()
+    (path,) = made.make({"encoder.json": 1}, lambda _, path: partial(write_json, path, {"encoder": find()}))
+    return read_json(path, "the choice of an encoder", Choice)["encoder"]
+
+
+class Choice(TypedDict):
+    encoder: Method
 
 
 def timed(ways: tuple[Method, ...], x_bd: Tensor, W_fd: Tensor, b_f: Tensor, above_f: Tensor | float) -> dict[Method, float]:

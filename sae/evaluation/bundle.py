@@ -54,6 +54,8 @@ def evaluate_bundle(
     from sae.activations.cache import ActivationCache
     from sae.activations.files.manifest import read_manifest
 
+    if config.encoder not in ("auto", "product"):
+        raise InputError(f"expected the encoder product for a set of dictionaries, which is measured in the model, got {config.encoder}")
     if not config.sequences:
         raise InputError("expected --sequences of at least 1 for a set of dictionaries, which is measured in the model itself, got 0")
     verify = config.verify and made.processes.leads

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.source import locate, weights_crc32
 from sae.disk.places import require_file
 from sae.disk.writing import jsonable, write_json
+from sae.encoding import Method
+from sae.encoding.choice import agreed
 from sae.errors import InputError
 from sae.evaluation.bundle import evaluate_bundle
 from sae.evaluation.language_model_loss import ARMS, LanguageModelLoss, language_model_loss
@@ -76,7 +78,7 @@ def decisive(config: EvaluationConfig) -> dict[str, Any]:
     """What decides the numbers, beside the weights."""
     from sae.activations.files.manifest import manifest_crc32, read_manifest
 
-    chosen = {name: getattr(config, name) for name in ("model", "sequences", "rows", "batch", "seed")}
+    chosen = {name: getattr(config, name) for name in ("model", "sequences", "rows", "batch", "seed", "encoder")}
     return {"cache": manifest_crc32(read_manifest(config.cache)), **chosen}
 
 
@@ -88,7 +90,9 @@ def evaluate_one(
 
     cache = cache_of(config.cache, dictionary, named=config.model is not None, verify=config.verify and made.processes.leads)
     refuse_training_tokens(Path(config.dictionary), cache)
-    reconstruction, sites, massive = reconstruct(dictionary, cache, config.rows, made)
+    reconstruction, sites, massive, encoder = reconstruct(dictionary, cache, config.rows, made, config.encoder)
+    if made.processes.leads and encoder != "product":
+        print(f"held-out rows were encoded by {encoder}; name it with --encoder to repeat these numbers bit for bit")
     loss, several = None, len(dictionary.reads) + len(dictionary.writes) > 2
     if config.sequences and several:
         if made.processes.leads:
@@ -112,6 +116,7 @@ def evaluate_one(
         "cache": str(config.cache),
         "split": "held_out",
         "seed": config.seed,
+        "encoder": encoder,
         "reconstruction": reconstruction_facts(reconstruction),
         **({"sites": {site: {key: getattr(one, key) for key in OF_A_SITE} for site, one in sites.items()}} if several else {}),
         "massive_rows": massive and massive._asdict() | {"without": reconstruction_facts(massive.without)},
@@ -129,9 +134,19 @@ class MassiveRows(NamedTuple):
     without: Reconstruction
 
 
+class Reconstructed(NamedTuple):
+    """Of the rows of one evaluation."""
+
+    of_all: Reconstruction
+    by_site: dict[str, Reconstruction]
+    """where there are several"""
+    massive: MassiveRows | None
+    encoder: Method
+
+
 def reconstruct(
-    dictionary: Dictionary, cache: "ActivationCache", rows: int, made: Pieces | None = None
-) -> tuple[Reconstruction, dict[str, Reconstruction], MassiveRows | None]:
+    dictionary: Dictionary, cache: "ActivationCache", rows: int, made: Pieces | None = None, encoder: Literal["auto"] | Method = "auto"
+) -> Reconstructed:
     """Over the first `rows` held-out rows, at each of several sites too, and over those rows that are not massive, where some are.
 
     The first rows are a fair sample: shards were shuffled when they were written. Other processes of `made` share the work.
@@ -147,6 +162,13 @@ def reconstruct(
         advance(sizes[number])
         return {"norm_n": torch.cat(found)}
 
+    def first() -> Tensor:
+        return next(read_blocks(cache, blocks)).to(dictionary.W_dec_fo.device)
+
+    def find() -> Method:
+        found = dictionary.encoder(first(), encoder, sum(sizes))
+        return found.method if found else "product"
+
     def measure(number: int, advance: Callable[[int], None]) -> dict[str, Tensor]:
         usual, massive = empty(), empty()
         massive_n = massive_parts[number]
@@ -154,7 +176,7 @@ def reconstruct(
             massive_b, massive_n = massive_n[: len(x_bd)], massive_n[len(x_bd) :]
             for rows_b, metrics in ((~massive_b, usual), (massive_b, massive)):
                 chosen = slice(None) if rows_b.all() else rows_b
-                add_reconstruction(dictionary, x_bd[chosen], metrics, y_bo[chosen])
+                add_reconstruction(dictionary, x_bd[chosen], metrics, y_bo[chosen], prepared)
             advance(len(x_bd))
         named = (("usual", usual), ("massive", massive))
         return {f"{name}.{key}": sum_ for name, metrics in named for key, sum_ in metrics.state().items()}
@@ -165,16 +187,18 @@ def reconstruct(
     norm_n = torch.cat([found["norm_n"] for found in results(made, "norms", "tokens", sizes, norms)])
     massive_n, square_n = is_massive(norm_n), norm_n.double().square()
     massive_parts = massive_n.split(sizes)
+    method = agreed(made, find)
+    prepared = None if method == "product" else dictionary.encoder(first(), method)
     usual, massive = empty(), empty()
     for found in results(made, "reconstruction", "tokens", sizes, measure):
         for name, metrics in (("usual", usual), ("massive", massive)):
             metrics.merge_state({key.removeprefix(f"{name}."): sum_ for key, sum_ in found.items() if key.startswith(f"{name}.")})
     without = usual.result()
     if not massive.rows:
-        return without, usual.by_site(), None
+        return Reconstructed(without, usual.by_site(), None, method)
     usual.merge(massive)
     of_norm = share(float(square_n[massive_n].sum()), float(square_n.sum()))
-    return usual.result(), usual.by_site(), MassiveRows(RATIO, massive.rows, of_norm, without)
+    return Reconstructed(usual.result(), usual.by_site(), MassiveRows(RATIO, massive.rows, of_norm, without), method)
 
 
 class Block(NamedTuple):

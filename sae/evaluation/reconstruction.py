@@ -11,6 +11,8 @@ from torch import Tensor
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.parts import Port
+from sae.encoding import Encoder
+from sae.entries import Buffers, Entries
 from sae.errors import InputError
 from sae.statistics import ratio
 
@@ -75,16 +77,22 @@ class ReconstructionMetrics:
         self.l0_histogram = torch.zeros(f + 1, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def add(self, x_bd: Tensor, acts_bf: Tensor, x_hat_bd: Tensor) -> None:
-        """`x_bd`, what is to be rebuilt, in any float dtype; the activations and reconstruction of the same rows."""
+    def add(self, x_bd: Tensor, code: Tensor | Entries, x_hat_bd: Tensor) -> None:
+        """`x_bd`, what is to be rebuilt, in any float dtype; of these rows the activations, [b, f] or a list, and what they rebuild."""
         if self.parts:
             widths = [part.d_in for part in self.parts]
             for part, x_bw, x_hat_bw in zip(self.parts, x_bd.split(widths, dim=-1), x_hat_bd.split(widths, dim=-1)):
-                part.add(x_bw, acts_bf, x_hat_bw)
-        fired_bf = acts_bf != 0
-        self.fired_f += fired_bf.sum(0)
-        self.l0_histogram += torch.bincount(fired_bf.sum(1), minlength=len(self.l0_histogram))
-        self.activity_f += acts_bf.abs().sum(0, dtype=torch.float64)
+                part.add(x_bw, code, x_hat_bw)
+        if isinstance(code, Entries):
+            self.fired_f += torch.bincount(code.feature_n, minlength=len(self.fired_f))
+            active_b = torch.bincount(code.row_n, minlength=len(x_bd))
+            self.activity_f.index_add_(0, code.feature_n, code.value_n.double().abs())
+        else:
+            fired_bf = code != 0
+            self.fired_f += fired_bf.sum(0)
+            active_b = fired_bf.sum(1)
+            self.activity_f += code.abs().sum(0, dtype=torch.float64)
+        self.l0_histogram += torch.bincount(active_b, minlength=len(self.l0_histogram))
         x_bd = x_bd.double()
         self.sums += row_values(x_bd, x_hat_bd).sum(0)
         mean_d = x_bd.mean(0)
@@ -163,17 +171,23 @@ def row_values(x_bd: Tensor, x_hat_bd: Tensor) -> Tensor:
 
 @torch.no_grad()
 def add_reconstruction(
-    dictionary: Dictionary, x_bd: Tensor, metrics: ReconstructionMetrics | None = None, y_bo: Tensor | None = None
+    dictionary: Dictionary,
+    x_bd: Tensor,
+    metrics: ReconstructionMetrics | None = None,
+    y_bo: Tensor | None = None,
+    encoder: Encoder | None = None,
 ) -> ReconstructionMetrics:
     """Adds the rows `x_bd` to `metrics` (new ones if None), a chunk at a time so that [rows, f] never exists for large f.
 
-    `y_bo` are a transcoder's targets. A chunk is moved to the dictionary's device when its turn comes.
+    `y_bo` are a transcoder's targets; `encoder`: another way than the float32 product, made by the dictionary's method of that name. A
+    chunk is moved to the dictionary's device when its turn comes.
     """
+    buffers = Buffers()
     metrics = metrics or ReconstructionMetrics(dictionary.norms(), dictionary.d_out, dictionary.writes)
     chunk = max(1, CHUNK_BYTES // (4 * dictionary.d_sae))
     for start in range(0, len(x_bd), chunk):
         x = x_bd[start : start + chunk].to(dictionary.W_dec_fo.device)
         y = x if y_bo is None else y_bo[start : start + chunk].to(x.device)
-        acts_bf = dictionary.encode(x)
-        metrics.add(y, acts_bf, dictionary.decode(acts_bf, x))
+        entries = dictionary.entries(x, buffers, encoder)
+        metrics.add(y, entries, dictionary.decode_entries(entries, x))
     return metrics

@@ -4,7 +4,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from sae.disk.reading import Number, read_json, require
 from sae.disk.remote import Place
+from sae.encoding import Method
 from sae.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,6 +52,9 @@ class EvaluationConfig:
     """Sequences in one forward pass at most; fewer if their logits would take more than 0.27 GB."""
     device: str = "auto"
     """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    encoder: Literal["auto"] | Method = "auto"
+    """How active entries of held-out rows are found on a CPU, for ReLU, JumpReLU and TopK; it decides last digits. auto measures, and says
+    so where it is not the float32 product; evaluation.json has the answer, which repeats the numbers bit for bit."""
     seed: int = 0
     """Seed of the choice of sequences and of the bootstrap."""
     out: Path | None = None

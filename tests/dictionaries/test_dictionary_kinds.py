@@ -57,12 +57,16 @@ def test_every_gate_as_autoencoder_and_as_skip_transcoder(gate):
     np.testing.assert_array_equal(entries.row_n, rows)
     np.testing.assert_array_equal(entries.feature_n, features)
     np.testing.assert_allclose(entries.value_n, acts[rows, features], atol=1e-12)
+    np.testing.assert_allclose(sae.decode_entries(entries, x), acts @ w["W_dec"] + w["b_dec"], atol=1e-12)
     assert not sae.is_transcoder
 
     w = weights(OUT)
     transcoder = made(w, gate, W_skip_od=torch.tensor(w["W_skip"]), metadata={"site": "mlp_in.0", "site_out": "mlp_out.0"})
     acts = gated(gate, X @ w["W_enc"].T + w["b_enc"])
-    np.testing.assert_allclose(transcoder(x), acts @ w["W_dec"] + w["b_dec"] + X @ w["W_skip"].T, atol=1e-12)
+    written = acts @ w["W_dec"] + w["b_dec"] + X @ w["W_skip"].T
+    np.testing.assert_allclose(transcoder(x), written, atol=1e-12)
+    for rows in (slice(None), slice(1)):
+        np.testing.assert_allclose(transcoder.decode_entries(transcoder.entries(x[rows], Buffers()), x[rows]), written[rows], atol=1e-12)
     assert transcoder.is_transcoder
     assert (transcoder.d_in, transcoder.d_out) == (D, OUT)
     with pytest.raises(InputError, match="give decode both"):

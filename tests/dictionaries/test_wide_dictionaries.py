@@ -105,6 +105,7 @@ def test_every_method_is_the_formula(tmp_path, wide, gate, where, size):
     np.testing.assert_array_equal(entries.row_n, row)
     np.testing.assert_array_equal(entries.feature_n, feature)
     np.testing.assert_allclose(entries.value_n, acts[row, feature], **close)
+    np.testing.assert_allclose(sae.decode_entries(entries, x), acts @ w["W_dec_fo"] + w["b_dec_o"], **close)
     np.testing.assert_allclose(sae.activations(x, [31, 2, 31]), acts[:, [31, 2, 31]], **close)
     np.testing.assert_allclose(sae.decode(torch.tensor(acts)), acts @ w["W_dec_fo"] + w["b_dec_o"], **close)
     np.testing.assert_allclose(sae(x.view(3, 3, D)), (acts @ w["W_dec_fo"] + w["b_dec_o"]).reshape(3, 3, D), **close)

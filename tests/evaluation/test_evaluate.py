@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from sae.activations.cache import ActivationCache
 from sae.activations.harvest.command import HarvestConfig, harvest
 from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.gates import Threshold
 from sae.errors import InputError
 from sae.evaluation import EvaluationConfig, evaluate
 from sae.model.language_model import LanguageModel
@@ -73,6 +74,25 @@ def test_only_held_out_rows_and_sequences_are_measured(home, tmp_path):
     tokens = cache.tokens
     held_out = np.flatnonzero(np.asarray(tokens.sequence_split) == 1)
     assert result["language_model"]["tokens"] == (np.diff(tokens.sequence_starts)[held_out] - 1).sum()
+
+
+@pytest.mark.parametrize("encoder", ["product", "onednn", "bfloat16", "int8"])
+def test_every_encoder_measures_the_same(home, tmp_path, encoder, capsys):
+    """And the file says which it was."""
+    both = identity(home)
+    theta_f = torch.linspace(0, 1, 2 * D)
+    made = Dictionary(both.W_enc_fd, both.b_enc_f, both.W_dec_fo, both.b_dec_o, gate=Threshold(theta_f), metadata=both.metadata)
+    made.save(tmp_path)
+    result = evaluate(EvaluationConfig(tmp_path, home / "cache", device="cpu", sequences=0, encoder=encoder))
+    assert result["encoder"] == json.loads((tmp_path / "evaluation.json").read_text())["encoder"] == encoder
+    assert ("name it with --encoder" in capsys.readouterr().out) == (encoder != "product")
+    cache = ActivationCache.open(home / "cache")
+    x_nd = torch.cat([cache.read(shard)[0] for shard in cache.shards("held_out")]).double()
+    z_nf = torch.cat([x_nd, -x_nd], dim=1)
+    acts_nf = z_nf * (z_nf > theta_f)
+    error = (acts_nf[:, :D] - acts_nf[:, D:] - x_nd).square().sum()
+    assert result["reconstruction"]["fvu"] == pytest.approx(float(error / (x_nd - x_nd.mean(0)).square().sum()), rel=1e-6)
+    assert result["reconstruction"]["l0"] == int((acts_nf > 0).sum()) / len(x_nd)
 
 
 @pytest.mark.parametrize(

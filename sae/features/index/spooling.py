@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from typing_extensions import TypedDict
 
 from sae.dictionaries.dictionary import Dictionary
-from sae.disk.reading import read_json, read_tensors
-from sae.disk.writing import require_free_space, sync, write_json, write_tensors
+from sae.disk.reading import read_tensors
+from sae.disk.writing import require_free_space, sync, write_tensors
 from sae.encoding import Encoder, Method
+from sae.encoding.choice import agreed
 from sae.entries import Buffers
 from sae.errors import InputError
 from sae.features.index.contribution import MAX_ROWS, ErrorSums, carried
@@ -68,13 +68,12 @@ def spool_activations(
                 prepared.append(dictionary.encoder(x_bd, method, total))
             return prepared[0]
 
-    def choose(_: int, path: Path) -> Callable[[], None]:
+    def find() -> Method:
         first = next((rows for shard in shards for (rows, *_), _ in chunks(caches, shard, wanted, size)), None)
         found = None if first is None else prepare(first.to(dictionary.W_enc_fd.device, dictionary.dtype), encoder)
-        return partial(write_json, path, {"encoder": found.method if found else "product"})
+        return found.method if found else "product"
 
-    (chosen,) = made.make({"encoder.json": 1}, choose)
-    method = read_json(chosen, "the choice of an encoder", Choice)["encoder"]
+    method = agreed(made, find)
     local = threading.local()
     checked: list[bool] = []
 
@@ -114,10 +113,6 @@ def spool_activations(
             f"expected activations in the splits {', '.join(splits)} of {cache.folder}, but there are none; name other --splits"
         )
     return gathered(paths, scanned, method)
-
-
-class Choice(TypedDict):
-    encoder: Method
 
 
 def _finish(spool: Spool, path: Path, sums: dict[str, np.ndarray]) -> None:
