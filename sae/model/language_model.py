@@ -47,9 +47,9 @@ class LanguageModel:
             tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         config = model.config.get_text_config()
         self._refuse_virtual_tokens()
-        self._decoder, self._blocks = decoder_and_blocks(model, getattr(config, "num_hidden_layers", 0), name)
+        self._decoder, self.blocks = decoder_and_blocks(model, getattr(config, "num_hidden_layers", 0), name)
         self._hooks = Hooks(model, self._decoder)
-        self.n_layers: int = len(self._blocks)
+        self.n_layers: int = len(self.blocks)
         self.d_model: int = config.hidden_size
         self.context: int = next((n for name in CONTEXTS if isinstance(n := getattr(config, name, None), int) and n > 0), UNLIMITED)
         self.bos_id: int | None = tokenizer.bos_token_id if tokenizer is not None else config.bos_token_id
@@ -108,7 +108,7 @@ class LanguageModel:
     @cached_property
     def _inspection(self) -> Inspection:
         with self._hooks.paused(), torch.inference_mode(False), torch.no_grad():
-            return inspect(self.model, self._decoder, self._blocks, partial(short_pass, self.model, self._decoder, self.name))
+            return inspect(self.model, self._decoder, self.blocks, partial(short_pass, self.model, self._decoder, self.name))
 
     @cached_property
     def _projected(self) -> dict[str, Place | str]:
@@ -126,7 +126,7 @@ class LanguageModel:
     @cached_property
     def _attentions(self) -> list[nn.Module | str]:
         with self._hooks.paused(), torch.inference_mode(False), torch.no_grad():
-            return find_attentions(self._decoder, self._blocks, partial(short_pass, self.model, self._decoder, self.name))
+            return find_attentions(self._decoder, self.blocks, partial(short_pass, self.model, self._decoder, self.name))
 
     @property
     def final_norm(self) -> nn.Module | None:

@@ -174,19 +174,20 @@ def logit_change(logits_nv: Tensor, steered_nv: Tensor, lens_v: Tensor, tokens: 
     """`lens_v`: what v adds to the logits when it is read as the final stream."""
     log_p_nv, log_q_nv = logits_nv.double().log_softmax(-1), steered_nv.double().log_softmax(-1)
     p_nv, q_nv = log_p_nv.exp(), log_q_nv.exp()
+    difference_nv = log_p_nv - log_q_nv
     tokens = min(tokens, len(lens_v))
     raised_v = torch.zeros_like(lens_v, dtype=torch.bool)
     raised_v[lens_v.topk(tokens).indices] = True
-    both_n = raised_v[log_q_nv.topk(tokens, dim=-1).indices].sum(-1)
+    both_n = raised_v[steered_nv.topk(tokens, dim=-1).indices].sum(-1)
     values = (
-        torch.special.entr(p_nv).sum(-1),
-        torch.special.entr(q_nv).sum(-1),
-        (p_nv * (log_p_nv - log_q_nv)).sum(-1),
-        (q_nv * (log_q_nv - log_p_nv)).sum(-1),
-        (log_p_nv.argmax(-1) != log_q_nv.argmax(-1)).double(),
+        -(p_nv * log_p_nv).sum(-1),
+        -(q_nv * log_q_nv).sum(-1),
+        (p_nv * difference_nv).sum(-1),
+        -(q_nv * difference_nv).sum(-1),
+        (logits_nv.argmax(-1) != steered_nv.argmax(-1)).double(),
         both_n / (2 * tokens - both_n).double(),
     )
-    if not (logits_nv.isfinite().all() and steered_nv.isfinite().all()):  # host sync
+    if not all(logits.sum(dtype=torch.float64).isfinite() for logits in (logits_nv, steered_nv)):  # host sync
         return LogitChange(*[float("nan")] * len(values))
     return LogitChange(*(float(value_n.mean()) for value_n in values))  # host sync
 

@@ -15,6 +15,7 @@ from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.features.index.lens import folded_unembedding
 from sae.model.language_model import LanguageModel, NonFiniteLogits
+from sae.model.resumed import Resumed
 from sae.model.sampling import Sampling
 from sae.model.sites import parse_site
 from sae.statistics import Estimate, data_and_resamples, estimate
@@ -69,6 +70,8 @@ class Setup(NamedTuple):
     """of the stream, by site, on other texts"""
     dictionary: Dictionary | None = None
     feature: int | None = None
+    resumed: Resumed | None = None
+    """the texts, where passes are to begin at the vector's block"""
 
     @property
     def everywhere(self) -> bool:
@@ -80,6 +83,14 @@ class Pass(NamedTuple):
     logits_spv: Tensor
     values: dict[str, Tensor]
     inner: Internals
+    spreads: dict[str, dict[str, float]]
+    """by site, how different its tokens are; measured once"""
+
+    def spread(self, site: str, chosen_sp: Tensor) -> dict[str, float]:
+        if site not in self.spreads:
+            x_nd = self.values[site][chosen_sp]
+            self.spreads[site] = {"token_share": token_share(x_nd), "effective_rank": effective_rank(x_nd)}
+        return self.spreads[site]
 
 
 def make_setup(
@@ -141,7 +152,7 @@ def run_pass(setup: Setup, sites: Sequence[str] = (), arm: Arm | None = None, c:
         # every pass runs the same attention code, so that coefficient 0 changes no bit
         inner = stack.enter_context(internals(lm, setup.parts)) if setup.parts else Internals()
         stack.enter_context(lm.edited({site: keeping(site) for site in sites}))
-        return Pass(lm.logits(setup.ids_sp, setup.mask_sp), values, inner)
+        return Pass(lm.logits(setup.ids_sp, setup.mask_sp) if setup.resumed is None else setup.resumed.logits(), values, inner, {})
 
 
 def changes_of_texts(setup: Setup, before: Pass, after: Pass) -> list[LogitChange]:
@@ -201,7 +212,7 @@ def inside(setup: Setup, before: Pass, after: Pass, arm: Arm, c: float) -> dict[
                 row[kind] = write_change(*pair(site, behind_sp), h_nd, steered_nd, v_of(behind_sp))._asdict()
         for kind in ("attn_in", "mlp_in"):
             if (site := f"{kind}.{layer}") in before.values:
-                row[kind] = [{"token_share": token_share(x), "effective_rank": effective_rank(x)} for x in pair(site, behind_sp)]
+                row[kind] = [one.spread(site, behind_sp) for one in (before, after)]
         if layer in before.inner.patterns:
             patterns = before.inner.patterns[layer], after.inner.patterns[layer]
             row["attention"] = [

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
+from sae.model.resumed import Resumed
 from sae.model.sites import parse_site
 from steering.breakdown.arms import STREAM, Arm
 from steering.breakdown.findings import SIGNS, UNUSUAL, WALL, crossing
@@ -50,7 +51,10 @@ class RangeFinder:
         if parse_site(site, lm.n_layers).kind not in STREAM:
             raise InputError(f"expected a direction of the residual stream ({', '.join(STREAM)}), got one at {site}")
         anyone = random_direction(lm.width(site), site, 0)
-        self.setup: Setup = make_setup(lm, anyone, MEASURED, OTHERS, [Arm("seen", anyone, frozen=_seen(lm))])
+        setup = make_setup(lm, anyone, MEASURED, OTHERS, [Arm("seen", anyone, frozen=_seen(lm))])
+        with internals(lm, setup.parts):  # so that the blocks below run the attention code of the passes
+            resumed = Resumed(lm, setup.ids_sp, setup.mask_sp, sites_inside(setup))
+        self.setup: Setup = setup._replace(resumed=resumed)
         self.before = run_pass(self.setup, sites_inside(self.setup))
 
     def passes(self, vector: SteeringVector, rhos: Sequence[float] = RHOS) -> Generator[None, None, WorkingRange]:

@@ -35,6 +35,18 @@ PLAIN_TEXTS = 256  # documents of the plain batch
 HEADS = 48 / 1024  # share of all heads that inference-time intervention was published with
 NONE, PROMPTING, RANDOM, SHUFFLED = "no steering", "plain prompting", "random direction", "shuffled labels"
 Kind = Literal["method", "control", "baseline"]
+Method = Literal[
+    "sae-feature-named",
+    "sae-feature-by-auroc",
+    "sae-feature-by-output-score",
+    "sae-ts",
+    "actadd",
+    "diffmean",
+    "pca-of-differences",
+    "principal-direction",
+    "iti",
+]
+"""the methods of `MAKERS`, as they are typed"""
 
 
 class Arm(NamedTuple):
@@ -104,10 +116,15 @@ class ArmInputs:
         return by_output_score(self.lm, self.dictionary, candidates, highest, self.site)  # type: ignore[arg-type]
 
 
-def build_arms(material: ArmInputs) -> list[Arm]:
-    """All arms; those whose inputs are missing say so in `left_out`. What a method warns about is in its note, and is warned again."""
+def build_arms(material: ArmInputs, methods: Sequence[Method] = ()) -> list[Arm]:
+    """Baselines, controls and the methods (all, by default); those whose inputs are missing say so in `left_out`.
+
+    What a method warns about is in its note, and is warned again.
+    """
     arms = [Arm(NONE, "baseline"), _prompting(material)]
     for method, (kind, make) in MAKERS.items():
+        if methods and kind == "method" and method.lower().replace(" ", "-") not in methods:
+            continue
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             try:

@@ -24,7 +24,7 @@ from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.model.sampling import Sampling
 from sae.text_input import text_list
-from steering.compare.arms import NONE, Arm, ArmInputs, build_arms
+from steering.compare.arms import NONE, Arm, ArmInputs, Method, build_arms
 from steering.compare.concepts import Texts, TextScore, concept_texts, read_labelled_texts, second_score, target_score
 from steering.compare.continuations import ComparisonSetup, continuations, measure_arms
 from steering.compare.scores import comparison_verdict, estimate_text
@@ -50,6 +50,8 @@ class CompareConfig(TextConfig):
     """A feature of the dictionary to compare as well, such as one found in the browser."""
     effects: Path | None = None
     """Effects of this dictionary's features, fitted by `sae effects --fit`. Default: the arm of SAE-TS is left out."""
+    methods: tuple[Method, ...] = ()
+    """What to compare; baselines and controls are always beside them. Default: all that have what they need."""
     site: str | None = None
     """Where to steer, such as resid_post.2. Default: the dictionary's own site."""
     out: Path | None = None
@@ -91,7 +93,7 @@ def compare_directions(config: CompareConfig) -> dict[str, Any]:
     effects = None if config.effects is None else Effects.load(config.effects)
     new_tokens = config.sampling.max_new_tokens
     material = ArmInputs(lm, site, concept, texts, config.prompts, new_tokens, dictionary, corpus, effects, config.feature, seed)
-    arms = build_arms(material)
+    arms = build_arms(material, config.methods)
     target, second = target_score(concept, texts, seed), second_score(concept, texts, seed)
     held = (texts.held_positive, texts.held_negative)
     setup = ComparisonSetup(lm, config.prompts, config.samples, config.sampling, config.budgets, target, second, held)

@@ -5,6 +5,7 @@ s texts (prompts times samples) · p prompts, or positions of a batch of ids · 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +21,18 @@ from steering.breakdown.working_range import RangeFinder, WorkingRange
 from steering.compare.arms import NONE, Arm
 from steering.compare.concepts import TextScore
 from steering.compare.scores import choose_best
-from steering.directions.texts import activations_of_texts
+from steering.directions.texts import means_of_texts
 from steering.intervention import steered
-from steering.strength.calibration import Calibration, Divergence, calibrate, divergence, encode_cut, log_probs
+from steering.strength.calibration import (
+    Calibration,
+    Calibrator,
+    DirectionStrength,
+    Divergence,
+    SteeredTexts,
+    divergence,
+    encode_cut,
+    log_probs,
+)
 from steering.strength.measure import continuation_loss, distinct_2, longest_repeat, until_end
 from steering.strength.neutral import SENTENCES
 from steering.vector import SteeringVector
@@ -30,6 +40,7 @@ from steering.vector import SteeringVector
 CALIBRATION_SENTENCES, OFF_TOPIC_SENTENCES = SENTENCES[::2], SENTENCES[1::2]
 HALVES = ("choose", "score")
 BROKEN_FACTOR = 5.0  # times the largest budget: the strength of the sample that shows how text breaks
+BROKEN_TOLERANCE = 0.25  # of that budget
 BROKEN_PROMPTS = 3
 
 
@@ -52,6 +63,36 @@ class ComparisonSetup:
         """of the sampling and of the intervals"""
         return self.sampling.seed
 
+    @cached_property
+    def calibrator(self) -> Calibrator:
+        return Calibrator(self.lm, CALIBRATION_SENTENCES)
+
+    @cached_property
+    def off_topic(self) -> SteeredTexts:
+        """Sentences that nothing is calibrated on."""
+        return SteeredTexts(self.lm, *encode_cut(self.lm, OFF_TOPIC_SENTENCES))
+
+    @cached_property
+    def _finders(self) -> dict[str, RangeFinder]:
+        return {}
+
+    @cached_property
+    def _held_means(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {}
+
+    def working_range(self, vector: SteeringVector) -> WorkingRange:
+        """Raises `InputError` for a vector that has none."""
+        if vector.site not in self._finders:
+            self._finders[vector.site] = RangeFinder(self.lm, vector.site)
+        return self._finders[vector.site].of(vector)
+
+    def held_means(self, sites: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Mean activation of each held-out text, positive and negative, [t, d]; each site is recorded once, for all arms."""
+        if missing := [site for site in sites if site not in self._held_means]:
+            positive, negative = (means_of_texts(self.lm, side, missing) for side in self.held)
+            self._held_means.update({site: (positive[site], negative[site]) for site in missing})
+        return {site: self._held_means[site] for site in sites}
+
 
 class Continuations(NamedTuple):
     texts: list[str]
@@ -66,11 +107,8 @@ def measure_arms(setup: ComparisonSetup, arms: Sequence[Arm]) -> tuple[list[dict
 
     Levels whose coefficient lies beyond the arm's working range say so; an arm without such a range says why.
     """
-    ids_sp, mask_sp = encode_cut(setup.lm, OFF_TOPIC_SENTENCES)
-    unsteered_nv = log_probs(setup.lm, ids_sp, mask_sp)
     entries: list[dict[str, Any]] = []
     broken: list[dict[str, Any]] = []
-    finders: dict[str, RangeFinder] = {}
     none_p = np.zeros(0)
     present = [arm for arm in arms if arm.left_out is None]
     total = sum(len(setup.budgets) + 1 if arm.vector else 1 for arm in present)
@@ -81,11 +119,11 @@ def measure_arms(setup: ComparisonSetup, arms: Sequence[Arm]) -> tuple[list[dict
             entries.append(entry)
             if arm.left_out is not None:
                 continue
-            *calibrations, breaking = _strengths(setup, arm)
+            calibrations, breaking = _strengths(setup, arm)
             works = None
             if arm.vector is not None:
                 try:
-                    works = found_range(setup.lm, arm.vector, finders)
+                    works = setup.working_range(arm.vector)
                     entry["working_range"] = works._asdict()
                 except InputError as reason:
                     entry["no_working_range"] = str(reason)
@@ -93,54 +131,58 @@ def measure_arms(setup: ComparisonSetup, arms: Sequence[Arm]) -> tuple[list[dict
                 continued = continuations(setup, arm, calibration.coefficient, setup.samples)
                 if arm.method == NONE:
                     none_p = _by_prompt(setup, setup.target.score(continued.texts))  # type: ignore[union-attr]
-                off_topic = _off_topic(setup.lm, arm, calibration.coefficient, (ids_sp, mask_sp), unsteered_nv)
-                measured = level(setup, calibration, continued, off_topic, none_p)
+                measured = level(setup, calibration, continued, off_topic(setup, arm, calibration.coefficient), none_p)
                 measured["beyond_working_range"] = works.excludes(calibration.coefficient) if works else None
                 entry["levels"].append(measured)
                 bar.advance(1, arm=arm.method)
-            if arm.vector is not None:
+            if breaking is not None:
                 broken.append(_broken(setup, arm, breaking))
                 bar.advance(1)
             entry |= {"detection_auroc": detection_auroc(setup, arm.vector), "best": choose_best(entry["levels"])}
     return entries, broken
 
 
-def found_range(lm: LanguageModel, vector: SteeringVector, finders: dict[str, RangeFinder]) -> WorkingRange:
-    """The vector's working range; `finders` keeps what was measured of its site. Raises `InputError` for a vector that has none."""
-    if vector.site not in finders:
-        finders[vector.site] = RangeFinder(lm, vector.site)
-    return finders[vector.site].of(vector)
-
-
-def _strengths(setup: ComparisonSetup, arm: Arm) -> list[Calibration]:
-    """One for each budget and one that breaks the text; a baseline has but one, and none that breaks."""
+def _strengths(setup: ComparisonSetup, arm: Arm) -> tuple[list[Calibration], Calibration | None]:
+    """One for each budget, and one that breaks the text; a baseline has but one, and none that breaks."""
     if arm.vector is None:
-        return [Calibration(0.0, 0.0, 0.0, 0.0, None, True, True)] * 2
-    budgets = [*setup.budgets, BROKEN_FACTOR * max(setup.budgets)]
-    return calibrate(setup.lm, arm.vector, budgets, CALIBRATION_SENTENCES, strongest=arm.strongest)
+        return [Calibration(0.0, 0.0, 0.0, 0.0, None, True, True)], None
+    strength = DirectionStrength(setup.calibrator, arm.vector, arm.strongest)
+    return [strength.at(budget) for budget in setup.budgets], strength.at(BROKEN_FACTOR * max(setup.budgets), BROKEN_TOLERANCE)
 
 
-def continuations(setup: ComparisonSetup, arm: Arm, coefficient: float, samples: int) -> Continuations | str:
-    """All prompts in one left-padded batch, each `samples` times, of one seed for every arm; or the sentence why there is no text."""
+def _written(setup: ComparisonSetup, arm: Arm, coefficient: float, prompts: Sequence[str], samples: int) -> Tensor | str:
+    """New ids of all prompts in one left-padded batch, [s, n], each prompt `samples` times; or the sentence why there is no text."""
     lm = setup.lm
     bos = lm.tokenizer.bos_token or ""  # a prompt that brings its own has it before the prefix, as all have
-    texts = [arm.prefix + prompt.removeprefix(bos) for prompt in setup.prompts]
+    texts = [arm.prefix + prompt.removeprefix(bos) for prompt in prompts]
     ids_sp, mask_sp = (t.repeat_interleave(samples, 0) for t in lm.encode(texts))
     start = ids_sp.shape[1]
     positional = arm.vector is not None and any(d.ndim == 2 for d in arm.vector.directions.values())
     try:
         with steered(lm, [(arm.vector, coefficient)] if arm.vector else [], prompt_length=start if positional else None):
-            new_sn = lm.generate(ids_sp, mask_sp, **vars(setup.sampling))[:, start:]
+            return lm.generate(ids_sp, mask_sp, **vars(setup.sampling))[:, start:]
     except (NonFiniteLogits, OverflowError) as error:
         return f"no text: {error}"
+
+
+def _until_end(lm: LanguageModel, new_sn: Tensor) -> tuple[list[str], list[list[int]]]:
+    """Texts and tokens up to where each ends."""
+    tokens = [row[:real] for row, real in zip(new_sn.tolist(), until_end(lm, new_sn).sum(1).tolist())]  # host sync
+    return [lm.tokenizer.decode(row, skip_special_tokens=True) for row in tokens], tokens
+
+
+def continuations(setup: ComparisonSetup, arm: Arm, coefficient: float, samples: int) -> Continuations | str:
+    """Of every prompt, of one seed for every arm; or the sentence why there is no text."""
+    lm = setup.lm
+    new_sn = _written(setup, arm, coefficient, setup.prompts, samples)
+    if isinstance(new_sn, str):
+        return new_sn
     plain_sp, plain_mask_sp = (t.repeat_interleave(samples, 0) for t in lm.encode(setup.prompts))
     nats_p = [
         continuation_loss(lm, ids, new, mask)
         for ids, new, mask in zip(plain_sp.split(samples), new_sn.split(samples), plain_mask_sp.split(samples))
     ]
-    real_s = until_end(lm, new_sn).sum(1).tolist()  # host sync
-    tokens = [row[:real] for row, real in zip(new_sn.tolist(), real_s)]  # host sync
-    return Continuations([lm.tokenizer.decode(row, skip_special_tokens=True) for row in tokens], tokens, np.array(nats_p))
+    return Continuations(*_until_end(lm, new_sn), np.array(nats_p))
 
 
 def level(
@@ -181,29 +223,29 @@ def _by_prompt(setup: ComparisonSetup, value_s: np.ndarray) -> np.ndarray:
     return value_s.reshape(-1, setup.samples).mean(1)
 
 
-def _off_topic(lm: LanguageModel, arm: Arm, coefficient: float, batch: tuple[Tensor, Tensor], unsteered_nv: Tensor) -> Divergence:
+def off_topic(setup: ComparisonSetup, arm: Arm, coefficient: float) -> Divergence:
     """On the sentences that nothing was calibrated on. Of a prompt put before, it is that on what it does to the text behind it."""
+    lm, texts = setup.lm, setup.off_topic
     if arm.vector is not None:
-        with steered(lm, [(arm.vector, coefficient)]):
-            return divergence(unsteered_nv, log_probs(lm, *batch))
+        return texts.divergence([(arm.vector, coefficient)])
     if not arm.prefix:
         return Divergence(0.0, 0.0)
     before_11p, _ = lm.encode([arm.prefix.rstrip()])
     parts = []
-    for row, mask in zip(*batch):
+    for row, mask in zip(texts.ids_sp, texts.mask_sp):
         own = row[mask.bool()][lm.bos_id is not None :]
         ids_sp = torch.cat([before_11p[0], own])[None, : lm.context]
         parts.append(log_probs(lm, ids_sp, torch.ones_like(ids_sp))[before_11p.shape[1] - (lm.bos_id is not None) :])
-    return divergence(unsteered_nv, torch.cat(parts))
+    return divergence(texts.unsteered_nv, torch.cat(parts))
 
 
 def _broken(setup: ComparisonSetup, arm: Arm, breaking: Calibration) -> dict[str, Any]:
     """The first prompts, continued at a strength that breaks the text."""
-    continued = continuations(setup, arm, breaking.coefficient, 1)
-    entry = {"method": arm.method, **breaking._asdict(), "failure": continued if isinstance(continued, str) else None}
-    texts = [] if isinstance(continued, str) else continued.texts
-    shown = list(zip(setup.prompts, texts))[:BROKEN_PROMPTS]
-    return entry | {"texts": [{"prompt": prompt, "text": text} for prompt, text in shown]}
+    prompts = setup.prompts[:BROKEN_PROMPTS]
+    new_sn = _written(setup, arm, breaking.coefficient, prompts, 1)
+    entry = {"method": arm.method, **breaking._asdict(), "failure": new_sn if isinstance(new_sn, str) else None}
+    texts = [] if isinstance(new_sn, str) else _until_end(setup.lm, new_sn)[0]
+    return entry | {"texts": [{"prompt": prompt, "text": text} for prompt, text in zip(prompts, texts)]}
 
 
 def detection_auroc(setup: ComparisonSetup, vector: SteeringVector | None) -> Estimate | None:
@@ -211,11 +253,9 @@ def detection_auroc(setup: ComparisonSetup, vector: SteeringVector | None) -> Es
     if vector is None or any(d.ndim == 2 for d in vector.directions.values()) or not all(setup.held):
         return None
 
-    def projected(texts: Sequence[str]) -> np.ndarray:
-        total_t = np.zeros(len(texts))
-        for site, direction in vector.directions.items():
-            rows = activations_of_texts(setup.lm, texts, site)
-            total_t += [(x_nd.mean(0) @ direction.cpu()).item() for x_nd in rows]  # host sync
-        return total_t
+    means = setup.held_means(list(vector.directions))
 
-    return auroc_estimate(projected(setup.held[0]), projected(setup.held[1]), setup.seed)
+    def projected(side: int) -> np.ndarray:
+        return sum((means[site][side] @ direction.cpu()).double() for site, direction in vector.directions.items()).numpy()  # type: ignore[union-attr]
+
+    return auroc_estimate(projected(0), projected(1), setup.seed)

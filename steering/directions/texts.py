@@ -1,11 +1,12 @@
 """Activations of texts at a site, without padding and without the beginning-of-text token.
 
-s texts · n tokens of a text · d width of the site
+s, t texts · n tokens of a text · d width of the site
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from sae.errors import InputError
@@ -24,10 +25,25 @@ def activations_of_texts(
     """
     if tokens not in ("all", "last") or first_dropped < 0:
         raise InputError(f'expected tokens to be "all" or "last" and first_dropped at least 0, got {tokens!r} and {first_dropped}')
+    rows = [row_nd for of_sites in _batches(lm, texts, [site], first_dropped) for row_nd in of_sites[site]]
+    return [row_nd[-1:] for row_nd in rows] if tokens == "last" else rows
+
+
+def means_of_texts(lm: LanguageModel, texts: Sequence[str], sites: Sequence[str]) -> dict[str, Tensor]:
+    """The mean of `activations_of_texts` of each text at each site, float32 [t, d]; all sites are recorded in one pass."""
+    means: dict[str, list[Tensor]] = {site: [] for site in sites}
+    for of_sites in _batches(lm, texts, sites):
+        for site, rows in of_sites.items():
+            means[site] += [row_nd.mean(0) for row_nd in rows]
+    return {site: torch.stack(mean) for site, mean in means.items()}
+
+
+def _batches(lm: LanguageModel, texts: Sequence[str], sites: Sequence[str], first_dropped: int = 0) -> Iterator[dict[str, list[Tensor]]]:
+    """For some texts at a time, by site, the activations of each."""
     texts = text_list(texts)
-    lm.width(site)
+    for site in sites:
+        lm.width(site)
     before = first_dropped + (lm.bos_id is not None)
-    rows: list[Tensor] = []
     for first in range(0, len(texts), BATCH):
         batch = texts[first : first + BATCH]
         ids_sp, mask_sp = lm.encode(batch)
@@ -35,6 +51,8 @@ def activations_of_texts(
         for text, length in zip(batch, lengths):
             if length <= before:
                 raise InputError(f"expected texts of over {first_dropped} tokens, got one of {length - before + first_dropped}: {text!r}")
-        value_spd = lm.record(ids_sp, [site], mask_sp)[site].float().cpu()  # host sync
-        rows += [row_pd[-1:] if tokens == "last" else row_pd[before - length :] for row_pd, length in zip(value_spd, lengths)]
-    return rows
+        recorded = lm.record(ids_sp, sites, mask_sp)
+        yield {
+            site: [row_pd[before - length :] for row_pd, length in zip(recorded[site].float().cpu(), lengths)]  # host sync
+            for site in sites
+        }

@@ -4,9 +4,10 @@ Equal coefficients of two directions are not equally strong; equal KL is. s sequ
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,11 +15,15 @@ from torch import Tensor
 from sae.activations.harvest.massive import is_massive
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
+from sae.model.resumed import Resumed, first_block
 from sae.text_input import text_list
 from steering.intervention import steered
 from steering.vector import SteeringVector
 
+Vectors: TypeAlias = Sequence[SteeringVector | tuple[SteeringVector, float]]
+
 BATCH = 16
+ROWS = 8  # of log-probabilities that are worked on at a time
 TOKENS = 64  # of each text are read
 START, MOST = 0.3, 300.0  # first and largest rho that is tried
 TOLERANCE = 0.03  # relative, of a KL that counts as the budget
@@ -148,27 +153,118 @@ def encode_cut(lm: LanguageModel, texts: Sequence[str], tokens: int = TOKENS) ->
 @torch.no_grad()
 def log_probs(lm: LanguageModel, ids_sp: Tensor, mask_sp: Tensor) -> Tensor:
     """Log-probabilities of the next token at every real position, float32 [n, v]; inside `steered`, those of the steered model."""
-    parts = []
-    for ids, mask in zip(ids_sp.split(BATCH), mask_sp.split(BATCH)):
-        logits_spv = lm.logits(ids, mask)
-        parts.append(logits_spv[mask.bool().to(logits_spv.device)].float().log_softmax(-1))
-    return torch.cat(parts)
+    batches = zip(ids_sp.split(BATCH), mask_sp.split(BATCH))
+    return torch.cat([rows_nv for ids, mask in batches for rows_nv in _log_probs_of_rows(lm.logits(ids, mask), mask)])
+
+
+def _log_probs_of_rows(logits_spv: Tensor, mask_sp: Tensor) -> Iterator[Tensor]:
+    """Of the real positions, float32, a few at a time so that they stay in the processor's cache."""
+    for rows_nv in logits_spv[mask_sp.bool().to(logits_spv.device)].split(ROWS):
+        yield rows_nv.float().log_softmax(-1)
 
 
 def divergence(unsteered_nv: Tensor, steered_nv: Tensor) -> Divergence:
     """Between two tables of `log_probs`; NaN where the steered one is not finite."""
-    kl_n = (unsteered_nv.exp() * (unsteered_nv - steered_nv)).sum(-1)
-    flips_n = unsteered_nv.argmax(-1) != steered_nv.argmax(-1)
-    return Divergence(kl_n.double().mean().item(), flips_n.double().mean().item())  # host sync
+    return _divergence(unsteered_nv, steered_nv.split(ROWS))
 
 
-def kl_per_token(
-    lm: LanguageModel, ids_sp: Tensor, mask_sp: Tensor, vectors: Sequence[SteeringVector | tuple[SteeringVector, float]]
-) -> float:
+def _divergence(unsteered_nv: Tensor, steered: Iterable[Tensor]) -> Divergence:
+    """`steered` are the rows of the second table in their order, some at a time."""
+    kl, flips, done = [], [], 0
+    for steered_nv in steered:
+        before_nv = unsteered_nv[done : done + len(steered_nv)]
+        kl.append((before_nv.exp() * (before_nv - steered_nv)).sum(-1))
+        flips.append(before_nv.argmax(-1) != steered_nv.argmax(-1))
+        done += len(steered_nv)
+    return Divergence(torch.cat(kl).double().mean().item(), torch.cat(flips).double().mean().item())  # host sync
+
+
+class SteeredTexts:
+    """Fixed texts, to be read under many vectors; blocks below those of the vectors run once."""
+
+    def __init__(self, lm: LanguageModel, ids_sp: Tensor, mask_sp: Tensor):
+        self.lm, self.ids_sp, self.mask_sp = lm, ids_sp, mask_sp
+        self._resumed: dict[int, list[Resumed]] = {}
+
+    @cached_property
+    def unsteered_nv(self) -> Tensor:
+        """`log_probs` of the texts."""
+        return log_probs(self.lm, self.ids_sp, self.mask_sp)
+
+    def log_probs(self, vectors: Vectors) -> Tensor:
+        """The same under `vectors`, added everywhere (or where their own positions are)."""
+        return torch.cat(list(self._steered(vectors)))
+
+    def divergence(self, vectors: Vectors) -> Divergence:
+        """Of the steered predictions from the unsteered ones."""
+        return _divergence(self.unsteered_nv, self._steered(vectors))
+
+    @torch.no_grad()
+    def _steered(self, vectors: Vectors) -> Iterator[Tensor]:
+        sites = {site for entry in vectors for site in (entry[0] if isinstance(entry, tuple) else entry).directions}
+        batches = self._batches(sorted(sites))
+        with steered(self.lm, vectors):
+            for batch, mask in zip(batches, self.mask_sp.split(BATCH)):
+                yield from _log_probs_of_rows(batch.logits(), mask)
+
+    def _batches(self, sites: Sequence[str]) -> list[Resumed]:
+        first = first_block(self.lm, sites)
+        if first not in self._resumed:
+            batches = zip(self.ids_sp.split(BATCH), self.mask_sp.split(BATCH))
+            self._resumed[first] = [Resumed(self.lm, ids, mask, sites) for ids, mask in batches]
+        return self._resumed[first]
+
+
+def kl_per_token(lm: LanguageModel, ids_sp: Tensor, mask_sp: Tensor, vectors: Vectors) -> float:
     """Mean over real positions of KL(unsteered ‖ steered), nats, with `vectors` added everywhere (or where their own positions are)."""
-    unsteered_nv = log_probs(lm, ids_sp, mask_sp)
-    with steered(lm, vectors):
-        return divergence(unsteered_nv, log_probs(lm, ids_sp, mask_sp)).kl
+    return SteeredTexts(lm, ids_sp, mask_sp).divergence(vectors).kl
+
+
+class Calibrator:
+    """Neutral texts, on which the strengths of many directions are set; their first `tokens` tokens are read."""
+
+    def __init__(self, lm: LanguageModel, texts: Sequence[str], tokens: int = TOKENS):
+        self.lm, self.texts = lm, SteeredTexts(lm, *encode_cut(lm, texts, tokens))
+        self._values: dict[str, Tensor] = {}
+
+    def values(self, sites: Sequence[str]) -> dict[str, Tensor]:
+        """Activations of the texts' tokens but for beginning-of-text, whose norm is often far from any other's: float32 [n, d] each."""
+        ids_sp, mask_sp = self.texts.ids_sp, self.texts.mask_sp
+        real_sp = (mask_sp.bool() & (mask_sp.cumsum(1) > (self.lm.bos_id is not None))).cpu()
+        if not real_sp.any():  # host sync
+            raise InputError("expected texts with a token besides beginning-of-text, got none")
+        if missing := [site for site in sites if site not in self._values]:
+            found = self.lm.record(ids_sp, missing, mask_sp)
+            self._values |= {site: found[site].float().cpu()[real_sp] for site in missing}  # host sync
+        return {site: self._values[site] for site in sites}
+
+
+class DirectionStrength:
+    """The coefficients of one direction at KL budgets; every KL that was measured serves the budgets that follow."""
+
+    def __init__(self, calibrator: Calibrator, vector: SteeringVector, strongest: float | None = None):
+        """Raises `InputError` for a zero vector and for one of another width."""
+        vector.unit()  # refuses a zero vector
+        with steered(calibrator.lm, [vector]):  # refuses another width
+            pass
+        self.vector, self.texts = vector, calibrator.texts
+        self.rho_of_1, projection = _scale(vector, calibrator.values(list(vector.directions)))
+        self.strongest = projection if strongest is None else strongest
+        self._kl: dict[float, float] = {}
+        self._start = START / self.rho_of_1
+
+    def at(self, budget: float, tolerance: float = TOLERANCE) -> Calibration:
+        """Where the KL is `budget` nats per token, within the relative tolerance; coefficients up to rho = 300 are tried."""
+        found = coefficient_for_kl(self._kl_at, budget, start=self._start, most=MOST / self.rho_of_1, tolerance=tolerance)
+        c = found.coefficient
+        self._start = c if found.reached else START / self.rho_of_1
+        units = c * self.vector.norm / self.strongest if self.strongest else None
+        return Calibration(budget, c, found.kl, c * self.rho_of_1, units, found.reached, found.monotone)
+
+    def _kl_at(self, coefficient: float) -> float:
+        if coefficient not in self._kl:
+            self._kl[coefficient] = self.texts.divergence([(self.vector, coefficient)]).kl
+        return self._kl[coefficient]
 
 
 def calibrate(
@@ -186,40 +282,14 @@ def calibrate(
     decoder row. Without it, it is the largest projection on the texts. Coefficients up to rho = 300 are tried. Raises `InputError` for
     a zero vector and for one of another width.
     """
-    vector.unit()  # refuses a zero vector
-    with steered(lm, [vector]):  # refuses another width
-        pass
-    ids_sp, mask_sp = encode_cut(lm, texts, tokens)
-    rho_of_1, projection = _scale(lm, vector, ids_sp, mask_sp)
-    strongest = projection if strongest is None else strongest
-    unsteered_nv = log_probs(lm, ids_sp, mask_sp)
-
-    def kl_at(coefficient: float) -> float:
-        with steered(lm, [(vector, coefficient)]):
-            return divergence(unsteered_nv, log_probs(lm, ids_sp, mask_sp)).kl
-
-    found = []
-    start, most = START / rho_of_1, MOST / rho_of_1
-    for budget in budgets:
-        c, kl, reached, monotone, _ = coefficient_for_kl(kl_at, budget, start=start, most=most)
-        units = c * vector.norm / strongest if strongest else None
-        found.append(Calibration(budget, c, kl, c * rho_of_1, units, reached, monotone))
-        start = c if reached else START / rho_of_1
-    return found
+    strength = DirectionStrength(Calibrator(lm, texts, tokens), vector, strongest)
+    return [strength.at(budget) for budget in budgets]
 
 
-def _scale(lm: LanguageModel, vector: SteeringVector, ids_sp: Tensor, mask_sp: Tensor) -> tuple[float, float | None]:
-    """rho of coefficient 1, and the largest projection on the texts' tokens if the vector is one direction and it is above 0.
-
-    The beginning-of-text token, whose norm is often far from any other's, counts in neither.
-    """
-    recorded = lm.record(ids_sp, list(vector.directions), mask_sp)
-    real_sp = mask_sp.bool() & (mask_sp.cumsum(1) > (lm.bos_id is not None))
-    if not real_sp.any():  # host sync
-        raise InputError("expected texts with a token besides beginning-of-text, got none")
+def _scale(vector: SteeringVector, values: Mapping[str, Tensor]) -> tuple[float, float | None]:
+    """rho of coefficient 1, and the largest projection of the values if the vector is one direction and it is above 0."""
     rhos, projection = [], 0.0
     for site, direction in vector.directions.items():
-        h_nd = recorded[site].float().cpu()[real_sp.cpu()]  # host sync
-        rhos.append((direction.cpu().norm(dim=-1).max() / h_nd.norm(dim=-1).median()).item())
-        projection = (h_nd @ direction.cpu()).max().item() / vector.norm if direction.ndim == 1 else 0.0
+        rhos.append((direction.cpu().norm(dim=-1).max() / values[site].norm(dim=-1).median()).item())
+        projection = (values[site] @ direction.cpu()).max().item() / vector.norm if direction.ndim == 1 else 0.0
     return max(rhos), projection if len(rhos) == 1 and projection > 0 else None

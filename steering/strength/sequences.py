@@ -14,8 +14,7 @@ from sae.activations.text.documents import TextConfig, check_source, documents
 from sae.activations.text.tokens import tokenise
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
-from steering.intervention import steered
-from steering.strength.calibration import KLSearch, coefficient_for_kl, divergence, log_probs
+from steering.strength.calibration import KLSearch, SteeredTexts, coefficient_for_kl
 from steering.vector import SteeringVector
 
 FIRST_DROPPED = 4  # as steering/directions/pca.py: a text's first tokens can be so long that they are the first component
@@ -78,8 +77,7 @@ class KLCalibrator:
     """How far along a direction the model's predictions change by a given KL, on fixed sequences."""
 
     def __init__(self, lm: LanguageModel, sequences: Sequences, site: str):
-        self.lm, self.ids_sp, self.mask_sp = lm, sequences.ids_sp, torch.ones_like(sequences.ids_sp)
-        self.unsteered_nv = log_probs(lm, self.ids_sp, self.mask_sp)
+        self.texts = SteeredTexts(lm, sequences.ids_sp, torch.ones_like(sequences.ids_sp))
         self.typical_norm = site_activations(lm, sequences, site).norm(dim=-1).median().item()
         """median norm at the site; a unit direction's coefficient divided by it is rho"""
         self._last = 0.3 * self.typical_norm
@@ -91,8 +89,7 @@ class KLCalibrator:
         """
 
         def kl_at(coefficient: float) -> float:
-            with steered(self.lm, [(unit, sign * coefficient)]):
-                return divergence(self.unsteered_nv, log_probs(self.lm, self.ids_sp, self.mask_sp)).kl
+            return self.texts.divergence([(unit, sign * coefficient)]).kl
 
         found = coefficient_for_kl(kl_at, budget, start=self._last, most=300 * self.typical_norm)
         if found.reached:

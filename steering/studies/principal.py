@@ -26,8 +26,7 @@ from sae.statistics import auroc
 from steering.dictionary import load_dictionary
 from steering.directions.pca import principal_directions
 from steering.directions.random import random_direction, random_in_span
-from steering.intervention import steered
-from steering.strength.calibration import divergence, log_probs
+from steering.strength.calibration import SteeredTexts, divergence
 from steering.strength.sequences import KLCalibrator, Sequences, read_sequences, site_activations
 from steering.studies.measured import COMPONENT, IN_SPAN, IN_SPAN_WEIGHTED, RANDOM, TOP, Direction, DirectionResult, OneSign
 from steering.vector import SteeringVector
@@ -100,16 +99,29 @@ def recovered_labels(fit_nk: np.ndarray, fit_label_n: np.ndarray, held_nk: np.nd
     return [(int(j), float(held[j] if fit[j] >= 0.5 else 1 - held[j])) for j, fit, held in zip(best_k, fit_kl, held_kl)]
 
 
+class Prompts:
+    """The sequences on which directions are measured."""
+
+    def __init__(self, lm: LanguageModel, sequences: Sequences):
+        self.texts, self._first = SteeredTexts(lm, sequences.ids_sp, torch.ones_like(sequences.ids_sp)), sequences.first
+
+    def predictions(self, every_nv: Tensor) -> Tensor:
+        """Of the log-probabilities at all positions those at the columns that count, [s, p, v]."""
+        return every_nv.unflatten(0, self.texts.ids_sp.shape)[:, self._first :]
+
+    @property
+    def unsteered_spv(self) -> Tensor:
+        return self.predictions(self.texts.unsteered_nv)
+
+
 @torch.no_grad()
-def measure_direction(
-    lm: LanguageModel, unit: SteeringVector, prompts: Sequences, unsteered_spv: Tensor, calibrator: KLCalibrator, kl: float
-) -> DirectionResult:
+def measure_direction(unit: SteeringVector, prompts: Prompts, calibrator: KLCalibrator, kl: float) -> DirectionResult:
     """Both sides of a unit direction at `kl` nats per token. Raises `InputError` if no coefficient gives finite predictions."""
     sides, changes = [], []
+    unsteered_spv = prompts.unsteered_spv
     for sign in (1, -1):
         found = calibrator.coefficient(unit, kl, sign)
-        with steered(lm, [(unit, sign * found.coefficient)]):
-            steered_spv = predictions(lm, prompts)
+        steered_spv = prompts.predictions(prompts.texts.log_probs([(unit, sign * found.coefficient)]))
         change_spv = steered_spv - unsteered_spv
         change_spv -= change_spv.mean(-1, keepdim=True)  # a constant over the vocabulary does nothing
         if not torch.isfinite(change_spv).all():  # host sync
@@ -122,12 +134,6 @@ def measure_direction(
         sides.append(OneSign(found.coefficient, rho, found.reached, kl_here, pair_cosines(change_spv), effective_tokens(mean_v), top))
         changes.append(change_spv)
     return DirectionResult(sides[0], sides[1], linearity(*changes))
-
-
-def predictions(lm: LanguageModel, sequences: Sequences) -> Tensor:
-    """Log-probabilities at the columns that count, [s, p, v]."""
-    every_nv = log_probs(lm, sequences.ids_sp, torch.ones_like(sequences.ids_sp))
-    return every_nv.unflatten(0, sequences.ids_sp.shape)[:, sequences.first :]
 
 
 def principal_study(config: PrincipalConfig) -> dict[str, Any]:
@@ -147,11 +153,11 @@ def principal_study(config: PrincipalConfig) -> dict[str, Any]:
     fit, held, calibration, prompts = (every.part(sum(counts[:i]), n) for i, n in enumerate(counts))
     fit_npd, held_npd = site_activations(lm, fit, config.site), site_activations(lm, held, config.site)
     directions, left_out = all_directions(config, fit, fit_npd, dictionary)
-    calibrator, unsteered_spv = KLCalibrator(lm, calibration, config.site), predictions(lm, prompts)
+    calibrator, measured_on = KLCalibrator(lm, calibration, config.site), Prompts(lm, prompts)
     measured = []
     with progress("measuring", len(directions), "directions") as bar:
         for direction in directions:
-            measured.append(measure_direction(lm, direction.unit, prompts, unsteered_spv, calibrator, config.kl))
+            measured.append(measure_direction(direction.unit, measured_on, calibrator, config.kl))
             bar.advance(1, group=direction.group)
     recovered = None
     if every.labels:

@@ -3,13 +3,15 @@
 t texts · d width · f features
 """
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
 from sae.dictionaries.dictionary import Dictionary
-from steering.compare.arms import MAKERS, NONE, PROMPTING, RANDOM, SHUFFLED, ArmInputs, build_arms
+from steering.compare.arms import MAKERS, NONE, PROMPTING, RANDOM, SHUFFLED, ArmInputs, Method, build_arms
 from steering.compare.concepts import LabelledTexts, Texts
 from steering.concept import Concept
 from steering.directions.targeted import Effects, targeted_direction
@@ -56,6 +58,13 @@ def test_every_arm_is_there_as_a_unit_vector(arms):
         "method"
     ]
     assert arms[PROMPTING].prefix == "aaaa "
+
+
+def test_chosen_methods_come_with_all_baselines_and_controls(byte_lm):
+    made = build_arms(material(byte_lm), ["diffmean", "iti"])
+    assert [arm.method for arm in made] == [NONE, PROMPTING, RANDOM, SHUFFLED, "DiffMean", "ITI"]
+    for method in get_args(Method):  # each name chooses one
+        assert len(build_arms(material(byte_lm), [method])) == 5
 
 
 def test_diffmean_counts_every_text_once(byte_lm, arms):

@@ -22,12 +22,12 @@ from steering.compare.continuations import (
     detection_auroc,
     level,
     measure_arms,
+    off_topic,
 )
-from steering.compare.continuations import _off_topic as off_topic
 from steering.directions.actadd import actadd
 from steering.directions.random import random_direction
 from steering.intervention import steered
-from steering.strength.calibration import Calibration, Divergence, encode_cut, log_probs
+from steering.strength.calibration import TOKENS, Calibration, Divergence
 from steering.vector import SteeringVector
 
 SITE = "resid_post.1"
@@ -121,17 +121,17 @@ def test_halves_and_gains_of_a_level(byte_lm):
 
 
 def test_a_prompt_put_before_changes_neutral_text_as_by_hand(byte_lm):
-    ids_sp, mask_sp = encode_cut(byte_lm, ["It rained.", "The door was open."])
-    unsteered_nv = log_probs(byte_lm, ids_sp, mask_sp)
-    found = off_topic(byte_lm, Arm(PROMPTING, "baseline", prefix="aaa "), 0.0, (ids_sp, mask_sp), unsteered_nv)
+    setup = setup_of(byte_lm)
+    found = off_topic(setup, Arm(PROMPTING, "baseline", prefix="aaa "), 0.0)
     total, count = 0.0, 0
-    for text in ("It rained.", "The door was open."):
+    for text in OFF_TOPIC_SENTENCES:
+        text = byte_lm.tokenizer.decode(byte_lm.encode([text])[0][0, 1:TOKENS])
         plain = byte_lm.logits(byte_lm.encode([text])[0])[0].double().log_softmax(-1)
         behind = byte_lm.logits(byte_lm.encode(["aaa" + text])[0])[0, 3:].double().log_softmax(-1)
         total += (plain.exp() * (plain - behind)).sum().item()
         count += len(plain)
     assert found.kl == pytest.approx(total / count, rel=1e-4)
-    assert off_topic(byte_lm, Arm(NONE, "baseline"), 0.0, (ids_sp, mask_sp), unsteered_nv) == (0, 0)
+    assert off_topic(setup, Arm(NONE, "baseline"), 0.0) == (0, 0)
 
 
 def test_neutral_text_is_calibrated_on_and_reported_on_apart():

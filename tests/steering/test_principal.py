@@ -22,12 +22,12 @@ from steering.strength.sequences import KLCalibrator, Sequences, read_sequences,
 from steering.studies.measured import consistency
 from steering.studies.principal import (
     PrincipalConfig,
+    Prompts,
     effective_tokens,
     label_aurocs,
     linearity,
     measure_direction,
     pair_cosines,
-    predictions,
     principal_study,
     recovered_labels,
 )
@@ -49,7 +49,7 @@ def test_a_linear_read_out_is_perfectly_consistent_and_linear():
     ids_sp = torch.randint(2, 60, (5, 9), generator=torch.Generator().manual_seed(0))
     prompts = Sequences(ids_sp, np.full(5, -1), [], 3)
     unit = random_direction(16, "resid_post.1", 7)
-    found = measure_direction(lm, unit, prompts, predictions(lm, prompts), KLCalibrator(lm, prompts, unit.site), 0.3)
+    found = measure_direction(unit, Prompts(lm, prompts), KLCalibrator(lm, prompts, unit.site), 0.3)
     assert consistency(found.plus.cosine_ss, np.ones((1, 5)))[0] == pytest.approx(1, abs=1e-4)
     assert found.linearity_s == pytest.approx(np.ones(5), abs=1e-4)
     change_v = found.plus.coefficient * (lm.model.get_output_embeddings().weight @ unit.direction_d)
