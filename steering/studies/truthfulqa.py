@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel, NonFiniteLogits
@@ -108,18 +109,31 @@ def answer_log_probs(
     starts = [_shared(prompt_ids, row) for row in rows]
     if not all(0 < start < len(row) for start, row in zip(starts, rows)):
         raise InputError(f"expected each answer to add tokens to the prompt {prompt!r}, got {list(answers)}")
+    first = min(starts)
     longest = max(map(len, rows))
     # Padding stands on the right, where causal attention does not see it, so that the answers begin in one column.
     ids_sp = torch.tensor([row + [lm.pad_id] * (longest - len(row)) for row in rows], device=lm.device)
-    with steered(lm, vectors, positions="generated", prompt_length=min(starts)):
-        logits_spv = lm.logits(ids_sp)[:, min(starts) - 1 : -1]
-    loss_sp = token_losses(logits_spv, ids_sp[:, min(starts) :])
+    with steered(lm, vectors, positions="generated", prompt_length=first):
+        logits_spv = _behind_shared(lm, ids_sp, first - 1)[:, :-1]
+    loss_sp = token_losses(logits_spv, ids_sp[:, first:])
     scores = []
     for loss_p, start, row in zip(loss_sp.cpu(), starts, rows):  # host sync
-        scores.append(-loss_p[start - min(starts) : len(row) - min(starts)].sum().item())
+        scores.append(-loss_p[start - first : len(row) - first].sum().item())
     if not all(map(math.isfinite, scores)):
         raise NonFiniteLogits(f"the model's probabilities of the answers to {prompt!r} are not finite")
     return scores
+
+
+def _behind_shared(lm: LanguageModel, ids_sp: Tensor, shared: int) -> Tensor:
+    """Logits of the columns from number `shared` on; those before, equal in all rows, are read once if the model's cache can be shared."""
+    from transformers import DynamicCache
+
+    if shared and ids_sp.shape[1] <= lm.context:
+        cache = lm.model(input_ids=ids_sp[:1, :shared], use_cache=True, logits_to_keep=1).past_key_values
+        if isinstance(cache, DynamicCache):
+            cache.batch_repeat_interleave(len(ids_sp))
+            return lm.model(input_ids=ids_sp[:, shared:], past_key_values=cache, use_cache=True).logits
+    return lm.logits(ids_sp)[:, shared:]
 
 
 def _shared(left: Sequence[int], right: Sequence[int]) -> int:
@@ -149,9 +163,9 @@ def truthfulqa(
     scores = []
     with progress("TruthfulQA", len(questions), "questions") as bar:
         for question in questions:
-            answers = [question.best, *question.correct, *question.incorrect]
-            best, *others = answer_log_probs(lm, primer + question.prompt, answers, vectors)
-            correct, incorrect = others[: len(question.correct)], others[len(question.correct) :]
-            scores.append(Score(mc1(best, incorrect), mc2(correct, incorrect)))
+            answers = list(dict.fromkeys([question.best, *question.correct, *question.incorrect]))  # the best is a correct one
+            score = dict(zip(answers, answer_log_probs(lm, primer + question.prompt, answers, vectors)))
+            correct, incorrect = ([score[answer] for answer in side] for side in (question.correct, question.incorrect))
+            scores.append(Score(mc1(score[question.best], incorrect), mc2(correct, incorrect)))
             bar.advance(1)
     return scores
