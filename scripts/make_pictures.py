@@ -48,12 +48,12 @@ def make_pictures(config: PicturesConfig) -> None:
         plot_breakdown([read_json(folder / "study.json", "a breakdown study") for folder in config.breakdown], config.out / "breakdown.png")
     if config.circuit is not None:
         picture_of_circuit(config, config.circuit)
+    if config.comparison is not None:
+        picture_of_comparison(config, config.comparison)
     if config.real is not None:
         pictures_of_real_demo(config, config.real)
     if config.demo is not None:
         pictures_of_demo(config, config.demo)
-    elif config.comparison is not None:
-        raise InputError("expected the demo's results with --comparison, whose picture is taken beside theirs; leave out --demo None")
 
 
 def pictures_of_real_demo(config: PicturesConfig, real: Path) -> None:
@@ -69,16 +69,21 @@ def pictures_of_real_demo(config: PicturesConfig, real: Path) -> None:
             print(f"real_comparison.png stays as it is: there is no {report}")
 
 
+def picture_of_comparison(config: PicturesConfig, comparison: Path) -> None:
+    report = comparison / "report.html"
+    if not report.exists():
+        raise InputError(f"expected a comparison in {comparison}, found no {report.name}; run sae compare first")
+    with camera(config) as take:
+        take("comparison.png", report.resolve().as_uri(), height=1238)
+
+
 def pictures_of_demo(config: PicturesConfig, demo: Path) -> None:
     table = demo / "steering.json"
     if not table.exists():
         raise InputError(f"expected the demo's results in {demo}, found no {table.name}; run make demo first")
-    report = config.comparison and config.comparison / "report.html"
-    if report and not report.exists():
-        raise InputError(f"expected a comparison in {config.comparison}, found no {report.name}; run sae compare first")
     result = json.loads(table.read_text())
     with browser(demo / "index") as url:
-        screenshots(config, url, result["feature"], report)
+        screenshots(config, url, result["feature"])
     plot(result, config.out / "steering.png")
 
 
@@ -150,12 +155,10 @@ def write_texts(page: Any) -> None:
     page.get_by_text("measuring how far it works").wait_for(state="hidden")
 
 
-def screenshots(config: PicturesConfig, url: str, feature: int, report: Path | None) -> None:
+def screenshots(config: PicturesConfig, url: str, feature: int) -> None:
     with camera(config) as take:
         take("features.png", url + "/?q=fuck%7Cshit&how=fires")
         take("steer.png", f"{url}/steer?feature={feature}&strength=1&prompt=I+think" + SAMPLING, write_texts, height=580)
-        if report:
-            take("comparison.png", report.resolve().as_uri(), height=1238)
 
 
 def plot(result: dict, picture: Path) -> None:
