@@ -21,7 +21,7 @@ from sae.errors import InputError
 
 BEAT = 1.0
 """seconds between two signs of life"""
-SILENCE = 60.0
+SILENCE = 300.0
 """seconds without one after which a process is taken for dead; where a launcher stops the others sooner, this is not needed"""
 FAREWELL = 5.0
 """seconds that the process in whose memory the store lies stays for the others to read the last word"""
@@ -135,18 +135,22 @@ class Processes:
         return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
     def require_same(self, **facts: Any) -> None:
-        """Raises `InputError` in a process whose facts, or whose code, are not the leader's. Every process calls it."""
+        """Raises `InputError` in a process whose facts, or whose code, are not the leader's. Nobody goes on before all have agreed."""
         facts = json.loads(json.dumps({"code": code_crc32(), **facts}))
         if self.leads:
             self.tell("facts", facts)
-            return
         theirs = self.hear("facts")
         for name in facts | theirs:
             if facts.get(name) != theirs.get(name):
+                here, there = _differing(facts.get(name), theirs.get(name))
                 raise InputError(
-                    f"expected the same {name.replace('_', ' ')} in every process, but process {self.rank} has "
-                    f"{facts.get(name)} and process 0 {theirs.get(name)}; give all of them the same"
+                    f"expected the same {name.replace('_', ' ')} in every process, but process {self.rank} has {here} and process 0 "
+                    f"{there}; give all of them the same"
                 )
+        self.store.add("agreed", 1)
+        while self.store.add("agreed", 0) < self.world:
+            self._look()
+            time.sleep(0.05)
 
     def deal(self, items: Sequence[Item]) -> Iterator[Item]:
         """The items that fall to this process: the next free one whenever it is ready for another. The same sequence for everyone."""
@@ -200,6 +204,14 @@ class Processes:
         while self._hosts_store and gone < self.world and time.monotonic() < until:
             time.sleep(0.05)
             gone = self.store.add("gone", 0)
+
+
+def _differing(here: Any, there: Any) -> tuple[Any, Any]:
+    """Of two tables, what differs."""
+    if not isinstance(here, dict) or not isinstance(there, dict):
+        return here, there
+    names = [name for name in here | there if here.get(name) != there.get(name)]
+    return {name: here.get(name) for name in names}, {name: there.get(name) for name in names}
 
 
 class _Numbered(io.TextIOBase):

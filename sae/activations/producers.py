@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -22,6 +23,9 @@ from sae.activations.live import LiveSource, PoolSource
 from sae.errors import InputError
 from sae.processes import Processes
 
+SILENCE = timedelta(minutes=10)
+"""without a word while a pool is sent, after which one ends; what dies on a machine is noticed at once"""
+
 
 @contextmanager
 def connected(processes: Processes) -> Iterator[None]:
@@ -29,7 +33,7 @@ def connected(processes: Processes) -> Iterator[None]:
     import torch.distributed as dist
 
     store = dist.PrefixStore("pools", processes.store)
-    dist.init_process_group("gloo", store=store, rank=processes.rank, world_size=processes.world)
+    dist.init_process_group("gloo", store=store, rank=processes.rank, world_size=processes.world, timeout=SILENCE)
     try:
         yield
     finally:

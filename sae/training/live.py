@@ -1,6 +1,7 @@
 """Training without a cache: the model computes the activations as they are needed, pool after pool."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from sae.activations.live import LiveSource, PoolSource
 from sae.activations.producers import FedSource, connected, produce
 from sae.activations.text.documents import text_files
 from sae.disk.places import require_folder
+from sae.pieces import one_voice
 from sae.processes import Processes
 from sae.training.config import RunConfig
 from sae.training.trainer import train_on
@@ -46,7 +48,9 @@ def train_live(config: LiveTrainingConfig) -> list[Path]:
                 folders = train_from(source, replace(config, device=processes.device(config.device)), live)
                 source.close()
             else:
-                produce(LiveSource(replace(config.live, device=device_of(config.live, processes))), processes)
+                with nullcontext() if processes.rank == 1 else one_voice(processes):
+                    rows = LiveSource(replace(config.live, device=device_of(config.live, processes)))
+                produce(rows, processes)
                 folders = []
         return folders
 

@@ -10,6 +10,8 @@ from sae.processes import Processes
 
 EVERY = 60.0
 """seconds between two tables"""
+AT_MOST_EVERY = 1.0
+"""seconds between two looks at what all have reported"""
 
 
 class Row(NamedTuple):
@@ -29,7 +31,7 @@ class Status:
     def __init__(self, processes: Processes, folder: Path, steps: int, rows: dict[str, Row]):
         """`rows`: of every run by its name, as they are at the start."""
         self.processes, self.path, self.steps, self.rows = processes, folder / "status.json", steps, rows
-        self._printed = time.monotonic()
+        self._printed = self._written = time.monotonic()
         self.show(print_now=True)
 
     def advance(self) -> None:
@@ -42,14 +44,16 @@ class Status:
 
     def show(self, print_now: bool = False) -> None:
         """What all have reported so far. Does something only in the process that leads."""
-        if not self.processes.leads:
+        now = time.monotonic()
+        if not self.processes.leads or (now - self._written < AT_MOST_EVERY and not print_now):
             return
         for name in self.rows:
             if (told := self.processes.heard(f"run {name}")) is not None:
                 self.rows[name] = Row(*told)
         write_json(self.path, [{"run": name, "steps": self.steps, **row._asdict()} for name, row in self.rows.items()])
-        if print_now or time.monotonic() - self._printed > EVERY:
-            self._printed = time.monotonic()
+        self._written = now
+        if print_now or now - self._printed > EVERY:
+            self._printed = now
             print_table(self.steps, self.rows)
 
 
