@@ -5,7 +5,7 @@ sends nothing. Two primitives send everything: `exchange` (each process has a pi
 Sums are made of them, so that they are added from the first process to the last whatever the backend.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ def speaking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo and NCCL have no class of their own for a lost connection
-        raise Gone(str(error)) from error
+        raise Gone(" ".join(str(error).split())) from error
 
 
 class Axis:
@@ -31,7 +31,8 @@ class Axis:
     All call the same methods in the same order.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, group: Any = None):
+    def __init__(self, rank: int = 0, size: int = 1, group: Callable[[], Any] = lambda: None):
+        """`group` looks up torch's, by default that of all processes. Nothing here keeps it: its end tells others of a failure."""
         self.rank, self.size, self._group = rank, size, group
 
     @property
@@ -54,7 +55,7 @@ class Axis:
             return to_n
         from_n = torch.empty_like(to_n)
         with speaking():
-            dist.all_to_all_single(from_n, to_n.contiguous(), group=self._group)
+            dist.all_to_all_single(from_n, to_n.contiguous(), group=self._group())
         return from_n
 
     def gather(self, piece: Tensor, out_n: Tensor | None = None) -> Tensor:
@@ -65,7 +66,7 @@ class Axis:
             return piece[None]
         found_n = piece.new_empty(self.size, *piece.shape) if out_n is None else out_n
         with speaking():
-            dist.all_gather_single(found_n, piece.contiguous(), group=self._group)
+            dist.all_gather_single(found_n.view(-1), piece.reshape(-1), group=self._group())
         return found_n
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -91,12 +92,19 @@ class Axis:
         """Zero everywhere but in the first process: what a sum should have once."""
         return tensor if self.leads else tensor.zero_()
 
-    def numbers(self, number: float, device: torch.device | str = "cpu") -> list[float]:
-        """Everyone's number, exact below 2^53."""
-        return [number] if self.alone else self.gather(torch.tensor(number, dtype=torch.float64, device=device)).tolist()  # host sync
+    def numbers(self, number: float) -> list[float]:
+        """Everyone's number, exact below 2^53. It goes by way of the CPU."""
+        return [number] if self.alone else self.gather(torch.tensor(number, dtype=torch.float64)).tolist()
 
-    def total(self, number: int, device: torch.device | str = "cpu") -> int:
-        return int(sum(self.numbers(number, device)))
+    def total(self, number: int) -> int:
+        return int(sum(self.numbers(number)))
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.numbers(0)
+
+    def any(self, here: bool) -> bool:
+        return any(self.numbers(here))
 
     def sum_of_part(self, tensor: Tensor, dim: int) -> Tensor:
         """This process's part, along a dimension, of the sum."""
@@ -119,12 +127,12 @@ class Axis:
         piece = piece.cpu().contiguous()
         with speaking():
             if not self.leads:
-                dist.send(piece, 0, group=self._group)
+                dist.send(piece, 0, group=self._group())
                 return
             yield piece
             for rank in range(1, self.size):
                 received = torch.empty_like(piece)
-                dist.recv(received, rank, group=self._group)
+                dist.recv(received, rank, group=self._group())
                 yield received
 
 

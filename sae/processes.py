@@ -41,6 +41,7 @@ class Processes:
     def __init__(self, store: Any, rank: int, world: int, local_rank: int, local_world: int, hosts_store: bool = False):
         self.store, self.rank, self.world, self.local_rank, self.local_world = store, rank, world, local_rank, local_world
         self._hosts_store = hosts_store
+        self._failed_first: bool | None = None
         self._total, self._pending, self._looked, self._stage = 0, 0, time.monotonic(), 0
         self._watched = {other: (0, time.monotonic()) for other in (range(1, world) if rank == 0 else [0])}
         self._listened = time.monotonic()
@@ -77,10 +78,7 @@ class Processes:
         except dist.DistError:
             raise InputError("the process that led this run is gone; give the same command again, and it goes on") from None
         except BaseException as error:
-            first = True
-            with suppress(dist.DistError):
-                first = self.store.add("failed", 1) == 1
-            if first or not isinstance(error, InputError):
+            if self.fail() or not isinstance(error, InputError):
                 raise
             sys.exit(2)
         finally:
@@ -95,6 +93,16 @@ class Processes:
         with suppress(dist.DistError):
             while not ended.wait(BEAT):
                 self.store.add(f"beats{self.rank}", 1)
+
+    def fail(self) -> bool:
+        """Notes that this process has failed, and tells whether it was the first."""
+        import torch.distributed as dist
+
+        if self._failed_first is None:
+            self._failed_first = True
+            with suppress(dist.DistError):
+                self._failed_first = self.store.add("failed", 1) == 1
+        return self._failed_first
 
     @property
     def leads(self) -> bool:

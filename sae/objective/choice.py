@@ -110,7 +110,7 @@ def top_of_batch(above: Callable[[float], Entries], total: int, guess: float, ro
     """
     for lower in LOWER:
         row_n, feature_n, value_n = above(guess * lower)
-        found = mesh.every.total(len(value_n), value_n.device)
+        found = mesh.every.total(len(value_n))
         if found >= total or guess == 0:
             break
     if not mesh.alone:

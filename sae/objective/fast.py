@@ -102,7 +102,7 @@ def add_chosen(sums: Sums, name: str) -> float:
     if rule.over == "batch":
         if name not in guesses:
             guess = first_guess(pre_activations(sums, slice(None, None, max(1, rows // SAMPLE))), share)
-            guesses[name] = sum(mesh.every.numbers(guess, sums.input_bd.device)) / mesh.every.size
+            guesses[name] = sum(mesh.every.numbers(guess)) / mesh.every.size
 
         def above_all(low: float) -> Entries:
             if encoder is not None:
@@ -155,13 +155,13 @@ def add_all_above(sums: Sums, path: str) -> int:
             if path == "auto":
                 sample = acts[::64]  # counting every entry would be a pass of its own
                 active = torch.count_nonzero(sample if jump is None else sample > sums.low_f)
-                sparse = axis.total(int(active), acts.device) < SPARSE_BELOW * sample.numel() * axis.size  # host sync
+                sparse = axis.total(int(active)) < SPARSE_BELOW * sample.numel() * axis.size  # host sync
             if sparse:
                 listed = active_entries(acts, here, workspace) if jump is None else entries_above(acts, sums.low_f, here, workspace)
                 entries.append(listed)
         if sparse:
             sparse_rows += part.stop - part.start
-        held = axis.total(sum(len(e[0]) for e in entries), sums.input_bd.device) if sparse else 0
+        held = axis.total(sum(len(e[0]) for e in entries)) if sparse else 0
         if entries and (not sparse or part.stop == rows or held >= HELD_ENTRIES * axis.size):
             add_sparse(sums, slice(first, part.stop if sparse else part.start), entries)
             entries = []
@@ -177,7 +177,7 @@ def few_active(sums: Sums, part: slice) -> bool:
     z_bf = pre_activations(sums, slice(part.start, part.stop, SCREENED_SAMPLE))
     low = 0.0 if sums.rule.jump is None else sums.low_f
     axis = sums.workspace.mesh.features
-    return axis.total(int(torch.count_nonzero(z_bf > low)), z_bf.device) < SCREENED_BELOW * z_bf.numel() * axis.size  # host sync
+    return axis.total(int(torch.count_nonzero(z_bf > low))) < SCREENED_BELOW * z_bf.numel() * axis.size  # host sync
 
 
 def add_dense_rows(sums: Sums, part: slice, acts: Tensor) -> None:

@@ -204,7 +204,7 @@ def add_thresholds(sums: Sums, jump: Jump, column_n: Tensor, z_n: Tensor, a_n: T
 def add_dead_features(sums: Sums, aid: Aid) -> None:
     """Adds the loss of the dead features' second code and its gradients, from what the first code left of all rows."""
     mesh, dead_m = sums.workspace.mesh, aid.dead_f.nonzero().squeeze(1)  # host sync
-    dead = [int(number) for number in mesh.features.numbers(len(dead_m), dead_m.device)]  # of each process
+    dead = [int(number) for number in mesh.features.numbers(len(dead_m))]  # of each process
     if not sum(dead):
         return
     weights, gradients, rows = sums.weights, sums.gradients, len(sums.x_bd)

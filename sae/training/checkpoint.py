@@ -1,17 +1,20 @@
 """A training run's checkpoint: one safetensors file, whole or absent, with all that the next step depends on."""
 
 import json
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from sae.disk.reading import Number, parse_json, read_tensors
-from sae.disk.writing import write_tensors
+from sae.disk.pieces import DTYPES, Pieces, in_order, write_pieces
+from sae.disk.reading import Number, layout, parse_json, require_intact
 from sae.errors import InputError
+from sae.mesh import Mesh
 from sae.training.sweep import Sweep
 
 FILE = "checkpoint.safetensors"
@@ -36,28 +39,61 @@ class Checkpoint:
         self.folder, self.path, self.settings = folder, folder / FILE, settings
 
     def save(self, sweeps: Sequence[Sweep], step: int) -> None:
-        """After `step` steps. Adam's moments and the counts are in it, and the batch order follows from seed and step."""
-        tensors = {name: tensor.cpu() for name, tensor in state_of(sweeps).items()}  # host sync
-        write_tensors(self.path, tensors, {"step": str(step), "settings": json.dumps(self.settings)})
+        """After `step` steps. Adam's moments and the counts are in it, and the batch order follows from seed and step.
+
+        Of several processes all call it, and the one that leads writes the whole, the same file for any split; nobody goes on before that.
+        """
+        mesh, (split, whole) = sweeps[0].mesh, states_of(sweeps)
+        tensors = split | whole
+        order = in_order(tensors)
+        parts = {name: all_rows(tensors[name], mesh) if name in split else [tensors[name].cpu()] for name in order}  # host sync
+        if mesh.leads:
+            pieces = {name: Pieces(tensors[name].dtype, whole_shape(tensors[name], mesh, name in split), parts[name]) for name in order}
+            about = {"step": str(step), "settings": json.dumps(self.settings), "mesh": str(mesh)}
+            write_pieces(self.path, pieces, about)
+        else:
+            for name in order:
+                deque(parts[name], maxlen=0)  # sends them
+        mesh.every.wait()
 
     def restore(self, sweeps: Sequence[Sweep]) -> int:
         """Brings `sweeps` to the checkpoint and gives the number of steps done; 0 if there is no checkpoint.
 
-        Raises `InputError` when the folder holds a run with other settings, or a checkpoint that is damaged or has no checksum.
+        Each process reads its part, for any split that the checkpoint was written by; after another than this one, last digits differ.
+        Raises `InputError` when the folder holds a run with other settings, a checkpoint that is damaged or has no checksum, and where
+        some processes see a checkpoint and others do not.
         """
-        if not self.path.exists():
+        mesh = sweeps[0].mesh
+        there = mesh.every.numbers(self.path.exists())
+        if not all(there):
+            if any(there):
+                raise InputError(
+                    f"expected {self.path} in every process, but process {there.index(0)} does not see it; use a folder that all see"
+                )
             return 0
-        tensors, metadata = read_tensors(self.path, "a checkpoint", then=THEN)
+        if mesh.leads:
+            require_intact(self.path, "a checkpoint", THEN)
+        mesh.every.wait()
+        places, metadata = layout(self.path, "a checkpoint", THEN)
         if not {"crc32", "step", "settings"} <= metadata.keys():
             raise InputError(f"expected a checkpoint with a checksum at {self.path}, but an earlier version wrote this one; {THEN}")
         self.refuse_other(parse_json(metadata["settings"], f"the settings of the checkpoint {self.path}", dict[str, Any]))
         step, steps = parse_json(metadata["step"], f"the step of the checkpoint {self.path}", int), sweeps[0].recipe.steps
-        ours = {name: (tensor.dtype, tensor.shape) for name, tensor in state_of(sweeps).items()}
-        if ours != {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()} or not 0 < step <= steps:
+        split, whole = states_of(sweeps)
+        ours = {name: (DTYPES[tensor.dtype], whole_shape(tensor, mesh, name in split)) for name, tensor in (split | whole).items()}
+        if ours != {name: (place.dtype, place.shape) for name, place in places.items()} or not 0 < step <= steps:
             raise InputError(f"expected the state of this run after 1 to {steps} steps in {self.path}, but it holds another; {THEN}")
-        with torch.no_grad():
-            for name, tensor in state_of(sweeps).items():
-                tensor.copy_(tensors[name])
+        with torch.no_grad(), safe_open(self.path, "pt") as file:
+            for name, tensor in split.items():
+                tensor.copy_(file.get_slice(name)[:, mesh.every.part(places[name].shape[1])])
+            for name, tensor in whole.items():
+                tensor.copy_(file.get_tensor(name))
+        for sweep in sweeps:
+            sweep.gather()
+        if (theirs := metadata.get("mesh", str(mesh))) != str(mesh):
+            print(
+                f"the checkpoint was written with {theirs} and goes on with {mesh}: sums are added in another order, so last digits differ"
+            )
         return step
 
     def refuse_other(self, theirs: dict[str, Any]) -> None:
@@ -78,8 +114,23 @@ class Checkpoint:
         return f"the last checkpoint in {self.folder} is untouched" if self.path.exists() else "no checkpoint was written yet"
 
 
-def state_of(sweeps: Sequence[Sweep]) -> dict[str, Tensor]:
-    """References to all tensors; with a number in front of the names where there are several sweeps."""
+def states_of(sweeps: Sequence[Sweep]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """References to all tensors, as `Sweep.states`; with a number in front of the names where there are several sweeps."""
     if len(sweeps) == 1:
-        return sweeps[0].state()
-    return {f"{number}.{name}": tensor for number, sweep in enumerate(sweeps) for name, tensor in sweep.state().items()}
+        return sweeps[0].states()
+    split, whole = (
+        {f"{number}.{name}": tensor for number, sweep in enumerate(sweeps) for name, tensor in sweep.states()[which].items()}
+        for which in (0, 1)
+    )
+    return split, whole
+
+
+def whole_shape(tensor: Tensor, mesh: Mesh, split: bool) -> tuple[int, ...]:
+    k_and_features = (tensor.shape[0], tensor.shape[1] * mesh.every.size) if split else ()
+    return *k_and_features, *tensor.shape[len(k_and_features) :]
+
+
+def all_rows(tensor_kf: Tensor, mesh: Mesh) -> Iterator[Tensor]:
+    """Of one dictionary after another all processes' features, in the process that leads."""
+    for tensor_f in tensor_kf:
+        yield from mesh.every.to_first(tensor_f)

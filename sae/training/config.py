@@ -162,6 +162,8 @@ class TrainingConfig(RunConfig):
     """Folder or URL of the activation cache to train on (its train split)."""
     verify: bool = False
     """First read the whole site in the cache to compare every checksum. Default: only those of token files up to 32 MB."""
+    shard: str | None = None
+    """How the processes that torchrun started share the dictionary: features, rows (of a batch), or both, as in features=4,rows=2."""
 
     def settings(self) -> dict[str, Any]:
         return {"cache": str(self.cache)} | super().settings()

@@ -43,11 +43,13 @@ class RunOf:
     """Of a sweep the dictionaries of one run, for its checkpoint."""
 
     def __init__(self, sweep: Sweep, ks: slice):
-        self.sweep, self.ks, self.recipe = sweep, ks, sweep.recipe
+        self.sweep, self.ks, self.recipe, self.mesh, self.gather = sweep, ks, sweep.recipe, sweep.mesh, sweep.gather
 
-    def state(self) -> dict[str, Tensor]:
+    def states(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        split, whole = self.sweep.states()
         shared = ("plan",)
-        return {name: tensor if tensor.ndim == 0 or name in shared else tensor[self.ks] for name, tensor in self.sweep.state().items()}
+        mine = {name: tensor if tensor.ndim == 0 or name in shared else tensor[self.ks] for name, tensor in whole.items()}
+        return {name: tensor[self.ks] for name, tensor in split.items()}, mine
 
 
 class DealtPart(Part):

@@ -31,15 +31,15 @@ class MetricsLog:
             self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (held for the whole run)
         self._since, self._step = time.monotonic(), first_step
 
-    def write(self, line: dict[str, Any], density: Any = None) -> dict[str, Any]:
-        """Adds the rate since the last line; `density` goes to Weights & Biases. Returns the line as written."""
+    def write(self, line: dict[str, Any], sweep: Sweep, k: int) -> dict[str, Any]:
+        """Adds the rate since the last line; the k-th dictionary's densities go to Weights & Biases. Returns the line as written."""
         seconds, steps = time.monotonic() - self._since, line["step"] - self._step
         line = line | {"tokens_per_second": round(steps * self.batch_size / max(seconds, 1e-9))}
         with writing(self.path):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         if self.wandb is not None:
-            self.wandb.log(self._named(line) | self._named({"log10_density": density}), step=line["step"])
+            self.wandb.log(self._named(line) | self._named({"log10_density": density_histogram(sweep, k)}), step=line["step"])
         self._since, self._step = time.monotonic(), line["step"]
         return line
 
@@ -51,11 +51,11 @@ class MetricsLog:
             self._file.close()
 
 
-def write_lines(logs: list[MetricsLog], sweep: Sweep, result: Step, y_bo: Tensor, step: int) -> list[dict[str, Any]]:
+def lines_of(sweep: Sweep, result: Step, y_bo: Tensor, step: int) -> list[dict[str, Any]]:
     """One line for each dictionary: `step` steps are done, `result` is the last one's, counts are since the last lines."""
     power = float((y_bo - y_bo.mean(0)).square().sum(-1).mean())  # host sync, as are the next ones
     lines = []
-    for k, log in enumerate(logs):
+    for k in range(len(sweep.values)):
         mine = result.of(k)
         share = float(sweep.sparse_rows_k[k] / sweep.rows_counted)
         line = {
@@ -68,14 +68,12 @@ def write_lines(logs: list[MetricsLog], sweep: Sweep, result: Step, y_bo: Tensor
             "l1": float(mine.sparsity),
             **sweep.kind.line(sweep.values[k], sweep.now(k, step - 1)),
             "lr": sweep.recipe.learning_rate(step - 1),
-            "dead_fraction": float(sweep.dead_kf()[k].float().mean()),
+            "dead_fraction": sweep.dead_share(k),
             "resampled": int(sweep.resampled_k[k]),
             "path": path_name(sweep, share),
             "sparse_path_share": share,
         }
-        lines.append(log.write(line, None if log.wandb is None else density_histogram(sweep, k)))
-    for count in sweep.counts().values():
-        count.zero_()
+        lines.append(line)
     return lines
 
 
@@ -88,7 +86,10 @@ def path_name(sweep: Sweep, share: float) -> str:
 
 
 def density_histogram(sweep: Sweep, k: int) -> Any:
-    """log10 of the share of rows each feature fired on since the last line; features that did not fire are left out."""
+    """log10 of the share of rows each feature fired on since the last line; features that did not fire are left out.
+
+    Of several processes these are the leading one's features.
+    """
     import wandb
 
     fired_f = sweep.fired_kf[k]

@@ -21,11 +21,13 @@ from sae.encoding.choice import TRIED_ROWS
 from sae.errors import InputError
 from sae.kinds import BatchTopK, name_of
 from sae.kinds.batchtopk import threshold_for
+from sae.mesh import ALONE, Mesh
 from sae.objective import Step, Workspace, bad_rows_text, refuse_encoder, screens
 from sae.objective.step import of
 from sae.training.config import RunConfig
 from sae.training.ends import Ends
-from sae.training.metrics import MetricsLog, write_lines
+from sae.training.metrics import MetricsLog, lines_of
+from sae.training.shard import refuse_split
 from sae.training.start import ROWS, change_since, opened, said, starting_point
 from sae.training.sweep import Start, Sweep
 
@@ -46,7 +48,9 @@ def together(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
 class Part:
     """Dictionaries of one kind, of one width and at the same sites, which train together."""
 
-    def __init__(self, configs: Sequence[RunConfig], source: Source, device: torch.device):
+    def __init__(self, configs: Sequence[RunConfig], source: Source, device: torch.device, mesh: Mesh = ALONE):
+        for config in configs:
+            refuse_split(config, mesh)
         self.config, self.source, self.ends = configs[0], source, Ends.of(source, configs[0])
         self.folders = [folder for config in configs for folder in config.folders()]
         self.inits = [config.init for config in configs for _ in config.folders()]
@@ -54,11 +58,11 @@ class Part:
         starts: list[Start] = []
         for config in configs:
             dictionary, own = starting_point(source, self.ends, self.scales, config)
-            starts += [Start(dictionary.to(device), config.seed, own)] * len(config.folders())
+            starts += [Start(dictionary, config.seed, own)] * len(config.folders())
         config, swept = self.config, self.config.kind.swept
         kind = replace(config.kind, **{swept: tuple(value for one in configs for value in one.kind.values)})
-        workspace = Workspace(config.operands(device), config.deterministic)
-        self.sweep = Sweep(starts, kind, config.recipe(), config.backend, workspace)
+        workspace = Workspace(config.operands(device), config.deterministic, mesh=mesh)
+        self.sweep, self.mesh = Sweep(starts, kind, config.recipe(), config.backend, workspace, device), mesh
         self.logs: list[MetricsLog] = []
         self.lines: list[dict[str, Any]] = [{} for _ in self.folders]
         """the last ones of metrics"""
@@ -81,6 +85,7 @@ class Part:
             x_bd, y_bo = self.ends.pair(rows, self.scales)
             input_bd = x_bd - weights.b_dec_d if y_bo is None else x_bd
             found = fastest(input_bd, weights.W_enc_fd, weights.b_enc_f, rows=config.steps * config.batch_size)
+            found = METHODS[int(self.mesh.every.numbers(METHODS.index(found))[0])]  # all take the one that the first found
             if found != "product":
                 print(
                     f"active entries are found by {found}, measured to be the fastest here; --encoder {found} repeats this run bit for bit"
@@ -89,7 +94,8 @@ class Part:
 
     def open_logs(self, first: int, wandb_run: Any, out: Path) -> None:
         names = ["" if folder == out else str(folder.relative_to(out)) for folder in self.folders]
-        self.logs = [MetricsLog(folder, name, self.config.batch_size, first, wandb_run) for folder, name in zip(self.folders, names)]
+        if self.mesh.leads:
+            self.logs = [MetricsLog(folder, name, self.config.batch_size, first, wandb_run) for folder, name in zip(self.folders, names)]
 
     def step(self, batch: dict[str, Tensor], step: int) -> Step:
         """One update of all, and resampling when it is due."""
@@ -108,7 +114,10 @@ class Part:
     def log(self, done: int) -> None:
         """Lines of metrics after `done` steps; one on the terminal when the objective has changed its path."""
         result, x_bd, y_bo = self._last
-        before, self.lines = self.lines, write_lines(self.logs, self.sweep, result, x_bd if y_bo is None else y_bo, done)
+        before, self.lines = self.lines, lines_of(self.sweep, result, x_bd if y_bo is None else y_bo, done)
+        if self.mesh.leads:
+            self.lines = [log.write(line, self.sweep, k) for k, (log, line) in enumerate(zip(self.logs, self.lines))]
+        self.sweep.forget_counts()
         was, now = before[0], self.lines[0]
         if was and was["path"] != now["path"]:
             print(f"step {now['step']:,}: the objective went from the {was['path']} path to {now['path']} (L0 {now['l0']:.0f})")
@@ -131,7 +140,9 @@ class Part:
 
     def _finish(self, k: int, folder: Path, settings: dict[str, Any]) -> None:
         sweep, ends, config = self.sweep, self.ends, self.config
-        dictionary, value = sweep.dictionary(k), sweep.values[k]
+        dictionary, value = sweep.gathered(k), sweep.values[k]
+        if dictionary is None:  # another process leads
+            return
         record: dict[str, Any] = {
             "settings": json.loads(json.dumps(settings)),
             "scale": self.scales[ends.reads[0]] if len(self.scales) == 1 else self.scales,
@@ -146,7 +157,7 @@ class Part:
         }
         saved = dictionary.folded(*ends.factors(self.scales))
         if (init := self.inits[k]) is not None:
-            before = opened(init, self.source, ends, config).to(sweep.weights.b_enc_f.device)
+            before = opened(init, self.source, ends, config).to(saved.W_dec_fo.device)
             record["since_init"] = change_since(before, saved, self.source, ends)
             print(f"{folder}: {said(record['since_init'])}")
         saved.save(folder)

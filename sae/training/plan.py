@@ -27,6 +27,7 @@ class PlanConfig(TrainingConfig):
     """All flags but those of one kind; what a run of the plan does not say is as it is here."""
 
     kind: Kind = field(default_factory=ReLU, init=False)  # said by each run
+    shard: str | None = field(default=None, init=False)
     plan: Path
     """JSON file with a list of runs. Each has a name, which is its folder in --out, a kind, and any of that kind's options and of --reads,
     --writes, --skip, --d-sae, --lr, --betas, --lr-warmup, --lr-decay, --clip, --init, --decoder-norm, --b-dec, --dead-steps, --encoder

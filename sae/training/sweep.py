@@ -22,8 +22,6 @@ from sae.objective.step import WHOLE, of
 from sae.objective.update import moments
 from sae.training.config import Recipe
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-
 
 class Start(NamedTuple):
     """Where one dictionary of a sweep begins."""
@@ -155,6 +153,11 @@ class Sweep:
         """Which features have not fired for `dead_steps` steps, [k, f] bool."""
         return self.silent_steps_kf >= self.recipe.dead_steps
 
+    def dead_share(self, k: int) -> float:
+        """Share of the k-th dictionary's features that are dead."""
+        features = self.mesh.features
+        return sum(features.numbers(float(self.dead_kf()[k].float().mean()))) / features.size
+
     @torch.no_grad()
     def resample(self, x_bd: Tensor, step: int, k: int, y_bo: Tensor | None = None) -> int:
         """Points the k-th dictionary's dead features at what it reconstructs worst; gives their number.
@@ -164,7 +167,7 @@ class Sweep:
         rather than the row itself, since what is already explained needs no second feature; a transcoder's feature reads the row itself.
         """
         dead_f, features = self.dead_kf()[k], self.mesh.features
-        dead = [int(number) for number in features.numbers(int(dead_f.sum()), dead_f.device)]  # host sync; of each process
+        dead = [int(number) for number in features.numbers(int(dead_f.sum()))]  # host sync; of each process
         count, before = sum(dead), sum(dead[: features.rank])
         if not count or count == len(dead_f) * features.size:
             return 0  # without a living feature there is no scale to follow
@@ -186,7 +189,7 @@ class Sweep:
         mine_f = dead_f[self.mesh.rows.part(len(dead_f))]
         for name, parameter in self.parameters.items():
             if name not in WHOLE:
-                for moment in MOMENTS[:2]:
+                for moment in ("exp_avg", "exp_avg_sq"):
                     self.adam.state[parameter][moment][k][mine_f] = 0
         self.silent_steps_kf[k, dead_f] = 0
         self.resampled_k[k] += count
@@ -214,12 +217,30 @@ class Sweep:
         """What has happened since the last lines of metrics."""
         return {name: getattr(self, name) for name in ("fired_kf", "rows_counted", "sparse_rows_k", "resampled_k")}
 
-    def state(self) -> dict[str, Tensor]:
-        """References to every tensor that the next step depends on, by name."""
-        tensors: dict[str, Tensor] = {}
+    def forget_counts(self) -> None:
+        """After lines of metrics."""
+        for count in self.counts().values():
+            count.zero_()
+
+    def states(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """References to every tensor that the next step depends on, by name: those of which each process has its features; the others."""
+        mine = self.mesh.rows.part(self.silent_steps_kf.shape[1])
+        split = {"silent_steps_kf": self.silent_steps_kf[:, mine], "fired_kf": self.fired_kf[:, mine]}
+        whole = {name: tensor for name, tensor in self.counts().items() if name not in split}
+        whole |= {"plan": self.workspace.plan, "encoder": self.workspace.encoder_number}
+        whole |= {f"kept.{name}": tensor for name, tensor in self.kept.items()}
         for name, parameter in self.parameters.items():
-            name = name if name in Weights._fields else f"own.{name}"
-            tensors |= {name: parameter} | {f"adam.{name}.{moment}": self.adam.state[parameter][moment] for moment in MOMENTS}
-        tensors |= {f"kept.{name}": tensor for name, tensor in self.kept.items()}
-        decided = {"plan": self.workspace.plan, "encoder": self.workspace.encoder_number}
-        return tensors | {"silent_steps_kf": self.silent_steps_kf} | decided | self.counts()
+            shown, state = name if name in Weights._fields else f"own.{name}", self.adam.state[parameter]
+            of_parameter = {shown: parameter} | {f"adam.{shown}.{moment}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
+            (whole if name in WHOLE else split).update(of_parameter)
+            whole[f"adam.{shown}.step"] = state["step"]
+        return split, whole
+
+    def gather(self) -> None:
+        """After this process's part was set: the others' parts of what it computes with."""
+        rows = self.mesh.rows
+        for name, tensor in self._whole().items():
+            if name not in WHOLE:
+                rows.gather_parts_(tensor, self.parameters[name], 1)
+        for tensor in (self.silent_steps_kf, self.fired_kf):
+            rows.gather_parts_(tensor, tensor[:, rows.part(tensor.shape[1])].contiguous(), 1)

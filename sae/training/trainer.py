@@ -1,9 +1,11 @@
 """The training loop: batches from a cache, exact gradients, Adam, metrics, checkpoints; all parts of a run on one stream of batches."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,12 +22,15 @@ from sae.disk.reading import read_json
 from sae.disk.remote import Place
 from sae.disk.writing import only_writer, remove_leftovers
 from sae.errors import InputError
+from sae.mesh import ALONE, Mesh
+from sae.processes import Processes
 from sae.progress import progress
 from sae.training.checkpoint import Checkpoint, Record
 from sae.training.config import RunConfig, TrainingConfig
 from sae.training.ends import Ends
 from sae.training.metrics import start_wandb
 from sae.training.part import Part, together
+from sae.training.shard import meshed, require_same
 from sae.training.start import opened
 from sae.training.sweep import Sweep
 
@@ -35,12 +40,18 @@ def train(config: TrainingConfig) -> list[Path]:
 
     A folder that holds an unfinished run with the same settings is resumed, bit for bit as if never interrupted. Raises `InputError`
     for settings or a cache that cannot be used, and when the activations or the loss are not finite or the loss runs away; the last
-    checkpoint then still stands.
+    checkpoint then still stands. Called in every process that torchrun started, they train together (`--shard`); when one fails, so do all.
     """
     config.check()
-    if not config.dry_run:
-        require_folder(config.out)
-    return train_on(cached(config.cache, config.sites, config.verify), config, [config], config.settings())
+    processes = Processes.from_environment()
+    config = replace(config, device=processes.device(config.device))
+    with processes.together(), meshed(config, processes) as mesh:
+        if not config.dry_run:
+            require_folder(config.out)
+        source = cached(config.cache, config.sites, config.verify)
+        if not mesh.alone:
+            require_same(config, processes, source)
+        return train_on(source, config, [config], config.settings(), mesh)
 
 
 def cached(cache: Place, sites: Iterable[str], verify: bool) -> CachedSource:
@@ -48,7 +59,7 @@ def cached(cache: Place, sites: Iterable[str], verify: bool) -> CachedSource:
     return CachedSource(*(ActivationCache.open(cache, site, verify=verify) for site in list(sites) or (None,)))
 
 
-def train_on(source: Source, run: RunConfig, configs: Sequence[RunConfig], settings: dict[str, Any]) -> list[Path]:
+def train_on(source: Source, run: RunConfig, configs: Sequence[RunConfig], settings: dict[str, Any], mesh: Mesh = ALONE) -> list[Path]:
     """Trains what `configs` say, together, on rows from anywhere; `run` says what they share: steps, batches, folder.
 
     `settings` decide the result: a run in the folder is resumed only if it has the same ones.
@@ -57,8 +68,8 @@ def train_on(source: Source, run: RunConfig, configs: Sequence[RunConfig], setti
     settings = with_inits(source, configs, settings)
     announce(source, run, configs, device)
     if not run.dry_run:
-        with only_writer(run.out):
-            train_into(source, run, configs, settings, device)
+        with only_writer(run.out) if mesh.leads else nullcontext():
+            train_into(source, run, configs, settings, device, mesh)
     return [folder for config in configs for folder in config.folders()]
 
 
@@ -80,23 +91,18 @@ def announce(source: Source, run: RunConfig, configs: Sequence[RunConfig], devic
     print(f"{run.steps:,} steps of {run.batch_size:,} = {drawn / source.rows:.1f} times the {source.rows:,} training rows, on {device}")
 
 
-def train_into(source: Source, run: RunConfig, configs: Sequence[RunConfig], settings: dict[str, Any], device: torch.device) -> None:
+def train_into(
+    source: Source, run: RunConfig, configs: Sequence[RunConfig], settings: dict[str, Any], device: torch.device, mesh: Mesh
+) -> None:
     """Begins or resumes the run in the folder, and finishes it."""
     checkpoint = Checkpoint(run.out, settings)
     folders = [folder for config in configs for folder in config.folders()]
-    if run.restart:
-        checkpoint.remove()
-        for folder in folders:
-            (folder / "training.json").unlink(missing_ok=True)
-    if all((folder / "training.json").exists() for folder in folders):
-        checkpoint.refuse_other(read_json(folders[0] / "training.json", "a run's training.json", Record)["settings"])
-        remove_leftovers(run.out)
-        checkpoint.remove()  # a kill may have come between the two last steps
+    complete = mesh.leads and prepared(checkpoint, folders, run)
+    if mesh.every.any(complete):
         print(f"{run.out} is already complete; --restart trains it again")
         return
 
-    remove_leftovers(run.out)
-    parts = [Part(group, source, device) for group in together(configs)]
+    parts = [Part(group, source, device, mesh) for group in together(configs)]
     first = checkpoint.restore([part.sweep for part in parts])
     if first:
         print(f"resuming after step {first:,}")
@@ -105,7 +111,7 @@ def train_into(source: Source, run: RunConfig, configs: Sequence[RunConfig], set
             part.choose_encoder()
     batches = source.batches(run.batch_size, seed=run.seed, device=device)
     batches.seek(first)
-    wandb_run = start_wandb(run.wandb, run.wandb_project, run.out, settings)
+    wandb_run = start_wandb(run.wandb if mesh.leads else "off", run.wandb_project, run.out, settings)
     try:
         for part in parts:
             part.open_logs(first, wandb_run, run.out)
@@ -118,7 +124,24 @@ def train_into(source: Source, run: RunConfig, configs: Sequence[RunConfig], set
             wandb_run.finish()
     for part in parts:
         part.finish(settings)
-    checkpoint.remove()
+    if mesh.leads:
+        checkpoint.remove()
+    mesh.every.wait()
+
+
+def prepared(checkpoint: Checkpoint, folders: list[Path], run: RunConfig) -> bool:
+    """Clears away what is not wanted any more, and tells whether the run is already complete."""
+    if run.restart and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:  # torchrun's own restarts go on
+        checkpoint.remove()
+        for folder in folders:
+            (folder / "training.json").unlink(missing_ok=True)
+    complete = all((folder / "training.json").exists() for folder in folders)
+    if complete:
+        checkpoint.refuse_other(read_json(folders[0] / "training.json", "a run's training.json", Record)["settings"])
+    remove_leftovers(run.out)
+    if complete:
+        checkpoint.remove()  # a kill may have come between the two last steps
+    return complete
 
 
 class Saves(Protocol):
@@ -139,15 +162,15 @@ def loop(
     shown: bool = True,
 ) -> None:
     """Steps `first` to `until`, by default the end; `shown`: with a progress bar."""
-    sweeps = [part.sweep for part in parts]
+    sweeps, mesh = [part.sweep for part in parts], parts[0].mesh
     on_cpu = sweeps[0].weights.b_enc_f.device.type == "cpu"
-    showing = progress("training", run.steps, "steps", first) if shown else nullcontext()
+    showing = progress("training", run.steps, "steps", first) if shown and mesh.leads else nullcontext()
     with stop_requests() as stop, showing as bar:
         for step in range(first, run.steps if until is None else until):
             try:
                 batch = next(batches)
             except (InputError, SystemExit):  # a damaged shard, or another process that has ended: what is trained is kept
-                if step > first:
+                if step > first and mesh.alone:  # others may not have met it
                     checkpoint.save(sweeps, step)
                 raise
             for part in parts:
@@ -157,7 +180,8 @@ def loop(
                     raise InputError(f"step {step + 1}: {error}; harvest these activations again; {checkpoint.kept()}") from None
             done = step + 1
             log_now = done % run.log_every == 0 or done == run.steps
-            save_now = bool(stop) or (done % run.checkpoint_every == 0 and done < run.steps)  # a signal may have come during the step
+            stop_now = mesh.every.any(bool(stop))  # a signal may have come during the step
+            save_now = stop_now or (done % run.checkpoint_every == 0 and done < run.steps)
             for part in parts:
                 if on_cpu or log_now or save_now:  # elsewhere each look is a host sync
                     part.refuse_runaway(step, checkpoint.kept())
@@ -169,7 +193,7 @@ def loop(
                 bar.advance(1, **{k: f"{line[k]:.3g}" for k in ("fvu", "l0") if line})
             if save_now:
                 checkpoint.save(sweeps, done)
-            if stop and save_now:  # a later one waits for the next step
+            if stop_now:  # a later one waits for the next step
                 print(f"stopped after step {done:,}; the same command continues from there")
                 raise KeyboardInterrupt
 

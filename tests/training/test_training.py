@@ -289,10 +289,10 @@ def test_dead_features_are_resampled_and_live_again(cache, tmp_path):
     dictionary = Dictionary.initial(16, 40, seed=0)
     sweep, x_bd = Sweep([Start(dictionary)], config.kind, config.recipe(), "auto", Workspace()), torch.randn(64, 16)
     sweep.silent_steps_kf[0, [3, 11]] = 5
-    before = {name: t.clone() for name, t in sweep.state().items()}
+    before = {name: t.clone() for name, t in sweep.states()[0].items()}
     residual_bd = torch.nn.functional.normalize(x_bd - dictionary(x_bd), dim=-1)
     assert sweep.resample(x_bd, step=1, k=0) == 2
-    after = sweep.state()
+    after = sweep.states()[0]
     living = [j for j in range(40) if j not in (3, 11)]
     for name in ("W_enc_fd", "W_dec_fd", "b_enc_f"):
         assert torch.equal(before[name][0, living], after[name][0, living])

@@ -1,0 +1,55 @@
+"""A safetensors file written tensor after tensor, each in pieces that come as they are needed: it may be larger than memory."""
+
+import json
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sae.disk.checksum import BLANK, MARK
+from sae.disk.writing import atomic
+
+DTYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32"}
+"""as safetensors names them, the widest first"""
+
+
+class Pieces(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Iterable[Tensor]
+    """its rows one after another, contiguous and on the CPU"""
+
+
+def in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names in the order in which they are written: the widest first, so that each begins at a multiple of its width."""
+    return sorted(tensors, key=lambda name: (list(DTYPES).index(tensors[name].dtype), name))
+
+
+def write_pieces(path: Path, tensors: Mapping[str, Pieces], metadata: dict[str, str]) -> None:
+    """Writes them in the order that they have, with a checksum (see checksum.py), atomically."""
+    header: dict[str, object] = {"__metadata__": metadata | {"crc32": BLANK}}
+    end = 0
+    for name, (dtype, shape, _) in tensors.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        crc32 = written(file, head, 0)
+        for pieces in tensors.values():
+            for part in pieces.parts:
+                crc32 = written(file, part.numpy().tobytes(), crc32)
+        assert file.tell() == len(head) + end
+        file.seek(head.index(MARK) + len(MARK))
+        file.write(f"{crc32:08x}".encode())
+
+
+def written(file: IO[bytes], part: bytes, crc32: int) -> int:
+    """Writes some bytes, and gives the checksum of all so far."""
+    file.write(part)
+    return zlib.crc32(part, crc32)
