@@ -163,7 +163,8 @@ class TrainingConfig(RunConfig):
     verify: bool = False
     """First read the whole site in the cache to compare every checksum. Default: only those of token files up to 32 MB."""
     shard: str | None = None
-    """How the processes that torchrun started share the dictionary: features, rows (of a batch), or both, as in features=4,rows=2."""
+    """How the processes that torchrun started share the dictionary: features, rows (of a batch), or both, as in features=4,rows=2. With
+    --dry-run, which also prints memory, bytes and time, one process is enough."""
 
     def settings(self) -> dict[str, Any]:
         return {"cache": str(self.cache)} | super().settings()

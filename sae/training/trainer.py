@@ -27,6 +27,7 @@ from sae.processes import Processes
 from sae.progress import progress
 from sae.training.checkpoint import Checkpoint, Record
 from sae.training.config import RunConfig, TrainingConfig
+from sae.training.cost import report
 from sae.training.ends import Ends
 from sae.training.metrics import start_wandb
 from sae.training.part import Part, together
@@ -51,7 +52,10 @@ def train(config: TrainingConfig) -> list[Path]:
         source = cached(config.cache, config.sites, config.verify)
         if not mesh.alone:
             require_same(config, processes, source)
-        return train_on(source, config, [config], config.settings(), mesh)
+        folders = train_on(source, config, [config], config.settings(), mesh)
+        if config.dry_run:
+            report(config, source, mesh)
+        return folders
 
 
 def cached(cache: Place, sites: Iterable[str], verify: bool) -> CachedSource:
