@@ -3,7 +3,8 @@
     python benchmarks/remote.py --out runs/remote
 
 The server, moto, is written in Python and runs in a process of its own on the same processor; "server alone" is how fast it gives the same
-ranges to sixteen threads that do nothing with them. Rounds are interleaved, and every number is from all of them.
+ranges to sixteen threads that do nothing with them. "30 ms away" is a first epoch from memory that answers after so long, as a
+store in the same region does. Rounds are interleaved, and every number is from all of them.
 """
 
 import os
@@ -20,9 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import torch
 from disk import repeated_tokens, write_cache
+from fsspec.implementations.memory import MemoryFileSystem
 
 from sae.activations.cache import ActivationCache
 from sae.activations.cached import REMOTE_READERS, CachedSource
@@ -32,6 +35,25 @@ from sae.disk.remote import RemotePath
 from sae.disk.writing import write_json
 
 BUCKET = "activations"
+AWAY = 0.03
+"""seconds"""
+
+
+class Distant(MemoryFileSystem):
+    """Memory at distant:// that takes its time for every read."""
+
+    protocol = "distant"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return MemoryFileSystem._strip_protocol(path.replace("distant://", "memory://", 1))
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        time.sleep(AWAY)
+        return super().cat_file(path, start, end, **options)
+
+
+fsspec.register_implementation("distant", Distant)
 
 
 @dataclass(kw_only=True)
@@ -55,11 +77,15 @@ def measure(config: RemoteConfig) -> dict[str, Any]:
     tokens = repeated_tokens([np.arange(1, 257)], config.rows, context=128, bos_id=None)
     list(write_cache(folder, tokens, config.width, bos_id=None, pool_tokens=4 * config.shard_rows, shard_tokens=config.shard_rows))
     os.environ["SAE_BLOCK_CACHE"] = str(config.out / "local")
-    rates: dict[str, list[float]] = {name: [] for name in ("folder", "first epoch", "second epoch", "second run", "server alone")}
+    rates: dict[str, list[float]] = {
+        name: [] for name in ("folder", "first epoch", "second epoch", "second run", "server alone", "30 ms away")
+    }
     with s3_server():
         url = RemotePath(f"s3://{BUCKET}/cache")
         url._fs.mkdir(BUCKET)
         url._fs.put(str(folder), f"{BUCKET}/cache", recursive=True)
+        distant = RemotePath("distant://cache")
+        distant._fs.put(str(folder), "/cache", recursive=True)
         for number in range(config.rounds):
             shutil.rmtree(config.out / "local", ignore_errors=True)
             blocks.cache_clear()
@@ -70,6 +96,7 @@ def measure(config: RemoteConfig) -> dict[str, Any]:
             blocks.cache_clear()
             rates["second run"].append(epochs(config, url, 1)[0])
             rates["server alone"].append(server_alone(config, url))
+            rates["30 ms away"].append(epochs(config, distant, 1)[0])
             print(f"round {number + 1}: " + ", ".join(f"{name} {found[-1]:,.0f} rows/s" for name, found in rates.items()), flush=True)
     shutil.rmtree(folder)
     shutil.rmtree(config.out / "local")

@@ -126,8 +126,9 @@ class RemotePath:
         """Where the file lies on the local disk until it is uploaded."""
         return local_folder() / "uploads" / f"{hashlib.blake2b(self.url.encode(), digest_size=8).hexdigest()}.{self.name}"
 
-    def upload(self, file: Path) -> None:
-        """Makes a local file this one. Raises `InputError` if it does not arrive."""
+    def upload(self, file: Path, shown: "RemotePath | None" = None) -> None:
+        """Makes a local file this one. Raises `InputError`, which names `shown` or this file, if it does not arrive."""
+        shown = shown or self
         size = file.stat().st_size
 
         def put() -> None:
@@ -142,9 +143,9 @@ class RemotePath:
                 raise ConnectionError(f"{arrived} of {size} bytes arrived")
 
         try:
-            self._server.lasting(put, self)
+            self._server.lasting(put, shown)
         except FileNotFoundError as error:
-            raise InputError(f"{self} cannot be written ({reason(error)}); make its bucket first") from None
+            raise InputError(f"{shown} cannot be written ({reason(error)}); make its bucket first") from None
         self.__dict__.pop("_version", None)
 
     def _make_folder(self, path: str) -> None:
@@ -176,7 +177,7 @@ class RemotePath:
             )
         with tempfile.NamedTemporaryFile() as nothing:
             probe = self / PROBE
-            probe.upload(Path(nothing.name))
+            probe.upload(Path(nothing.name), shown=self)
             probe.unlink()
 
     def fetch(self, start: int, stop: int) -> bytes:
@@ -185,19 +186,20 @@ class RemotePath:
 
         def read() -> bytes:
             try:
-                with self._fs.open(self._path, "rb", cache_type="none") as file:
-                    file.seek(start)
-                    data = file.read(stop - start)
-                    details = getattr(file, "details", None)
+                if self._server.unchanging:
+                    with self._fs.open(self._path, "rb", cache_type="none") as file:
+                        file.seek(start)
+                        data, details = file.read(stop - start), file.details
+                else:  # without a stream, which threads may share
+                    data = self._fs.cat_file(self._path, start=start, end=stop)
+                    self._fs.invalidate_cache(self._path)
+                    details = self._fs.info(self._path)
             except FileNotFoundError:
                 raise self._changed("it is gone") from None
             except OSError as error:
                 if type(error).__name__ == "FileExpired":  # of s3fs
                     raise self._changed("it is another one now") from None
                 raise
-            if not (self._server.unchanging and details):
-                self._fs.invalidate_cache(self._path)
-                details = self._fs.info(self._path)
             if _version(details) != version:
                 raise self._changed("it is another one now")
             if len(data) != stop - start:

@@ -129,12 +129,12 @@ def test_places_that_are_taken_or_cannot_be_written(config, s3, flaky):
     with pytest.raises(InputError, match=r"expected an empty folder or an unfinished cache at flaky://place/cache, but it holds 'other"):
         harvest(config)
     assert contents(str(config.out)) == {"other.txt": b"mine"}
-    with pytest.raises(InputError, match=r"s3://nowhere/cache/.writable cannot be written \(there is no nowhere\); make its bucket first"):
+    with pytest.raises(InputError, match=r"s3://nowhere/cache cannot be written \(there is no nowhere\); make its bucket first"):
         harvest(replace(config, out=RemotePath("s3://nowhere/cache")))
     with pytest.raises(InputError, match=r"hf://datasets/me/mine cannot be written file by file, .* upload-large-folder"):
         harvest(replace(config, out=RemotePath("hf://datasets/me/mine")))
     flaky.faults["write"].append(PermissionError(13, "Forbidden"))
-    with pytest.raises(InputError, match=r"access to flaky://elsewhere/.writable is refused \(Forbidden\)"):
+    with pytest.raises(InputError, match=r"access to flaky://elsewhere is refused \(Forbidden\)"):
         harvest(replace(config, out=RemotePath("flaky://elsewhere")))
 
 
