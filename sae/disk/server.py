@@ -98,7 +98,8 @@ class Server:
 def _refused(error: Exception, path: object) -> str | None:
     """What is said of an error that trying again does not mend; None for others."""
     name = type(error).__name__
-    if isinstance(error, PermissionError) or "Credential" in name or "Token" in name:
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, PermissionError) or status in (401, 403) or "Credential" in name or "Token" in name:
         return f"access to {path} is refused ({reason(error)}); set the credentials of an account that may use it"
     if isinstance(error, NotImplementedError):
         return f"{path} cannot be written, because its protocol only reads; choose another place"

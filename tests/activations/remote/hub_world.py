@@ -16,6 +16,7 @@ class Hub:
         self.commits: dict[str, dict[str, bytes]] = {}
         self.main = ""
         self.requests: list[str] = []
+        self.refuses = False
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -64,6 +65,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer({"id": REPO, "sha": revision if revision in self.hub.commits else self.hub.main})
         if path.startswith(f"/api/datasets/{REPO}/tree/"):
             revision, _, folder = path.removeprefix(f"/api/datasets/{REPO}/tree/").partition("/")
+            if self.hub.refuses:
+                return self._answer(b"", 403)
             found = _entries(self._files(revision), folder)
             return self._answer(found) if found else self._missing("EntryNotFound")
         if path.startswith(f"/datasets/{REPO}/resolve/"):

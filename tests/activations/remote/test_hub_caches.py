@@ -54,6 +54,14 @@ def test_rows_are_those_from_disk_although_a_newer_commit_comes(hub, local, tmp_
     assert [shard.rows for shard in ActivationCache.open(f"hf://datasets/{REPO}@{old}/cache").shards("train")] == [40, 60, 30]
 
 
+def test_a_repository_that_refuses_is_said_at_once(hub, local, capsys):
+    hub.commit(local)
+    hub.refuses = True
+    with pytest.raises(InputError, match=f"access to {URL} is refused .*; set the credentials of an account that may use it"):
+        ActivationCache.open(URL)
+    assert "trying again" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("url", [f"hf://datasets/{REPO}/none", "hf://datasets/me/other/cache"])
 def test_what_is_not_there_is_said(hub, local, url):
     hub.commit(local)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch.distributed as dist
-from kills import killed
+from kills import killed, limited
 from live_world import make_world
 from remote_world import contents
 
@@ -94,6 +94,12 @@ def test_a_kill_at_any_moment_costs_nothing(config, whole, tmp_path):
         harvest(mine)
         assert contents(url) == whole
     assert 60 < number < 1000
+    assert uploads() == []
+
+
+def test_a_full_local_disk_is_said(config):
+    assert limited(partial(harvest, config), 1500) == 2
+    assert contents(str(config.out)) == {}  # of this process; the child had memory of its own
     assert uploads() == []
 
 
