@@ -32,6 +32,8 @@ class PicturesConfig:
     """Word whose feature is shown of the real model's demo."""
     comparison: Path | None = None
     """Folder of a comparison (sae compare) whose report becomes comparison.png. Default: that picture stays as it is."""
+    real_comparison: Path | None = None
+    """The same of the real model, for real_comparison.png."""
     breakdown: tuple[Path, ...] = ()
     """Folders of breakdown studies (sae study-breakdown), which become breakdown.png. Default: that picture stays as it is."""
     circuit: Path | None = None
@@ -49,7 +51,9 @@ def make_pictures(config: PicturesConfig) -> None:
     if config.circuit is not None:
         picture_of_circuit(config, config.circuit)
     if config.comparison is not None:
-        picture_of_comparison(config, config.comparison)
+        picture_of_comparison(config, config.comparison, "comparison.png")
+    if config.real_comparison is not None:
+        picture_of_comparison(config, config.real_comparison, "real_comparison.png")
     if config.real is not None:
         pictures_of_real_demo(config, config.real)
     if config.demo is not None:
@@ -57,24 +61,19 @@ def make_pictures(config: PicturesConfig) -> None:
 
 
 def pictures_of_real_demo(config: PicturesConfig, real: Path) -> None:
-    """Of the first feature that the index finds for the word, and of the comparison where there is one."""
+    """Of the first feature that the index finds for the word."""
     feature = FeatureIndex.open(real / "index").search(config.real_word, 1)[0].feature
-    report = real / "comparison" / "report.html"
     with browser(real / "index") as url, camera(config) as take:
         take("real_feature.png", f"{url}/f/{feature}", height=1250)
         take("real_prompt.png", url + "/prompt?order=effect&text=" + REAL_TEXT)
-        if report.exists():
-            take("real_comparison.png", report.resolve().as_uri(), height=1238)
-        else:
-            print(f"real_comparison.png stays as it is: there is no {report}")
 
 
-def picture_of_comparison(config: PicturesConfig, comparison: Path) -> None:
+def picture_of_comparison(config: PicturesConfig, comparison: Path, name: str) -> None:
     report = comparison / "report.html"
     if not report.exists():
         raise InputError(f"expected a comparison in {comparison}, found no {report.name}; run sae compare first")
     with camera(config) as take:
-        take("comparison.png", report.resolve().as_uri(), height=1238)
+        take(name, report.resolve().as_uri(), height=1238)
 
 
 def pictures_of_demo(config: PicturesConfig, demo: Path) -> None:

@@ -35,7 +35,7 @@ from steering.strength.neutral import PROMPTS
 
 FORMAT = "comparison-1"
 TIMED_TOKENS = (2, 10)  # new tokens of the two samples by which the time is guessed
-ABOVE_SAMPLING = 1.6  # whole run over sampling alone: calibrating, scoring and making the directions
+PASSES = (7, 3)  # for each vector and for each of its budgets, in units of an unsteered pass of the neutral sentences
 
 
 @dataclass(kw_only=True)
@@ -189,11 +189,12 @@ def score_facts(scorer: TextScore | None) -> dict[str, Any] | None:
 
 
 def announce(setup: ComparisonSetup, arms: Sequence[Arm], out: Path) -> None:
-    """What will be done; the time is guessed from short continuations without steering."""
+    """What will be done; the time is guessed from short continuations and a pass of the neutral sentences, both without steering."""
     for arm in arms:
         print(f"{arm.method}: " + (f"left out, {arm.left_out}" if arm.left_out else arm.note or "ready"))
     present = [arm for arm in arms if arm.left_out is None]
-    levels = sum(len(setup.budgets) if arm.vector else 1 for arm in present)
+    vectors = sum(arm.vector is not None for arm in present)
+    levels = len(present) - vectors + vectors * len(setup.budgets)
     new = setup.sampling.max_new_tokens
     seconds = []
     for tokens in (min(tokens, new) for tokens in (TIMED_TOKENS[0], *TIMED_TOKENS)):  # the first warms up
@@ -202,7 +203,10 @@ def announce(setup: ComparisonSetup, arms: Sequence[Arm], out: Path) -> None:
         seconds.append(time.monotonic() - started)
     _, short, long = seconds
     each = long + max(long - short, 0.0) / (TIMED_TOKENS[1] - TIMED_TOKENS[0]) * max(new - TIMED_TOKENS[1], 0)
-    minutes = each * levels * ABOVE_SAMPLING / 60
+    started = time.monotonic()
+    _ = setup.off_topic.unsteered_nv
+    passes = vectors * (PASSES[0] + PASSES[1] * len(setup.budgets)) * (time.monotonic() - started)
+    minutes = (each * levels + passes) / 60
     texts = len(setup.prompts) * setup.samples
     print(f"{levels} strengths of {len(present)} arms, {texts} continuations of {new} tokens each: about {minutes:.1f} minutes", flush=True)
     print(f"comparison.json and report.html go into {out}")
