@@ -113,7 +113,8 @@ def serve(settings: dict[str, Any]) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     run = TrainingConfig(cache=Path(), out=Path(), shard="features", device="cpu")
     with processes.together(), meshed(run, processes) as mesh:
-        start = Dictionary.initial(settings["d_in"], settings["d_sae"], seed=0, decoder_norm=1.0)
+        mine = mesh.features.part(settings["d_sae"])
+        start = Dictionary.initial(settings["d_in"], settings["d_sae"], seed=0, decoder_norm=1.0, features=mine)
         x_bd = torch.randn(settings["batch_size"], settings["d_in"], generator=torch.Generator().manual_seed(1))
         if kind.swept != "k":  # every feature above the same quantile of a normal distribution
             share = torch.tensor(1 - l0 / settings["d_sae"], dtype=torch.float64)

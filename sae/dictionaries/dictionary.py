@@ -22,7 +22,7 @@ from sae.dictionaries.formats.saelens.files import save
 from sae.dictionaries.frames import Frame
 from sae.dictionaries.gates import Choice, Chosen, Gate, Threshold, TopK
 from sae.dictionaries.parts import Parts, Port
-from sae.dictionaries.rows import at_once, computing_dtype, ranges, rows_of
+from sae.dictionaries.rows import at_once, computing_dtype, random_rows, ranges, rows_of
 from sae.dictionaries.source import read
 from sae.disk.mapped import require_room
 from sae.encoding import Encoder, Method, fastest
@@ -66,11 +66,10 @@ class Dictionary(nn.Module):
         return cls(W_enc_fd, b_enc_f, W_dec_fd, b_dec_d, b_in_d=b_dec_d, metadata=metadata)
 
     @classmethod
-    def initial(cls, d_in: int, d_sae: int, *, seed: int, decoder_norm: float = 0.1) -> "Dictionary":
-        """Before training: random decoder rows of one norm, W_enc = W_dec (Anthropic, April 2024 update), zero biases."""
-        generator = torch.Generator().manual_seed(seed)
-        W_dec_fd = nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=-1) * decoder_norm
-        return cls.autoencoder(W_dec_fd.clone(), torch.zeros(d_sae), W_dec_fd, torch.zeros(d_in))
+    def initial(cls, d_in: int, d_sae: int, *, seed: int, decoder_norm: float = 0.1, features: slice = slice(None)) -> "Dictionary":
+        """Before training: random rows of one norm, W_enc = W_dec (Anthropic, April 2024 update), zero biases; these `features` alone."""
+        W_dec_fd = random_rows(d_in, d_sae, seed, features).mul_(decoder_norm)
+        return cls.autoencoder(W_dec_fd.clone(), torch.zeros(len(W_dec_fd)), W_dec_fd, torch.zeros(d_in))
 
     def parts(self) -> Parts:
         matrices = self.W_enc_fd, self.b_enc_f, self.W_dec_fo, self.b_dec_o

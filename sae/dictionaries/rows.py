@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from sae.disk.mapped import fetch, is_mapped, let_go, read_ahead
 from sae.errors import InputError
@@ -15,6 +16,8 @@ from sae.errors import InputError
 BLOCK_BYTES = 1 << 26
 """of the float32 copy of one block"""
 RUNS, FEW = 64, 16
+DRAWN = 1 << 14
+"""random rows made at a time; torch draws sixteen numbers together, so that a multiple of that gives the rows of one drawing"""
 
 
 def computing_dtype(W_fw: Tensor) -> torch.dtype:
@@ -66,3 +69,13 @@ def _copied(W_fw: Tensor, which: slice | Tensor) -> Tensor:
         rows_kw[part] = W_fw[which] if isinstance(which, slice) else W_fw[which[part]]
         let_go(W_fw)
     return rows_kw
+
+
+def random_rows(d: int, f: int, seed: int, features: slice = slice(None)) -> Tensor:
+    """Of f random rows of length 1 these alone, [features, d], in little more memory than they take; the same rows for any part."""
+    generator, found = torch.Generator().manual_seed(seed), []
+    first, last, _ = features.indices(f)
+    for start in range(0, f, DRAWN):
+        drawn_fd = torch.randn(min(DRAWN, f - start), d, generator=generator)
+        found.append(normalize(drawn_fd[max(0, first - start) : max(0, last - start)], dim=-1))
+    return torch.cat(found)

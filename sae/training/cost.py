@@ -126,7 +126,7 @@ def report(config: TrainingConfig, source: CachedSource, mesh: Mesh) -> None:
     several, who = split.processes > 1, "one process"
     if several:
         who = f"each of {split.processes} processes ({split.features} by features, {split.rows} by rows)"
-    print(f"{who}: {size(sum(memory.values()))} of memory ({listed(memory)}); at the start also all random rows, {size(whole)}")
+    print(f"{who}: {size(sum(memory.values()))} of memory ({listed(memory)})")
     if several:
         print(f"the process that leads: {size(2 * whole)} more at the end, when it saves the whole dictionary")
         print(f"a step sends {size(sum(sent.values()))} from each process ({listed(sent)})")

@@ -57,7 +57,7 @@ class Part:
         self.scales = self.ends.scales(source)
         starts: list[Start] = []
         for config in configs:
-            dictionary, own = starting_point(source, self.ends, self.scales, config)
+            dictionary, own = starting_point(source, self.ends, self.scales, config, mesh.features.part(config.d_sae))
             starts += [Start(dictionary, config.seed, own)] * len(config.folders())
         config, swept = self.config, self.config.kind.swept
         kind = replace(config.kind, **{swept: tuple(value for one in configs for value in one.kind.values)})

@@ -20,8 +20,12 @@ ROWS = 512
 """encoded at a time where a dictionary is measured"""
 
 
-def starting_point(source: Source, ends: Ends, scales: dict[str, float], config: RunConfig) -> tuple[Dictionary, dict[str, Tensor]]:
+def starting_point(
+    source: Source, ends: Ends, scales: dict[str, float], config: RunConfig, features: slice = slice(None)
+) -> tuple[Dictionary, dict[str, Tensor]]:
     """The dictionary that all of a sweep begin as, in training units, and the kind's own parameters where they are not its usual ones.
+
+    Of these `features` alone.
 
     Random decoder rows, the encoder their transpose (of a transcoder random rows of its own), a skip and biases of zero. The decoder's may
     start at the mean of what is written; a transcoder's encoder then has the mean of what is read taken off by its bias; or `--init`.
@@ -32,11 +36,14 @@ def starting_point(source: Source, ends: Ends, scales: dict[str, float], config:
         found = opened(config.init, source, ends, config).folded(1 / factor_in, 1 / factor_out)
         own = config.kind.taken_over(found.gate)
         assert own is not None  # `opened` has asked
-        return found, own
+        W_enc_fd, b_enc_f, W_dec_fo, b_dec_o = found.parts()[:4]
+        mine = W_enc_fd[features], b_enc_f[features], W_dec_fo[features], b_dec_o
+        part = Dictionary(*mine, b_in_d=found.b_in_d, W_skip_od=found.W_skip_od, metadata=found.metadata)
+        return part, {name: tensor[features] for name, tensor in own.items()}
     norm = config.decoder_norm or (1.0 if config.kind.unit_rows else 0.3)
-    dictionary = Dictionary.initial(ends.d_out, config.d_sae, seed=config.seed, decoder_norm=norm)
+    dictionary = Dictionary.initial(ends.d_out, config.d_sae, seed=config.seed, decoder_norm=norm, features=features)
     if ends.transcodes:
-        reads = Dictionary.initial(ends.d_in, config.d_sae, seed=config.seed + 1, decoder_norm=norm)
+        reads = Dictionary.initial(ends.d_in, config.d_sae, seed=config.seed + 1, decoder_norm=norm, features=features)
         W_skip_od = torch.zeros(ends.d_out, ends.d_in) if config.skip else None
         rest = (reads.b_enc_f, dictionary.W_dec_fo, dictionary.b_dec_o)
         dictionary = Dictionary(reads.W_enc_fd, *rest, W_skip_od=W_skip_od)

@@ -27,6 +27,7 @@ class Start(NamedTuple):
     """Where one dictionary of a sweep begins."""
 
     dictionary: Dictionary
+    """this process's features"""
     seed: int = 0
     """of its resampling"""
     own: Own = MappingProxyType({})
@@ -50,13 +51,13 @@ class Sweep:
         self.values, self.seeds = kind.values, [start.seed for start in starts]
         first = starts[0].dictionary
         self.transcodes, self.sites = first.is_transcoder, len(first.writes)
-        k, mine, device = len(starts), self.mesh.features.part(first.d_sae), device or first.W_dec_fo.device
+        k, device = len(starts), device or first.W_dec_fo.device
 
         def stacked(tensors: Sequence[Tensor]) -> Tensor:
             return torch.stack([tensor.detach().to(device) for tensor in tensors])
 
         wholes = [self._started(start) for start in starts]
-        stacks = {name: stacked([one[name] if name in WHOLE else one[name][mine] for one in wholes]) for name in wholes[0]}
+        stacks = {name: stacked([one[name] for one in wholes]) for name in wholes[0]}
         self.weights = Weights(*(stacks.pop(name) for name in Weights._fields))
         self.own = stacks
         self.kept = {name: stacked([tensor] * k) for name, tensor in kind.state().items()}
@@ -64,7 +65,7 @@ class Sweep:
         """what this process updates: where rows are split, of its features an equal part"""
         self.adam = torch.optim.Adam(list(self.parameters.values()), lr=recipe.lr, betas=recipe.betas, fused=True)
         moments(self.adam, list(self.parameters.values()))  # from the start, so that a checkpoint always has it
-        self.silent_steps_kf = torch.zeros(k, mine.stop - mine.start, dtype=torch.int64, device=device)
+        self.silent_steps_kf = torch.zeros(k, first.d_sae, dtype=torch.int64, device=device)
         self.fired_kf = torch.zeros_like(self.silent_steps_kf)
         self.rows_counted = torch.zeros((), dtype=torch.int64)
         self.sparse_rows_k = torch.zeros(k, dtype=torch.float64, device=device)

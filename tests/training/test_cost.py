@@ -9,7 +9,9 @@ from several_processes import forked, said
 from test_train_kinds import alone, config_of, small
 from test_training import cache  # noqa: F401 (a fixture)
 
+from sae.dictionaries import rows
 from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.rows import random_rows
 from sae.errors import InputError
 from sae.kinds import BatchTopK
 from sae.objective import Workspace
@@ -41,7 +43,7 @@ def counting(config):
         dist.all_to_all_single, dist.all_gather_single = counted_exchange, counted_gather
         processes = Processes.from_environment()
         with processes.together(), meshed(config, processes) as mesh:
-            start = Dictionary.initial(16, config.d_sae, seed=0, decoder_norm=1.0)
+            start = Dictionary.initial(16, config.d_sae, seed=0, decoder_norm=1.0, features=mesh.features.part(config.d_sae))
             sweep = Sweep([Start(start)] * len(config.kind.values), config.kind, config.recipe(), "auto", Workspace(mesh=mesh))
             sweep.weights.b_enc_f.fill_(-1 if sweep.kind.swept == "k" else -3)  # few are active, but more than k
             sweep._take_over()
@@ -75,6 +77,14 @@ def test_a_million_features_can_be_planned():
     assert memory["Adam's moments"] == 2 * memory["weights"]
     assert wire_bytes(shape, Split(64, 1))["partial reconstructions"] == 2 * 63 * (8192 // 64) * 2304 * 4
     assert wire_bytes(shape, Split(1, 64))["weights"] == 63 * (1 << 14) * (2 * 2304 + 1) * 4
+
+
+def test_processes_begin_with_the_rows_of_one(monkeypatch):
+    whole = torch.nn.functional.normalize(torch.randn(200, 7, generator=torch.Generator().manual_seed(3)), dim=-1)
+    assert torch.equal(random_rows(7, 200, 3), whole)
+    monkeypatch.setattr(rows, "DRAWN", 48)
+    parts = [random_rows(7, 200, 3, slice(first, first + 50)) for first in range(0, 200, 50)]
+    assert torch.equal(torch.cat(parts), whole)
 
 
 def test_a_dry_run_says_what_each_process_takes(cache, tmp_path, capsys):  # noqa: F811
