@@ -190,7 +190,7 @@ def train(s: Settings, answer: Answer) -> None:
         config = TrainingConfig(cache=folder, out=Path(s.work) / name, device=s.device, checkpoint_every=10**9, **sizes, **settings)
         with patch.object(Batches, "__next__", wait):
             try:
-                train_on(source, config, [config], config.settings())
+                train_on(source, config, config.settings())
             except KeyboardInterrupt:
                 print("stopped, as planned")
             finally:

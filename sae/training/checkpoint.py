@@ -4,7 +4,7 @@ import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -15,7 +15,7 @@ from sae.disk.pieces import DTYPES, Pieces, in_order, write_pieces
 from sae.disk.reading import Number, layout, parse_json, require_intact
 from sae.errors import InputError
 from sae.mesh import Mesh
-from sae.training.sweep import Sweep
+from sae.training.config import Recipe
 
 FILE = "checkpoint.safetensors"
 THEN = "begin anew with --restart"
@@ -32,13 +32,24 @@ class Record(TypedDict):
     since_init: NotRequired[dict[str, Any]]
 
 
+class Kept(Protocol):
+    """A sweep, or a part of one."""
+
+    recipe: Recipe
+    mesh: Mesh
+
+    def states(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]: ...
+
+    def gather(self) -> None: ...
+
+
 class Checkpoint:
     """The checkpoint of the run in `folder`, of which `settings` decide the result."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.folder, self.path, self.settings = folder, folder / FILE, settings
 
-    def save(self, sweeps: Sequence[Sweep], step: int) -> None:
+    def save(self, sweeps: Sequence[Kept], step: int) -> None:
         """After `step` steps. Adam's moments and the counts are in it, and the batch order follows from seed and step.
 
         Of several processes all call it, and the one that leads writes the whole, the same file for any split; nobody goes on before that.
@@ -56,7 +67,7 @@ class Checkpoint:
                 deque(parts[name], maxlen=0)  # sends them
         mesh.every.wait()
 
-    def restore(self, sweeps: Sequence[Sweep]) -> int:
+    def restore(self, sweeps: Sequence[Kept]) -> int:
         """Brings `sweeps` to the checkpoint and gives the number of steps done; 0 if there is no checkpoint.
 
         Each process reads its part, for any split that the checkpoint was written by; after another than this one, last digits differ.
@@ -114,7 +125,7 @@ class Checkpoint:
         return f"the last checkpoint in {self.folder} is untouched" if self.path.exists() else "no checkpoint was written yet"
 
 
-def states_of(sweeps: Sequence[Sweep]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def states_of(sweeps: Sequence[Kept]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """References to all tensors, as `Sweep.states`; with a number in front of the names where there are several sweeps."""
     if len(sweeps) == 1:
         return sweeps[0].states()

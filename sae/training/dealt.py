@@ -43,7 +43,10 @@ class RunOf:
     """Of a sweep the dictionaries of one run, for its checkpoint."""
 
     def __init__(self, sweep: Sweep, ks: slice):
-        self.sweep, self.ks, self.recipe, self.mesh, self.gather = sweep, ks, sweep.recipe, sweep.mesh, sweep.gather
+        self.sweep, self.ks, self.recipe, self.mesh = sweep, ks, sweep.recipe, sweep.mesh
+
+    def gather(self) -> None:
+        self.sweep.gather()
 
     def states(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         split, whole = self.sweep.states()
@@ -90,7 +93,7 @@ class Checkpoints:
     def save(self, sweeps: Sequence[Sweep], step: int) -> None:
         for part in self.parts:
             for checkpoint, run in part.checkpoints:
-                checkpoint.save([run], step)  # type: ignore[list-item]
+                checkpoint.save([run], step)
 
     def kept(self) -> str:
         """What a failure leaves, for its sentence."""
@@ -184,7 +187,7 @@ def train_mine(
         for group in together([runs[one.run] for one in mine if (one.first, one.encoder) == (first, encoder)]):
             part = DealtPart(group, first, source, device, settings)
             for checkpoint, run in part.checkpoints:
-                checkpoint.restore([run])  # type: ignore[list-item]
+                checkpoint.restore([run])
             if not first:
                 part.choose_encoder()
             part.watch(status, plan.out)

@@ -60,4 +60,4 @@ def train_from(source: PoolSource, config: LiveTrainingConfig, live: dict[str, A
     decides = {"live": json.loads(json.dumps(live)), "fingerprint": manifest["model"]["fingerprint"]}
     if "models" in manifest:
         decides["fingerprints"] = {name: model["fingerprint"] for name, model in manifest["models"].items()}
-    return train_on(source, config, [config], config.settings() | decides)
+    return train_on(source, config, config.settings() | decides)

@@ -30,7 +30,7 @@ from sae.training.config import RunConfig, TrainingConfig
 from sae.training.cost import report
 from sae.training.ends import Ends
 from sae.training.metrics import start_wandb
-from sae.training.part import Part, together
+from sae.training.part import Part
 from sae.training.shard import meshed, require_same
 from sae.training.start import opened
 from sae.training.sweep import Sweep
@@ -52,7 +52,7 @@ def train(config: TrainingConfig) -> list[Path]:
         source = cached(config.cache, config.sites, config.verify)
         if not mesh.alone:
             require_same(config, processes, source)
-        folders = train_on(source, config, [config], config.settings(), mesh)
+        folders = train_on(source, config, config.settings(), mesh)
         if config.dry_run:
             report(config, source, mesh)
         return folders
@@ -63,18 +63,18 @@ def cached(cache: Place, sites: Iterable[str], verify: bool) -> CachedSource:
     return CachedSource(*(ActivationCache.open(cache, site, verify=verify) for site in list(sites) or (None,)))
 
 
-def train_on(source: Source, run: RunConfig, configs: Sequence[RunConfig], settings: dict[str, Any], mesh: Mesh = ALONE) -> list[Path]:
-    """Trains what `configs` say, together, on rows from anywhere; `run` says what they share: steps, batches, folder.
+def train_on(source: Source, config: RunConfig, settings: dict[str, Any], mesh: Mesh = ALONE) -> list[Path]:
+    """Trains on rows from anywhere.
 
     `settings` decide the result: a run in the folder is resumed only if it has the same ones.
     """
-    device = device_named(run.device)
-    settings = with_inits(source, configs, settings)
-    announce(source, run, configs, device)
-    if not run.dry_run:
-        with only_writer(run.out) if mesh.leads else nullcontext():
-            train_into(source, run, configs, settings, device, mesh)
-    return [folder for config in configs for folder in config.folders()]
+    device = device_named(config.device)
+    settings = with_inits(source, [config], settings)
+    announce(source, config, [config], device)
+    if not config.dry_run:
+        with only_writer(config.out) if mesh.leads else nullcontext():
+            train_into(source, config, settings, device, mesh)
+    return config.folders()
 
 
 def with_inits(source: Source, configs: Sequence[RunConfig], settings: dict[str, Any]) -> dict[str, Any]:
@@ -95,54 +95,48 @@ def announce(source: Source, run: RunConfig, configs: Sequence[RunConfig], devic
     print(f"{run.steps:,} steps of {run.batch_size:,} = {drawn / source.rows:.1f} times the {source.rows:,} training rows, on {device}")
 
 
-def train_into(
-    source: Source, run: RunConfig, configs: Sequence[RunConfig], settings: dict[str, Any], device: torch.device, mesh: Mesh
-) -> None:
+def train_into(source: Source, config: RunConfig, settings: dict[str, Any], device: torch.device, mesh: Mesh) -> None:
     """Begins or resumes the run in the folder, and finishes it."""
-    checkpoint = Checkpoint(run.out, settings)
-    folders = [folder for config in configs for folder in config.folders()]
-    complete = mesh.leads and prepared(checkpoint, folders, run)
+    checkpoint = Checkpoint(config.out, settings)
+    complete = mesh.leads and prepared(checkpoint, config)
     if mesh.every.any(complete):
-        print(f"{run.out} is already complete; --restart trains it again")
+        print(f"{config.out} is already complete; --restart trains it again")
         return
 
-    parts = [Part(group, source, device, mesh) for group in together(configs)]
-    first = checkpoint.restore([part.sweep for part in parts])
+    part = Part([config], source, device, mesh)
+    first = checkpoint.restore([part.sweep])
     if first:
         print(f"resuming after step {first:,}")
     else:
-        for part in parts:
-            part.choose_encoder()
-    batches = source.batches(run.batch_size, seed=run.seed, device=device)
+        part.choose_encoder()
+    batches = source.batches(config.batch_size, seed=config.seed, device=device)
     batches.seek(first)
-    wandb_run = start_wandb(run.wandb if mesh.leads else "off", run.wandb_project, run.out, settings)
+    wandb_run = start_wandb(config.wandb if mesh.leads else "off", config.wandb_project, config.out, settings)
     try:
-        for part in parts:
-            part.open_logs(first, wandb_run, run.out)
-        loop(parts, batches, checkpoint, first, run)
+        part.open_logs(first, wandb_run, config.out)
+        loop([part], batches, checkpoint, first, config)
     finally:
-        for part in parts:
-            for log in part.logs:
-                log.close()
+        for log in part.logs:
+            log.close()
         if wandb_run is not None:
             wandb_run.finish()
-    for part in parts:
-        part.finish(settings)
+    part.finish(settings)
     if mesh.leads:
         checkpoint.remove()
     mesh.every.wait()
 
 
-def prepared(checkpoint: Checkpoint, folders: list[Path], run: RunConfig) -> bool:
+def prepared(checkpoint: Checkpoint, config: RunConfig) -> bool:
     """Clears away what is not wanted any more, and tells whether the run is already complete."""
-    if run.restart and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:  # torchrun's own restarts go on
+    folders = config.folders()
+    if config.restart and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:  # torchrun's own restarts go on
         checkpoint.remove()
         for folder in folders:
             (folder / "training.json").unlink(missing_ok=True)
     complete = all((folder / "training.json").exists() for folder in folders)
     if complete:
         checkpoint.refuse_other(read_json(folders[0] / "training.json", "a run's training.json", Record)["settings"])
-    remove_leftovers(run.out)
+    remove_leftovers(config.out)
     if complete:
         checkpoint.remove()  # a kill may have come between the two last steps
     return complete
