@@ -110,7 +110,7 @@ def pieces(processes: Processes, out: Path, settings: dict[str, Any]) -> Iterato
         try:
             yield Pieces(processes, folder)
         except BaseException:
-            if processes.leads and [path.name for path in folder.iterdir()] == [RECORD]:
+            if processes.leads and all(path.suffix == ".json" for path in folder.iterdir()):  # settings and choices, no work
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         if processes.leads:

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from sae.disk.pieces import DTYPES, Pieces, in_order, write_pieces
 from sae.disk.reading import Number, layout, parse_json, require_intact
+from sae.disk.streamed import DTYPES, Streamed, in_order, write_streamed
 from sae.errors import InputError
 from sae.mesh import Mesh
 from sae.training.config import Recipe
@@ -59,9 +59,9 @@ class Checkpoint:
         order = in_order(tensors)
         parts = {name: all_rows(tensors[name], mesh) if name in split else [tensors[name].cpu()] for name in order}  # host sync
         if mesh.leads:
-            pieces = {name: Pieces(tensors[name].dtype, whole_shape(tensors[name], mesh, name in split), parts[name]) for name in order}
+            streamed = {name: Streamed(tensors[name].dtype, whole_shape(tensors[name], mesh, name in split), parts[name]) for name in order}
             about = {"step": str(step), "settings": json.dumps(self.settings), "mesh": str(mesh)}
-            write_pieces(self.path, pieces, about)
+            write_streamed(self.path, streamed, about)
         else:
             for name in order:
                 deque(parts[name], maxlen=0)  # sends them

@@ -1,4 +1,4 @@
-"""A safetensors file written tensor after tensor, each in pieces that come as they are needed: it may be larger than memory."""
+"""A safetensors file written tensor after tensor, each in parts that are made as they are needed: it may be larger than memory."""
 
 import json
 import math
@@ -17,7 +17,7 @@ DTYPES = {torch.float64: "F64", torch.int64: "I64", torch.float32: "F32"}
 """as safetensors names them, the widest first"""
 
 
-class Pieces(NamedTuple):
+class Streamed(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     parts: Iterable[Tensor]
@@ -29,7 +29,7 @@ def in_order(tensors: Mapping[str, Tensor]) -> list[str]:
     return sorted(tensors, key=lambda name: (list(DTYPES).index(tensors[name].dtype), name))
 
 
-def write_pieces(path: Path, tensors: Mapping[str, Pieces], metadata: dict[str, str]) -> None:
+def write_streamed(path: Path, tensors: Mapping[str, Streamed], metadata: dict[str, str]) -> None:
     """Writes them in the order that they have, with a checksum (see checksum.py), atomically."""
     header: dict[str, object] = {"__metadata__": metadata | {"crc32": BLANK}}
     end = 0
@@ -41,8 +41,8 @@ def write_pieces(path: Path, tensors: Mapping[str, Pieces], metadata: dict[str, 
     head = len(text).to_bytes(8, "little") + text
     with atomic(path) as temporary, open(temporary, "wb") as file:
         crc32 = written(file, head, 0)
-        for pieces in tensors.values():
-            for part in pieces.parts:
+        for tensor in tensors.values():
+            for part in tensor.parts:
                 crc32 = written(file, part.numpy().tobytes(), crc32)
         assert file.tell() == len(head) + end
         file.seek(head.index(MARK) + len(MARK))
