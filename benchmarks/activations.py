@@ -168,7 +168,7 @@ def harvest_settings(config: BenchmarkConfig, folder: Path) -> tuple[dict[str, A
     at_most = min(batches, max(1, config.pool_tokens // (batch_rows * rows_sp.shape[1])))
     pool = max(n for n in range(1, at_most + 1) if batches % n == 0)  # its pools are all of one size: else it begins the text again
     settings |= {"packed": str(folder / "packed.safetensors"), "batch_rows": batch_rows, "pool_rows": pool * batch_rows}
-    block = lm._blocks[site.layer]
+    block = lm.blocks[site.layer]
     settings |= {"hook": next(name for name, module in lm.model.named_modules() if module is block), "d_in": lm.d_model}
     return settings, {}
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -113,6 +114,8 @@ def pieces(processes: Processes, out: Path, settings: dict[str, Any]) -> Iterato
             if processes.leads and all(path.suffix == ".json" for path in folder.iterdir()):  # settings and choices, no work
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+        deque(processes.deal(()), maxlen=0)
+        deque(processes.wait_for_all(), maxlen=0)  # the others may still read pieces
         if processes.leads:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -72,6 +72,7 @@ class Processes:
 
         ended = threading.Event()
         if self.world > 1:
+            self.store.add(f"beats{self.rank}", 1)  # one that is killed before its next sign of life must be missed too
             threading.Thread(target=self._live, args=(ended,), daemon=True).start()
         try:
             yield

@@ -72,6 +72,6 @@ def test_a_site_that_is_not_what_it_should_be_is_called_wrong(script):
     lm._inspection.found["mlp_out.1"] = lm._inspection.found["mlp_out.1"]._replace(module=script.torch.nn.Identity())
     with pytest.raises(InputError, match="expected the pass to go through mlp_out"):
         script.wrong_sites(lm, ids_sp, values)
-    lm._blocks[1].attn.c_proj.weight.zero_()
-    lm._blocks[1].mlp.c_proj.weight.zero_()
+    lm.blocks[1].attn.c_proj.weight.zero_()
+    lm.blocks[1].mlp.c_proj.weight.zero_()
     assert script.wrong_sites(lm, ids_sp, {"head_out.1": lm.record(ids_sp, ["head_out.1"])["head_out.1"]}) == ["head_out.1"]
