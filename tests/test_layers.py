@@ -68,7 +68,6 @@ ROOMS = (
     "steering.studies",
     "steering.compare",
     "steering.command_line",
-    "sae.__main__",
 )
 
 

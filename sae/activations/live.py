@@ -3,6 +3,7 @@
 n rows of a pool · d width of a site
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import count
@@ -31,7 +32,7 @@ from sae.errors import InputError
 from sae.progress import progress
 
 
-class PoolSource:
+class PoolSource(ABC):
     """A `Source` whose rows come pool after pool, from anywhere. Memory: one pool of rows, the last that was asked for."""
 
     def __init__(self, manifest: dict[str, Any], widths: dict[str, int], sizes: Sequence[int], max_norm_ratio: float | None):
@@ -39,10 +40,6 @@ class PoolSource:
         self.manifest, self.widths, self.sizes, self.max_norm_ratio = manifest, widths, sizes, max_norm_ratio
         self.rows = sum(sizes)
         self._held: tuple[int, dict[str, Tensor], PoolRows] | None = None
-
-    def make(self, number: int) -> tuple[dict[str, Tensor], PoolRows]:
-        """The rows of a pool, site -> [n, d] in visiting order, and what was massive among them."""
-        raise NotImplementedError
 
     def mean_squared_norm(self, site: str) -> float:
         """Mean of ‖x‖², in the model's own units, over the first pool; a cache has it over all of its training rows."""
@@ -64,12 +61,9 @@ class PoolSource:
         """site -> activations [n, d] of a pool in visiting order; the last pool asked for is kept. `after`: pools that come after it."""
         return self.pool(number, after)[0]
 
+    @abstractmethod
     def pool(self, number: int, after: Iterable[int] = ()) -> tuple[dict[str, Tensor], PoolRows]:
-        """What `make` gives."""
-        if self._held is None or self._held[0] != number:
-            self._held = None  # so that there are never two
-            self._held = (number, *self.make(number))
-        return self._held[1:]
+        """`pool_rows`, and what was massive among them."""
 
     def batches(self, batch_size: int, *, seed: int = 0, device: str | torch.device = "cpu") -> Batches:
         """Endless shuffled batches; raises `InputError` for a batch size or seed that cannot be meant."""
@@ -93,7 +87,15 @@ class LiveSource(PoolSource):
         sizes = [pool.rows for pool in self.pools]
         super().__init__(facts(config, self.recorder.models), self.recorder.widths, sizes, config.max_norm_ratio)
 
+    def pool(self, number: int, after: Iterable[int] = ()) -> tuple[dict[str, Tensor], PoolRows]:
+        """What `make` gives."""
+        if self._held is None or self._held[0] != number:
+            self._held = None  # so that there are never two
+            self._held = (number, *self.make(number))
+        return self._held[1:]
+
     def make(self, number: int) -> tuple[dict[str, Tensor], PoolRows]:
+        """The rows of a pool, site -> [n, d] in visiting order, and what was massive among them."""
         acts, massive = self.recorder.record(self.pools[number], lambda _: None)
         kept, planned = len(next(iter(acts.values()))), self.sizes[number]
         if kept == 0:

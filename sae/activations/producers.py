@@ -24,7 +24,7 @@ from sae.errors import InputError
 from sae.processes import Processes
 
 SILENCE = timedelta(minutes=10)
-"""without a word while a pool is sent, after which one ends; what dies on a machine is noticed at once"""
+"""without a message while a pool is sent before a process ends; a death on the same machine is noticed at once"""
 
 
 @contextmanager

@@ -69,7 +69,7 @@ class Blocks:
                 handle.write(block)
                 handle.write(zlib.crc32(block).to_bytes(CRC_BYTES, "little"))
             temporary.replace(path)
-        except OSError as error:  # a full disk, a folder that others protect: the block is read again from where it came
+        except OSError as error:  # a full disk, a folder that others protect: the block is read from its source again
             with self._lock:
                 self._say_full(error.strerror or str(error))
         else:

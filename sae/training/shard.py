@@ -19,7 +19,7 @@ from sae.processes import Processes
 from sae.training.config import RunConfig, TrainingConfig
 
 SILENCE = timedelta(minutes=10)
-"""without a word from another process, after which one ends; what dies on a machine is noticed at once"""
+"""without a message from another process before this one ends; a death on the same machine is noticed at once"""
 
 
 class Split(NamedTuple):
@@ -50,7 +50,7 @@ def meshed(config: TrainingConfig, processes: Processes) -> Iterator[Mesh]:
     split = Split.of(config.shard or "features", processes.world)
     if processes.world > 1 and config.shard is None:
         raise InputError(
-            f"expected one process, or --shard features or rows, got {processes.world} processes without it; say how they share"
+            f"expected one process, or --shard features or rows, got {processes.world} processes without --shard; say how they share"
         )
     if split.processes != processes.world and not (config.dry_run and processes.world == 1):
         raise InputError(f"expected {split.processes} processes for --shard {config.shard}, got {processes.world}; start so many")

@@ -48,8 +48,8 @@ class Status:
         if not self.processes.leads or (now - self._written < AT_MOST_EVERY and not print_now):
             return
         for name in self.rows:
-            if (told := self.processes.heard(f"run {name}")) is not None:
-                self.rows[name] = Row(*told)
+            if (row := self.processes.heard(f"run {name}")) is not None:
+                self.rows[name] = Row(*row)
         write_json(self.path, [{"run": name, "steps": self.steps, **row._asdict()} for name, row in self.rows.items()])
         self._written = now
         if print_now or now - self._printed > EVERY:

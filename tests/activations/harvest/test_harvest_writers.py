@@ -65,7 +65,7 @@ def test_one_killed_process_costs_nothing_but_its_pool(config, whole, tmp_path, 
     if forked(partial(harvest, config), 2, tmp_path / "log", kill) != [
         0,
         0,
-    ]:  # so it is when the one to be killed came too late to write much
+    ]:  # the process to be killed may start too late to write much
         assert "same command again" in said(tmp_path / "log")[1 - kill[0]]
         with pytest.raises(InputError, match="not finished"):
             ActivationCache.open(config.out)
