@@ -67,12 +67,16 @@ class Encoder:
         """
         if floor and isinstance(self.above_f, Tensor):
             raise InputError("expected one threshold for all features with a floor, got one for each; leave the floor at 0")
-        if self.features is not None and fits(x_bd):
+        if self.screens(x_bd):
             starts = range(0, max(1, len(x_bd)), BLOCK)
             return joined([self._screened(x_bd[start : start + BLOCK], buffers, first_row + start, floor) for start in starts])
         size = max(1, BLOCK_BYTES // (4 * len(self.W_fd))) if self.method == "onednn" else max(1, len(x_bd))
         starts = range(0, max(1, len(x_bd)), size)
         return joined([self._kept(self.values(x_bd[start : start + size], buffers), buffers, first_row + start, floor) for start in starts])
+
+    def screens(self, x_bd: Tensor) -> bool:
+        """Whether these rows go through bounds, and not through the float32 product."""
+        return self.features is not None and fits(x_bd)
 
     def values(self, x_bd: Tensor, buffers: Buffers) -> Tensor:
         """All z [b, f] by the float32 product, in memory that the next call may overwrite."""

@@ -48,8 +48,8 @@ def above_in(size_bf: Tensor, buffers: Buffers) -> Callable[[float, Tensor | Non
 
 
 def above_of(encoder: Encoder, input_bd: Tensor, buffers: Buffers) -> Callable[[float, Tensor | None], Entries]:
-    """`above` of `top_of_rows` by an encoder. A float32 product of fewer rows may have other last digits, so there it is made once."""
-    if encoder.features is None:
+    """`above` of `top_of_rows` by an encoder. The float32 product may give fewer rows other last digits, so there it is made once."""
+    if not encoder.screens(input_bd):
         return above_in(encoder.values(input_bd, buffers), buffers)
     return lambda low, rows_m: encoder.entries(input_bd if rows_m is None else input_bd[rows_m], buffers, floor=low)
 

@@ -154,6 +154,15 @@ def test_the_largest_of_each_row(method, problem, k, guess):
 
 
 @pytest.mark.parametrize("method", WAYS)
+def test_a_second_look_at_a_batch_too_large_for_bounds_goes_the_same_way(method):
+    x, W, b = realistic()
+    x[0] *= 1e25
+    encoder = Encoder(method, W, b, like_bd=x)
+    every, (top, _) = encoder.entries(x, Buffers()), top_of_rows(above_of(encoder, x, Buffers()), len(x), 3, guess=1e9)
+    assert set(zip(*(one.tolist() for one in top))) <= set(zip(*(one.tolist() for one in every)))
+
+
+@pytest.mark.parametrize("method", WAYS)
 def test_blocks_of_rows_and_memory_used_again_change_nothing(method, monkeypatch):
     x, W, b = realistic()
     encoder, buffers = Encoder(method, W, b, like_bd=x), Buffers()
