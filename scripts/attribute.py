@@ -1,4 +1,4 @@
-"""Attribution graph of a prompt: which transcoder features make the next token likely, and through which."""
+"""Make the attribution graph of a prompt: which transcoder features make the next token likely, and through which others."""
 
 from steering.command_line import main
 

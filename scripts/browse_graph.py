@@ -1,4 +1,4 @@
-"""An attribution graph's page with its model behind it: check any edge by an intervention."""
+"""Serve an attribution graph's page together with its model: check any edge by an intervention."""
 
 from steering.command_line import main
 

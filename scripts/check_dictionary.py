@@ -1,4 +1,4 @@
-"""Prove a dictionary on a short text, and find the frame that fits."""
+"""Measure a dictionary on a short text, and find the frame that fits."""
 
 from steering.command_line import main
 

@@ -1,4 +1,4 @@
-"""Write the table in docs/circuit_tasks.md again: which of the circuit tasks which model does, with intervals."""
+"""Rewrite the table in docs/circuit_tasks.md: which model does which circuit task, with intervals."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ class TasksConfig:
     models: tuple[str, ...]
     """Models by hub name, folder or GGUF file, one column each."""
     names: tuple[str, ...]
-    """What the columns are called, one for each model."""
+    """Names of the columns, one for each model."""
     pairs: int = 128
     """Pairs of each task."""
     seed: int = 0
@@ -33,7 +33,7 @@ class TasksConfig:
 
 
 def write_page(config: TasksConfig) -> None:
-    """Raises `InputError` for other numbers of models than of names, and for a page that has no place for the table."""
+    """Raises `InputError` if the numbers of models and names differ, and for a page without a place for the table."""
     if len(config.models) != len(config.names):
         raise InputError(f"expected a name for each model, got {len(config.models)} models and {len(config.names)} names; give as many")
     before, start, rest = (config.out.read_text(encoding="utf-8") if config.out.is_file() else "").partition(START)
@@ -45,7 +45,7 @@ def write_page(config: TasksConfig) -> None:
 
 
 def measured(model: str, n: int, seed: int) -> dict[tuple[str, str], Presence | None]:
-    """Of every task and corruption; None where the tokenizer gives no pair."""
+    """The results for every task and corruption; None if the tokenizer allows no pair."""
     torch.set_num_threads(1)  # the numbers of a sum do not depend on the machine's cores
     lm = LanguageModel.load(model, device="cpu")
     rows = [(task, corruption) for task, row in TASKS.items() for corruption in row.corruptions]

@@ -1,6 +1,6 @@
 """The main job on the bundled model, offline: cache, train, evaluate, index, list, steer. Prints every command before it runs it.
 
-Each command can be typed by hand. A demo that was interrupted goes on where it stopped; `--restart` begins anew.
+Each command can be typed by hand. An interrupted demo continues where it stopped; `--restart` starts over.
 """
 
 import json
@@ -62,9 +62,9 @@ def demo(config: DemoConfig) -> None:
 
 
 def call(script: str, flags: str, show: bool = True, makes: Path | None = None) -> str:
-    """Runs a script of ours, after printing it as one would type it; ends the demo with the script's exit code if that is not 0.
+    """Prints a command as a user would type it and runs it. If it fails, the demo ends with its exit code.
 
-    A script that begins anew each time is left out where the file that it `makes` is there.
+    If the file `makes` exists, the command is skipped: for scripts that cannot resume.
     """
     began = time.monotonic()
     if show:
@@ -107,7 +107,7 @@ def summary(config: DemoConfig, feature: int, seconds: float) -> None:
 
 
 def quality(evaluation: Path) -> list[tuple[str, str]]:
-    """Two rows of a summary, from what evaluate_sae wrote."""
+    """Two rows of the summary, from the file that evaluate_sae wrote."""
     measured = json.loads(evaluation.read_text())
     reconstruction, loss = measured["reconstruction"], measured["language_model"]
     low, high = loss["loss_recovered_interval"]

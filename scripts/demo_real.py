@@ -1,7 +1,7 @@
 """The main job on a real language model, SmolLM2-135M: fetch, cache, train, evaluate, index, list, steer, compare. Prints every command
 before it runs it.
 
-Only fetching needs a network, once. A demo that was interrupted goes on where it stopped; `--restart` begins anew.
+Only fetching needs a network, once. An interrupted demo continues where it stopped; `--restart` starts over.
 """
 
 import json
@@ -31,21 +31,21 @@ class RealDemoConfig:
     dictionary: str = "train"
     """"train" trains one, "shipped" takes checkpoints/smollm2-sae; or the folder of another."""
     out: Path = Path("runs/demo-real")
-    """Folder for everything the demo makes; what each dictionary gives goes into a folder of its own there."""
+    """Folder for everything the demo makes; each dictionary's results get their own folder in it."""
     word: str = "God"
     """A word to look for among the features."""
     concept: str = "bible"
-    """Concept of the comparison at equal KL, where the feature found for the word is beside the other directions."""
+    """Concept of the comparison at equal KL, which includes the feature found for the word."""
     strength: float = 0.8
     """Multiple of the feature's maximum activation to steer with."""
     prompt: str = "The most important thing in life is"
-    """What the steered model goes on with."""
+    """Prompt that the steered model continues."""
     restart: bool = False
     """Remove what an earlier demo made with this dictionary."""
 
 
 def demo(config: RealDemoConfig) -> None:
-    """Raises `InputError` for a dictionary that is not there, or of another model."""
+    """Raises `InputError` for a dictionary that does not exist or is of another model."""
     own = config.dictionary == "train"
     out = config.out / Path(config.dictionary).name
     if config.restart:
@@ -74,7 +74,7 @@ def demo(config: RealDemoConfig) -> None:
 
 
 def given(name: str) -> tuple[Path, str]:
-    """A dictionary's folder and site."""
+    """The folder and the site of a given dictionary."""
     folder = SHIPPED if name == "shipped" else Path(name)
     if not folder.is_dir():
         expected = f'expected --dictionary to be "train", "shipped" or a folder, got {name!r}'

@@ -1,4 +1,4 @@
-"""Say what an activation cache holds: text, norms, outlier dimensions, massive activations."""
+"""Show what an activation cache holds: text, norms, outlier dimensions, massive activations."""
 
 from steering.command_line import main
 

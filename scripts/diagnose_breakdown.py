@@ -1,4 +1,4 @@
-"""Why a too large coefficient breaks the model: one direction at rising strengths, in arms that tell causes apart."""
+"""Find why a too large coefficient breaks the model: one direction at rising strengths, in arms that separate the causes."""
 
 from steering.command_line import main
 

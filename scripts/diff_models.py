@@ -1,4 +1,4 @@
-"""What one model has and another has not, by a crosscoder of both: relative norms, latent scaling, examples, as JSON and a page."""
+"""Compare two models by a crosscoder of both: relative norms, latent scaling, examples, as JSON and a page."""
 
 from steering.command_line import main
 

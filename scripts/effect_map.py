@@ -1,4 +1,4 @@
-"""What else steering with a feature moves, and a direction that moves it alone."""
+"""Measure what else steering with a feature changes, and find a direction that changes this feature alone."""
 
 from steering.command_line import main
 

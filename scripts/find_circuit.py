@@ -1,4 +1,4 @@
-"""Which edges of a model do a task: scores, a circuit, and how good it is on other pairs."""
+"""Find which edges of a model, or features of dictionaries, do a task: scores, a circuit, its quality on held-out pairs."""
 
 from steering.command_line import main
 

@@ -1,4 +1,4 @@
-"""Write the table of formats in docs/dictionaries.md again, out of the rows in sae/dictionaries/formats/__init__.py."""
+"""Rewrite the table of formats in docs/dictionaries.md from the rows in sae/dictionaries/formats/__init__.py."""
 
 import argparse
 from pathlib import Path
@@ -15,7 +15,7 @@ def table() -> str:
 
 
 def page(text: str) -> str:
-    """The page with the present table."""
+    """The page with the current table."""
     before, _, rest = text.partition(START)
     return before + START + table() + END + rest.partition(END)[2]
 

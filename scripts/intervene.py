@@ -1,4 +1,4 @@
-"""Set a node of an attribution graph to multiples of its value: what the graph predicts, and what happens."""
+"""Set a node of an attribution graph to multiples of its value and compare the outcome with the graph's prediction."""
 
 from steering.command_line import main
 

@@ -1,4 +1,4 @@
-"""Make the pictures of the README and the docs: pages of the browser in headless Chromium, and plots of what the demo and studies left."""
+"""Make the pictures of the README and the docs: pages of the browser in headless Chromium, and plots of the demo and the studies."""
 
 import json
 import shutil
@@ -24,12 +24,12 @@ REAL_TEXT = "The+band+played+music+in+the+church+by+the+river+until+the+police+s
 @dataclass
 class PicturesConfig:
     demo: Path | None = Path("runs/demo")
-    """Folder of the demo's results. None leaves its pictures as they are."""
+    """Folder of the demo's results. Default: its pictures stay as they are."""
     real: Path | None = None
-    """Folder of what the real model's demo made with one dictionary, such as runs/demo-real/shipped; its pictures are real_*.png. Default:
-    they stay as they are."""
+    """Folder of the real model's demo with one dictionary, such as runs/demo-real/shipped; its pictures are real_*.png. Default: they stay
+    as they are."""
     real_word: str = "God"
-    """Word whose feature is shown of the real model's demo."""
+    """Word whose feature in the real model's demo is shown."""
     comparison: Path | None = None
     """Folder of a comparison (sae compare) whose report becomes comparison.png. Default: that picture stays as it is."""
     real_comparison: Path | None = None
@@ -61,7 +61,7 @@ def make_pictures(config: PicturesConfig) -> None:
 
 
 def pictures_of_real_demo(config: PicturesConfig, real: Path) -> None:
-    """Of the first feature that the index finds for the word."""
+    """Takes the pictures of the first feature that the index finds for the word."""
     feature = FeatureIndex.open(real / "index").search(config.real_word, 1)[0].feature
     with browser(real / "index") as url, camera(config) as take:
         take("real_feature.png", f"{url}/f/{feature}", height=1250)
@@ -94,7 +94,7 @@ def chromium_of(config: PicturesConfig) -> str:
 
 
 def picture_of_circuit(config: PicturesConfig, circuit: Path) -> None:
-    """The page's first section: filters, legend, drawing."""
+    """Takes a picture of the page's first section: filters, legend, drawing."""
     if not circuit.exists():
         raise InputError(f"expected the page of a circuit at {circuit}, which does not exist; run sae find-circuit first")
     from playwright.sync_api import sync_playwright
@@ -111,7 +111,7 @@ def picture_of_circuit(config: PicturesConfig, circuit: Path) -> None:
 
 @contextmanager
 def browser(index: Path) -> Iterator[str]:
-    """The feature browser on a free port; gives its URL."""
+    """Serves the feature browser on a free port; yields its URL."""
     command = [sys.executable, str(Path(__file__).with_name("browse_features.py")), "--index", str(index), "--port", "0", "--no-open"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -127,7 +127,7 @@ def browser(index: Path) -> Iterator[str]:
 
 @contextmanager
 def camera(config: PicturesConfig) -> Iterator[Any]:
-    """A function that takes the picture of a URL under a file name, after `act` did something on the page."""
+    """Yields a function that saves a picture of a URL under a file name, after `act` did something on the page."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -161,7 +161,7 @@ def screenshots(config: PicturesConfig, url: str, feature: int) -> None:
 
 
 def plot(result: dict, picture: Path) -> None:
-    """Rate of the counted words and readability against strength; the random direction has the feature's norm."""
+    """Plots the rate of the counted words and readability against strength; the random direction has the feature's norm."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -195,7 +195,7 @@ COLOURS = ("#1b7f5c", "#c2571a", "#3d5fb3", "#8a8a8a")
 
 
 def plot_breakdown(studies: list[dict[str, Any]], picture: Path) -> None:
-    """At each model's middle site: what each arm restores at the wall, and where the wall is for each kind of direction."""
+    """Plots, at each model's middle site, what each arm restores at the wall, and where the wall is for each kind of direction."""
     import matplotlib
 
     matplotlib.use("Agg")

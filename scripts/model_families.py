@@ -1,6 +1,6 @@
-"""Write docs/model_families.md: which sites hold in which families of language models, with the reasons why others do not.
+"""Write docs/model_families.md: which sites exist in which families of language models, and why others do not.
 
-A tiny random model of each family of transformers is built and looked at, in a process of its own with limits on time and memory.
+A tiny random model of each family of transformers is built and inspected, in its own process with limits on time and memory.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ class FamiliesConfig:
 
 
 class Result(NamedTuple):
-    """Of one family."""
+    """The result of one family."""
 
     n_layers: int
     n_there: dict[str, int]
@@ -65,7 +65,7 @@ def look_at(family: str) -> Result:
 
 
 def wrong_sites(lm: LanguageModel, ids_sp: torch.Tensor, values: dict[str, torch.Tensor]) -> list[str]:
-    """Those where a change is not seen or does nothing, or where no change does something."""
+    """The sites where a change is not recorded or has no effect, or where no change has an effect."""
     plain, wrong = lm.logits(ids_sp), []
     for site, value in values.items():
         with lm.edited({site: torch.clone}):
@@ -93,7 +93,7 @@ def is_sum(n_layers: int, values: dict[str, torch.Tensor]) -> bool:
 
 
 def apart(family: str) -> Result | str:
-    """`look_at` in a process of its own; why not, where that fails."""
+    """Runs `look_at` in its own process; returns the reason if that fails."""
     ours, theirs = multiprocessing.get_context("fork").Pipe()
     process = multiprocessing.get_context("fork").Process(target=_child, args=(family, theirs))
     process.start()
@@ -133,7 +133,7 @@ FURTHER = "\\+ The block changes the stream after the MLP, too, so that resid_po
 
 
 def page(results: dict[str, Result | str], same_text: dict[str, list[str]], others: dict[str, str]) -> str:
-    """The page. `same_text`: other families with this one's text model; `others`: why a family was not looked at."""
+    """The page. `same_text`: other families with the same text model; `others`: why a family was not inspected."""
     import transformers
 
     found = {family: result for family, result in sorted(results.items()) if isinstance(result, Result)}
@@ -159,7 +159,7 @@ def page(results: dict[str, Result | str], same_text: dict[str, list[str]], othe
 
 
 def row(result: Result, numbers: dict[str, int]) -> list[str]:
-    """Of the table, behind the family; gives numbers to reasons that have none."""
+    """The cells of the table after the family's name; numbers new reasons."""
     cells = []
     for kinds in COLUMNS:
         reasons = dict.fromkeys(reason for kind in kinds for reason in result.reasons[kind])

@@ -1,4 +1,4 @@
-"""Whether principal directions mean anything: components against random and learned directions at equal KL."""
+"""Test whether principal directions mean anything: compare them with random and learned ones at equal KL."""
 
 from steering.command_line import main
 

@@ -1,7 +1,7 @@
-"""Make a set of per-layer transcoders without training, to try attribution graphs on: random features, decoders by least squares.
+"""Make a set of per-layer transcoders without training, to try attribution graphs: random features, decoders by least squares.
 
-A feature's encoder row is a vector that the MLP gets at some token, less the mean; its bias lets the `l0` largest of all features pass at a
-token on average. Decoders are the ridge regression of what the MLP adds. Such features stand for nothing; trained ones are better at both
+A feature's encoder row is the MLP's input at some token minus the mean; its bias lets the `l0` largest of all features pass at a
+token on average. Decoders are the ridge regression of what the MLP adds. Such features mean nothing; trained ones are better at both
 sparsity and error.
 
 b tokens · d width of the stream · f features
@@ -38,17 +38,17 @@ class QuickConfig:
     features: int = 1024
     """Features of each layer."""
     l0: int = 32
-    """Features that are active at a token, on average."""
+    """Average number of active features per token."""
     tokens: int = 8192
     """Tokens to fit on."""
     context: int = 128
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     seed: int = 0
     """Seed of the features."""
 
 
 def make_transcoders(config: QuickConfig) -> None:
-    """Raises `InputError` for too little text and a folder that cannot be written."""
+    """Writes the set. Raises `InputError` for too little text and for a folder that cannot be written."""
     require_folder(config.out)
     if not 0 < config.l0 < config.features <= config.tokens:
         raise InputError(
@@ -66,7 +66,7 @@ def make_transcoders(config: QuickConfig) -> None:
 
 
 def transcoders(lm: LanguageModel, ids_sp: Tensor, config: QuickConfig) -> Iterator[Parts]:
-    """One layer after another; each records anew, so that only one layer's activations are in memory."""
+    """Fits one layer after another. Each records its own activations, so that only one layer's are in memory."""
     generator = torch.Generator().manual_seed(config.seed)
     for layer in range(lm.n_layers):
         sites = [f"mlp_in.{layer}", f"mlp_out.{layer}"]

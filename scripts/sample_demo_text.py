@@ -2,10 +2,10 @@
 
 Each document is what the model writes after beginning-of-text and a domain's tag; that tag is then dropped and kept as the label, so
 that a feature has to recognise the domain from the text. (A tag that the model writes by itself, once in 13,000 tokens, stays.) The file
-is safetensors: `ids [n]` (documents end to end, each beginning with beginning-of-text), `document_starts [documents + 1]`,
+is safetensors: `ids [n]` (documents end to end, each starting with beginning-of-text), `document_starts [documents + 1]`,
 `document_label [documents]`, and the label names in the metadata.
 
-The bundled file was made on 2026-11-22. Sampling has drawn its tokens in another way since, so the same seed now gives other texts from
+The bundled file was made on 2026-11-22. Sampling has changed since, so the same seed now produces other texts from
 the same distribution.
 """
 
@@ -30,13 +30,13 @@ class SampleConfig:
     out: Path = Path("checkpoints/demo-lm/tokens.safetensors")
     """Token file to write."""
     tokens_per_domain: int = 50_000
-    """Least number of tokens from each domain."""
+    """Minimum number of tokens from each domain."""
     batch: int = 256
     """Documents sampled together."""
     temperature: float = 0.9
     top_p: float = 0.95
     shortest: int = 16
-    """Tokens of the shortest document that is kept."""
+    """Minimum number of tokens of a document; shorter ones are dropped."""
     seed: int = 0
     device: str = "auto"
 
@@ -80,7 +80,7 @@ def sample(config: SampleConfig) -> Path:
 
 
 def sample_documents(lm: LanguageModel, tag_id: int, config: SampleConfig, seed: int) -> list[list[int]]:
-    """A batch of documents of one domain: beginning-of-text, then text up to the model's next beginning-of-text or its context."""
+    """Samples a batch of documents of one domain: beginning-of-text, then text up to the model's next beginning-of-text or its context."""
     bos_id = lm.tokenizer.bos_token_id
     prompt_sp = torch.tensor([[bos_id, tag_id]]).expand(config.batch, 2).to(lm.device)
     ids_sp = lm.generate(prompt_sp, max_new_tokens=lm.context - 2, temperature=config.temperature, top_p=config.top_p, seed=seed)

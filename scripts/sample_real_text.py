@@ -1,11 +1,11 @@
-"""Sample labelled text from the real language model (`make real-model`), about as many tokens of each label, as a token file.
+"""Sample labelled text from the real language model (`make real-model`), about the same number of tokens for each label, as a token file.
 
-Each document is what the model answers to a request drawn from a file of prompts ("Write a sermon about {faith}."), behind an opening
-that was put into its mouth ("God "). The request is dropped and its label kept. The token file is that of sample_demo_text.py.
+Each document is the model's answer to a request drawn from a file of prompts ("Write a sermon about {faith}."), after an opening
+that the answer must start with ("God "). The request is dropped and its label kept. The token file is that of sample_demo_text.py.
 
-Texts are sampled in rounds of one batch, each kept on disk, so that an interrupted run goes on where it stopped and gives the same file. A
-token file that is there is the beginning of a larger one: more `--tokens` go on behind it, also where its rounds are gone, and give the
-file that one run would have given. A round's requests go to the labels with the fewest tokens so far.
+Texts are sampled in rounds of one batch, each kept on disk, so that an interrupted run continues and writes the same file. An existing
+token file is extended: more `--tokens` are appended, even if the folder of rounds is gone, and the result is the
+file that one run would have written. A round's requests go to the labels with the fewest tokens so far.
 """
 
 import json
@@ -57,17 +57,17 @@ class SampleConfig:
     out: Path = Path("checkpoints/smollm2-text/tokens.safetensors")
     """Token file to write, or to add to."""
     parts: Path = Path("runs/smollm2-text")
-    """Folder of the rounds."""
+    """Folder for the rounds."""
     tokens: int = 1_000_000
-    """Least number of tokens of all labels together."""
+    """Minimum number of tokens of all labels together."""
     batch: int = 96
     """Documents sampled together."""
     longest: int = 256
-    """Tokens sampled of one document at most."""
+    """Maximum number of tokens sampled for one document."""
     shortest: int = 24
-    """Tokens of the shortest document that is kept."""
+    """Minimum number of tokens of a document; shorter ones are dropped."""
     distinct: float = 0.7
-    """Least share of distinct ones among a kept document's runs of four tokens: the model sometimes goes round in circles."""
+    """Minimum share of distinct runs of four tokens in a document; others are dropped, because the model sometimes repeats itself."""
     temperature: float = 0.85
     top_p: float = 0.95
     seed: int = 0
@@ -84,7 +84,7 @@ def read_prompts(path: Path) -> Prompts:
 
 
 def require_same_settings(config: SampleConfig, found: dict[str, Any], where: Path) -> None:
-    """Rounds made with other settings are another text. Raises `InputError`."""
+    """Raises `InputError` for rounds made with other settings: they are another text."""
     settings = settings_of(config)
     if changed := [k for k in settings if settings[k] != found.get(k)]:
         raise InputError(f"expected the text in {where} to be of these settings, but {changed} differ; give another --out and --parts")
@@ -100,7 +100,7 @@ Documents = list[tuple[int, list[int]]]
 
 
 def sampled_before(config: SampleConfig, labels: list[str]) -> tuple[Documents, int]:
-    """What the token file has, and how many rounds that were. Raises `InputError` for a file of other settings or labels."""
+    """Returns the token file's documents and the number of their rounds. Raises `InputError` for a file of other settings or labels."""
     if not config.out.exists():
         return [], 0
     schema = {"ids": ("U16", "n"), "document_starts": ("I64", "d+1"), "document_label": ("U8", "d"), "document_number": ("I32", "d")}
@@ -143,7 +143,7 @@ def grouped_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, at
 
 
 def sample(config: SampleConfig) -> Path:
-    """The token file. Raises `InputError` for a file of prompts that cannot be used and for parts made with other settings."""
+    """Writes the token file. Raises `InputError` for a file of prompts that cannot be used and for parts made with other settings."""
     require_file(config.out)
     require_folder(config.parts)
     prompts = read_prompts(config.prompts)
@@ -173,7 +173,7 @@ def sample(config: SampleConfig) -> Path:
 
 
 def sample_round(lm: LanguageModel, prompts: Prompts, tokens: Counter[str], config: SampleConfig, seed: int) -> dict[str, list[list[int]]]:
-    """Of one batch, the documents of each label: beginning-of-text, opening, and what the model went on with."""
+    """The documents of each label in one batch: beginning-of-text, opening and the model's continuation."""
     chance = random.Random(seed)
     expected = Counter(tokens)
     wanted = []
@@ -195,7 +195,7 @@ def worth_keeping(document: list[int], config: SampleConfig) -> bool:
 
 
 def request(prompts: Prompts, label: str, chance: random.Random) -> tuple[str, str]:
-    """A request and an opening, each {name} filled from its list; the opening has the word that the request had last."""
+    """A request and an opening, each {name} filled from its list; the opening uses the last word used in the request."""
     drawn: dict[str, str] = {}
 
     def word(match: re.Match[str], again: bool) -> str:
@@ -211,7 +211,7 @@ def request(prompts: Prompts, label: str, chance: random.Random) -> tuple[str, s
 
 @torch.inference_mode()
 def generate(lm: LanguageModel, texts: list[str], config: SampleConfig, seed: int) -> list[list[int]]:
-    """New tokens of each text up to the model's end-of-text; all end once three quarters have."""
+    """New tokens of each text up to the model's end-of-text; all texts end when three quarters have ended."""
     ids_sp, mask_sp = lm.encode(texts)
     cache = DynamicCache()
     cache.layers = [RoomyLayer(ids_sp.shape[1] + config.longest) for _ in range(lm.n_layers)]
@@ -233,7 +233,7 @@ def generate(lm: LanguageModel, texts: list[str], config: SampleConfig, seed: in
 
 
 def write(config: SampleConfig, labels: list[str], documents: Documents, rounds: int) -> Path:
-    """All documents in a drawn order, so that any first part of the file is a fair sample."""
+    """Writes all documents in random order, so that any first part of the file is a fair sample."""
     order = list(range(len(documents)))
     random.Random(config.seed).shuffle(order)
     drawn = [documents[n] for n in order]

@@ -1,4 +1,4 @@
-"""Steering at a circuit's nodes, against the whole stream and random heads at equal KL."""
+"""Steer at a circuit's nodes (heads, queries, keys, values) and compare with the whole stream and random heads at equal KL."""
 
 from steering.command_line import main
 

@@ -1,4 +1,4 @@
-"""What breaks a model along many directions, with intervals over directions and texts."""
+"""Find what breaks a model along many directions, with intervals over directions and texts."""
 
 from steering.command_line import main
 

@@ -60,14 +60,14 @@ EXTRA: dict[str, dict[str, Any]] = {
 
 
 def families() -> dict[str, str]:
-    """Class by `model_type` of transformers' models for causal language modelling."""
+    """transformers' classes for causal language modelling, by `model_type`."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def left_out(family: str) -> str:
-    """Why a family is none of decoder-only language models of text; empty: it is one."""
+    """Why a family is not a decoder-only language model of text; empty if it is one."""
     from transformers.models.auto import modeling_auto as auto
 
     if family in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
@@ -78,7 +78,7 @@ def left_out(family: str) -> str:
 
 
 def text_family(family: str) -> str:
-    """The family of its text model, where that has a name of its own among the families."""
+    """The family of the text model, if that is listed as a family too."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
@@ -89,7 +89,7 @@ def text_family(family: str) -> str:
 
 
 def tiny_config(family: str) -> Any:
-    """Of the text model, with every size that is known here made small and blocks of each kind."""
+    """A configuration of the text model with all known sizes made small and blocks of each kind."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     usual = CONFIG_MAPPING[family]().get_text_config()
@@ -105,7 +105,7 @@ def tiny_config(family: str) -> Any:
 
 
 def tiny_model(family: str) -> Any:
-    """With random weights, also where they start at 0 or 1, which would hide mistakes."""
+    """A model with random weights, also for those that normally start at 0 or 1, which would hide mistakes."""
     import transformers
 
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """Train the small GPT-2-architecture language model that the project bundles, on labelled text domains.
 
-The corpora folder holds DOMAIN.{train,validation}.jsonl.gz, one {"text": ...} a line. Every document begins with the
-beginning-of-text token; half of them are given their domain's tag token as well, so that text of a chosen domain can be sampled
+The corpora folder holds DOMAIN.{train,validation}.jsonl.gz, one {"text": ...} per line. Every document starts with the
+beginning-of-text token; half of them also get their domain's tag token, so that text of a chosen domain can be sampled
 with its label. Held-out loss per domain goes into the model card. Killed runs resume from the last saved state.
 
 b rows (sequences) · p positions · v vocabulary
@@ -162,7 +162,7 @@ def token_streams(texts: dict[str, list[str]], tokenizer, tagged_share: float, s
 
 
 def random_rows(streams: dict[str, np.ndarray], rows: int, context: int, seed: tuple[int, int]) -> torch.Tensor:
-    """Windows cut at random, a domain drawn by its token count to the 0.7 so that small ones are heard; [b, context + 1]."""
+    """Windows cut at random, a domain drawn by its token count to the 0.7 so that small ones are included; [b, context + 1]."""
     rng = np.random.default_rng(seed)
     names = list(streams)
     weights = np.array([len(streams[d]) ** 0.7 for d in names])
@@ -201,7 +201,7 @@ def rate(step: int, steps: int) -> float:
 
 
 def settings_of(config: DemoModelConfig) -> dict[str, Any]:
-    """What decides the model; where it runs and how often it is saved do not."""
+    """The settings that determine the model; where it runs and how often it is saved do not."""
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(config).items()}
     return {k: v for k, v in settings.items() if k not in ("out", "save_every", "device", "compile")}
 
@@ -215,7 +215,7 @@ def save_state(path: Path, parts: dict[str, Any], config: DemoModelConfig, step:
 
 
 def resume(path: Path, parts: dict[str, Any], config: DemoModelConfig) -> int:
-    """Steps already done. Raises `InputError` for a state that was saved under other settings."""
+    """Loads the saved state and returns the steps done. Raises `InputError` for a state that was saved under other settings."""
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True)
@@ -228,7 +228,7 @@ def resume(path: Path, parts: dict[str, Any], config: DemoModelConfig) -> int:
 
 
 def finished(config: DemoModelConfig) -> bool:
-    """Whether the folder holds the model that these settings gave."""
+    """Whether the folder holds the model that these settings produced."""
     path = config.out / "training.json"
     return path.exists() and settings_of(config).items() <= read_json(path, "a model's training.json").get("settings", {}).items()
 

@@ -16,7 +16,7 @@ from sae.command_line import fail, parse, run
 
 class Command(NamedTuple):
     function: str
-    """module:name; called with the settings"""
+    """module:name; it is called with the settings"""
     settings: str
     """module:name of the dataclass whose fields are the flags"""
     summary: str
@@ -43,7 +43,7 @@ COMMANDS = {
     "describe": Command(
         "sae.activations.describe:describe_cache",
         "sae.activations.describe:DescribeConfig",
-        "What an activation cache holds: text, norms, outlier dimensions, massive activations.",
+        "Show what an activation cache holds: text, norms, outlier dimensions, massive activations.",
     ),
     "export-cache": Command(
         "sae.activations.export:export_cache",
@@ -75,17 +75,17 @@ COMMANDS = {
     "check-dictionary": Command(
         "sae.evaluation.check.check:command",
         "sae.evaluation.check.check:CheckConfig",
-        "Measure a dictionary on a short text against what its source promises, and find the frame that fits.",
+        "Measure a dictionary on a short text, compare with what its source states, and find the frame that fits.",
     ),
     "index": Command(
         "sae.features.index.build:build_index",
         "sae.features.index.build:IndexConfig",
-        "One pass over a cache: every feature's activations, statistics and logit lens, in one folder.",
+        "Read a cache once and write every feature's activations, statistics and logit lens into one folder.",
     ),
     "diff-models": Command(
         "sae.features.model_diff.command:diff_models",
         "sae.features.model_diff.command:DiffConfig",
-        "What one model has and another has not, by a crosscoder of both: relative norms, latent scaling, examples, as JSON and a page.",
+        "Compare two models by a crosscoder of both: relative norms, latent scaling, examples, as JSON and a page.",
     ),
     "merge": Command(
         "sae.features.index.merge:merge_indexes",
@@ -100,7 +100,7 @@ COMMANDS = {
     "explain": Command(
         "sae.features.explanations.explain:explain",
         "sae.features.explanations.explain:ExplainConfig",
-        "Explain features by tokens, bigrams and patterns, or by a model, and score that on held-out documents.",
+        "Explain features by tokens, bigrams and patterns, or by a model, and score the explanations on held-out documents.",
     ),
     "export": Command(
         "sae.features.exports.command:export_features",
@@ -135,27 +135,27 @@ COMMANDS = {
     "principal": Command(
         "steering.studies.principal:principal_study",
         "steering.studies.principal:PrincipalConfig",
-        "Whether principal directions mean anything: against random and learned ones at equal KL.",
+        "Test whether principal directions mean anything: compare them with random and learned ones at equal KL.",
     ),
     "effects": Command(
         "steering.studies.effect_map:effect_map",
         "steering.studies.effect_map:EffectConfig",
-        "What else steering with a feature moves, and a direction that moves it alone.",
+        "Measure what else steering with a feature changes, and find a direction that changes this feature alone.",
     ),
     "diagnose-breakdown": Command(
         "steering.breakdown.command:diagnose_breakdown",
         "steering.breakdown.command:BreakdownConfig",
-        "Why a too large coefficient breaks the model: one direction at rising strengths, in arms that tell causes apart.",
+        "Find why a too large coefficient breaks the model: one direction at rising strengths, in arms that separate the causes.",
     ),
     "study-breakdown": Command(
         "steering.breakdown.study:study",
         "steering.breakdown.study:StudyConfig",
-        "What breaks a model along many directions: features, differences of means, principal and random ones, at several layers.",
+        "Find what breaks a model along many directions: features, differences of means, principal and random ones, at several layers.",
     ),
     "find-circuit": Command(
         "steering.circuits.features.command:find",
         "steering.circuits.features.command:FindCircuitConfig",
-        "Which edges of a model, or features of dictionaries, do a task: scores, a circuit, and how good it is on held-out pairs.",
+        "Find which edges of a model, or features of dictionaries, do a task: scores, a circuit, its quality on held-out pairs.",
     ),
     "draw-circuit": Command(
         "steering.circuits.pages.command:draw_circuit",
@@ -165,27 +165,27 @@ COMMANDS = {
     "steer-circuit": Command(
         "steering.circuits.steering_nodes.command:steer_circuit",
         "steering.circuits.steering_nodes.command:SteerCircuitConfig",
-        "Steer at a circuit's nodes: its heads, their queries, keys and values, against the whole stream and random heads at equal KL.",
+        "Steer at a circuit's nodes (heads, queries, keys, values) and compare with the whole stream and random heads at equal KL.",
     ),
     "attribute": Command(
         "steering.circuits.attribution.command:attribute",
         "steering.circuits.attribution.command:AttributeConfig",
-        "Attribution graph of a prompt: which transcoder features make the next token likely, and through which.",
+        "Make the attribution graph of a prompt: which transcoder features make the next token likely, and through which others.",
     ),
     "intervene": Command(
         "steering.circuits.attribution.command:intervene",
         "steering.circuits.attribution.command:InterveneConfig",
-        "Set a node of an attribution graph to multiples of its value: what the graph predicts, and what happens.",
+        "Set a node of an attribution graph to multiples of its value and compare the outcome with the graph's prediction.",
     ),
     "browse-graph": Command(
         "steering.circuits.attribution.serve:browse_graph",
         "steering.circuits.attribution.serve:BrowseGraphConfig",
-        "An attribution graph's page with its model behind it: check any edge by an intervention.",
+        "Serve an attribution graph's page together with its model: check any edge by an intervention.",
     ),
     "completion": Command(
         "steering.command_line:print_completion",
         "steering.command_line:CompletionConfig",
-        "Print the script by which a shell completes commands, flags and their choices.",
+        "Print a script for the shell that completes commands, flags and their choices.",
     ),
 }
 
@@ -193,11 +193,11 @@ COMMANDS = {
 @dataclass
 class CompletionConfig:
     shell: Literal["bash", "zsh", "fish"]
-    """Shell that reads the script."""
+    """Shell that will read the script."""
 
 
 def print_completion(config: CompletionConfig) -> None:
-    """The script is tyro's, made from the settings of all commands; it holds their flags and runs Python, but not this package."""
+    """Prints tyro's script for the settings of all commands. The script contains their flags; it runs Python, but not this package."""
     import tyro
 
     commands: list[Any] = [
@@ -208,7 +208,7 @@ def print_completion(config: CompletionConfig) -> None:
 
 
 def settings_of(command: Command) -> Any:
-    """Of a command with kinds, a choice of as many settings, with the kind as its first word."""
+    """The dataclass of a command's flags. For a command with kinds: a union of one dataclass per kind, whose first word is the kind."""
     import tyro
 
     settings = _named(command.settings)
@@ -222,7 +222,7 @@ def settings_of(command: Command) -> Any:
 
 
 def main(name: str | None = None) -> None:
-    """Runs the command `name`, or the one that the command line begins with. Exit codes: see `sae.command_line.run`."""
+    """Runs the command `name`, by default the first word of the command line. Exit codes: see `sae.command_line.run`."""
     if name is None:
         if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
             print(overview())
@@ -257,13 +257,13 @@ def with_kind(settings: type, kind: type) -> type:
 
 def kinds_overview(name: str, summary: str) -> str:
     rows = [f"  {kind:<14}{' '.join((one.__doc__ or '').split())}" for kind, one in _named("sae.kinds:KINDS").items()]
-    usage = f"usage: sae {name} KIND [flags]; sae {name} KIND --help tells its flags"
+    usage = f"usage: sae {name} KIND [flags]; sae {name} KIND --help lists its flags"
     return "\n".join([usage, "", summary, "", *rows])
 
 
 def overview() -> str:
     rows = [f"  {name:<20}{command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: sae COMMAND [flags]; sae COMMAND --help tells its flags", "", *rows])
+    return "\n".join(["usage: sae COMMAND [flags]; sae COMMAND --help lists its flags", "", *rows])
 
 
 def _named(target: str) -> Any:

@@ -31,23 +31,23 @@ CALIBRATION_TOKENS = 20_000
 @dataclass(kw_only=True)
 class PartsConfig:
     index: Path | None = None
-    """Folder of the feature index, which knows each feature's maximum activation. Default: none; then give --dictionary and --model."""
+    """Folder of the feature index, which has each feature's maximum activation. Default: none; then give --dictionary and --model."""
     dictionary: str | None = None
     """Folder, file or hub name of the dictionary. Default: the one the index was built from, or that of --feature's URL."""
     model: str | None = None
     """Model by hub name, folder or GGUF file. Default: the one the index names, or that of --feature's URL."""
     feature: str | None = None
-    """Number of the feature to add; or its URL on Neuronpedia, or model/source/number as there, which name the dictionary too."""
+    """Number of the feature to add; or its Neuronpedia URL, or model/source/number from that URL, which name the dictionary too."""
     search: str | None = None
     """Instead of --feature: the first feature that the index lists for this word ("one|two" for several)."""
     site: str | None = None
-    """Site, for a dictionary that names none, such as resid_post.2. Default: the dictionary's own."""
+    """Site, such as resid_post.2, if the dictionary names none. Default: the dictionary's own."""
     neuronpedia: Path | None = None
-    """Folder of Neuronpedia's export of the dictionary, for the feature's maximum activation where there is no index."""
+    """Folder of Neuronpedia's export of the dictionary, for the feature's maximum activation if there is no index."""
     text: tuple[str, ...] = ()
-    """Text on which to find the feature's maximum activation, where neither is there. Default: a short text of the package."""
+    """Text to find the feature's maximum activation on, if there is no index and no export. Default: a short text of the package."""
     device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    """Device: auto, cpu, cuda or cuda:1; auto uses a GPU if there is one."""
 
 
 class SteeringParts(NamedTuple):

@@ -34,10 +34,10 @@ class SteerConfig(PartsConfig):
     prompt: str = ""
     """Text to continue."""
     samples: int = 3
-    """Continuations of each kind."""
+    """Number of continuations, each without and with steering."""
     sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
     positions: Literal["all", "generated"] = "all"
-    """Where to add: every position, or only those that choose generated tokens."""
+    """Where to add: at every position, or only at those that predict generated tokens."""
     json: bool = False
     """Print one JSON object instead of a table."""
 

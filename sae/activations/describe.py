@@ -34,13 +34,13 @@ class DescribeConfig:
     site: str | None = None
     """Which of the cache's sites, when it has several."""
     rows: int = 1 << 16
-    """Training rows to sample, at most, and no more than 256 MB of them."""
+    """Maximum number of training rows to sample; at most 256 MB of them are read."""
     texts: int = 3
-    """Sequences to show the beginning of."""
+    """Number of sequences whose beginning is shown."""
     json: bool = False
     """Print one JSON object instead of tables."""
     verify: bool = False
-    """First read the whole site to compare every checksum. Default: only those of token files up to 32 MB."""
+    """First read the whole site in the cache to compare every checksum. By default only those of token files up to 32 MB are compared."""
 
 
 def describe_cache(config: DescribeConfig) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class ImportConfig:
     source: Positional[str]
     """Folder, file or hub name of a dictionary, or of a set of them."""
     out: Path | None = None
-    """Folder to write; a dictionary that stands there is replaced. Of a set, with one folder for each layer."""
+    """Folder to write; an existing dictionary in it is replaced. A set gets one folder for each layer."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Number format of the weights. Default: that of the source."""
     dry_run: bool = False

@@ -41,26 +41,27 @@ class EvaluationConfig:
     dictionary: str
     """Folder, file or hub name of the dictionary."""
     cache: Place
-    """Folder or URL of an activation cache with the dictionary's site; its held-out tokens are used, never its training tokens."""
+    """Folder or URL of an activation cache with the dictionary's site; only its held-out tokens are used."""
     model: str | None = None
     """Hub name, folder or GGUF file of the language model. Default: the one the cache was made with."""
     sequences: int = 200
     """Held-out sequences for the language model's loss; 0 measures reconstruction alone and needs no model."""
     rows: int = 1_000_000
-    """Held-out activations for reconstruction, at most."""
+    """Maximum number of held-out activations for reconstruction."""
     batch: int = 8
-    """Sequences in one forward pass at most; fewer if their logits would take more than 0.27 GB."""
+    """Maximum number of sequences in one forward pass; fewer if their logits would take more than 0.27 GB."""
     device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    """Device: auto, cpu, cuda or cuda:1; auto uses a GPU if there is one."""
     encoder: Literal["auto"] | Method = "auto"
-    """How active entries of held-out rows are found on a CPU, for ReLU, JumpReLU and TopK; it decides last digits. auto measures, and says
-    so where it is not the float32 product; evaluation.json has the answer, which repeats the numbers bit for bit."""
+    """How active entries of held-out rows are computed on a CPU, for ReLU, JumpReLU and TopK; the choice affects the last digits. auto
+    measures which is fastest, and prints it if it is not the float32 product. Give the value in evaluation.json to get the same numbers bit
+    for bit."""
     seed: int = 0
     """Seed of the choice of sequences and of the bootstrap."""
     out: Path | None = None
-    """File for the numbers. Default: evaluation.json in the dictionary's folder, if it is a folder on this machine."""
+    """File for the numbers. Default: evaluation.json in the dictionary's folder, if that is a folder on this machine."""
     verify: bool = False
-    """First read the whole site in the cache to compare every checksum. Default: only those of token files up to 32 MB."""
+    """First read the whole site in the cache to compare every checksum. By default only those of token files up to 32 MB are compared."""
 
     def check(self) -> None:
         """Raises `InputError` for values that cannot be meant."""

@@ -30,15 +30,15 @@ class ListConfig:
     random: bool = False
     """List features drawn at random from those that fire."""
     seed: int = 0
-    """Decides what is drawn at random."""
+    """Seed of --random."""
     top: int = 20
-    """How many features to list, or contexts to show."""
+    """Number of features to list, or of contexts to show."""
     html: Path | None = None
     """Also write a page for each listed feature into this folder, and index.html."""
     json: bool = False
     """Print JSON instead of a table."""
     verify: bool = False
-    """First compare every file's checksum. Default: only those of files up to 32 MB."""
+    """First compare every file's checksum. By default only those of files up to 32 MB are compared."""
 
 
 def list_features(config: ListConfig) -> None:

@@ -72,10 +72,11 @@ class BatchTopK(Aided):
 
 @dataclass(kw_only=True)
 class Matryoshka(BatchTopK):
-    """Train BatchTopK dictionaries whose first parts of the features rebuild alone too (Bussmann et al. 2025)."""
+    """Train BatchTopK dictionaries whose first features also reconstruct alone, at several sizes (Bussmann et al. 2025)."""
 
     prefixes: tuple[int, ...] = ()
-    """Numbers of first features that must rebuild alone, rising. Default: a sixteenth, an eighth, a quarter, half and all of --d-sae."""
+    """Numbers of first features that must reconstruct the row alone, rising. Default: a sixteenth, an eighth, a quarter, half and all of
+    --d-sae."""
 
     def check(self, d_sae: int) -> None:
         super().check(d_sae)

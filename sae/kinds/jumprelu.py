@@ -74,20 +74,21 @@ class JumpGoal(NamedTuple):
 
 @dataclass(kw_only=True)
 class JumpReLU(Resampled):
-    """Train dictionaries whose features are active above thresholds that are learned (Rajamanoharan et al. 2024)."""
+    """Train dictionaries whose features are active above learned thresholds (Rajamanoharan et al. 2024)."""
 
     loss: Literal["target", "step", "tanh"] = "target"
     """Penalty: the distance of L0 from a target, L0 itself, or tanh of the activations (Anthropic, January 2025 update)."""
     target_l0: tuple[float, ...] = (32.0,)
-    """Active features of a row that --loss target aims at; several values are trained together."""
+    """L0 that --loss target aims at; several values are trained together."""
     coefficient: tuple[float, ...] = ()
-    """Weight of the penalty. Default: 1 with target, 0.001 with step, 5 with tanh. Several values train together, but not with target."""
+    """Weight of the penalty. Default: 1 with target, 0.001 with step, 5 with tanh. Several values are trained together, but not with
+    target."""
     warmup: float = 0.05
     """Share of the steps over which the weight of the penalty rises linearly."""
     bandwidth: float = 0.001
-    """Width of the window around a threshold in which it learns, where the activations' mean squared norm is 1."""
+    """Width of the window around a threshold in which it gets a gradient, in units where the activations' mean squared norm is 1."""
     threshold: float = 0.001
-    """Thresholds at the start, in the same units."""
+    """Initial thresholds, in the same units."""
 
     @property
     def swept(self) -> str:  # type: ignore[override]

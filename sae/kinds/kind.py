@@ -109,7 +109,7 @@ class Resampled(Kind):
     """A kind that resamples its dead features."""
 
     resample_every: int = 2500
-    """Steps between resamplings of dead features (residuals of badly rebuilt rows), until the learning rate falls; 0: never."""
+    """Steps between resamplings of dead features (to residuals of badly reconstructed rows), until the learning rate falls; 0: never."""
 
     def check(self, d_sae: int) -> None:
         super().check(d_sae)
@@ -128,7 +128,7 @@ class KeepsK(Kind):
     unit_rows = True
 
     k: tuple[int, ...] = (32,)
-    """Active features of a row; several values are trained together."""
+    """Active features per row; several values are trained together."""
 
     def taken_over(self, gate: Gate) -> dict[str, Tensor] | None:
         return {} if isinstance(gate, Threshold | TopK) else None  # which are active is decided by k from the first step
@@ -142,12 +142,12 @@ class KeepsK(Kind):
 
 @dataclass(kw_only=True)
 class Aided(KeepsK):
-    """A kind whose dead features rebuild what the others leave (AuxK; Gao et al. 2024)."""
+    """A kind whose dead features reconstruct the residual (AuxK; Gao et al. 2024)."""
 
     aux_k: int | None = None
-    """Dead features of a row that rebuild what the others leave. Default: half the width of the activations."""
+    """Dead features per row that reconstruct the residual. Default: half the width of the activations."""
     aux_coefficient: float = 1 / 32
-    """Weight of the loss by which dead features learn, where the activations' mean squared norm is 1; 0 leaves them alone."""
+    """Weight of the dead features' loss, in units where the activations' mean squared norm is 1; 0 turns it off."""
 
     def check(self, d_sae: int) -> None:
         super().check(d_sae)

@@ -41,9 +41,9 @@ class PAnnealing(ReLU):
     """Train dictionaries with ReLU and a penalty whose power falls from 1 (Karvonen et al. 2024)."""
 
     p_end: float = 0.2
-    """Power of the penalty at the end."""
+    """Final power of the penalty."""
     anneal: tuple[float, float] = (0.2, 0.8)
-    """Shares of the steps between which the power falls."""
+    """The power falls between these shares of the steps."""
     falls: int = 10
     """Number of equal steps in which the power falls."""
 

@@ -13,16 +13,16 @@ BLOCK = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How text is drawn."""  # shown by --help; `lm.generate(ids_sp, **vars(sampling))` takes it
+    """How text is sampled."""  # shown by --help; `lm.generate(ids_sp, **vars(sampling))` takes it
 
     max_new_tokens: int = 40
     """Length of each continuation."""
     temperature: float = 1.0
     """0 always takes the likeliest token."""
     top_p: float = 1.0
-    """Sample among the likeliest tokens that hold this share of the probability."""
+    """Sample from the likeliest tokens that together have this probability."""
     seed: int = 0
-    """Seed of everything that is drawn; equal seeds give equal text."""
+    """Seed of the sampling; equal seeds produce equal text."""
 
 
 def sample(logits_sv: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

@@ -43,9 +43,9 @@ class RunConfig:
 
     kind: Kind = field(default_factory=ReLU)
     out: Path
-    """Folder of the dictionary; with several values of the option that is swept, one folder inside it for each."""
+    """Folder of the dictionary; with several values of the swept option, it gets one folder for each."""
     reads: tuple[str, ...] = ()
-    """Sites that the dictionary reads, side by side if there are several (a crosscoder). Default: the only one there is."""
+    """Sites that the dictionary reads; several are put side by side (a crosscoder). Default: the only one, if there is only one."""
     writes: tuple[str, ...] = ()
     """Sites that a transcoder writes, for example mlp_out.2 of a dictionary that reads mlp_in.2. Default: the sites that it reads."""
     skip: bool = False
@@ -65,31 +65,31 @@ class RunConfig:
     lr_decay: float = 0.2
     """Share of the steps, at the end, over which the learning rate falls linearly to zero."""
     clip: float = 1.0
-    """Largest norm of the whole gradient; 0 does not clip. It keeps large first gradients out of Adam's second moment."""
+    """Maximum norm of the whole gradient; 0 does not clip. Clipping keeps large first gradients out of Adam's second moment."""
     init: Path | None = None
-    """Dictionary to go on from: one of this model and of these sites that opens, with --d-sae features and a gate that this kind can take
-    over. Default: random rows. With --l1-warmup 0, of kinds that have it, the code stays sparse from the first step."""
+    """Dictionary to start from: of the same model and sites, with --d-sae features and a gate that this kind can continue with. Default:
+    random rows. With --l1-warmup 0, for kinds that have it, the code is sparse from the first step."""
     decoder_norm: float | None = None
-    """Norm of the decoder rows at the start. Default: 0.3, or 1 for kinds that keep it at 1, which take no other."""
+    """Initial norm of the decoder rows. Default: 0.3, or 1 for kinds that keep it at 1 and allow no other."""
     b_dec: Literal["zero", "mean"] | None = None
-    """Decoder bias at the start: zero, or the mean activation, which helps where a few dimensions have means far from 0. Default: mean for
-    kinds that keep decoder rows at length 1, which then have fewer dead features, otherwise zero. With mean, a transcoder's encoder bias
-    takes off the mean of what it reads."""
+    """Initial decoder bias: zero, or the mean activation, which helps if a few dimensions have means far from 0. Default: mean for kinds
+    that keep decoder rows at length 1 (they then have fewer dead features), otherwise zero. With mean, a transcoder's encoder bias
+    subtracts the mean of its input."""
     dead_steps: int = 1000
     """Steps without firing after which a feature counts as dead."""
     seed: int = 0
     """Seed of the initial weights, the order of the batches and the resampling."""
     device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    """Device: auto, cpu, cuda or cuda:1; auto uses a GPU if there is one."""
     backend: Backend = "auto"
     """How the objective is computed. auto chooses the sparse path (triton on CUDA) or the dense one by the share of active entries."""
     precision: Literal["auto"] | Precision = "auto"
-    """Precision of the operands of matrix products; sums are in float32. auto is tf32 on CUDA and float32, the only one, on a CPU."""
+    """Precision of the operands of matrix products; sums are in float32. auto is tf32 on CUDA; a CPU has only float32."""
     encoder: Literal["auto"] | Method = "auto"
-    """How active entries are found on a CPU while the code is sparse. It decides their last digits. auto measures at the start, and says
-    so where it is not the float32 product; training.json has the answer, which repeats the run bit for bit."""
+    """How active entries are computed on a CPU while the code is sparse; the choice affects the last digits. auto measures which is fastest
+    at the start, and prints it if it is not the float32 product. Give the value in training.json to repeat the run bit for bit."""
     deterministic: bool = True
-    """Add in one fixed order on CUDA, so that a run can be repeated bit for bit; a CPU always does."""
+    """Sum in a fixed order on CUDA, so that a run can be repeated bit for bit; a CPU always does."""
     log_every: int = 50
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int = 1000
@@ -99,7 +99,7 @@ class RunConfig:
     wandb_project: str = "sae"
     """Project name in Weights & Biases."""
     restart: bool = False
-    """Start again if --out already holds a run. Default: resume it."""
+    """Start over if --out already holds a run. Default: resume it."""
     dry_run: bool = False
     """Print what would be trained, and stop."""
 
@@ -161,7 +161,7 @@ class TrainingConfig(RunConfig):
     cache: Place
     """Folder or URL of the activation cache to train on (its train split)."""
     verify: bool = False
-    """First read the whole site in the cache to compare every checksum. Default: only those of token files up to 32 MB."""
+    """First read the whole site in the cache to compare every checksum. By default only those of token files up to 32 MB are compared."""
     shard: str | None = None
     """How the processes that torchrun started share the dictionary: features, rows (of a batch), or both, as in features=4,rows=2. With
     --dry-run, which also prints memory, bytes and time, one process is enough."""

@@ -38,20 +38,20 @@ class BreakdownConfig:
     diffmean:CONCEPT (a shipped concept such as curse_words, or a concept's .json file), pca:N (component N of neutral text) or
     random:SEED."""
     dictionary: str | None = None
-    """Folder, file or hub name of a dictionary of this model, whose view of the stream is measured too where it reads at the site."""
+    """Folder, file or hub name of a dictionary of this model; if it reads at the site, its view of the stream is measured too."""
     site: str | None = None
-    """Site, for a direction that is no file, such as resid_post.2. Default: the dictionary's, else the middle block's resid_post."""
+    """Site, such as resid_post.2, for a direction that is not a file. Default: the dictionary's, else the middle block's resid_post."""
     strengths: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
-    """Lengths of what is added, in units of the stream's typical norm at the site (rho), rising."""
+    """Lengths of the added vector, in units of the stream's typical norm at the site (rho), rising."""
     prompts: tuple[str, ...] = FEW_PROMPTS
     """Texts to continue at each strength."""
     sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
     out: Path = Path("breakdown.json")
-    """JSON file for every number and every continuation; the report, an HTML page, goes beside it."""
+    """JSON file for every number and every continuation; the report, an HTML page, is written beside it."""
     device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    """Device: auto, cpu, cuda or cuda:1; auto uses a GPU if there is one."""
     dry_run: bool = False
-    """Say what would be done and about how long it would take, and stop."""
+    """Print what would be done and about how long it would take, and stop."""
 
 
 def diagnose_breakdown(config: BreakdownConfig) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class StudyConfig:
     model: str
     """Model by hub name, folder or GGUF file."""
     out: Path
-    """Folder for study.json, study.md and a JSON file of each direction; those that are there already are not measured again."""
+    """Folder for study.json, study.md and a JSON file of each direction; directions that already have a file are not measured again."""
     dictionary: str | None = None
     """Folder, file or hub name of a dictionary of the residual stream. Default: no features are measured."""
     sites: tuple[str, ...] = ()
@@ -50,14 +50,14 @@ class StudyConfig:
     each: int = 6
     """Directions of each kind at each site: features, differences of means, principal components, random ones."""
     strengths: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
-    """Lengths of what is added, in units of the stream's typical norm at the site (rho), rising."""
+    """Lengths of the added vector, in units of the stream's typical norm at the site (rho), rising."""
     prompts: tuple[str, ...] = FEW_PROMPTS
     """Texts to continue at each strength."""
     sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
     device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    """Device: auto, cpu, cuda or cuda:1; auto uses a GPU if there is one."""
     dry_run: bool = False
-    """Say which directions would be measured, and stop."""
+    """Print which directions would be measured, and stop."""
 
 
 class Named(NamedTuple):

@@ -64,7 +64,7 @@ class CompareConfig(TextConfig):
     """Continuations of each prompt at each strength."""
     sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
     device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    """Device: auto, cpu, cuda or cuda:1; auto uses a GPU if there is one."""
     dry_run: bool = False
     """Say what would be done and about how long it would take, and stop."""
 

@@ -47,33 +47,33 @@ class EffectConfig(TextConfig):
     feature: tuple[int, ...] = ()
     """Features to steer with, by their decoder rows."""
     vector: Path | None = None
-    """A saved steering vector to map instead of features; it has no feature to aim at."""
+    """A saved steering vector to map instead of features; it has no targeted direction."""
     kl: float = 0.3
-    """Nats per token by which steering changes the predictions on the text; the coefficient follows from it."""
+    """KL that steering causes on the text, in nats per token; the coefficient follows from it."""
     effects: Path | None = None
-    """File of fitted effects: with it every feature is steered with its targeted direction too."""
+    """File of fitted effects. If given, every feature is steered with its targeted direction too."""
     fit: int = 0
     """Number of random features to measure first; the effects fitted to them are written to --effects. 0 reads that file."""
     bias_weight: float = 1.0
-    """How strongly a targeted direction turns away from what any steering does."""
+    """How strongly a targeted direction avoids what any steering does."""
     prompts: tuple[str, ...] = FEW_PROMPTS
     """Texts to continue."""
     samples: int = SAMPLES
     """Continuations of each prompt and direction."""
     new_tokens: int = NEW_TOKENS
-    """Length of each continuation."""
+    """Tokens per continuation."""
     calibration_documents: int = 16
     """Documents on which the coefficients are set."""
     length: int = 32
-    """Tokens read of each document; shorter ones are left out."""
+    """Tokens read of each document; shorter documents are left out."""
     top: int = 8
-    """Features shown at each end of a map."""
+    """Number of features shown at each end of a map."""
     out: Path | None = None
     """JSON file for every number."""
     seed: int = 0
     """Seed of the choice of documents and features, and of the sampling."""
     device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    """Device: auto, cpu, cuda or cuda:1; auto uses a GPU if there is one."""
 
 
 class MappedDirection(NamedTuple):

@@ -40,19 +40,19 @@ class PrincipalConfig(TextConfig):
     model: str
     """Model by hub name, folder or GGUF file."""
     site: str
-    """Where, for example resid_post.2."""
+    """Site, for example resid_post.2."""
     out: Path
     """Folder for principal.json."""
     dictionary: str | None = None
     """Folder, file or hub name of a dictionary at that site. Default: the arms of its features are left out."""
     components: int = 32
-    """Principal components."""
+    """Number of principal components."""
     random: int = 64
-    """Random directions in the span of the components (uniform); half as many of each other random group and of features."""
+    """Random directions in the span of the components (uniform); half as many of every other random group and of features."""
     kl: float = 0.3
     """KL at which every direction is measured, in nats per token."""
     fit_documents: int = 2000
-    """Documents that components and differences of means are made from, and labels chosen on."""
+    """Documents for components and differences of means, and for choosing labels."""
     held_documents: int = 1000
     """Further documents on which labels are recovered."""
     calibration_documents: int = 16
@@ -60,11 +60,11 @@ class PrincipalConfig(TextConfig):
     prompts: int = 32
     """Further documents on which the change of the logits is measured."""
     length: int = 32
-    """Tokens read of each document; shorter ones are left out."""
+    """Tokens read of each document; shorter documents are left out."""
     seed: int = 0
     """Seed of the split of the documents, the random directions and the bootstrap."""
     device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    """Device: auto, cpu, cuda or cuda:1; auto uses a GPU if there is one."""
 
 
 def pair_cosines(change_spv: Tensor) -> np.ndarray:

@@ -32,7 +32,7 @@ WORDS = Path(__file__).parents[1] / "words"
 @dataclass(kw_only=True)
 class StrengthsConfig(PartsConfig):
     words: Path = WORDS / "curse_words.txt"
-    """File of the words to count, one a line."""
+    """File of the words to count, one per line."""
     strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """Multiples of the feature's maximum activation."""
     prompts: tuple[str, ...] = FEW_PROMPTS

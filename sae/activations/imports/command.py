@@ -28,27 +28,29 @@ from sae.progress import progress
 @dataclass(kw_only=True)
 class ImportConfig:
     source: tuple[Path, ...]
-    """A folder that SAELens' CacheActivationsRunner wrote, or .npy or .safetensors files with an array [n, d] each, taken end to end."""
+    """A folder that SAELens' CacheActivationsRunner wrote, or .npy or .safetensors files with one array [n, d] each, joined in this
+    order."""
     out: Place
     """Folder or URL of the cache."""
     site: str | None = None
-    """Where they were recorded, for example resid_post.2; a SAELens folder says so itself."""
+    """Site of the activations, for example resid_post.2; a SAELens folder names its own."""
     column: str | None = None
-    """Hook (SAELens) or tensor (.safetensors) to take, where there are several."""
+    """Hook (SAELens) or tensor (.safetensors) to import, if there are several."""
     token_ids: Path | None = None
     """File with the token id of every row of plain arrays, [n] integers (.npy or .safetensors)."""
     model: str | None = None
-    """Model they were recorded from: folder, GGUF file or hub name. Default: unknown, and commands that need the model refuse the cache."""
+    """Model that produced the activations: folder, GGUF file or hub name. Default: unknown; commands that need the model then refuse the
+    cache."""
     revision: str | None = None
     """Revision of the model on the hub."""
     keep_bos: bool = False
-    """Keep rows at beginning-of-text tokens. Default: they are left out where model and token ids are known."""
+    """Keep rows at beginning-of-text tokens. By default they are left out if model and token ids are known."""
     dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
-    """Number format on disk; int8 is 8 bits a number with one scale per row."""
+    """Number format on disk; int8 is 8 bits per number with one scale per row."""
     held_out: float = 0.05
-    """Share kept from training: of the sequences of a SAELens folder, or of runs of 1024 rows of plain arrays."""
+    """Share held out from training: of the sequences of a SAELens folder, or of blocks of 1024 rows of plain arrays."""
     seed: int = 0
-    """Decides order, shuffling and what is held out."""
+    """Seed of the order, the shuffling and the held-out share."""
     pool_tokens: int = 1 << 18
     """Rows shuffled together in memory."""
     shard_tokens: int = 1 << 16

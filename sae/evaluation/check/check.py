@@ -44,23 +44,23 @@ class CheckConfig:
     model: str
     """Hub name, folder or GGUF file of the language model."""
     site: str | None = None
-    """Site, for a dictionary that names none, such as resid_post.2. Default: the dictionary's own."""
+    """Site, such as resid_post.2, if the dictionary names none. Default: the dictionary's own."""
     other_model: str | None = None
     """A second model to try, such as the instruct model of a base model. Default: none."""
     text: tuple[str, ...] = ()
     """Files with text (.txt, .jsonl, .json, .parquet; .safetensors with token ids), folders or globs. Default: a text of the package."""
     tokens: int = 2000
-    """Tokens of text to measure on, at most."""
+    """Maximum number of tokens to measure on."""
     device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    """Device: auto, cpu, cuda or cuda:1; auto uses a GPU if there is one."""
     seed: int = 0
     """Seed of the bootstrap."""
     json: bool = False
     """Print the report as JSON instead of tables."""
     out: Path | None = None
-    """File for the report as JSON. Default: none is written."""
+    """File for the report as JSON. Default: not written."""
     write: Path | None = None
-    """Folder for the dictionary in the frame that fits best, in SAELens' layout. Default: none is written."""
+    """Folder for the dictionary in the frame that fits best, in SAELens' layout. Default: not written."""
 
 
 def check(config: CheckConfig) -> dict[str, Any]:

@@ -30,17 +30,18 @@ class BrowseConfig:
     notes: Path | None = None
     """SQLite file of labels, stars, notes and lists. Default: notes.sqlite beside the index."""
     model: str | None = None
-    """Model for prompts and steering, by hub name, folder or GGUF file; "none" browses with no model. Default: the one the index names."""
+    """Model for prompts and steering, by hub name, folder or GGUF file; "none" browses without a model. Default: the one the index
+    names."""
     dictionary: str | None = None
     """Folder, file or hub name of the dictionary. Default: the one the index was built from."""
     device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    """Device: auto, cpu, cuda or cuda:1; auto uses a GPU if there is one."""
     port: int = 8765
-    """Where to listen on 127.0.0.1; 0 takes any that is free."""
+    """Port on 127.0.0.1; 0 uses any free one."""
     open: bool = True
     """Open the web browser."""
     verify: bool = False
-    """First compare every file's checksum. Default: only those of files up to 32 MB."""
+    """First compare every file's checksum. By default only those of files up to 32 MB are compared."""
 
 
 def serve(

@@ -43,17 +43,17 @@ class ExplainConfig:
     features: tuple[int, ...] = ()
     """Features to explain. Default: all."""
     labels: Path | None = None
-    """Score these labels instead: folder of Neuronpedia's export of the dictionary, or of its explanations/, or one of their files."""
+    """Score these labels instead: folder of Neuronpedia's export of the dictionary, its explanations/ folder, or one of their files."""
     sample: int | None = None
     """Explain this many features, drawn at random from those that fire."""
     held_out: float = 0.3
-    """Share of the documents kept for testing; nothing is learned from them."""
+    """Share of the documents held out for testing."""
     seed: int = 0
-    """Seed of the choice of held-out documents, and of everything else that is drawn."""
+    """Seed of the held-out documents and of all other sampling."""
     endpoint: str | None = None
     """Let a model write explanations: base URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1."""
     judge_model: str | None = None
-    """Model to ask there."""
+    """Name of the model at the endpoint."""
     key_variable: str | None = None
     """Environment variable that holds the endpoint's key. Default: no key is sent."""
 

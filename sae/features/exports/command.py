@@ -36,21 +36,21 @@ class ExportConfig:
     out: Path
     """Folder to write; an older export of the same format is replaced. For circuit-tracer, the layer is added to those in the folder."""
     format: Literal["static", "neuronpedia", "neuronpedia-upload", "saedashboard", "circuit-tracer"] = "static"
-    """What to write. static: pages that open from file://. neuronpedia: its export. neuronpedia-upload: bodies of its batch upload."""
+    """What to write. static: pages that open from file://. neuronpedia: its export. neuronpedia-upload: requests of its batch upload."""
     features: tuple[int, ...] = ()
     """Only these features. Default: all."""
     notes: Path | None = None
-    """Database of labels, stars and notes to show (static). Default: notes.sqlite beside the index, where there is one."""
+    """Database of labels, stars and notes to show (static). Default: notes.sqlite beside the index, if it exists."""
     processes: int | None = None
-    """Processes that render pages (static). Default: as many as there are cores."""
+    """Processes that render pages (static). Default: the number of cores."""
     model_id: str | None = None
-    """Name of the model there. Default: its folder's name."""
+    """Name of the model in the export. Default: its folder's name."""
     source_set: str | None = None
-    """Name of the set of dictionaries there, for example res-4k. Default: made from site and width."""
+    """Name of the set of dictionaries in the export, for example res-4k. Default: made from site and width."""
     creator: str | None = None
-    """Your user id there (neuronpedia). Default: "local"."""
+    """Your user id at Neuronpedia (neuronpedia). Default: "local"."""
     dictionary: str | None = None
-    """Folder, file or hub name of the index's dictionary: its decoder rows go along as steering vectors (neuronpedia, saedashboard)."""
+    """Folder, file or hub name of the index's dictionary: its decoder rows are written as steering vectors (neuronpedia, saedashboard)."""
 
 
 def export_features(config: ExportConfig) -> None:

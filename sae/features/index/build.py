@@ -58,21 +58,22 @@ class IndexConfig:
     dictionary: str
     """Folder, file or hub name of the dictionary."""
     out: Path
-    """Folder for the index; an index that stands there is replaced."""
+    """Folder for the index; an existing index in it is replaced."""
     tokens: int | None = None
     """Index at most this many tokens: whole sequences, drawn at random. Default: all."""
     splits: tuple[str, ...] = ("train", "held_out")
-    """Splits of the cache to look at."""
+    """Splits of the cache to index."""
     part: str | None = None
-    """Only the i-th of n parts of these tokens, written i/n, for example 1/4; `sae merge` joins the parts."""
+    """Index only part i of n of these tokens, written i/n, for example 1/4; `sae merge` joins the parts."""
     model: str | None = None
     """Model for tokenizer and logit lens, by hub name, folder or GGUF file. Default: the one the cache names."""
     device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    """Device: auto, cpu, cuda or cuda:1; auto uses a GPU if there is one."""
     encoder: Method | Literal["auto"] = "auto"
-    """How pre-activations are computed; auto measures. It decides their last digits, so name one to repeat an index bit for bit."""
+    """How pre-activations are computed; auto measures which is fastest. The choice affects the last digits: name one to repeat an index bit
+    for bit."""
     verify: bool = False
-    """First read the whole site in the cache to compare every checksum. Default: only those of token files up to 32 MB."""
+    """First read the whole site in the cache to compare every checksum. By default only those of token files up to 32 MB are compared."""
 
 
 def build_index(config: IndexConfig) -> Path:

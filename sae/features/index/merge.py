@@ -23,7 +23,7 @@ class MergeConfig:
     parts: tuple[Path, ...]
     """Folders of the indexes to join, two or more."""
     out: Path
-    """Folder for the joined index; an index that stands there is replaced."""
+    """Folder for the joined index; an existing index in it is replaced."""
 
 
 def merge_indexes(config: MergeConfig) -> Path:

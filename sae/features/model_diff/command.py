@@ -50,19 +50,19 @@ class DiffConfig:
     cache: Place
     """Folder or URL of an activation cache with both sites: sae cache with --second-model."""
     out: Path
-    """JSON file for the numbers; the page goes beside it, with the ending .html."""
+    """JSON file for the numbers; the page is written beside it as .html."""
     rows: int = 100_000
-    """Rows of both models to measure on, at most."""
+    """Maximum number of rows of both models to measure on."""
     split: Literal["held_out", "train"] = "held_out"
-    """Split of the cache that they come from."""
+    """Split of the cache to take the rows from."""
     features: int = 20
-    """Features of each group on the page."""
+    """Number of features of each group on the page."""
     model: str | None = None
     """Model for the tokenizer, by hub name, folder or GGUF file. Default: the one the cache names."""
     device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    """Device: auto, cpu, cuda or cuda:1; auto uses a GPU if there is one."""
     verify: bool = False
-    """First read both sites in the cache to compare every checksum. Default: only those of token files up to 32 MB."""
+    """First read both sites in the cache to compare every checksum. By default only those of token files up to 32 MB are compared."""
 
 
 def diff_models(config: DiffConfig) -> dict[str, Any]:

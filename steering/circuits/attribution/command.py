@@ -32,24 +32,24 @@ class AttributeConfig:
     transcoders: str
     """Set of per-layer transcoders by folder or hub name, in any of the formats."""
     prompt: str
-    """Text; the graph is of the token after it."""
+    """Text; the graph explains the token after it."""
     out: Path = Path("graph.json")
-    """JSON file for the graph; the page goes beside it, with the ending .html."""
+    """JSON file for the graph; the page is written beside it as .html."""
     max_features: int = 1000
-    """Features that are taken into the graph before pruning, those of the largest influence."""
+    """Number of features in the graph before pruning: those with the largest influence."""
     node_threshold: float = 0.8
-    """Share of the influence on the logits that the nodes that are kept have together."""
+    """Share of the influence on the logits that the kept nodes have together."""
     edge_threshold: float = 0.98
-    """The same of the edges among them."""
+    """The same share for the edges between them."""
     skip_positions: int = 1
-    """Tokens at the beginning whose features count as error, as in circuit-tracer: at the first, models have activations like at no other;
-    of an instruction-tuned Gemma 3 take 4."""
+    """Tokens at the beginning whose features count as error, as in circuit-tracer, because activations at the first token are unlike all
+    others; use 4 for an instruction-tuned Gemma 3."""
     interventions: int = 5
-    """Features at the strongest edges that are set to 0, -1 and 2 times their value, to compare prediction and outcome."""
+    """Number of features, at the strongest edges, to set to 0, -1 and 2 times their value, to compare prediction and outcome."""
     circuit_tracer: Path | None = None
-    """JSON file for the graph as circuit-tracer's viewer reads it. Default: none."""
+    """JSON file for the graph in the format of circuit-tracer's viewer. Default: not written."""
     device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    """Device: auto, cpu, cuda or cuda:1; auto uses a GPU if there is one."""
 
 
 @dataclass(kw_only=True)
@@ -59,11 +59,11 @@ class InterveneConfig:
     node: str
     """Node of the graph: feature.LAYER.POSITION.NUMBER, error.LAYER.POSITION or token.POSITION."""
     factor: tuple[float, ...] = FACTORS
-    """Multiples of its value that it is set to."""
+    """Multiples of the node's value to set it to."""
     target: tuple[str, ...] = ()
-    """More nodes whose change is shown, beside those of its strongest edges and the logits."""
+    """More nodes whose change is shown, in addition to those of the node's strongest edges and the logits."""
     device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    """Device: auto, cpu, cuda or cuda:1; auto uses a GPU if there is one."""
 
 
 def attribute(config: AttributeConfig) -> GraphFile:

@@ -27,9 +27,9 @@ class BrowseGraphConfig:
     graph: Path
     """JSON file that `sae attribute` wrote."""
     device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    """Device: auto, cpu, cuda or cuda:1; auto uses a GPU if there is one."""
     port: int = 8766
-    """Where to listen on 127.0.0.1; 0 takes any that is free."""
+    """Port on 127.0.0.1; 0 uses any free one."""
     open: bool = True
     """Open the web browser."""
 

@@ -40,17 +40,17 @@ OF_BOTH = {"model", "task", "pairs", "corruption", "examples", "seed", "out", "d
 @dataclass(kw_only=True)
 class FindCircuitConfig(CircuitConfig):
     features: tuple[str, ...] = ()
-    """Dictionaries of the model, by folder, file or hub name, each at its own site: the circuit is then of their features instead of edges
-    between the model's parts."""
+    """Dictionaries of the model, by folder, file or hub name, each at its own site: the circuit then consists of their features instead of
+    edges between the model's parts."""
     node_method: Literal["ceap", "grad", "ig", "mask"] = "ceap"
-    """With --features, how nodes are scored: ceap (conductance, 5 steps), grad, ig (5 steps); or mask, learned gates on all nodes."""
+    """With --features, how nodes are scored: ceap (conductance, 5 steps), grad or ig (5 steps); mask learns gates on all nodes."""
     nodes: int = 30
-    """With --features, nodes of the circuit: those of the largest scores."""
+    """With --features, number of nodes of the circuit: those with the largest scores."""
     penalty: float = 0.01
     """With --node-method mask: nats of KL that one more node has to save."""
     outside: Literal["corrupt", "mean"] = "corrupt"
-    """With --features, what nodes outside a circuit have: their value of the corrupt prompt, or their mean over the tokens of the pairs
-    that the circuit is found on."""
+    """With --features, the values of nodes outside a circuit: those of the corrupt prompt, or means over the tokens of the pairs that the
+    circuit is found on."""
     index: tuple[Path, ...] = ()
     """With --features, feature indexes of the dictionaries: the page then says what each feature fires on and links to `sae browse`."""
     export: tuple[Path, ...] = ()

@@ -62,32 +62,32 @@ class CircuitConfig:
     pairs: Path | None = None
     """Instead of --task: a .jsonl file of pairs, each line with clean, corrupt, right and wrong."""
     corruption: str | None = None
-    """What the corrupt prompts of --task are. Default: the task's first."""
+    """How the corrupt prompts of --task are made. Default: the task's first way."""
     examples: int = 64
     """Pairs of --task: one half to find the circuit on, the other to measure it on."""
     method: Literal["ceap", "eap", "eap-ig", "clean-corrupted", "relp", "gim", "first-hop", "exact"] = "ceap"
-    """How edges are scored: ceap (conductance, 5 steps), eap, eap-ig (5 steps), clean-corrupted, and relp and gim (rules for the
-    backward pass) estimate; first-hop runs each reader on its changed input and estimates from there on; exact cuts each edge alone."""
+    """How edges are scored. ceap (conductance, 5 steps), eap, eap-ig (5 steps), clean-corrupted, and relp and gim (rules for the backward
+    pass) estimate; first-hop runs each reader on its changed input and estimates from there on; exact cuts each edge alone."""
     search: Literal["top", "eliminate", "acdc", "masks"] = "top"
-    """How the circuit is found: top takes the --edges of the largest scores; eliminate begins with a fifth of the graph by score and
-    takes away the weakest first; acdc takes away from all edges, from the logits backwards; masks learns a gate for every edge, in 600
-    steps that begin at the scores, and takes the --edges whose gates are most open."""
+    """How the circuit is found. top keeps the --edges with the largest scores; eliminate starts with a fifth of the graph by score and
+    removes the weakest first; acdc starts with all edges and removes them from the logits backwards; masks learns a gate for every edge, in
+    600 steps that start at the scores, and keeps the --edges whose gates are most open."""
     edges: int = 100
-    """Edges that top and masks take; those on no path are left out."""
+    """Number of edges that top and masks keep; those on no path are left out."""
     tau: float = 0.01
-    """Rise of the KL to the model's predictions, in nats, that one edge may cost for eliminate and acdc to keep it cut."""
+    """eliminate and acdc keep an edge cut if that raises the KL to the model's predictions by less than this, in nats."""
     minimality: bool = False
-    """Cut every edge of the circuit alone too, one run for each."""
+    """Also cut every edge of the circuit alone, one run for each."""
     seed: int = 0
     """Seed of the pairs, the halves, the intervals, the random circuits and the masks."""
     out: Path = Path("circuit.json")
     """JSON file for the circuit, the scores of all edges and every measure; the page that draws it has the same name with .html."""
     mib: Path | None = None
-    """JSON file for the scores under MIB's names, as its leaderboard takes them. Default: none."""
+    """JSON file for the scores in the format of MIB's leaderboard. Default: not written."""
     device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    """Device: auto, cpu, cuda or cuda:1; auto uses a GPU if there is one."""
     dry_run: bool = False
-    """Say whether the task is there, what would be done and about how long it would take, and stop."""
+    """Print whether the model does the task, what would be done and about how long it would take, and stop."""
 
 
 def find_circuit(config: CircuitConfig) -> Circuit | None:

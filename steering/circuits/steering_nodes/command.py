@@ -54,7 +54,7 @@ class SteerCircuitConfig:
     model: str
     """Model by hub name, folder or GGUF file."""
     circuit: Path
-    """JSON file of a circuit that find-circuit wrote for this model, whose task is measured."""
+    """JSON file of a circuit that find-circuit wrote for this model; its task is measured."""
     vector: str | None = None
     """Direction: a file with one direction, the number of a feature of --dictionary, diffmean:CONCEPT, pca:N or random:SEED. Default: the
     task's own, the mean stream of clean prompts minus that of corrupt ones at their last token, over the pairs with the most frequent
@@ -62,26 +62,26 @@ class SteerCircuitConfig:
     dictionary: str | None = None
     """Folder, file or hub name of a dictionary of this model, one of whose features --vector names."""
     site: str | None = None
-    """Site of the residual stream behind which readers are steered. Default: the dictionary's, else resid_post a third of the way in."""
+    """Site of the residual stream; readers after it are steered. Default: the dictionary's, else resid_post a third of the way in."""
     budgets: tuple[float, ...] = (0.01, 0.1, 0.5)
     """KL on neutral text, in nats per token, at which arms are compared; rising."""
     edge: tuple[str, ...] = ()
-    """Edges that are steered alone, such as "head.0.1->q.2.3": the reader reads the stream plus what the writer writes more on clean
-    prompts than on corrupt ones. "vector->q.2.3" adds the direction itself."""
+    """Edges to steer alone, such as "head.0.1->q.2.3": the reader's input gets the writer's mean output on clean prompts minus that on
+    corrupt ones. "vector->q.2.3" adds the direction itself."""
     edges: int = 0
-    """How many of the circuit's strongest edges are steered alone, beside --draws random edges outside the circuit. Default: none."""
+    """Number of the circuit's strongest edges to steer alone, beside --draws random edges outside the circuit. Default: none."""
     draws: int = 20
-    """Draws of as many random heads in each layer as the circuit has there."""
+    """Number of draws of random heads, in each layer as many as the circuit has."""
     examples: int = 256
-    """Pairs of the task: one half for the direction, of the other those with its answer to measure on."""
+    """Pairs of the task: one half for the direction; of the other half, those with the direction's answer are measured."""
     seed: int = 1
-    """Seed of the pairs and of all that is random. Pairs that the circuit was found on are left out whatever the seed."""
+    """Seed of the pairs and of everything random. Pairs that the circuit was found on are always left out."""
     out: Path = Path("circuit-steering.json")
     """JSON file for every number."""
     device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    """Device: auto, cpu, cuda or cuda:1; auto uses a GPU if there is one."""
     dry_run: bool = False
-    """Say what would be done, and stop."""
+    """Print what would be done, and stop."""
 
 
 def steer_circuit(config: SteerCircuitConfig) -> dict[str, Any]:
