@@ -11,7 +11,7 @@ START, END = "<!-- formats -->\n", "<!-- /formats -->\n"
 
 def table() -> str:
     rows = [f"| {one.name} | {one.files} | {one.opens} | {one.note} | {one.proved} |" for one in FORMATS]
-    return "\n".join(["| format | known by | what opens | what to know | proved against |", "|---|---|---|---|---|", *rows, ""])
+    return "\n".join(["| format | recognised by | kinds that open | notes | tested against |", "|---|---|---|---|---|", *rows, ""])
 
 
 def page(text: str) -> str:

@@ -27,21 +27,21 @@ SHOWN = 12
 
 
 class Format(NamedTuple):
-    """A row of the table in docs/dictionaries.md too, which scripts/formats_table.py writes."""
+    """Also a row of the table in docs/dictionaries.md, which scripts/formats_table.py writes."""
 
     name: str
     files: str
-    """by which it is known"""
+    """the files by which it is recognised"""
     recognises: Callable[[Path], bool]
-    """whether this folder or file is of the format, by names of files and of what they hold. May raise `InputError` for a damaged one"""
+    """whether this folder or file has the format, by names of files and their contents. May raise `InputError` for a damaged one"""
     load: Callable[[Path, Device], Parts | Layers]
-    """Raises `InputError` for whatever changes the function and is not understood"""
+    """reads it. Raises `InputError` for settings that change the function and are not understood"""
     opens: str
-    """which kinds"""
+    """the kinds that open"""
     note: str
-    """what a person should know"""
+    """what users should know"""
     proved: str = "formula"
-    """against what its tests compare it"""
+    """what its tests compare it with"""
 
 
 FORMATS = (
@@ -50,7 +50,7 @@ FORMATS = (
         f"{saelens.CFG} + {saelens.WEIGHTS}",
         saelens.recognises,
         saelens.load,
-        "all that it saves, but temporal and matching_pursuit",
+        "all that it saves, except temporal and matching_pursuit",
         "Versions 2 to 6 and checkpoints, see below.",
         "formula; SAELens itself, both ways",
     ),
@@ -68,8 +68,7 @@ FORMATS = (
         gemma_scope.recognises_1,
         gemma_scope.load_1,
         "JumpReLU: res, mlp, att, transcoders, embedding",
-        "Site and model stand in the names of the folders alone: keep them in a local copy. Dictionaries of the embedding read "
-        "resid_pre.0.",
+        "Only the names of the folders state site and model: keep them in a local copy. Dictionaries of the embedding read resid_pre.0.",
     ),
     Format(
         "Gemma Scope 2",
@@ -77,7 +76,7 @@ FORMATS = (
         gemma_scope.recognises_2,
         gemma_scope.load_2,
         "JumpReLU: resid_post, attn_out, mlp_out, transcoders, affine or not",
-        "Without config.json, the names of the folders tell site and model.",
+        "Without config.json, the names of the folders state site and model.",
     ),
     Format(
         "Gemma Scope 2, several layers",
@@ -93,7 +92,7 @@ FORMATS = (
         llama_scope.recognises,
         llama_scope.load,
         "TopK used with one threshold; ReLU, JumpReLU, TopK; autoencoders and transcoders",
-        "As its authors' loader, with the decoder's norm ahead of the threshold, which SAELens leaves out. The first token fits badly.",
+        "As in its authors' loader, with the decoder's norm before the threshold, which SAELens omits. The first token fits badly.",
     ),
     Format(
         "Llamascopium",
@@ -110,8 +109,8 @@ FORMATS = (
         qwen_scope.recognises,
         qwen_scope.load,
         "TopK without ReLU",
-        "The folder is a set of layers; its name, SAE-Res-MODEL-W…K-L0_K, says the model and how many features are kept: keep it in a "
-        "local copy.",
+        "The folder is a set of layers; its name, SAE-Res-MODEL-W…K-L0_K, states the model and how many features are kept: keep it in "
+        "a local copy.",
     ),
     Format(
         "Goodfire, qresearch",
@@ -119,7 +118,7 @@ FORMATS = (
         goodfire.recognises,
         goodfire.load,
         "ReLU of Llama and R1-Distill; tied BatchTopK of DeepSeek-R1",
-        "The name of the file tells site and model. Of DeepSeek-R1, the folder math or logic says how many features each token keeps.",
+        "The name of the file states site and model. For DeepSeek-R1, the folder math or logic states how many features each token keeps.",
     ),
     Format(
         "circuit-tracer",
@@ -135,7 +134,7 @@ FORMATS = (
         sparsify.recognises,
         sparsify.load,
         "topk, groupmax and signed; autoencoders, transcoders, with skip",
-        "The run's folder is a set of layers; with several seeds, name one folder. A transcoder takes no bias off its input, "
+        "The run's folder is a set of layers; with several seeds, name one folder. A transcoder subtracts no bias from its input, "
         "except those trained before February 2025.",
         "formula; files that sparsify wrote, with its outputs",
     ),
@@ -146,7 +145,7 @@ FORMATS = (
         dictionary_learning.load,
         "the seven classes of all its trainers, checkpoints, backups",
         "The decoder rows of an AutoEncoder get length 1, as in the tool's own loader. A BatchTopK without a threshold keeps k "
-        "features of each token, and a message says so. eval_results.json is kept as what the authors measured.",
+        "features of each token, and a message says so. eval_results.json is kept as the authors' measurement.",
         "formula; files that dictionary_learning trained, with its outputs",
     ),
     Format(
@@ -163,7 +162,7 @@ FORMATS = (
         kissane.recognises,
         kissane.load,
         "ReLU",
-        "The files lack the factors by which training multiplied the activations; `dictionary.folded(factors)` takes them in.",
+        "The files lack the factors by which training multiplied the activations; `dictionary.folded(factors)` applies them.",
     ),
     Format(
         "attention SAEs of Kissane",
@@ -171,8 +170,8 @@ FORMATS = (
         kissane_attention.recognises,
         kissane_attention.load,
         "ReLU",
-        "They read the heads' outputs without what the bias of the values adds, as TransformerLens has them; "
-        "`sae check-dictionary --write` writes one for the model as it is.",
+        "They read the heads' outputs without the contribution of the values' bias, as in TransformerLens; "
+        "`sae check-dictionary --write` writes one for the unchanged model.",
     ),
     Format(
         "BatchTopK and Matryoshka of Bussmann",
@@ -188,8 +187,8 @@ FORMATS = (
         learned_dicts.recognises,
         learned_dicts.load,
         "TiedSAE, UntiedSAE",
-        "Of its objects the attributes alone are read, and nothing is run; other classes are refused. A file holds a whole sweep: name "
-        "one, as learned_dicts.pt/3. Folders named like tied_residual_l2_r4 tell the site; TransformerLens' stream there has no mean.",
+        "Only the attributes of its objects are read, and no code is run; other classes are refused. A file holds a whole sweep: name "
+        "one, as learned_dicts.pt/3. Folder names like tied_residual_l2_r4 state the site; TransformerLens' stream there has no mean.",
     ),
     Format(
         "OpenAI",
@@ -197,13 +196,13 @@ FORMATS = (
         openai.recognises,
         openai.load,
         "autoencoders of GPT-2: ReLU (v1, v4), TopK with layer norm (v5)",
-        "The site is known by the path gpt2-small/LOCATION/autoencoders/LAYER.pt.",
+        "The site is taken from the path gpt2-small/LOCATION/autoencoders/LAYER.pt.",
     ),
 )
 
 
 def format_of(path: Path) -> Format:
-    """The row of a folder or file. Raises `InputError` where none or several know it."""
+    """The row of a folder or file. Raises `InputError` if none or several rows recognise it."""
     if not path.exists():
         raise InputError(f"expected a dictionary in {path}, which does not exist; check its name")
     found, damage = [], None
@@ -226,5 +225,5 @@ def format_of(path: Path) -> Format:
 
 
 def load(path: Path, device: Device = "cpu") -> Parts | Layers:
-    """What the dictionary, or each dictionary of a set, in the folder or file is made of. Raises `InputError` for none of the formats."""
+    """The parts of a dictionary, or of each dictionary of a set, in a folder or file. Raises `InputError` if it has none of the formats."""
     return format_of(path).load(path, device)
