@@ -102,8 +102,8 @@ def serve(settings: dict[str, Any]) -> None:
     from sae.kinds import KINDS
     from sae.objective import Workspace
     from sae.processes import Processes
-    from sae.training.config import Recipe, TrainingConfig
-    from sae.training.shard import meshed
+    from sae.training.config import Recipe
+    from sae.training.shard import Split, meshed
     from sae.training.sweep import Start, Sweep
 
     l0 = settings["l0"]
@@ -111,8 +111,8 @@ def serve(settings: dict[str, Any]) -> None:
     kind: Any = KINDS[settings["kind"]](**swept.get(settings["kind"], {"k": (l0,)}))
     processes = Processes.from_environment()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    run = TrainingConfig(cache=Path(), out=Path(), shard="features", device="cpu")
-    with processes.together(), meshed(run, processes) as mesh:
+    with processes.together(), meshed(Split(processes.world, 1), "cpu", processes) as mesh:
+        assert mesh is not None
         mine = mesh.features.part(settings["d_sae"])
         start = Dictionary.initial(settings["d_in"], settings["d_sae"], seed=0, decoder_norm=1.0, features=mine)
         x_bd = torch.randn(settings["batch_size"], settings["d_in"], generator=torch.Generator().manual_seed(1))

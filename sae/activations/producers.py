@@ -1,17 +1,15 @@
-"""Live activations in several processes: the first trains, the others run the model and give it pool after pool.
+"""Live activations in several processes: the first ones train, the others run the model and give them pool after pool.
 
-The process that trains asks for pools by number, in the order in which it visits them, some ahead. The n-th that it asks for is made by
-producer n modulo their number. A finished pool waits at its producer until it is wanted, and the producer with it, so that there are never
-more pools than one for each producer and two where they are used, however much faster one side is. Words go through torchrun's store,
-pools through gloo. Rows and their order are those of one process.
+The processes that train need the same pools in the same order. The one that leads asks for them by number, some ahead. The n-th that it
+asks for is made by producer n modulo their number. A finished pool waits at its producer until it is wanted, and the producer with it, so
+that there are never more pools than one for each producer and two where they are used, however much faster one side is. Words go through
+torchrun's store, pools through gloo. Rows and their order are those of one process.
 """
 
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from datetime import timedelta
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -21,46 +19,23 @@ from torch import Tensor
 from sae.activations.harvest.massive import PoolRows
 from sae.activations.live import LiveSource, PoolSource
 from sae.errors import InputError
+from sae.mesh import speaking
 from sae.processes import Processes
 
-SILENCE = timedelta(minutes=10)
-"""without a message while a pool is sent before a process ends; a death on the same machine is noticed at once"""
 
-
-@contextmanager
-def connected(processes: Processes) -> Iterator[None]:
-    """While it lasts, pools can be sent. Raises `InputError` when another process ends."""
-    import torch.distributed as dist
-
-    store = dist.PrefixStore("pools", processes.store)
-    dist.init_process_group("gloo", store=store, rank=processes.rank, world_size=processes.world, timeout=SILENCE)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
-def speaking() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError:  # gloo has no class of its own for a lost connection
-        raise InputError("another process of this run has ended; the same command goes on from the last checkpoint") from None
-
-
-def produce(source: LiveSource, processes: Processes) -> None:
+def produce(source: LiveSource, processes: Processes, trainers: int) -> None:
     """Makes pools as long as they are wanted. Raises `InputError` where the model or text differ from the first producer's."""
     import torch.distributed as dist
 
     facts = {"manifest": source.manifest, "widths": source.widths, "sizes": source.sizes, "max_norm_ratio": source.max_norm_ratio}
-    if processes.rank == 1:
+    if processes.rank == trainers:
         processes.tell("live", facts)
     elif processes.hear("live") != json.loads(json.dumps(facts)):
         raise InputError(
-            f"expected the same model and text in every process, but process {processes.rank} has others than process 1; "
+            f"expected the same model and text in every process, but process {processes.rank} has others than process {trainers}; "
             "give all of them the same"
         )
-    number = processes.rank - 1
+    number = processes.rank - trainers
     while (pool := processes.hear(f"ask{number}")) is not None:
         acts, massive = source.make(pool)
         dtypes = {site: str(rows_nd.dtype).removeprefix("torch.") for site, rows_nd in acts.items()}
@@ -68,8 +43,10 @@ def produce(source: LiveSource, processes: Processes) -> None:
         if processes.hear(f"take{number}"):
             with speaking():
                 for rows_nd in acts.values():
-                    dist.send(rows_nd.contiguous().view(torch.uint8), 0)
-        number += processes.world - 1
+                    bytes_nd = rows_nd.contiguous().view(torch.uint8)
+                    for sent in dist.batch_isend_irecv([dist.P2POp(dist.isend, bytes_nd, trainer) for trainer in range(trainers)]):
+                        sent.wait()
+        number += processes.world - trainers
 
 
 class Asked(NamedTuple):
@@ -79,12 +56,15 @@ class Asked(NamedTuple):
 
 
 class FedSource(PoolSource):
-    """A `PoolSource` in the process that trains: its pools are made by the others. Memory: two pools."""
+    """A `PoolSource` in a process that trains: its pools are made by those that do not. Memory: two pools.
 
-    def __init__(self, processes: Processes):
+    All that train call the same methods in the same order.
+    """
+
+    def __init__(self, processes: Processes, trainers: int):
         facts = processes.hear("live")
         super().__init__(facts["manifest"], facts["widths"], facts["sizes"], facts["max_norm_ratio"])
-        self.processes, self.producers = processes, processes.world - 1
+        self.processes, self.trainers, self.producers = processes, trainers, processes.world - trainers
         self._requests = 0
         self._asked: deque[Asked] = deque()
         self._coming: Future[tuple[dict[str, Tensor], PoolRows]] | None = None  # the first of them
@@ -115,10 +95,15 @@ class FedSource(PoolSource):
         while self._asked:
             self._drop()
         for number in range(self._requests, self._requests + self.producers):
-            self.processes.tell(f"ask{number}", None)
+            self._tell(f"ask{number}", None)
+
+    def _tell(self, key: str, value: Any) -> None:
+        """What all that train would say."""
+        if self.processes.leads:
+            self.processes.tell(key, value)
 
     def _ask(self, pool: int) -> None:
-        self.processes.tell(f"ask{self._requests}", pool)
+        self._tell(f"ask{self._requests}", pool)
         self._asked.append(Asked(self._requests, pool))
         self._requests += 1
 
@@ -134,17 +119,17 @@ class FedSource(PoolSource):
             self._coming.result()
             self._coming = None
         else:
-            self.processes.tell(f"take{self._asked[0].number}", False)
+            self._tell(f"take{self._asked[0].number}", False)
         self._asked.popleft()
 
     def _receive(self, asked: Asked) -> tuple[dict[str, Tensor], PoolRows]:
         import torch.distributed as dist
 
         made: dict[str, Any] = self.processes.hear(f"made{asked.number}")
-        self.processes.tell(f"take{asked.number}", True)
+        self._tell(f"take{asked.number}", True)
         rows = self.sizes[asked.pool]
         acts = {site: torch.empty(rows, self.widths[site], dtype=getattr(torch, dtype)) for site, dtype in made["dtypes"].items()}
         with speaking():
             for rows_nd in acts.values():
-                dist.recv(rows_nd.view(torch.uint8), asked.number % self.producers + 1)
+                dist.recv(rows_nd.view(torch.uint8), self.trainers + asked.number % self.producers)
         return acts, PoolRows(**made["massive"])

@@ -102,6 +102,10 @@ class RunConfig:
     """Start over if --out already holds a run. Default: resume it."""
     dry_run: bool = False
     """Print what would be trained, and stop."""
+    shard: str | None = None
+    """How the processes that torchrun started share a dictionary: features, rows (of a batch), or both, as in features=4,rows=2. In
+    train-live the first processes do so, by default one alone, and the others run the model. One process is enough for --dry-run, with
+    which train also prints memory, bytes and time."""
 
     def check(self) -> None:
         """Raises `InputError` for values that cannot be meant."""
@@ -139,7 +143,7 @@ class RunConfig:
 
     def settings(self) -> dict[str, Any]:
         """What decides the result: everything but how it is watched and where it runs."""
-        watching = ("out", "device", "wandb", "wandb_project", "restart", "dry_run", "checkpoint_every")
+        watching = ("out", "device", "wandb", "wandb_project", "restart", "dry_run", "checkpoint_every", "shard")
         found = {one.name: getattr(self, one.name) for one in fields(RunConfig) if one.name not in watching}
         return found | {"init": self.init and str(self.init), "kind": name_of(self.kind), **vars(self.kind)}
 
@@ -162,9 +166,6 @@ class TrainingConfig(RunConfig):
     """Folder or URL of the activation cache to train on (its train split)."""
     verify: bool = False
     """First read the whole site in the cache to compare every checksum. By default only those of token files up to 32 MB are compared."""
-    shard: str | None = None
-    """How the processes that torchrun started share the dictionary: features, rows (of a batch), or both, as in features=4,rows=2. With
-    --dry-run, which also prints memory, bytes and time, one process is enough."""
 
     def settings(self) -> dict[str, Any]:
         return {"cache": str(self.cache)} | super().settings()

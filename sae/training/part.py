@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae.activations.live import PoolSource
 from sae.activations.source import Source
 from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.gates import Threshold
@@ -135,6 +136,8 @@ class Part:
 
     def finish(self, settings: dict[str, Any]) -> None:
         """Saves the dictionaries and how they were trained; training.json, written last, marks each complete."""
+        if not self.mesh.alone and isinstance(self.source, PoolSource):
+            self.source.pool_rows(0)  # on which the one that leads measures: pools come to all processes together
         for k, folder in enumerate(self.folders):
             self._finish(k, folder, settings)
 

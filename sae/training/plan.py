@@ -17,7 +17,7 @@ from sae.training.trainer import announce, cached, with_inits
 
 SHARED = (
     *("kind", "out", "cache", "verify", "steps", "batch_size", "device", "backend", "precision", "deterministic"),
-    *("log_every", "checkpoint_every", "wandb", "wandb_project", "restart", "dry_run"),
+    *("log_every", "checkpoint_every", "wandb", "wandb_project", "restart", "dry_run", "shard"),
 )
 """settings that all runs of a plan have in common, or that are said in another way"""
 

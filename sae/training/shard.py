@@ -1,22 +1,23 @@
 """One dictionary in several processes: how it is split, and that all processes have the same before they begin."""
 
-import json
 import os
 import re
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from sae.activations.source import Source
+from sae.device import device_named
 from sae.errors import InputError
 from sae.mesh import ALONE, Axis, Gone, Mesh
 from sae.processes import Processes
-from sae.training.config import RunConfig, TrainingConfig
+from sae.training.config import RunConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 SILENCE = timedelta(minutes=10)
 """without a message from another process before this one ends; a death on the same machine is noticed at once"""
@@ -41,12 +42,8 @@ class Split(NamedTuple):
         return self.features * self.rows
 
 
-@contextmanager
-def meshed(config: TrainingConfig, processes: Processes) -> Iterator[Mesh]:
-    """The processes' grid while the run lasts; only the one that leads prints.
-
-    Raises `InputError` for a number of processes that the split does not have, and when another process ends.
-    """
+def split_of_all(config: RunConfig, processes: Processes) -> Split:
+    """How all processes share a dictionary. Raises `InputError` for a number of them that `--shard` does not have."""
     split = Split.of(config.shard or "features", processes.world)
     if processes.world > 1 and config.shard is None:
         raise InputError(
@@ -54,31 +51,51 @@ def meshed(config: TrainingConfig, processes: Processes) -> Iterator[Mesh]:
         )
     if split.processes != processes.world and not (config.dry_run and processes.world == 1):
         raise InputError(f"expected {split.processes} processes for --shard {config.shard}, got {processes.world}; start so many")
+    return split
+
+
+def split_of_some(config: RunConfig, processes: Processes) -> Split:
+    """How the first processes share a dictionary, by default one alone; the others have another task.
+
+    Raises `InputError` where there are no others.
+    """
+    split = Split.of(config.shard or "features=1,rows=1", processes.world)
+    alone = processes.world == 1 and (split.processes == 1 or config.dry_run)
+    if split.processes >= processes.world and not alone:
+        raise InputError(
+            f"expected processes beside the {split.processes} that train, to run the model, got {processes.world} in all with "
+            f"--shard {config.shard}; start more, or say how many train, as in --shard features=2,rows=1"
+        )
+    return split
+
+
+@contextmanager
+def meshed(split: Split, device: str, processes: Processes) -> Iterator[Mesh | None]:
+    """The grid of the first processes while the run lasts, of which only the one that leads prints; None in those outside it.
+
+    All of torch's processes can send to each other meanwhile. Raises `InputError` when another process ends.
+    """
     if processes.world == 1:
         yield ALONE
         return
     import torch.distributed as dist
-    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    from torch.distributed.device_mesh import init_device_mesh
 
-    cuda = config.device.startswith("cuda")
-    if cuda:
-        torch.cuda.set_device(config.device)
+    place = device_named(device)
+    if cuda := place.type == "cuda":
+        torch.cuda.set_device(place.index or 0)
     grids: dict[str, DeviceMesh] = {}  # that of torch, which keeps connections open while it is anywhere
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     try:
         dist.init_process_group(backend, store=processes.store, rank=processes.rank, world_size=processes.world, timeout=SILENCE)
-        grids["only"] = init_device_mesh("cuda" if cuda else "cpu", tuple(split), mesh_dim_names=split._fields)
-
-        def group_of(name: str) -> Any:
-            return grids["only"].get_group(name)
-
-        i, j = divmod(processes.rank, split.rows)
-        features, rows = (
-            Axis(place, size, partial(group_of, name)) for place, size, name in zip((i, j), split, split._fields, strict=True)
-        )
-        mesh = Mesh(features, rows, Axis(processes.rank, processes.world))
-        with nullcontext() if mesh.leads else redirect_stdout(open(os.devnull, "w")):
-            yield mesh
+        for names, shape in ((split._fields, tuple(split)), (("every",), (split.processes,))):
+            grids |= dict.fromkeys(names, init_device_mesh(place.type, shape, mesh_dim_names=names))
+        if processes.rank >= split.processes:
+            yield None
+        else:
+            mesh = grid_of(processes.rank, split, lambda name: grids[name].get_group(name))
+            with nullcontext() if mesh.leads else redirect_stdout(open(os.devnull, "w")):
+                yield mesh
     except Gone as error:
         raise InputError(
             f"another process of this run has ended ({str(error).partition('. ')[0]}); the same command goes on from the last checkpoint, "
@@ -93,12 +110,17 @@ def meshed(config: TrainingConfig, processes: Processes) -> Iterator[Mesh]:
             dist.destroy_process_group()
 
 
-def require_same(config: TrainingConfig, processes: Processes, source: Source) -> None:
-    """Raises `InputError` where processes differ in what decides the result."""
+def grid_of(rank: int, split: Split, group_of: Callable[[str], Any]) -> Mesh:
+    i, j = divmod(rank, split.rows)
+    places = {"features": (i, split.features), "rows": (j, split.rows), "every": (rank, split.processes)}
+    return Mesh(**{name: Axis(*place, partial(group_of, name)) for name, place in places.items()})
+
+
+def require_same(config: RunConfig, processes: Processes, **more: Any) -> None:
+    """Raises `InputError` where processes differ in what decides the result: settings, kind of machine, and what else is given."""
     settings = {name: str(value) for name, value in config.settings().items()}
     machine = {"torch": torch.__version__, "processor": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
-    manifest = zlib.crc32(json.dumps(source.manifest, sort_keys=True).encode())
-    processes.require_same(**settings, **machine, shard=config.shard, out=str(config.out), checksum_of_the_manifest=manifest)
+    processes.require_same(**settings, **machine, shard=config.shard, out=str(config.out), **more)
 
 
 def refuse_split(config: RunConfig, mesh: Mesh) -> None:

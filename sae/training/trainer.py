@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sae.activations.cache import ActivationCache
 from sae.activations.cached import CachedSource
+from sae.activations.files.manifest import manifest_crc32
 from sae.activations.source import Source
 from sae.device import device_named
 from sae.dictionaries.source import sampled_crc32
@@ -22,7 +23,7 @@ from sae.disk.reading import read_json
 from sae.disk.remote import Place
 from sae.disk.writing import only_writer, remove_leftovers
 from sae.errors import InputError
-from sae.mesh import ALONE, Mesh
+from sae.mesh import ALONE, Gone, Mesh
 from sae.processes import Processes
 from sae.progress import progress
 from sae.training.checkpoint import Checkpoint, Record
@@ -31,7 +32,7 @@ from sae.training.cost import report
 from sae.training.ends import Ends
 from sae.training.metrics import start_wandb
 from sae.training.part import Part
-from sae.training.shard import meshed, require_same
+from sae.training.shard import meshed, require_same, split_of_all
 from sae.training.start import opened
 from sae.training.sweep import Sweep
 
@@ -46,12 +47,13 @@ def train(config: TrainingConfig) -> list[Path]:
     config.check()
     processes = Processes.from_environment()
     config = replace(config, device=processes.device(config.device))
-    with processes.together(), meshed(config, processes) as mesh:
+    with processes.together(), meshed(split_of_all(config, processes), config.device, processes) as mesh:
+        assert mesh is not None  # all train
         if not config.dry_run:
             require_folder(config.out)
         source = cached(config.cache, config.sites, config.verify)
         if not mesh.alone:
-            require_same(config, processes, source)
+            require_same(config, processes, cache_content=manifest_crc32(source.manifest))
         folders = train_on(source, config, config.settings(), mesh)
         if config.dry_run:
             report(config, source, mesh)
@@ -167,7 +169,7 @@ def loop(
         for step in range(first, run.steps if until is None else until):
             try:
                 batch = next(batches)
-            except (InputError, SystemExit):  # a damaged shard, or another process that has ended: what is trained is kept
+            except (InputError, Gone, SystemExit):  # a damaged shard, or another process that has ended: what is trained is kept
                 if step > first and mesh.alone:  # others may not have met it
                     checkpoint.save(sweeps, step)
                 raise

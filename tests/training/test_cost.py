@@ -19,7 +19,7 @@ from sae.processes import Processes
 from sae.training import train
 from sae.training.cost import Shape, memory_bytes, wire_bytes
 from sae.training.ends import Ends
-from sae.training.shard import Split, meshed
+from sae.training.shard import Split, meshed, split_of_all
 from sae.training.sweep import Start, Sweep
 
 ENDS = Ends(("resid_post.0",), ("resid_post.0",), {"resid_post.0": 16})
@@ -42,7 +42,7 @@ def counting(config):
     def work():
         dist.all_to_all_single, dist.all_gather_single = counted_exchange, counted_gather
         processes = Processes.from_environment()
-        with processes.together(), meshed(config, processes) as mesh:
+        with processes.together(), meshed(split_of_all(config, processes), config.device, processes) as mesh:
             start = Dictionary.initial(16, config.d_sae, seed=0, decoder_norm=1.0, features=mesh.features.part(config.d_sae))
             sweep = Sweep([Start(start)] * len(config.kind.values), config.kind, config.recipe(), "auto", Workspace(mesh=mesh))
             sweep.weights.b_enc_f.fill_(-1 if sweep.kind.swept == "k" else -3)  # few are active, but more than k

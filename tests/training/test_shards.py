@@ -21,6 +21,7 @@ from sae.kinds import ReLU
 from sae.objective import Workspace
 from sae.training import TrainingConfig, train
 from sae.training.checkpoint import Checkpoint
+from sae.training.config import RunConfig
 from sae.training.sweep import Start, Sweep
 
 SPLITS = {"features": 2, "features=2,rows=2": 4}
@@ -58,7 +59,7 @@ def test_several_processes_learn_what_one_learns(name, split, cache, tmp_path): 
     assert [text != "" for text in said(tmp_path / "first")] == [True] + [False] * (SPLITS[split] - 1)
 
 
-def dying(config: TrainingConfig, rank: int, step: int):
+def dying(config: RunConfig, rank: int, step: int, train=train):
     """Trains; this rank kills itself before a step."""
     own = Sweep.step
 
