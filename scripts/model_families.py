@@ -122,11 +122,11 @@ def _child(family: str, pipe: Any) -> None:
 INTRODUCTION = """# Which families of models have which sites
 
 `python scripts/model_families.py` made this page with transformers {version}. It built a tiny random model of each family of decoder-only
-text models from the family's configuration class. It looked for [the sites](language_models.md#how-sites-are-found), then recorded
-each site that was found, replaced its values and put them back. Sites are looked for anew in every model that is loaded, so a model whose
+text models from the family's configuration class. It searched for [the sites](language_models.md#how-sites-are-found), then recorded
+each site that was found, replaced its values and put them back. Sites are searched again in every model that is loaded, so a model whose
 configuration differs may have others; `lm.refused_sites()` gives its reasons.
 
-"yes": in all blocks. "some": in some blocks only. "–": in none. The numbers behind them say why, in the list below the table.
+"yes": in all blocks. "some": in some blocks only. "–": in none. The numbers after them refer to the reasons below the table.
 
 """
 FURTHER = "\\+ The block changes the stream after the MLP, too, so that resid_post is not resid_pre + attn_out + mlp_out."
@@ -150,7 +150,7 @@ def page(results: dict[str, Result | str], same_text: dict[str, list[str]], othe
             "\n## Reasons\n",
             *(f"{number}. {reason[0].upper()}{reason[1:]}." for reason, number in numbers.items()),
             f"\n{FURTHER}",
-            "\n## Not looked at\n",
+            "\n## Not inspected\n",
             *failed,
             *(f"- {reason}: {', '.join(names)}" for reason, names in grouped.items()),
             "",
