@@ -1,8 +1,8 @@
-"""Several processes that train one dictionary: what is split among them, and sums over them in one stated order.
+"""Several processes that train one dictionary: how it is split among them, and sums over them in a fixed order.
 
-Processes form a grid. Along one axis features are split, along the other rows of a batch. An axis of one process does nothing and
-sends nothing. Two primitives send everything: `exchange` (each process has a piece for every other) and `gather` (each has one for all).
-Sums are made of them, so that they are added from the first process to the last whatever the backend.
+Processes form a grid. Along one axis features are split, along the other the rows of a batch. An axis of one process sends nothing. All
+messages use two primitives: `exchange` (each process has a piece for every other) and `gather` (each has one piece for all). Sums are made
+of these, so that terms are added from the first process to the last with any backend.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Gone(Exception):
-    """Another process of this run has ended, or cannot be reached."""
+    """Another process of this run has ended or cannot be reached."""
 
 
 @contextmanager
@@ -26,13 +26,14 @@ def speaking() -> Iterator[None]:
 
 
 class Axis:
-    """Processes among which something is split into equal parts, and this one's place, counted from 0.
+    """Processes among which something is split into equal parts, and this process's rank, counted from 0.
 
-    All call the same methods in the same order.
+    All of them call the same methods in the same order.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, group: Callable[[], Any] = lambda: None):
-        """`group` looks up torch's, by default that of all processes. Nothing here keeps it: its end tells others of a failure."""
+        """`group` looks up torch's process group, by default that of all processes. No reference to it is kept: destroying it reports a
+        failure to the others."""
         self.rank, self.size, self._group = rank, size, group
 
     @property
@@ -44,11 +45,11 @@ class Axis:
         return self.rank == 0
 
     def part(self, n: int) -> slice:
-        """This process's part of `n`, a multiple of the size."""
+        """The slice of `n` items of this process; `n` is a multiple of the size."""
         return slice(n // self.size * self.rank, n // self.size * (self.rank + 1))
 
     def exchange(self, to_n: Tensor) -> Tensor:
-        """Piece i goes to process i; gives the pieces from all of them, [size, ...]."""
+        """Sends piece i to process i and returns the pieces received from all of them, [size, ...]."""
         import torch.distributed as dist
 
         if self.alone:
@@ -59,7 +60,7 @@ class Axis:
         return from_n
 
     def gather(self, piece: Tensor, out_n: Tensor | None = None) -> Tensor:
-        """Everyone's, [size, ...]."""
+        """The pieces of all processes, [size, ...]."""
         import torch.distributed as dist
 
         if self.alone:
@@ -70,7 +71,7 @@ class Axis:
         return found_n
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """The sum over processes, in place, with the same bits everywhere. Each adds up a part, and sends it to all."""
+        """The sum over processes, in place, with the same bits everywhere. Each process adds up one part and sends it to all."""
         if self.alone:
             return tensor
         count = tensor.numel()
@@ -89,29 +90,29 @@ class Axis:
         return [part.view_as(tensor) for part, tensor in zip(whole.split([tensor.numel() for tensor in tensors]), tensors)]
 
     def leave_to_first_(self, tensor: Tensor) -> Tensor:
-        """Zero everywhere but in the first process: what a sum should have once."""
+        """Sets the tensor to zero in all processes except the first: for terms that a sum should contain once."""
         return tensor if self.leads else tensor.zero_()
 
     def numbers(self, number: float) -> list[float]:
-        """Everyone's number, exact below 2^53. It goes by way of the CPU."""
+        """The numbers of all processes, exact below 2^53. They are sent through the CPU."""
         return [number] if self.alone else self.gather(torch.tensor(number, dtype=torch.float64)).tolist()
 
     def total(self, number: int) -> int:
         return int(sum(self.numbers(number)))
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Waits until all processes have called it."""
         self.numbers(0)
 
     def any(self, here: bool) -> bool:
         return any(self.numbers(here))
 
     def sum_of_part(self, tensor: Tensor, dim: int) -> Tensor:
-        """This process's part, along a dimension, of the sum."""
+        """This process's part of the sum, along a dimension."""
         return tensor if self.alone else added(self.exchange(tensor.unflatten(dim, (self.size, -1)).movedim(dim, 0).contiguous()))
 
     def gather_parts_(self, whole: Tensor, part: Tensor, dim: int) -> None:
-        """Fills the whole from everyone's part along a dimension."""
+        """Fills `whole` with the parts of all processes along a dimension."""
         if self.alone:
             return
         parts_n = whole.unflatten(dim, (self.size, -1)).movedim(dim, 0)
@@ -121,7 +122,8 @@ class Axis:
             parts_n.copy_(self.gather(part))
 
     def to_first(self, piece: Tensor) -> Iterator[Tensor]:
-        """In the first process everyone's piece, one after another, on the CPU; nothing in the others. All must use it up."""
+        """Yields, in the first process, the pieces of all processes one after another, on the CPU; nothing in the others. All must exhaust
+        it."""
         import torch.distributed as dist
 
         piece = piece.cpu().contiguous()
@@ -137,7 +139,7 @@ class Axis:
 
 
 def added(parts_n: Tensor) -> Tensor:
-    """The first plus the second, plus the third ..."""
+    """The sum in order: the first plus the second, plus the third ..."""
     total = parts_n[0]
     for part in parts_n[1:]:
         total = total + part
@@ -145,7 +147,7 @@ def added(parts_n: Tensor) -> Tensor:
 
 
 class Mesh:
-    """This process among those of one run. Process i · rows + j has the i-th part of the features and the j-th of the rows."""
+    """This process's place in the grid of a run. Process i · rows + j has the i-th part of the features and the j-th part of the rows."""
 
     def __init__(self, features: Axis | None = None, rows: Axis | None = None, every: Axis | None = None):
         self.features, self.rows, self.every = features or Axis(), rows or Axis(), every or Axis()

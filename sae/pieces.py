@@ -1,4 +1,4 @@
-"""Work in pieces that several processes share. Each finished piece is a file, so that work that was cut short goes on from there."""
+"""Work split into pieces that several processes share. Each finished piece is a file, so that interrupted work continues from there."""
 
 import json
 import os
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 RECORD = "settings.json"
 MOST = 32
-"""pieces of work that could be cut anywhere: enough to share evenly, few enough for sums as long as the features are many"""
+"""maximum number of pieces, for work that can be cut anywhere: enough to share evenly, few enough for sums that are as long as the
+features"""
 
 
 class Pieces:
-    """The files of the pieces, in the folder `.NAME.pieces` beside what the work is to write, as long as it goes on."""
+    """The files of the pieces, in the folder `.NAME.pieces` beside the output, while the work lasts."""
 
     def __init__(self, processes: Processes, folder: Path):
         self.processes, self.folder = processes, folder
@@ -34,10 +35,10 @@ class Pieces:
         self._bar: Progress | None = None
 
     def make(self, sizes: dict[str, int], compute: Callable[[int, Path], Callable[[], Any]], what: str = "", unit: str = "") -> list[Path]:
-        """The files of these names, once all are there. Every process calls it, with the same names; sizes are in `unit`s.
+        """Returns the files of these names when all exist. Every process calls it, with the same names; sizes are in `unit`s.
 
-        Those that are missing are dealt out. `compute(number, path)` gives a function that writes the file, atomically; it runs while
-        the next piece is computed. The leader shows the progress of all, if the work has a name, `what`.
+        Missing files are distributed. `compute(number, path)` returns a function that writes the file, atomically; it runs while the next
+        piece is computed. The leader shows the progress of all, if the work has a name, `what`.
         """
         paths, stage = [self.folder / name for name in sizes], self._stage
         self._stage += 1
@@ -63,7 +64,7 @@ class Pieces:
         return paths
 
     def advance(self, units: int, **fields: str) -> None:
-        """Notes units of a piece as done; now and then, looks whether another process failed."""
+        """Counts units of a piece as done; now and then, checks whether another process failed."""
         done = self._before + self.processes.count(units)
         if self._bar:
             self._bar.advance(done - self._bar.done, **fields)
@@ -72,9 +73,9 @@ class Pieces:
 def results(
     made: Pieces | None, what: str, unit: str, sizes: Sequence[int], compute: Callable[[int, Callable[[int], None]], "dict[str, Tensor]"]
 ) -> "Iterator[dict[str, Tensor]]":
-    """What `compute(number, advance)` gives of each piece, in order: computed here alone, or shared with the processes of `made`.
+    """Yields the results of `compute(number, advance)` in order, computed here alone, or shared with the processes of `made`.
 
-    `sizes` are in `unit`s, of which `advance` notes some as done.
+    `sizes` are in `unit`s; `compute` calls `advance` with the number of units done.
     """
     if made is None:
         with progress(what, sum(sizes), unit) as bar:
@@ -92,17 +93,17 @@ def results(
 
 
 def stretches(count: int) -> list[range]:
-    """Numbers up to `count` in at most `MOST` stretches of nearly equal length."""
+    """Splits the numbers up to `count` into at most `MOST` ranges of nearly equal length."""
     many = min(count, MOST)
     return [range(count * i // many, count * (i + 1) // many) for i in range(many)]
 
 
 @contextmanager
 def pieces(processes: Processes, out: Path, settings: dict[str, Any]) -> Iterator[Pieces]:
-    """The pieces of work that writes `out`, for all that decides them: `settings`. At a clean exit they are removed.
+    """The pieces of the work that writes `out`; `settings` are everything that decides them. At a clean exit they are removed.
 
-    Pieces that were made with other settings are removed at the start. Raises `InputError` in a process that has other settings than the
-    leader, and while another run makes pieces for the same place. Inside, only the leader can be heard: the others would say the same.
+    Pieces of other settings are removed at the start. Raises `InputError` in a process whose settings differ from the leader's, and if
+    another run makes pieces for the same output. Inside, only the leader prints, because the others would print the same.
     """
     processes.require_same(**settings)
     place = out.absolute()
@@ -122,9 +123,10 @@ def pieces(processes: Processes, out: Path, settings: dict[str, Any]) -> Iterato
 
 @contextmanager
 def holding(processes: Processes, folder: Path, prepare: Callable[[], None]) -> Iterator[None]:
-    """Holds the folder together against other runs; the leader alone prepares it first, and the others leave it after the leader.
+    """All processes of this run lock the folder together against other runs. The leader prepares it first; the others leave before the
+    leader ends.
 
-    Raises `InputError` while another run holds it.
+    Raises `InputError` if another run has locked it.
     """
     if processes.leads:
         with only_writer(folder) as let_others_in:
@@ -143,7 +145,7 @@ def holding(processes: Processes, folder: Path, prepare: Callable[[], None]) -> 
 
 @contextmanager
 def one_voice(processes: Processes) -> Iterator[None]:
-    """While it lasts, only the leader can be heard, where the others would say the same."""
+    """Inside, only the leader prints, because the others would print the same."""
     if processes.leads:
         yield
         return
@@ -152,7 +154,7 @@ def one_voice(processes: Processes) -> Iterator[None]:
 
 
 def _claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Leaves the pieces there if they are of these settings, otherwise an empty folder that is."""
+    """Keeps the pieces in the folder if they have these settings, otherwise empties it and records the settings."""
     record = folder / RECORD
     if record.exists():
         try:

@@ -1,6 +1,6 @@
-"""Several processes that do one job, as torchrun starts them: who leads, who takes which piece, and that they stop together.
+"""Several processes that do one job, as torchrun starts them: the leader, the distribution of work, and a common end after a failure.
 
-They share a folder, and a few words through torchrun's key-value store. No tensor goes between them here.
+They share a folder and exchange short messages through torchrun's key-value store. This module sends no tensors.
 """
 
 import io
@@ -20,22 +20,22 @@ from typing import Any, TextIO, TypeVar
 from sae.errors import InputError
 
 BEAT = 1.0
-"""seconds between two signs of life"""
+"""seconds between two heartbeats"""
 SILENCE = 300.0
-"""seconds without one after which a process is taken for dead; where a launcher stops the others sooner, this is not needed"""
+"""seconds without a heartbeat after which a process counts as dead; a launcher usually stops the others sooner"""
 FAREWELL = 5.0
-"""seconds that the process in whose memory the store lies stays for the others to read the last word"""
+"""seconds that the process that hosts the store waits at the end, so that the others can read the last messages"""
 ASIDE = 1.0
-"""seconds between two looks at what the others say, while computing"""
+"""seconds between two checks for messages while computing"""
 
 Item = TypeVar("Item")
 _jobs = itertools.count()
 
 
 class Processes:
-    """This process among those of one job; alone without torchrun. The leader is number 0.
+    """This process and its job; without torchrun it is alone. The leader is process 0.
 
-    A job may have several stages, in each of which `deal` and then `wait_for_all` are called, by every process.
+    A job may have several stages. In each of them every process calls `deal` and then `wait_for_all`.
     """
 
     def __init__(self, store: Any, rank: int, world: int, local_rank: int, local_world: int, hosts_store: bool = False):
@@ -48,7 +48,7 @@ class Processes:
 
     @classmethod
     def from_environment(cls) -> "Processes":
-        """Reads what torchrun sets: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT."""
+        """Reads torchrun's environment variables: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT."""
         import torch.distributed as dist
 
         world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
@@ -67,7 +67,7 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """When one process fails inside, so do all, soon, with exit code 2; the sentence is that of the first."""
+        """If one process fails inside, all end soon after, with exit code 2; only the first one prints its error."""
         import torch.distributed as dist
 
         ended = threading.Event()
@@ -88,7 +88,7 @@ class Processes:
                 self._part()
 
     def _live(self, ended: threading.Event) -> None:
-        """Gives signs of life."""
+        """Sends heartbeats."""
         import torch.distributed as dist
 
         with suppress(dist.DistError):
@@ -96,7 +96,7 @@ class Processes:
                 self.store.add(f"beats{self.rank}", 1)
 
     def fail(self) -> bool:
-        """Notes that this process has failed, and tells whether it was the first."""
+        """Records that this process has failed; returns whether it was the first."""
         import torch.distributed as dist
 
         if self._failed_first is None:
@@ -110,7 +110,7 @@ class Processes:
         return self.rank == 0
 
     def device(self, name: str) -> str:
-        """Where this process computes: "auto" becomes a GPU of its own when several processes run on one machine with GPUs.
+        """The device of this process: "auto" becomes its own GPU if several processes run on one machine with GPUs.
 
         Raises `InputError` for more processes than GPUs.
         """
@@ -125,7 +125,7 @@ class Processes:
 
     @contextmanager
     def numbered(self) -> Iterator[None]:
-        """While it lasts, every line that another process than the leader prints begins with its number."""
+        """Inside, every line that this process prints starts with its number, except in the leader."""
         with nullcontext() if self.leads else redirect_stdout(_Numbered(sys.stdout, f"process {self.rank}: ")):  # type: ignore[type-var]
             yield
 
@@ -133,18 +133,19 @@ class Processes:
         self.store.set(key, json.dumps(value))
 
     def hear(self, key: str) -> Any:
-        """Waits for the message under `key` and gives it."""
+        """Waits for the message under `key` and returns it."""
         while not self.store.check([key]):
             self._look()
             time.sleep(0.05)
         return json.loads(self.store.get(key))
 
     def heard(self, key: str) -> Any:
-        """The message under `key`, or None if there is none yet."""
+        """The message under `key`, or None if it does not exist yet."""
         return json.loads(self.store.get(key)) if self.store.check([key]) else None
 
     def require_same(self, **facts: Any) -> None:
-        """Raises `InputError` in a process whose facts, or whose code, are not the leader's. Nobody goes on before all have agreed."""
+        """Raises `InputError` in a process whose facts, or whose code, differ from the leader's. No process continues before all have
+        agreed."""
         facts = json.loads(json.dumps({"code": code_crc32(), **facts}))
         if self.leads:
             self.tell("facts", facts)
@@ -162,16 +163,16 @@ class Processes:
             time.sleep(0.05)
 
     def deal(self, items: Sequence[Item]) -> Iterator[Item]:
-        """The items that fall to this process: the next free one whenever it is ready for another. The same sequence for everyone."""
+        """Yields the items of this process: the next free one each time it asks. All processes pass the same sequence."""
         self._stage, self._total, self._pending = self._stage + 1, 0, 0
         while (number := self.store.add(f"dealt{self._stage}", 1) - 1) < len(items):
             self._look()
             yield items[number]
 
     def count(self, units: int) -> int:
-        """Notes units as done, and gives those that all have done in this stage, as far as known.
+        """Counts units as done; returns how many all processes have done in this stage, as far as known.
 
-        Now and then, looks whether another process failed.
+        Now and then, checks whether another process failed.
         """
         self._pending += units
         if time.monotonic() - self._looked > ASIDE:
@@ -179,7 +180,7 @@ class Processes:
         return self._total + self._pending
 
     def wait_for_all(self) -> Iterator[int]:
-        """Ends when every process is here; gives what `count` gives in the meantime. Only the leader waits."""
+        """Ends when every process has called it; yields the count meanwhile, as `count` does. Only the leader waits."""
         self._look()
         key = f"done{self._stage}"
         self.store.add(key, 1)
@@ -197,7 +198,7 @@ class Processes:
             self._listen()
 
     def _listen(self) -> None:
-        """Raises `InputError` when a process that this one depends on has died: the leader listens to all, the others to the leader."""
+        """Raises `InputError` if a process that this one depends on has died: the leader watches all, the others watch the leader."""
         self._listened = time.monotonic()
         for other, (beats, at) in self._watched.items():
             now = self.store.add(f"beats{other}", 0)
@@ -207,7 +208,7 @@ class Processes:
                 raise InputError(f"process {other} of this run has died; give the same command again, and it goes on")
 
     def _part(self) -> None:
-        """The process in whose memory the store lies stays until the others have read the last word."""
+        """Leaves the job. The process that hosts the store waits until the others have read the last messages."""
         self.store.set(f"gone{self.rank}", "")
         gone, until = self.store.add("gone", 1), time.monotonic() + FAREWELL
         while self._hosts_store and gone < self.world and time.monotonic() < until:
@@ -216,7 +217,7 @@ class Processes:
 
 
 def _differing(here: Any, there: Any) -> tuple[Any, Any]:
-    """Of two tables, what differs."""
+    """Reduces two dictionaries to the entries that differ."""
     if not isinstance(here, dict) or not isinstance(there, dict):
         return here, there
     names = [name for name in here | there if here.get(name) != there.get(name)]
@@ -237,7 +238,7 @@ class _Numbered(io.TextIOBase):
 
 @cache
 def code_crc32() -> str:
-    """Of the package's sources, by which processes on several machines know whether they run the same."""
+    """Checksum of the package's sources, by which processes on several machines check that they run the same code."""
     found = 0
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         found = zlib.crc32(path.read_bytes(), found)

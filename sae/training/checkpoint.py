@@ -1,4 +1,4 @@
-"""A training run's checkpoint: one safetensors file, whole or absent, with all that the next step depends on."""
+"""A training run's checkpoint: one safetensors file, complete or absent, with everything that the next step depends on."""
 
 import json
 from collections import deque
@@ -26,7 +26,7 @@ class Record(TypedDict):
 
     settings: dict[str, Any]
     scale: Number | dict[str, Number]
-    """several sites have one each"""
+    """one for each site if there are several"""
     encoder: NotRequired[str]
     last: dict[str, Any]
     since_init: NotRequired[dict[str, Any]]
@@ -44,15 +44,15 @@ class Kept(Protocol):
 
 
 class Checkpoint:
-    """The checkpoint of the run in `folder`, of which `settings` decide the result."""
+    """The checkpoint of the run in `folder`; `settings` are those that decide the result."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.folder, self.path, self.settings = folder, folder / FILE, settings
 
     def save(self, sweeps: Sequence[Kept], step: int) -> None:
-        """After `step` steps. Adam's moments and the counts are in it, and the batch order follows from seed and step.
+        """Saves the state after `step` steps, including Adam's moments and the counts. The batch order follows from seed and step.
 
-        Of several processes all call it, and the one that leads writes the whole, the same file for any split; nobody goes on before that.
+        All processes call it. The leader writes the whole file, which is the same for any split; no process continues before that.
         """
         mesh, (split, whole) = sweeps[0].mesh, states_of(sweeps)
         tensors = split | whole
@@ -68,11 +68,11 @@ class Checkpoint:
         mesh.every.wait()
 
     def restore(self, sweeps: Sequence[Kept]) -> int:
-        """Brings `sweeps` to the checkpoint and gives the number of steps done; 0 if there is no checkpoint.
+        """Loads the checkpoint into `sweeps` and returns the number of steps done; 0 if there is no checkpoint.
 
-        Each process reads its part, for any split that the checkpoint was written by; after another than this one, last digits differ.
-        Raises `InputError` when the folder holds a run with other settings, a checkpoint that is damaged or has no checksum, and where
-        some processes see a checkpoint and others do not.
+        Each process reads its part, for any split that wrote the checkpoint; after a different split, the last digits differ. Raises
+        `InputError` if the folder holds a run with other settings, if the checkpoint is damaged or has no checksum, and if only some
+        processes see a checkpoint.
         """
         mesh = sweeps[0].mesh
         there = mesh.every.numbers(self.path.exists())
@@ -108,7 +108,7 @@ class Checkpoint:
         return step
 
     def refuse_other(self, theirs: dict[str, Any]) -> None:
-        """Raises `InputError` if the run that is already in the folder was started with other settings, `theirs`."""
+        """Raises `InputError` if the settings of the run in the folder, `theirs`, are other ones."""
         ours = json.loads(json.dumps(self.settings))
         differing = [f"{key} {theirs.get(key)} there, {ours.get(key)} now" for key in ours | theirs if theirs.get(key) != ours.get(key)]
         if differing:
@@ -121,12 +121,12 @@ class Checkpoint:
         self.path.unlink(missing_ok=True)
 
     def kept(self) -> str:
-        """What a failure leaves, for its sentence."""
+        """The part of an error message that says what is left after a failure."""
         return f"the last checkpoint in {self.folder} is untouched" if self.path.exists() else "no checkpoint was written yet"
 
 
 def states_of(sweeps: Sequence[Kept]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """References to all tensors, as `Sweep.states`; with a number in front of the names where there are several sweeps."""
+    """References to all tensors, as `Sweep.states`; the names start with a number if there are several sweeps."""
     if len(sweeps) == 1:
         return sweeps[0].states()
     split, whole = (
@@ -142,6 +142,6 @@ def whole_shape(tensor: Tensor, mesh: Mesh, split: bool) -> tuple[int, ...]:
 
 
 def all_rows(tensor_kf: Tensor, mesh: Mesh) -> Iterator[Tensor]:
-    """Of one dictionary after another all processes' features, in the process that leads."""
+    """Yields, in the leader, each dictionary's tensor with the features of all processes."""
     for tensor_f in tensor_kf:
         yield from mesh.every.to_first(tensor_f)

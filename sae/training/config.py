@@ -15,7 +15,7 @@ from sae.objective import Backend, Precision
 
 
 class Recipe(NamedTuple):
-    """What the optimiser does from step to step; steps count from 0. The fields are those of `RunConfig`."""
+    """The optimiser's schedule; steps count from 0. The fields are those of `RunConfig`."""
 
     steps: int
     lr: float
@@ -32,7 +32,8 @@ class Recipe(NamedTuple):
         return self.lr * min(rise, fall)
 
     def resamples_after(self, step: int, every: int) -> bool:
-        """Whether dead features are resampled after a step: every so many steps until the learning rate falls; 0: never."""
+        """Whether dead features are resampled after a step: at every `resample_every`-th step until the learning rate falls; never if that
+        is 0."""
         done = step + 1
         return every > 0 and done % every == 0 and done <= self.steps * (1 - self.lr_decay)
 

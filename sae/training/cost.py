@@ -1,4 +1,4 @@
-"""What a run takes before it begins: memory of each process, bytes that it sends and reads in a step, rows a second.
+"""The cost of a run, before it starts: memory of each process, bytes sent and read in a step, rows per second.
 
 b rows (tokens) of a batch · d width that is read · o width that is written · f features
 """
@@ -23,13 +23,13 @@ from sae.training.ends import Ends
 from sae.training.shard import Split
 
 STEP = 1.5
-"""whole steps as multiples of the encoder product, once the code is sparse: 0.7 to 1.6 in benchmarks/README.md"""
+"""time of a whole step in units of the encoder product, once the code is sparse: 0.7 to 1.6 in benchmarks/README.md"""
 TRIED_ROWS, TRIED_FEATURES, TRIED_BYTES = 1024, 4096, 4 << 20
-"""of the products and the sum that are timed"""
+"""sizes of the products and of the sum that are timed"""
 
 
 class Shape(NamedTuple):
-    """What decides the cost of a step."""
+    """The sizes that decide the cost of a step."""
 
     features: int
     rows: int
@@ -38,7 +38,7 @@ class Shape(NamedTuple):
     transcodes: bool
     skip: bool
     per_feature: int
-    """numbers that a feature has beside its rows and its bias: thresholds ..."""
+    """numbers per feature in addition to its rows and bias, such as a threshold"""
     rules: tuple[Rule, ...]
     """one for each dictionary"""
     clips: bool
@@ -63,9 +63,9 @@ class Shape(NamedTuple):
 
 
 def wire_bytes(shape: Shape, split: Split) -> Counter[str]:
-    """What each process sends in a step whose code is sparse and in which no feature is dead, by what it is.
+    """Bytes that each process sends in a step whose code is sparse and in which no feature is dead, by purpose.
 
-    A sum over N processes of n numbers: each sends a part of ⌈n/N⌉ to N − 1 others, and its sum of the parts to as many.
+    In a sum of n numbers over N processes, each sends a part of ⌈n/N⌉ numbers to N − 1 others, and then its part of the sum to all of them.
     """
     f, r, every = split.features, split.rows, split.processes
 
@@ -103,7 +103,7 @@ def wire_bytes(shape: Shape, split: Split) -> Counter[str]:
 
 
 def memory_bytes(shape: Shape, split: Split, row_bytes: int) -> dict[str, int]:
-    """What each process holds while it trains, by what it is; `row_bytes`: of a row in the cache."""
+    """Bytes that each process holds while it trains, by purpose; `row_bytes`: bytes of a row in the cache."""
     whole = shape.dictionaries * shape.features * shape.of_feature * 4
     mine, rows = whole // split.features, shape.rows // split.rows
     chunk = min(CHUNK_BYTES, 4 * rows * (shape.features // split.features))
@@ -117,7 +117,7 @@ def memory_bytes(shape: Shape, split: Split, row_bytes: int) -> dict[str, int]:
 
 
 def report(config: TrainingConfig, source: CachedSource, mesh: Mesh) -> None:
-    """Prints what the run would take; measures for less than a second."""
+    """Prints the cost of the run; measures for less than a second."""
     ends, split = Ends.of(source, config), Split.of(config.shard or "features", mesh.every.size)
     shape = Shape.of(config, ends)
     row_bytes = sum(source.caches[site].d_in * source.caches[site].dtype.itemsize for site in ends.sites)
@@ -139,7 +139,7 @@ def report(config: TrainingConfig, source: CachedSource, mesh: Mesh) -> None:
 
 
 def product_seconds(shape: Shape, split: Split, config: TrainingConfig) -> float:
-    """Of the encoder product of a step, from the shortest of three smaller ones."""
+    """Seconds of a step's encoder product, scaled up from the shortest of three smaller ones."""
     rows, features = shape.rows // split.rows, shape.features // split.features
     tried = min(rows, TRIED_ROWS), min(features, TRIED_FEATURES)
     device = "cpu" if config.device == "auto" else config.device
@@ -149,7 +149,7 @@ def product_seconds(shape: Shape, split: Split, config: TrainingConfig) -> float
 
 
 def wire_speed(every: Axis) -> float | None:
-    """Bytes a second that each process sends in a sum."""
+    """Bytes per second that each process sends in a sum."""
     if every.alone:
         return None
     tensor = torch.zeros(TRIED_BYTES // 4)

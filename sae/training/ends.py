@@ -1,4 +1,4 @@
-"""Where a dictionary reads and writes: which sites of a source, in which units.
+"""The sites of a source that a dictionary reads and writes, and their units.
 
 b rows (tokens) · d width that is read · o width that is written
 """
@@ -17,12 +17,12 @@ from sae.training.config import RunConfig
 class Ends(NamedTuple):
     reads: tuple[str, ...]
     writes: tuple[str, ...]
-    """the same as `reads` of an autoencoder"""
+    """equal to `reads` for an autoencoder"""
     widths: dict[str, int]
 
     @classmethod
     def of(cls, source: Source, config: RunConfig) -> "Ends":
-        """Raises `InputError` for sites that the source lacks, and for several of unequal width."""
+        """The ends of a run. Raises `InputError` for sites that the source lacks, and for several sites of unequal width."""
         there = list(source.widths)
         if not config.reads and len(there) - len(config.writes) != 1:
             raise InputError(f"expected one site to train on, got {' '.join(there) or 'none'}; name one with --reads")
@@ -58,23 +58,24 @@ class Ends(NamedTuple):
         return f"{read} to {' and '.join(self.writes)} ({self.d_out} wide)" if self.transcodes else read
 
     def metadata(self) -> dict[str, Any]:
-        """ "site" and, of a transcoder, "site_out": as their model calls them, where all are of one."""
+        """ "site" and, for a transcoder, "site_out", with the model's own names if all sites belong to one model."""
         found = {"site": one_or_list(self.named(self.reads))}
         return found | {"site_out": one_or_list(self.named(self.writes))} if self.transcodes else found
 
     def named(self, sites: tuple[str, ...]) -> tuple[str, ...]:
-        """Without the name of a second model where no site is of the first."""
+        """The sites without the name of a second model, if all sites belong to one model."""
         of_one = len({split_model(site)[0] for site in self.sites}) == 1
         return tuple(split_model(site)[1] for site in sites) if of_one else sites
 
     def models(self, manifest: dict[str, Any]) -> dict[str | None, dict[str, Any]]:
-        """Facts about the models whose sites these are: None -> the only or the first one, name -> a second one."""
+        """Facts about the models of these sites: None -> the only or the first model, name -> a second model."""
         every = {None: manifest["model"], **manifest.get("models", {})}
         names = {split_model(site)[0] for site in self.sites}
         return {name: every[name] for name in every if name in names} if len(names) > 1 else {None: every[names.pop()]}
 
     def scales(self, source: Source) -> dict[str, float]:
-        """site -> what gives its rows a mean squared norm of its width; says what is known of massive ones, which decide it."""
+        """site -> factor that makes the mean squared norm of its rows equal to its width; prints what is known about massive rows, which
+        affect it."""
         found = {}
         for site, width in self.widths.items():
             if said := source.about_massive(site):
@@ -86,12 +87,12 @@ class Ends(NamedTuple):
         return found
 
     def pair(self, batch: dict[str, Tensor], scales: dict[str, float]) -> tuple[Tensor, Tensor | None]:
-        """x [b, d] and, of a transcoder, y [b, o], in training units."""
+        """x [b, d] and, for a transcoder, y [b, o], in training units."""
         x_bd = side_by_side([batch[site] * scales[site] for site in self.reads])
         return x_bd, side_by_side([batch[site] * scales[site] for site in self.writes]) if self.transcodes else None
 
     def factors(self, scales: dict[str, float]) -> tuple[float | Tensor, float | Tensor]:
-        """By what inputs and outputs were multiplied, as `Dictionary.folded` takes it."""
+        """The factors that multiplied inputs and outputs, as `Dictionary.folded` takes them."""
         return self._factor(self.reads, scales), self._factor(self.writes, scales)
 
     def _factor(self, sites: tuple[str, ...], scales: dict[str, float]) -> float | Tensor:

@@ -1,4 +1,4 @@
-"""The metrics log: `metrics.jsonl` always, Weights & Biases when asked."""
+"""The metrics log: `metrics.jsonl` always, Weights & Biases on request."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ class MetricsLog:
         self._since, self._step = time.monotonic(), first_step
 
     def write(self, line: dict[str, Any], sweep: Sweep, k: int) -> dict[str, Any]:
-        """Adds the rate since the last line; the k-th dictionary's densities go to Weights & Biases. Returns the line as written."""
+        """Adds the rate since the last line, writes the line and returns it; the k-th dictionary's densities go to Weights & Biases."""
         seconds, steps = time.monotonic() - self._since, line["step"] - self._step
         line = line | {"tokens_per_second": round(steps * self.batch_size / max(seconds, 1e-9))}
         with writing(self.path):
@@ -52,7 +52,7 @@ class MetricsLog:
 
 
 def lines_of(sweep: Sweep, result: Step, y_bo: Tensor, step: int) -> list[dict[str, Any]]:
-    """One line for each dictionary: `step` steps are done, `result` is the last one's, counts are since the last lines."""
+    """One line for each dictionary after `step` steps: `result` is that of the last step, counts are since the last lines."""
     power = float((y_bo - y_bo.mean(0)).square().sum(-1).mean())  # host sync, as are the next ones
     lines = []
     for k in range(len(sweep.values)):
@@ -78,7 +78,7 @@ def lines_of(sweep: Sweep, result: Step, y_bo: Tensor, step: int) -> list[dict[s
 
 
 def path_name(sweep: Sweep, share: float) -> str:
-    """How the objective was computed since the last line, when `share` of the rows went through the sparse path."""
+    """How the objective was computed since the last line; `share` of the rows used the sparse path."""
     if sweep.backend != "auto":
         return sweep.backend
     sparse = "triton" if sweep.workspace.plan[1] else "sparse"
@@ -86,9 +86,9 @@ def path_name(sweep: Sweep, share: float) -> str:
 
 
 def density_histogram(sweep: Sweep, k: int) -> Any:
-    """log10 of the share of rows each feature fired on since the last line; features that did not fire are left out.
+    """log10 of the share of rows on which each feature fired since the last line; features that did not fire are left out.
 
-    Of several processes these are the leading one's features.
+    With several processes, only the leader's features.
     """
     import wandb
 
@@ -101,7 +101,7 @@ class Line(TypedDict):
 
 
 def keep_until(path: Path, step: int) -> None:
-    """Drops the lines after a step, and a half-written last one, so that a resumed log equals an uninterrupted one.
+    """Drops the lines after a step, and an incomplete last one, so that a resumed log equals an uninterrupted one.
 
     A damaged line is dropped too, with a message unless it is the last.
     """
@@ -122,7 +122,7 @@ def keep_until(path: Path, step: int) -> None:
 
 
 def start_wandb(mode: Literal["off", "offline", "online"], project: str, folder: Path, settings: dict[str, Any]) -> Any:
-    """The Weights & Biases run, or None when not asked for."""
+    """The Weights & Biases run, or None if not requested."""
     if mode == "off":
         return None
     import wandb

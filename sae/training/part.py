@@ -1,4 +1,4 @@
-"""One sweep of a run: which sites it reads and writes in which units, its folders and logs, and what is saved of it.
+"""One sweep of a run: the sites that it reads and writes and their units, its folders, its logs, and its saved files.
 
 b rows (tokens) · d width that is read · o width that is written
 """
@@ -33,11 +33,11 @@ from sae.training.start import ROWS, change_since, opened, said, starting_point
 from sae.training.sweep import Start, Sweep
 
 OF_ONE = ("out", "seed", "init", "decoder_norm", "b_dec")
-"""settings, beside the swept option, in which runs may differ that are one sweep"""
+"""settings, in addition to the swept option, that may differ between the runs of one sweep"""
 
 
 def together(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
-    """Runs that differ in nothing but seed, start and the swept option train as one sweep."""
+    """Groups runs that differ only in seed, start and swept option: they train as one sweep."""
     groups: dict[str, list[RunConfig]] = {}
     for config in configs:
         kind = {**vars(config.kind), config.kind.swept: None}
@@ -47,7 +47,7 @@ def together(configs: Sequence[RunConfig]) -> list[list[RunConfig]]:
 
 
 class Part:
-    """Dictionaries of one kind, of one width and at the same sites, which train together."""
+    """Dictionaries of one kind, one width and the same sites, which train together."""
 
     def __init__(self, configs: Sequence[RunConfig], source: Source, device: torch.device, mesh: Mesh = ALONE):
         for config in configs:
@@ -66,13 +66,13 @@ class Part:
         self.sweep, self.mesh = Sweep(starts, kind, config.recipe(), config.backend, workspace, device), mesh
         self.logs: list[MetricsLog] = []
         self.lines: list[dict[str, Any]] = [{} for _ in self.folders]
-        """the last ones of metrics"""
+        """the last lines of metrics"""
         self._last: tuple[Step, Tensor, Tensor | None]
 
     def choose_encoder(self) -> None:
-        """How active entries are found: as the settings say, or the fastest for such rows where the kind, device and path allow others.
+        """Sets how active entries are computed: as configured, or the fastest method for such rows if kind, device and path allow a choice.
 
-        Raises `InputError` for one that would not be used.
+        Raises `InputError` for a method that could not be used.
         """
         sweep, config = self.sweep, self.config
         weights, own, found = sweep.weights.of(0), of(sweep.own, 0), config.encoder
@@ -99,7 +99,7 @@ class Part:
             self.logs = [MetricsLog(folder, name, self.config.batch_size, first, wandb_run) for folder, name in zip(self.folders, names)]
 
     def step(self, batch: dict[str, Tensor], step: int) -> Step:
-        """One update of all, and resampling when it is due."""
+        """One update of all dictionaries."""
         x_bd, y_bo = self.ends.pair(batch, self.scales)
         result = self.sweep.step(x_bd, step, y_bo)
         self._last = result, x_bd, y_bo
@@ -113,7 +113,7 @@ class Part:
                 self.sweep.resample(x_bd, step, k, y_bo)
 
     def log(self, done: int) -> None:
-        """Lines of metrics after `done` steps; one on the terminal when the objective has changed its path."""
+        """Writes metrics after `done` steps; prints a line if the objective's path has changed."""
         result, x_bd, y_bo = self._last
         before, self.lines = self.lines, lines_of(self.sweep, result, x_bd if y_bo is None else y_bo, done)
         if self.mesh.leads:
@@ -124,7 +124,7 @@ class Part:
             print(f"step {now['step']:,}: the objective went from the {was['path']} path to {now['path']} (L0 {now['l0']:.0f})")
 
     def refuse_runaway(self, step: int, kept: str) -> None:
-        """Stops on activations or a loss that are not finite, and on an error a hundred times the activations' power."""
+        """Raises `InputError` for activations or a loss that are not finite, and for an error a hundred times the activations' power."""
         bad_steps, bad_rows_b = self.sweep.workspace.bad_steps, self.sweep.workspace.bad_rows_b
         if bad_steps is not None and bad_rows_b is not None and bad_steps > 0:  # host sync
             rows = bad_rows_text(bad_rows_b.nonzero().flatten().tolist())  # host sync
@@ -135,7 +135,7 @@ class Part:
             raise InputError(f"training diverged at step {step + 1} (loss {loss:.3g}); lower --lr or set --clip 1; {kept}")
 
     def finish(self, settings: dict[str, Any]) -> None:
-        """Saves the dictionaries and how they were trained; training.json, written last, marks each complete."""
+        """Saves the dictionaries and their training records; training.json, written last, marks each as complete."""
         if not self.mesh.alone and isinstance(self.source, PoolSource):
             self.source.pool_rows(0)  # on which the one that leads measures: pools come to all processes together
         for k, folder in enumerate(self.folders):
@@ -167,9 +167,9 @@ class Part:
         write_json(folder / "training.json", record)
 
     def _settle(self, dictionary: Dictionary, k: int, folder: Path) -> dict[str, Any]:
-        """Gives a BatchTopK's dictionary the threshold that keeps k of a row on rows that were held out; what is recorded of it.
+        """Sets the threshold of a BatchTopK dictionary so that k features per row are active on held-out rows; returns the record of it.
 
-        Where a source has none, training rows stand in. Thresholds are in training units.
+        If a source has no held-out rows, training rows are used. Thresholds are in training units.
         """
         held_out, rows = self.source.rows_for_measuring(self.ends.sites)
         gate = dictionary.gate
@@ -190,7 +190,7 @@ class Part:
 
 
 def provenance(manifest: dict[str, Any], ends: Ends) -> dict[str, Any]:
-    """What a dictionary's metadata says about the activations it was trained on."""
+    """A dictionary's metadata about the activations it was trained on."""
     models = ends.models(manifest)
     first = models.pop(None)
     return {

@@ -1,4 +1,4 @@
-"""One dictionary in several processes: how it is split, and that all processes have the same before they begin."""
+"""One dictionary in several processes: how it is split, and a check that all processes have the same settings before they start."""
 
 import os
 import re
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 SILENCE = timedelta(minutes=10)
-"""without a message from another process before this one ends; a death on the same machine is noticed at once"""
+"""time without a message from another process after which this one ends; a death on the same machine is noticed immediately"""
 
 
 class Split(NamedTuple):

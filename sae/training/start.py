@@ -1,4 +1,4 @@
-"""Where a run starts: at random rows, or at a dictionary that is already trained; how far it went from there.
+"""The start of a run: random rows or a trained dictionary, and how far training moved it.
 
 b rows (tokens) · d width that is read · o width that is written · f features
 """
@@ -17,19 +17,19 @@ from sae.training.config import RunConfig
 from sae.training.ends import Ends, side_by_side
 
 ROWS = 512
-"""encoded at a time where a dictionary is measured"""
+"""rows encoded at a time when a dictionary is measured"""
 
 
 def starting_point(
     source: Source, ends: Ends, scales: dict[str, float], config: RunConfig, features: slice = slice(None)
 ) -> tuple[Dictionary, dict[str, Tensor]]:
-    """The dictionary that all of a sweep begin as, in training units, and the kind's own parameters where they are not its usual ones.
+    """The initial dictionary of a sweep, in training units, and initial values of the kind's own parameters if they are not the usual ones.
 
-    Of these `features` alone.
+    Only `features` of it.
 
-    Random decoder rows, the encoder their transpose (of a transcoder random rows of its own), a skip and biases of zero. The decoder's may
-    start at the mean of what is written; a transcoder's encoder then has the mean of what is read taken off by its bias; or `--init`.
-    Raises `InputError` as `opened` does.
+    Either `--init`, or random decoder rows with the encoder as their transpose (a transcoder's encoder has its own random rows) and zero
+    skip and biases. With `b_dec` "mean" the decoder bias starts at the mean of the outputs, and a transcoder's encoder bias subtracts the
+    mean of the inputs. Raises `InputError` as `opened` does.
     """
     if config.init is not None:
         factor_in, factor_out = ends.factors(scales)
@@ -61,10 +61,10 @@ def starting_point(
 
 @torch.no_grad()
 def opened(init: Path, source: Source, ends: Ends, config: RunConfig) -> Dictionary:
-    """The dictionary of `--init` as the objective has it: gate((x − b_dec) W_encᵀ + b_enc), the same function to rounding.
+    """The dictionary of `--init` in the objective's form, gate((x − b_dec) W_encᵀ + b_enc): the same function up to rounding.
 
-    Raises `InputError` for one of another model, site or width, with another number of features than `--d-sae`, and for one whose gate
-    the kind cannot take over.
+    Raises `InputError` for one of another model, site or width, for a number of features other than `--d-sae`, and for a gate that the kind
+    cannot continue with.
     """
     found = Dictionary.load(init)
     for second, model in ends.models(source.manifest).items():
@@ -101,9 +101,9 @@ def opened(init: Path, source: Source, ends: Ends, config: RunConfig) -> Diction
 
 
 def change_since(init: Dictionary, trained: Dictionary, source: Source, ends: Ends) -> dict[str, Any]:
-    """What training made of `--init`, as it goes into training.json: FVU and L0 of both, and each feature's cosine to what it was.
+    """How training changed `--init`, for training.json: FVU and L0 before and after, and each feature's cosine to its initial row.
 
-    Measured on a sample of the training rows, so that held-out rows are for `sae evaluate`.
+    Measured on a sample of the training rows, because held-out rows are for `sae evaluate`.
     """
     rows = {site: source.first_rows(site).float() for site in ends.sites}
     x_bd, y_bo = ends.pair(rows, dict.fromkeys(rows, 1.0))

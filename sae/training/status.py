@@ -1,4 +1,4 @@
-"""How far every run of a plan is, whichever process trains it: a table now and then, and always in status.json."""
+"""The progress of every run of a plan, in all processes: a table now and then, and always in status.json."""
 
 import sys
 import time
@@ -11,12 +11,12 @@ from sae.processes import Processes
 EVERY = 60.0
 """seconds between two tables"""
 AT_MOST_EVERY = 1.0
-"""seconds between two looks at what all have reported"""
+"""minimum seconds between two reads of all reports"""
 
 
 class Row(NamedTuple):
     rank: int | None
-    """None: finished in an earlier life"""
+    """None: finished before this start"""
     step: int
     state: str
     """waiting, training or done"""
@@ -26,16 +26,16 @@ class Row(NamedTuple):
 
 
 class Status:
-    """Everyone reports its runs; the process that leads writes and prints those of all."""
+    """Every process reports its runs; the leader writes and prints those of all."""
 
     def __init__(self, processes: Processes, folder: Path, steps: int, rows: dict[str, Row]):
-        """`rows`: of every run by its name, as they are at the start."""
+        """`rows`: the initial row of every run, by its name."""
         self.processes, self.path, self.steps, self.rows = processes, folder / "status.json", steps, rows
         self._printed = self._written = time.monotonic()
         self.show(print_now=True)
 
     def advance(self) -> None:
-        """One more step of this process's runs is done. Looks now and then whether another process failed."""
+        """Counts one more step of this process's runs. Now and then, checks whether another process failed."""
         self.processes.count(1)
 
     def report(self, name: str, row: Row) -> None:
@@ -43,7 +43,7 @@ class Status:
         self.processes.tell(f"run {name}", row)
 
     def show(self, print_now: bool = False) -> None:
-        """What all have reported so far. Does something only in the process that leads."""
+        """Shows the reports of all processes. Only the leader does something."""
         now = time.monotonic()
         if not self.processes.leads or (now - self._written < AT_MOST_EVERY and not print_now):
             return

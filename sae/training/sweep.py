@@ -1,9 +1,9 @@
-"""The dictionaries under training, together: weights, optimiser and firing counts; a step, and resampling of dead features.
+"""Dictionaries that train together: weights, optimiser and firing counts; a step, and resampling of dead features.
 
-Of several processes (sae/mesh.py) each has its part of the features, and adds up its part of a batch's rows.
+With several processes (sae/mesh.py), each has a part of the features and sums over a part of a batch's rows.
 
-k dictionaries, each with its value of the kind's swept option · b rows (tokens) · d width that is read · o written · f features
-Everything in training units (mean squared norm of the activations = their width).
+k dictionaries, each with its value of the kind's swept option · b rows (tokens) · d width that is read · o written · f features. Everything
+is in training units (mean squared norm of the activations = their width).
 """
 
 from collections.abc import Sequence
@@ -24,18 +24,18 @@ from sae.training.config import Recipe
 
 
 class Start(NamedTuple):
-    """Where one dictionary of a sweep begins."""
+    """The start of one dictionary of a sweep."""
 
     dictionary: Dictionary
-    """this process's features"""
+    """with this process's features"""
     seed: int = 0
-    """of its resampling"""
+    """seed of its resampling"""
     own: Own = MappingProxyType({})
-    """values at which the kind's own parameters start, in the place of its usual ones"""
+    """initial values of the kind's own parameters, instead of the usual ones"""
 
 
 class Sweep:
-    """One dictionary for each of the kind's values. `state` carries all that the next step and the next metrics depend on."""
+    """One dictionary for each of the kind's values. `states` returns everything that the next step and the next metrics depend on."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Sweep:
         workspace: Workspace,
         device: torch.device | None = None,
     ):
-        """`device`: by default the dictionaries'."""
+        """`device`: by default that of the dictionaries."""
         self.kind, self.recipe, self.backend, self.workspace, self.mesh = kind, recipe, backend, workspace, workspace.mesh
         self.values, self.seeds = kind.values, [start.seed for start in starts]
         first = starts[0].dictionary
@@ -62,7 +62,7 @@ class Sweep:
         self.own = stacks
         self.kept = {name: stacked([tensor] * k) for name, tensor in kind.state().items()}
         self.parameters = {name: tensor if name in WHOLE else self._mine(tensor) for name, tensor in self._whole().items()}
-        """what this process updates: where rows are split, of its features an equal part"""
+        """the tensors that this process updates: if rows are split too, an equal part of its features"""
         self.adam = torch.optim.Adam(list(self.parameters.values()), lr=recipe.lr, betas=recipe.betas, fused=True)
         moments(self.adam, list(self.parameters.values()))  # from the start, so that a checkpoint always has it
         self.silent_steps_kf = torch.zeros(k, first.d_sae, dtype=torch.int64, device=device)
@@ -81,22 +81,22 @@ class Sweep:
         return dict(zip(Weights._fields, self.weights)) | self.own
 
     def _mine(self, tensor_kf: Tensor) -> Tensor:
-        """What this process updates of the features that it computes with."""
+        """The part of a tensor that this process updates."""
         rows = self.mesh.rows
         return tensor_kf if rows.alone else tensor_kf[:, rows.part(tensor_kf.shape[1])].clone()
 
     def _take_over(self) -> None:
-        """After a change to the weights that was not Adam's."""
+        """Called after a change to the weights that Adam did not make."""
         for name, tensor in self._whole().items():
             if name not in WHOLE and not self.mesh.rows.alone:
                 self.parameters[name].copy_(self._mine(tensor))
 
     def dictionary(self, k: int) -> Dictionary:
-        """The k-th one as it is now, sharing memory with the sweep; of several processes this one's features."""
+        """The k-th dictionary now, sharing memory with the sweep; with several processes, only this one's features."""
         return self._dictionary(self.weights.of(k), of(self.own, k), k)
 
     def gathered(self, k: int) -> Dictionary | None:
-        """The whole k-th one on the CPU, in the process that leads; all call it."""
+        """The whole k-th dictionary on the CPU, in the leader; all processes call it."""
         if self.mesh.alone:
             return self.dictionary(k)
         parts = {name: list(self.mesh.every.to_first(tensor[k])) for name, tensor in self.parameters.items()}
@@ -118,9 +118,9 @@ class Sweep:
 
     @torch.no_grad()
     def step(self, x_bd: Tensor, step: int, y_bo: Tensor | None = None) -> Step:
-        """One update of all dictionaries, which also counts which features fired. `y_bo`: what transcoders are to write.
+        """One update of all dictionaries; also counts which features fired. `y_bo`: the targets of transcoders.
 
-        Of several processes all have the whole batch.
+        With several processes, all have the whole batch.
         """
         rows, mine = len(x_bd), self.mesh.rows.part(len(x_bd))
         x_bd, y_bo = x_bd[mine], None if y_bo is None else y_bo[mine]
@@ -161,11 +161,11 @@ class Sweep:
 
     @torch.no_grad()
     def resample(self, x_bd: Tensor, step: int, k: int, y_bo: Tensor | None = None) -> int:
-        """Points the k-th dictionary's dead features at what it reconstructs worst; gives their number.
+        """Restarts the k-th dictionary's dead features at badly reconstructed rows; returns their number.
 
-        As in Towards Monosemanticity (2023): rows of the batch are drawn with probability proportional to their squared loss, the
-        encoder row gets 0.2 of the mean norm of living ones, the bias 0, Adam's moments 0. The new direction is the row's residual
-        rather than the row itself, since what is already explained needs no second feature; a transcoder's feature reads the row itself.
+        As in Towards Monosemanticity (2023): rows of the batch are drawn with probability proportional to their squared loss; the encoder
+        row gets 0.2 of the mean norm of living ones, the bias 0, Adam's moments 0. The new direction is the row's residual instead of the
+        row itself, since the explained part needs no second feature; a transcoder's feature reads the row itself.
         """
         dead_f, features = self.dead_kf()[k], self.mesh.features
         dead = [int(number) for number in features.numbers(int(dead_f.sum()))]  # host sync; of each process
@@ -197,12 +197,12 @@ class Sweep:
         return count
 
     def _mean(self, norm_n: Tensor) -> Tensor:
-        """Over all processes' features."""
+        """The mean over all processes' features."""
         total, count = self.mesh.features.sums(norm_n.sum(), norm_n.new_tensor(len(norm_n)))
         return total / count
 
     def written(self, x_bd: Tensor, k: int, step: int) -> Tensor:
-        """What the k-th dictionary makes of rows, [b, o]: the sum of all processes' features."""
+        """The k-th dictionary's output for rows, [b, o]: the sum over all processes' features."""
         features, weights, own = self.mesh.features, self.weights.of(k), of(self.own, k)
         if features.alone:
             return self.dictionary(k)(x_bd)
@@ -215,16 +215,16 @@ class Sweep:
         return y_bo + x_bd @ own["W_skip_od"].T if "W_skip_od" in own else y_bo
 
     def counts(self) -> dict[str, Tensor]:
-        """What has happened since the last lines of metrics."""
+        """Counts since the last lines of metrics."""
         return {name: getattr(self, name) for name in ("fired_kf", "rows_counted", "sparse_rows_k", "resampled_k")}
 
     def forget_counts(self) -> None:
-        """After lines of metrics."""
+        """Resets the counts after lines of metrics."""
         for count in self.counts().values():
             count.zero_()
 
     def states(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """References to every tensor that the next step depends on, by name: those of which each process has its features; the others."""
+        """References to all tensors that the next step depends on, by name: those split over processes by features, and the others."""
         mine = self.mesh.rows.part(self.silent_steps_kf.shape[1])
         split = {"silent_steps_kf": self.silent_steps_kf[:, mine], "fired_kf": self.fired_kf[:, mine]}
         whole = {name: tensor for name, tensor in self.counts().items() if name not in split}
@@ -238,7 +238,7 @@ class Sweep:
         return split, whole
 
     def gather(self) -> None:
-        """After this process's part was set: the others' parts of what it computes with."""
+        """Called after this process's part was set: gets the others' parts of the weights that it computes with."""
         rows = self.mesh.rows
         for name, tensor in self._whole().items():
             if name not in WHOLE:

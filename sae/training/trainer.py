@@ -38,11 +38,11 @@ from sae.training.sweep import Sweep
 
 
 def train(config: TrainingConfig) -> list[Path]:
-    """Trains one dictionary for each value of the kind's swept option on the cache's train split and gives their folders.
+    """Trains one dictionary for each value of the kind's swept option on the cache's train split and returns their folders.
 
-    A folder that holds an unfinished run with the same settings is resumed, bit for bit as if never interrupted. Raises `InputError`
-    for settings or a cache that cannot be used, and when the activations or the loss are not finite or the loss runs away; the last
-    checkpoint then still stands. Called in every process that torchrun started, they train together (`--shard`); when one fails, so do all.
+    An unfinished run with the same settings in the folder is resumed, bit for bit as if never interrupted. Raises `InputError` for settings
+    or a cache that cannot be used, and if activations or loss are not finite or the loss diverges; the last checkpoint then still exists.
+    If torchrun started several processes, all call it and train together (`--shard`); if one fails, all end.
     """
     config.check()
     processes = Processes.from_environment()
@@ -61,12 +61,12 @@ def train(config: TrainingConfig) -> list[Path]:
 
 
 def cached(cache: Place, sites: Iterable[str], verify: bool) -> CachedSource:
-    """The sites of a cache that are named, or its only one."""
+    """The named sites of a cache, or its only one."""
     return CachedSource(*(ActivationCache.open(cache, site, verify=verify) for site in list(sites) or (None,)))
 
 
 def train_on(source: Source, config: RunConfig, settings: dict[str, Any], mesh: Mesh = ALONE) -> list[Path]:
-    """Trains on rows from anywhere.
+    """Trains on the rows of any source.
 
     `settings` decide the result: a run in the folder is resumed only if it has the same ones.
     """
@@ -80,7 +80,7 @@ def train_on(source: Source, config: RunConfig, settings: dict[str, Any], mesh: 
 
 
 def with_inits(source: Source, configs: Sequence[RunConfig], settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with the checksums of the dictionaries from which runs go on."""
+    """The settings with the checksums of the `--init` dictionaries."""
     for number, config in enumerate(configs):
         if config.init is not None:
             crc32 = sampled_crc32(opened(config.init, source, Ends.of(source, config), config).parts())
@@ -89,7 +89,7 @@ def with_inits(source: Source, configs: Sequence[RunConfig], settings: dict[str,
 
 
 def announce(source: Source, run: RunConfig, configs: Sequence[RunConfig], device: torch.device) -> None:
-    """Says what will be trained. Raises `InputError` for sites that the source lacks."""
+    """Prints what will be trained. Raises `InputError` for sites that the source lacks."""
     for config in configs:
         count = len(config.kind.values)
         print(f"{count} dictionar{'y' if count == 1 else 'ies'} of {config.d_sae:,} features for {Ends.of(source, config)}")
@@ -98,7 +98,7 @@ def announce(source: Source, run: RunConfig, configs: Sequence[RunConfig], devic
 
 
 def train_into(source: Source, config: RunConfig, settings: dict[str, Any], device: torch.device, mesh: Mesh) -> None:
-    """Begins or resumes the run in the folder, and finishes it."""
+    """Starts or resumes the run in the folder, and finishes it."""
     checkpoint = Checkpoint(config.out, settings)
     complete = mesh.leads and prepared(checkpoint, config)
     if mesh.every.any(complete):
@@ -129,7 +129,7 @@ def train_into(source: Source, config: RunConfig, settings: dict[str, Any], devi
 
 
 def prepared(checkpoint: Checkpoint, config: RunConfig) -> bool:
-    """Clears away what is not wanted any more, and tells whether the run is already complete."""
+    """Removes outdated files; returns whether the run is already complete."""
     folders = config.folders()
     if config.restart and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:  # torchrun's own restarts go on
         checkpoint.remove()
@@ -145,7 +145,7 @@ def prepared(checkpoint: Checkpoint, config: RunConfig) -> bool:
 
 
 class Saves(Protocol):
-    """Where a loop puts what its next step depends on."""
+    """Saves the state that the next step depends on."""
 
     def save(self, sweeps: Sequence[Sweep], step: int) -> None: ...
 
@@ -161,7 +161,7 @@ def loop(
     until: int | None = None,
     shown: bool = True,
 ) -> None:
-    """Steps `first` to `until`, by default the end; `shown`: with a progress bar."""
+    """Runs the steps from `first` to `until`, by default the last; `shown`: with a progress bar."""
     sweeps, mesh = [part.sweep for part in parts], parts[0].mesh
     on_cpu = sweeps[0].weights.b_enc_f.device.type == "cpu"
     showing = progress("training", run.steps, "steps", first) if shown and mesh.leads else nullcontext()
