@@ -16,6 +16,7 @@ from sae.activations.files.manifest import read_manifest, verify
 from sae.activations.files.number_formats import row_bytes
 from sae.activations.harvest.massive import PoolRows, sentence, summary
 from sae.activations.harvest.models import Models
+from sae.activations.harvest.parts import Parts
 from sae.activations.harvest.plan import REASONS, Pool, count_reasons, count_rows, padding, plan_pools
 from sae.activations.harvest.pools import Recorded, Recorder
 from sae.activations.harvest.settings import (
@@ -43,7 +44,8 @@ class HarvestConfig(RecordingConfig):
     """Where to put what is recorded."""
 
     out: Place
-    """Folder or URL of the cache. Given again with the same settings, an interrupted harvest goes on where it stopped."""
+    """Folder or URL of the cache. Given again with the same settings, an interrupted harvest goes on where it stopped: what the
+    model has computed is kept every ten seconds."""
     shard_tokens: int = 1 << 16
     """Rows per file at most."""
     dry_run: bool = False
@@ -102,6 +104,7 @@ def _lead(config: HarvestConfig, processes: Processes) -> None:
         processes.tell("work", work)
         _write_pools(config, processes, recorder, [pools[number] for number in work["left"]], ledger)
         ledger.take_over()
+        Parts(config.out).clear()  # before the manifest: whoever reads a finished cache finds nothing else
         write_json(config.out / "manifest.json", _manifest(config, recorder, pools, ledger))
         ledger.clear()
     _report(config.out)
@@ -157,6 +160,7 @@ def _write_tokens(config: HarvestConfig, models: Models, ledger: Ledger) -> None
     if ledger.of("counts") and all(has_size(config.out / entry["file"], entry["bytes"]) for entry in ledger.of("tokens")):
         return
     ledger.clear()
+    Parts(config.out).clear()
     cutter, parts = cut_text(config, models)
     with progress("tokens", config.tokens, "tokens") as bar:
         for number, part in enumerate(parts):
@@ -233,7 +237,9 @@ def _left(config: HarvestConfig, recorder: Recorder, pools: list[Pool], ledger: 
         and all(has_size(_path(config, site, s["name"]), file["bytes"]) for s in entry["shards"] for site, file in s["files"].items())
     }
     left = [index for index, pool in enumerate(pools) if (pool.split, pool.number) not in done]
-    require_free_space(config.out, _bytes(config, sum(pools[index].rows for index in left), recorder.models), "the harvest")
+    rows = [pools[index].rows for index in left]
+    needed = sum(rows) + max(rows, default=0)  # of a pool at work, parts lie there too
+    require_free_space(config.out, _bytes(config, needed, recorder.models), "the harvest")
     return left
 
 
@@ -248,7 +254,8 @@ def _write_pools(config: HarvestConfig, processes: Processes, recorder: Recorder
     """
     total = len(recorder.tokens.ids)
     lengths = recorder.tokens.sequence_starts[1:] - recorder.tokens.sequence_starts[:-1]
-    before = total - sum(int(lengths[pool.sequences].sum()) for pool in left)
+    parts = Parts(config.out)
+    before = total - sum(int(lengths[pool.sequences].sum()) - parts.tokens(pool) for pool in left)
 
     def advance(tokens: int) -> None:
         done = processes.count(tokens)
@@ -257,12 +264,13 @@ def _write_pools(config: HarvestConfig, processes: Processes, recorder: Recorder
 
     def write(recorded: Recorded) -> None:
         ledger.append(recorder.write(recorded, partial(_path, config)))
+        parts.remove(recorded.pool)
 
     showing = progress("harvest", total, "tokens", before) if processes.leads else nullcontext()
     with showing as bar, ThreadPoolExecutor(1) as background:
         writing: Future[None] | None = None
         for pool in processes.deal(left):
-            recorded = recorder.begin(pool, advance)
+            recorded = recorder.begin(pool, advance, parts)
             if writing:
                 writing.result()
             writing = background.submit(write, recorded)

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sae.activations.harvest.parts import FOLDER
 from sae.errors import InputError
 from sae.model.sites import EMBED, split_model
 
 if TYPE_CHECKING:
     from sae.model.language_model import LanguageModel
 
-RESERVED = (EMBED, "tokens")
+RESERVED = (EMBED, "tokens", FOLDER)
 """no model's name: folders of a cache are called so"""
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from sae.activations.files.number_formats import FORMATS, decode, empty, encode, write_shard
 from sae.activations.harvest.massive import PoolRows, is_massive
 from sae.activations.harvest.models import Models
+from sae.activations.harvest.parts import Parts
 from sae.activations.harvest.plan import Masks, Pool, plan_batches
 from sae.activations.text.tokens import Tokens
 from sae.disk.remote import Place
@@ -63,8 +64,8 @@ class Recorder(NamedTuple):
     batch_tokens: int
     seed: int
 
-    def begin(self, pool: Pool, advance: Callable[[int], None]) -> Recorded:
-        """Runs the forward passes; the device is never waited for.
+    def begin(self, pool: Pool, advance: Callable[[int], None], parts: Parts | None = None) -> Recorded:
+        """Runs the forward passes, but for those that `parts` has the rows of; the device is waited for only where parts are kept.
 
         Memory: pool.rows activations per site in the format on disk, 8 bytes a row more, and the model's own.
         """
@@ -73,8 +74,22 @@ class Recorder(NamedTuple):
         acts = {site: empty(self.dtype, pool.rows, width, pinned=pinned) for site, width in self.widths.items()}
         largest, norms = ({site: torch.empty(pool.rows, pin_memory=pinned) for site in self.widths} for _ in range(2))
         positions_n = torch.empty(pool.rows, dtype=torch.int64)
-        filled, devices = 0, set()
+        arrays = {"rows": positions_n} | {f"{name} {site}": value for site, stored in acts.items() for name, value in stored.items()}
+        for site in self.widths:
+            arrays |= {f"largest {site}": largest[site], f"norms {site}": norms[site]}
+        filled, done, kept = 0, 0, 0  # rows, and tokens
+        for stop, part in parts.read(pool) if parts else ():
+            kept = stop
+            for name, value in part.items():
+                arrays[name][filled : filled + len(value)].copy_(value)
+            filled += len(part["rows"])
+        if parts:
+            parts.restart()
+        before, devices = filled, set()
         for batch in self._batches(pool):
+            done += batch.tokens
+            if done <= kept:
+                continue
             rows = slice(filled, filled + len(batch.kept_n))
             # No mask: what pads on the right comes after all that is stored, and without one attention is faster
             recorded = self.models.record(_to_device(batch.ids_sp, device), self.widths)
@@ -89,8 +104,12 @@ class Recorder(NamedTuple):
             positions_n[rows] = batch.positions_n
             filled = rows.stop
             advance(batch.tokens)
-        ready = [torch.cuda.current_stream(device).record_event() for device in devices if device.type == "cuda"]
-        return Recorded(pool, acts, largest, norms, positions_n, ready)
+            if parts and parts.due():
+                for event in _ready(devices):
+                    event.synchronize()  # host sync
+                parts.write(pool, kept, done, {name: value[before:filled] for name, value in arrays.items()})
+                before, kept = filled, done
+        return Recorded(pool, acts, largest, norms, positions_n, _ready(devices))
 
     def record(self, pool: Pool, advance: Callable[[int], None]) -> tuple[dict[str, Tensor], PoolRows]:
         """Activations of the pool, site -> [n, d] floats, in visiting order, and what was massive among them; nothing is written.
@@ -186,6 +205,11 @@ def _blocks(stored: dict[str, Tensor], chosen_n: Tensor) -> Iterator[Tensor]:
     """The chosen rows as floats, in blocks so that no copy of all of them is made."""
     for part_n in chosen_n.split(1 << 12):
         yield decode({name: value.index_select(0, part_n) for name, value in stored.items()})  # several times as fast as [part_n]
+
+
+def _ready(devices: set[torch.device]) -> list[Any]:
+    """Events that come when what was queued on the GPUs is done."""
+    return [torch.cuda.current_stream(device).record_event() for device in devices if device.type == "cuda"]
 
 
 def _to_device(value: Tensor, device: torch.device) -> Tensor:

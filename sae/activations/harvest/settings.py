@@ -52,7 +52,7 @@ class RecordingConfig(TextConfig):
     seed: int = 0
     """Decides order, shuffling and which documents are held out."""
     pool_tokens: int = 1 << 18
-    """Tokens shuffled together in memory, and repeated after an interruption."""
+    """Tokens shuffled together in memory."""
     batch_tokens: int = 1 << 13
     """Tokens per forward pass, padding included."""
     device: str = "auto"

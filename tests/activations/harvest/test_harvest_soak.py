@@ -13,10 +13,17 @@ from live_world import make_world
 from several_processes import flags, fork, forked, torchrun, worker
 from test_harvest import different
 
+from sae.activations.harvest import parts
 from sae.activations.harvest.command import HarvestConfig, harvest
 
 SOAK = pytest.mark.soak
 SEED = 7
+
+
+@pytest.fixture(autouse=True)
+def kept_at_every_batch(monkeypatch):
+    monkeypatch.setattr(parts, "EVERY", 0.0)
+    monkeypatch.setattr(parts, "SHARE", 0)
 
 
 def settings(world: dict, out: Path, kills: int) -> HarvestConfig:
@@ -35,7 +42,7 @@ def wait_for_moment(config: HarvestConfig, moments: random.Random, ended: Callab
 
 
 def files(config: HarvestConfig) -> int:
-    return len(list(config.out.glob("*/*.safetensors")))
+    return len([path for path in config.out.glob("*/*.safetensors") if path.parent.name != parts.FOLDER])
 
 
 def one_life_forked(config: HarvestConfig, processes: int, moments: random.Random, log: Path) -> bool:
