@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RECORD = "settings.json"
+CHOICE = "choice.json"
+"""what one process chose for all, in which no work is"""
 MOST = 32
 """maximum number of pieces, for work that can be cut anywhere: enough to share evenly, few enough for sums that are as long as the
 features"""
@@ -112,7 +114,7 @@ def pieces(processes: Processes, out: Path, settings: dict[str, Any]) -> Iterato
         try:
             yield Pieces(processes, folder)
         except BaseException:
-            if processes.leads and all(path.suffix == ".json" for path in folder.iterdir()):  # settings and choices, no work
+            if processes.leads and all(path.name in (RECORD, CHOICE) for path in folder.iterdir()):  # no work
                 shutil.rmtree(folder, ignore_errors=True)
             raise
         deque(processes.deal(()), maxlen=0)

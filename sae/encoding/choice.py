@@ -12,7 +12,7 @@ from sae.disk.reading import read_json
 from sae.disk.writing import write_json
 from sae.encoding.encoder import Encoder, Method, adds_exactly
 from sae.entries import Buffers
-from sae.pieces import Pieces
+from sae.pieces import CHOICE, Pieces
 
 TRIED_ROWS = 1024
 ROUNDS = 3
@@ -64,7 +64,7 @@ def agreed(made: Pieces | None, find: Callable[[], Method]) -> Method:
     """What one process finds, in all that share the work, and after an interruption: it decides last digits."""
     if made is None:
         return find()
-    (path,) = made.make({"encoder.json": 1}, lambda _, path: partial(write_json, path, {"encoder": find()}))
+    (path,) = made.make({CHOICE: 1}, lambda _, path: partial(write_json, path, {"encoder": find()}))
     return read_json(path, "the choice of an encoder", Choice)["encoder"]
 
 

@@ -8,6 +8,7 @@ import math
 import shlex
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,17 +19,21 @@ from tyro.conf import OmitArgPrefixes
 
 from sae.activations.text.documents import TextConfig, check_source
 from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.source import weights_crc32
+from sae.disk.checksum import crc32
 from sae.disk.places import require_folder
 from sae.disk.writing import atomic, jsonable, write_json
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel
 from sae.model.sampling import Sampling
+from sae.pieces import pieces
+from sae.processes import Processes
 from sae.text_input import text_list
 from steering.compare.arms import NONE, Arm, ArmInputs, Method, build_arms
 from steering.compare.concepts import Texts, TextScore, concept_texts, read_labelled_texts, second_score, target_score
 from steering.compare.continuations import ComparisonSetup, continuations, measure_arms
 from steering.compare.scores import comparison_verdict, estimate_text
-from steering.concept import load_concept
+from steering.concept import Concept, load_concept
 from steering.dictionary import load_dictionary
 from steering.directions.targeted import Effects
 from steering.strength.neutral import PROMPTS
@@ -55,7 +60,8 @@ class CompareConfig(TextConfig):
     site: str | None = None
     """Where to steer, such as resid_post.2. Default: the dictionary's own site."""
     out: Path | None = None
-    """Folder for comparison.json and report.html. Default: "comparison-" and the concept's name."""
+    """Folder for comparison.json and report.html; default "comparison-" and the concept's name. Given again with the same settings, an
+    interrupted comparison goes on with the arms that are left."""
     budgets: tuple[float, ...] = (0.1, 0.3, 1.0)
     """KL budgets, nats per token of neutral text."""
     prompts: tuple[str, ...] = PROMPTS
@@ -72,17 +78,36 @@ class CompareConfig(TextConfig):
 def compare_directions(config: CompareConfig) -> dict[str, Any]:
     """Writes comparison.json and report.html, prints the table and gives what is in the JSON (of a dry run, nothing).
 
+    Killed and started again, it goes on with the arms that were finished (see sae/pieces.py). Called in every process that torchrun
+    started, they share the arms; when one of them fails, so do the others, with SystemExit.
+
     Raises `InputError` for parts that do not belong together, an empty concept, and texts or prompts longer than the context.
     """
-    from steering.compare.report import report_html
-
-    started = time.monotonic()
     refuse_unusable(config)
-    concept, seed = load_concept(config.concept), config.sampling.seed
+    concept = load_concept(config.concept)
     out = config.out or Path(f"comparison-{concept.name.replace(':', '-')}")
     if not config.dry_run:
         require_folder(out)
-    lm = LanguageModel.load(config.model, device=config.device)
+    processes = Processes.from_environment()
+    with processes.together():
+        inputs = load_inputs(config, concept, processes.device(config.device))
+        if config.dry_run:
+            if processes.leads:
+                announce(*prepare(config, inputs), out)
+            return {}
+        with pieces(processes, out, decisive(config, inputs)) as made:
+            setup, arms = prepare(config, inputs)
+            if processes.leads:
+                announce(setup, arms, out)
+            result = jsonable(facts(config, inputs, setup, arms, *measure_arms(setup, arms, made)))
+            if processes.leads:
+                write_files(result, out)
+                print_comparison(result, out)
+    return result
+
+
+def load_inputs(config: CompareConfig, concept: Concept, device: str) -> ArmInputs:
+    lm, seed = LanguageModel.load(config.model, device=device), config.sampling.seed
     dictionary, site = dictionary_and_site(config, lm)
     refuse_long_prompts(lm, config)
     if config.feature is not None and not (dictionary and 0 <= config.feature < dictionary.d_sae):
@@ -92,39 +117,66 @@ def compare_directions(config: CompareConfig) -> dict[str, Any]:
     texts = Texts(*([fitting(lm, text) for text in part] for part in concept_texts(concept, corpus, seed)))
     effects = None if config.effects is None else Effects.load(config.effects)
     new_tokens = config.sampling.max_new_tokens
-    material = ArmInputs(lm, site, concept, texts, config.prompts, new_tokens, dictionary, corpus, effects, config.feature, seed)
-    arms = build_arms(material, config.methods)
+    return ArmInputs(lm, site, concept, texts, config.prompts, new_tokens, dictionary, corpus, effects, config.feature, seed)
+
+
+def prepare(config: CompareConfig, inputs: ArmInputs) -> tuple[ComparisonSetup, list[Arm]]:
+    arms = build_arms(inputs, config.methods)
+    concept, texts, seed = inputs.concept, inputs.texts, inputs.seed
     target, second = target_score(concept, texts, seed), second_score(concept, texts, seed)
     held = (texts.held_positive, texts.held_negative)
-    setup = ComparisonSetup(lm, config.prompts, config.samples, config.sampling, config.budgets, target, second, held)
-    announce(setup, arms, out)
-    if config.dry_run:
-        return {}
-    entries, broken = measure_arms(setup, arms)
-    settings = asdict(config) | {"command": shlex.join(sys.argv), "seconds": round(time.monotonic() - started)}
-    result = jsonable(
-        {
-            "format": FORMAT,
-            "concept": asdict(concept),
-            "model": config.model,
-            "site": site,
-            "dictionary": config.dictionary,
-            "seed": seed,
-            "settings": settings | {"texts": {name: len(part) for name, part in texts._asdict().items()}},
-            "target": score_facts(target),
-            "second_target": score_facts(second),
-            "arms": entries,
-            "broken": broken,
-            "cosines": cosines(arms, site),
-            "verdict": comparison_verdict(entries, concept.name, target.held_out_auroc, seed),
-        }
-    )
+    return ComparisonSetup(inputs.lm, config.prompts, config.samples, config.sampling, config.budgets, target, second, held), arms
+
+
+def facts(
+    config: CompareConfig,
+    inputs: ArmInputs,
+    setup: ComparisonSetup,
+    arms: Sequence[Arm],
+    entries: list[dict[str, Any]],
+    broken: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """What is in comparison.json, but for the numbers that JSON cannot hold."""
+    name, texts = inputs.concept.name, {name: len(part) for name, part in inputs.texts._asdict().items()}
+    return {
+        "format": FORMAT,
+        "concept": asdict(inputs.concept),
+        "model": config.model,
+        "site": inputs.site,
+        "dictionary": config.dictionary,
+        "seed": inputs.seed,
+        "settings": asdict(config) | {"command": shlex.join(sys.argv), "texts": texts},
+        "target": score_facts(setup.target),
+        "second_target": score_facts(setup.second),
+        "arms": entries,
+        "broken": broken,
+        "cosines": cosines(arms, inputs.site),
+        "verdict": comparison_verdict(entries, name, setup.target.held_out_auroc, inputs.seed),
+    }
+
+
+def write_files(result: dict[str, Any], out: Path) -> None:
+    from steering.compare.report import report_html
+
     html = report_html(result)
     write_json(out / "comparison.json", result)
     with atomic(out / "report.html") as temporary:
         temporary.write_text(html, encoding="utf-8")
-    print_comparison(result, out)
-    return result
+
+
+def decisive(config: CompareConfig, inputs: ArmInputs) -> dict[str, Any]:
+    """What decides the numbers of the arms: options, and the content of what they name."""
+    chosen = {name: value for name, value in asdict(config).items() if name not in ("out", "device", "dry_run")}
+    dictionary, texts = inputs.dictionary, repr((inputs.concept, inputs.texts, inputs.corpus))
+    return jsonable(
+        chosen
+        | {
+            "fingerprint": inputs.lm.fingerprint(),
+            "weights": dictionary and weights_crc32(str(config.dictionary), [dictionary.parts()]),
+            "effects_crc32": config.effects and crc32(config.effects),
+            "texts_crc32": zlib.crc32(texts.encode("utf-8", "surrogatepass")),
+        }
+    )
 
 
 def refuse_unusable(config: CompareConfig) -> None:

@@ -3,22 +3,25 @@
 s texts (prompts times samples) · p prompts, or positions of a batch of ids · n new tokens or real positions · v vocabulary · t texts
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sae.disk.reading import read_json
+from sae.disk.writing import write_json
 from sae.errors import InputError
 from sae.model.language_model import LanguageModel, NonFiniteLogits
 from sae.model.sampling import Sampling
-from sae.progress import progress
+from sae.pieces import Pieces
 from sae.statistics import Estimate, auroc_estimate, mean_estimate
 from steering.breakdown.working_range import RangeFinder, WorkingRange
-from steering.compare.arms import NONE, Arm
+from steering.compare.arms import Arm
 from steering.compare.concepts import TextScore
 from steering.compare.scores import choose_best
 from steering.directions.texts import means_of_texts
@@ -102,44 +105,61 @@ class Continuations(NamedTuple):
     """per token of each prompt's continuations, under the unsteered model after the plain prompt"""
 
 
-def measure_arms(setup: ComparisonSetup, arms: Sequence[Arm]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The entries of all arms, and the samples of broken text, as plain values. The first arm is the one without steering.
+def measure_arms(setup: ComparisonSetup, arms: Sequence[Arm], made: Pieces) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The entries of all arms, and the samples of broken text, as JSON holds them. The first arm is the one without steering.
+
+    Each arm is a piece of the work: those that were measured before are read, and other processes of `made` share the rest.
+    """
+    present = [number for number, arm in enumerate(arms) if arm.left_out is None]
+
+    def make(numbers: Sequence[int], none_p: np.ndarray | None, what: str = "") -> dict[int, dict[str, Any]]:
+        def compute(at: int, path: Path) -> Callable[[], None]:
+            arm = arms[numbers[at]]
+            return partial(write_json, path, measure_arm(setup, arm, none_p, partial(made.advance, arm=arm.method)))
+
+        sizes = {f"arm-{number:02d}.json": len(setup.budgets) + 1 if arms[number].vector else 1 for number in numbers}
+        paths = made.make(sizes, compute, what, "strengths")
+        return {number: read_json(path, "a measured arm") for number, path in zip(numbers, paths)}
+
+    found = make(present[:1], None)
+    none_p = _by_prompt(setup, np.array([text["target"] for text in found[0]["entry"]["levels"][0]["texts"]]))
+    found |= make(present[1:], none_p, "comparing")
+    entries = [found[number]["entry"] if number in found else _blank(arm) for number, arm in enumerate(arms)]
+    return entries, [found[number]["broken"] for number in present if found[number]["broken"]]
+
+
+def measure_arm(setup: ComparisonSetup, arm: Arm, none_p: np.ndarray | None, advance: Callable[[int], None]) -> dict[str, Any]:
+    """An arm's entry, and its sample of broken text, if it has one. `none_p`: target of no steering by prompt; None: it is this arm.
 
     Levels whose coefficient lies beyond the arm's working range say so; an arm without such a range says why.
     """
-    entries: list[dict[str, Any]] = []
-    broken: list[dict[str, Any]] = []
-    none_p = np.zeros(0)
-    present = [arm for arm in arms if arm.left_out is None]
-    total = sum(len(setup.budgets) + 1 if arm.vector else 1 for arm in present)
-    with progress("comparing", total, "strengths") as bar:
-        for arm in arms:
-            entry: dict[str, Any] = {"method": arm.method, "kind": arm.kind, "note": arm.note, "left_out": arm.left_out}
-            entry |= {"detection_auroc": None, "levels": [], "best": None, "working_range": None, "no_working_range": None}
-            entries.append(entry)
-            if arm.left_out is not None:
-                continue
-            calibrations, breaking = _strengths(setup, arm)
-            works = None
-            if arm.vector is not None:
-                try:
-                    works = setup.working_range(arm.vector)
-                    entry["working_range"] = works._asdict()
-                except InputError as reason:
-                    entry["no_working_range"] = str(reason)
-            for calibration in calibrations:
-                continued = continuations(setup, arm, calibration.coefficient, setup.samples)
-                if arm.method == NONE:
-                    none_p = _by_prompt(setup, setup.target.score(continued.texts))  # type: ignore[union-attr]
-                measured = level(setup, calibration, continued, off_topic(setup, arm, calibration.coefficient), none_p)
-                measured["beyond_working_range"] = works.excludes(calibration.coefficient) if works else None
-                entry["levels"].append(measured)
-                bar.advance(1, arm=arm.method)
-            if breaking is not None:
-                broken.append(_broken(setup, arm, breaking))
-                bar.advance(1)
-            entry |= {"detection_auroc": detection_auroc(setup, arm.vector), "best": choose_best(entry["levels"])}
-    return entries, broken
+    entry, works, broken = _blank(arm), None, None
+    calibrations, breaking = _strengths(setup, arm)
+    if arm.vector is not None:
+        try:
+            works = setup.working_range(arm.vector)
+            entry["working_range"] = works._asdict()
+        except InputError as reason:
+            entry["no_working_range"] = str(reason)
+    for calibration in calibrations:
+        continued = continuations(setup, arm, calibration.coefficient, setup.samples)
+        if none_p is None:
+            none_p = _by_prompt(setup, setup.target.score(continued.texts))  # type: ignore[union-attr]
+        measured = level(setup, calibration, continued, off_topic(setup, arm, calibration.coefficient), none_p)
+        measured["beyond_working_range"] = works.excludes(calibration.coefficient) if works else None
+        entry["levels"].append(measured)
+        advance(1)
+    if breaking is not None:
+        broken = _broken(setup, arm, breaking)
+        advance(1)
+    entry |= {"detection_auroc": detection_auroc(setup, arm.vector), "best": choose_best(entry["levels"])}
+    return {"entry": entry, "broken": broken}
+
+
+def _blank(arm: Arm) -> dict[str, Any]:
+    """The entry of an arm of which nothing is measured."""
+    entry: dict[str, Any] = {"method": arm.method, "kind": arm.kind, "note": arm.note, "left_out": arm.left_out}
+    return entry | {"detection_auroc": None, "levels": [], "best": None, "working_range": None, "no_working_range": None}
 
 
 def _strengths(setup: ComparisonSetup, arm: Arm) -> tuple[list[Calibration], Calibration | None]:

@@ -3,10 +3,13 @@
 import json
 import signal
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from several_processes import forked, said
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
@@ -14,11 +17,13 @@ from sae.model.language_model import LanguageModel
 from sae.model.sampling import Sampling
 from steering.breakdown.working_range import working_range
 from steering.command_line import main
+from steering.compare import continuations as comparing
 from steering.compare.arms import MAKERS, NONE, PROMPTING
 from steering.compare.command import CompareConfig, compare_directions, cosines, fitting, print_comparison, works_up_to
 from steering.directions.random import random_direction
 
 SITE = "resid_post.1"
+MEASURE = comparing.measure_arm
 pytestmark = pytest.mark.filterwarnings("ignore:few texts of")
 
 
@@ -112,9 +117,67 @@ def test_what_is_printed_names_the_range(result, tmp_path, capsys):
     assert works_up_to(arm | {"working_range": arm["working_range"] | {"coefficient": None, "tried": 12.0}}) == "over 12"
 
 
-def test_one_seed_gives_one_result(parts, result, tmp_path):
-    again = compare_directions(config_of(parts, out=tmp_path))
-    assert {**again, "settings": None} == {**result, "settings": None}
+def numbers(result: dict) -> dict:
+    """All but where it went and how it was started."""
+    return result | {"settings": {name: value for name, value in result["settings"].items() if name not in ("out", "command")}}
+
+
+def stopped_at(monkeypatch, arm: int) -> list[str]:
+    """The methods that are measured from now on; Ctrl-C comes at the start of that arm."""
+    measured = []
+
+    def watched(setup, one, *rest):
+        if len(measured) == arm:
+            raise KeyboardInterrupt
+        measured.append(one.method)
+        return MEASURE(setup, one, *rest)
+
+    monkeypatch.setattr(comparing, "measure_arm", watched)
+    return measured
+
+
+def test_an_interrupted_comparison_goes_on_with_the_arms_that_are_left(parts, result, tmp_path, monkeypatch):
+    config, every = config_of(parts, out=tmp_path / "out"), [arm["method"] for arm in result["arms"] if arm["left_out"] is None]
+    done = []
+    for arms in (1, 4, 3):
+        done.append(stopped_at(monkeypatch, arms))
+        with pytest.raises(KeyboardInterrupt):
+            compare_directions(config)
+    done.append(stopped_at(monkeypatch, -1))
+    again = compare_directions(config)
+    assert [method for methods in done for method in methods] == every
+    assert numbers(again) == numbers(result)
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == json.loads(json.dumps(again))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("changes", [{"sampling": Sampling(max_new_tokens=8, seed=1)}, {"concept": "other.json"}])
+def test_arms_of_another_comparison_are_not_used(parts, tmp_path, monkeypatch, changes):
+    config = config_of(parts, out=tmp_path / "out", methods=("diffmean",), concept=str(tmp_path / "concept.json"))
+    concept = json.loads((parts / "concept.json").read_text())
+    (tmp_path / "concept.json").write_text(json.dumps(concept))
+    stopped_at(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        compare_directions(config)
+    if "concept" in changes:  # the same name, but other texts
+        (tmp_path / "concept.json").write_text(json.dumps(concept | {"positive": [*concept["positive"][:-1], "aaaa pears"]}))
+        changes = {}
+    measured = stopped_at(monkeypatch, -1)
+    compare_directions(replace(config, **changes))
+    assert measured[:2] == [NONE, PROMPTING]
+
+
+def test_killed_it_goes_on_and_several_processes_share_the_arms(parts, result, tmp_path):
+    several = config_of(parts, out=tmp_path / "several")
+    assert forked(partial(compare_directions, several), 2, tmp_path / "log", kill=(0, 14))[0] == -9
+    assert len(list((tmp_path / ".several.pieces").glob("arm-*"))) >= 2
+    assert not (several.out / "comparison.json").exists()
+    assert forked(partial(compare_directions, several), 2, tmp_path / "log") == [0, 0]
+    assert numbers(json.loads((several.out / "comparison.json").read_text())) == numbers(json.loads(json.dumps(result)))
+    assert not (tmp_path / ".several.pieces").exists()
+    first, second = said(tmp_path / "log")
+    assert "everything is in" in first
+    assert "everything is in" not in second
 
 
 def test_cosines_are_those_of_the_directions_at_the_site(result):

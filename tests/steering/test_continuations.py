@@ -12,6 +12,8 @@ import torch
 
 from sae.model.language_model import LanguageModel
 from sae.model.sampling import Sampling
+from sae.pieces import pieces
+from sae.processes import Processes
 from steering.compare.arms import NONE, PROMPTING, Arm
 from steering.compare.concepts import TextScore
 from steering.compare.continuations import (
@@ -151,10 +153,11 @@ def test_detection_is_the_projection_of_held_out_texts(byte_lm):
     assert detection_auroc(setup_of(byte_lm, held=([], [])), vector) is None
 
 
-def test_all_arms_are_measured_with_one_seed_and_broken_last(byte_lm, random_arm):
+def test_all_arms_are_measured_with_one_seed_and_broken_last(byte_lm, random_arm, tmp_path):
     same = random_arm._replace(method="the same again")
     gone = Arm("gone", "method", left_out="no reason")
-    entries, broken = measure_arms(setup_of(byte_lm), [Arm(NONE, "baseline"), random_arm, gone, same])
+    with pieces(Processes.from_environment(), tmp_path / "out", {}) as made:
+        entries, broken = measure_arms(setup_of(byte_lm), [Arm(NONE, "baseline"), random_arm, gone, same], made)
     none, random, left_out, again = entries
     assert none["levels"][0]["score"]["gain"] == {"value": 0, "low": 0, "high": 0}
     assert none["levels"][0]["budget"] is None
