@@ -1,4 +1,4 @@
-"""Active entries of an encoder, by whichever way is the fastest one here."""
+"""Active entries of an encoder, by the fastest method on this machine."""
 
 from sae.encoding.choice import fastest
 from sae.encoding.encoder import METHODS, Encoder, Method

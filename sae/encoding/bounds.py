@@ -6,12 +6,12 @@ With operands rounded to x̂ = x − δ and Ŵ_f = W_f − ε_f, by Cauchy and S
 
     x·W_f ≤ x̂·Ŵ_f + ‖δ‖ ‖W_f‖ + ‖x̂‖ ‖ε_f‖
 
-The bound is three products of a number for the row with a number for the feature. In bfloat16 they are further columns of the operands, so
+The bound adds three products of a number of the row and a number of the feature. In bfloat16 they are extra columns of the operands, so
 that the sign of one matrix product decides; in int8 they are added in float32. Every sum in float32, the one of the exact value too, is
-off by at most `slack` times the sum of absolute values, in any order of adding, and the bound contains that as well.
+off by at most `slack` times the sum of absolute values, in any order of addition, and the bound includes that.
 
-Both sides may be moved first: x − c, with c·W_f in the bias, and dimension by dimension x_d r_d and W_fd / r_d, with r_d a power of
-two. It is the same number, and the bound is tighter where few dimensions are much larger than the others.
+Both sides may be transformed first: x − c, with c·W_f in the bias, and in each dimension x_d r_d and W_fd / r_d, with r_d a power of
+two. The result is the same number, and the bound is tighter if a few dimensions are much larger than the others.
 """
 
 from typing import Literal, NamedTuple
@@ -24,16 +24,16 @@ from sae.entries import Buffers
 Low = Literal["bfloat16", "int8"]
 
 PREPARED_BYTES = 1 << 20
-"""of weights rounded at a time, so that the passes over them stay in the processor's cache"""
+"""bytes of weights rounded at a time, so that the passes over them stay in the processor's cache"""
 LARGEST_NORM = 2.0**48
-"""of rows and features, in any frame 2¹² times that; beyond, products could overflow, and the float32 product is taken"""
+"""largest norm of rows and features; in a frame, 2¹² times that. Beyond it products could overflow, and the float32 product is used"""
 LARGEST_OFFSET = 2.0**96
 SMALLEST = 2.0**-62
-"""a component whose square underflows is shorter than this; added to every norm, it also covers denormals that a product takes for 0"""
+"""a component whose square underflows is shorter than this; added to every norm, it also covers denormals that a product treats as 0"""
 
 
 class Frame(NamedTuple):
-    """Where rows are moved to and how dimensions are scaled before rounding. Any frame is right; a good one keeps bounds tight."""
+    """How rows are shifted and dimensions scaled before rounding. Any frame is correct; a good one keeps bounds tight."""
 
     centre_d: Tensor
     scale_d: Tensor
@@ -41,7 +41,7 @@ class Frame(NamedTuple):
 
 
 def frame_of(x_bd: Tensor, W_fd: Tensor) -> Frame:
-    """The rows' mean, and scales that share each dimension's size between rows and features."""
+    """The rows' mean, and scales that split each dimension's size between rows and features."""
     centre_d = x_bd.mean(0)
     size_d = (W_fd[::16].square().mean(0) / (x_bd - centre_d).square().mean(0)) ** 0.25
     size_d = torch.where(size_d.isfinite() & (size_d > 0), size_d, 1.0)
@@ -50,28 +50,28 @@ def frame_of(x_bd: Tensor, W_fd: Tensor) -> Frame:
 
 
 def fits(rows: Tensor) -> bool:
-    """Whether bounds can be computed of rows: they are finite and not too large."""
+    """Whether bounds can be computed for these rows: they are finite and not too large."""
     return bool((rows.norm(dim=1) < LARGEST_NORM).all())  # host sync
 
 
 def slack_of(d: int, device: torch.device) -> float:
     """How far two float32 sums over d products and some more terms are off, relative to the sum of their absolute values.
 
-    Higham, Accuracy and Stability of Numerical Algorithms, section 3.1: n·u / (1 − n·u) for any order, u = 2⁻²⁴. Tensor cores cut digits
-    off instead of rounding; 2⁻²¹ is taken for them.
+    Higham, Accuracy and Stability of Numerical Algorithms, section 3.1: n·u / (1 − n·u) for any order, u = 2⁻²⁴. Tensor cores truncate
+    digits instead of rounding; 2⁻²¹ is used for them.
     """
     unit = 2.0**-21 if device.type == "cuda" else 2.0**-24
     return 1.1 * (2 * d + 128) * unit
 
 
 def norm_above(rows: Tensor) -> Tensor:
-    """Norms of rows, not smaller than the true ones whatever was rounded or underflowed."""
+    """Upper bounds of the norms of rows, for any rounding or underflow."""
     d = rows.shape[1]
     return rows.norm(dim=1) * (1 + d * 2.0**-23) + d * SMALLEST
 
 
 def write_rounded(rows: Tensor, out: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Writes rows in the precision of `out`; gives the step of each row for int8, and what the written numbers stand for, in float32."""
+    """Writes rows in the precision of `out`; returns the step of each row for int8, and the float32 values of the written numbers."""
     if out.dtype == torch.bfloat16:
         return None, out.copy_(rows).float()
     step = (rows.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
@@ -81,19 +81,20 @@ def write_rounded(rows: Tensor, out: Tensor) -> tuple[Tensor | None, Tensor]:
 
 
 def columns(d: int, low: Low) -> int:
-    """Columns of an operand: in bfloat16 those of the bound too, and zeros up to a whole tile."""
+    """Number of columns of an operand: in bfloat16 including those of the bound, and zeros up to a whole tile."""
     return -(-(d + 4) // 32) * 32 if low == "bfloat16" else -(-d // 8) * 8
 
 
 def empty_operand(rows: int, d: int, low: Low, buffers: Buffers, name: str, device: torch.device) -> Tensor:
-    """[rows, columns], of which those after d are 0."""
+    """[rows, columns]; the columns after d are 0."""
     out = buffers.take(name, (rows, columns(d, low)), torch.bfloat16 if low == "bfloat16" else torch.int8, device)
     out[:, d:] = 0
     return out
 
 
 class Features:
-    """The features' side: encoder rows in low precision, with what their bounds need. Of rows that `fits` allows, and smaller offsets."""
+    """The features' side: encoder rows in low precision, with the numbers for their bounds. For rows that `fits` accepts, and smaller
+    offsets."""
 
     def __init__(
         self, W_fd: Tensor, b_f: Tensor, above_f: Tensor | float, low: Low, frame: Frame | None = None, buffers: Buffers | None = None
@@ -126,7 +127,7 @@ class Features:
             self.operand_fk[:, d : d + 4] = torch.stack((raised(self.norm_f), raised(self.error_f), high_f, low_f), 1)
 
     def rows(self, x_bd: Tensor, buffers: Buffers) -> "Rows":
-        """The rows' side, in memory that the next call with these buffers overwrites. Of rows that `fits` allows."""
+        """The rows' side, in memory that the next call with these buffers overwrites. For rows that `fits` accepts."""
         d, frame = x_bd.shape[1], self.frame
         moved_bd = x_bd if frame is None else (x_bd - frame.centre_d).mul_(frame.scale_d)
         operand_bk = empty_operand(len(x_bd), d, self.low, buffers, f"{self.low} rows", x_bd.device)
@@ -139,7 +140,8 @@ class Features:
         return Rows(operand_bk, step_b, length_b, error_b)
 
     def upper_bounds(self, rows: "Rows", part: slice, buffers: Buffers) -> Tensor:
-        """Not below z − above of a part of the features, 0 where that is surely not positive, in memory that the next call overwrites."""
+        """Upper bounds of z − above for a part of the features; 0 means surely not active. In memory that the next call
+        overwrites."""
         operand_pk = self.operand_fk[part]
         shape, device = (len(rows.operand_bk), len(operand_pk)), operand_pk.device
         bound_bp = buffers.take("bound", shape, self.bound_dtype, device)
@@ -159,15 +161,15 @@ class Features:
 
 
 class Rows(NamedTuple):
-    """Rows in low precision, with what their bounds need."""
+    """Rows in low precision, with the numbers for their bounds."""
 
     operand_bk: Tensor
     step_b: Tensor | None
-    """what a whole number stands for, of int8"""
+    """value of one integer step, for int8"""
     length_b: Tensor
     error_b: Tensor
 
 
 def raised(size: Tensor) -> Tensor:
-    """Numbers of at least 0 in bfloat16, not below what they were."""
+    """Nonnegative numbers rounded up to bfloat16."""
     return (size * (1 + 2.0**-7)).bfloat16()

@@ -1,4 +1,4 @@
-"""Which way to encode is the fastest on this machine, by trying those that its processor has instructions for."""
+"""Finds the fastest method on this machine by timing those that its processor has instructions for."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,17 +17,17 @@ from sae.pieces import CHOICE, Pieces
 TRIED_ROWS = 1024
 ROUNDS = 3
 MARGIN = 0.8
-"""of the product's time, which another way must stay below to be taken"""
+"""another method is chosen only if its time is below this share of the product's"""
 WORTH_TRYING = 1 << 32
-"""multiplications of all that is to be encoded below which nothing is tried: the product takes less time than trying"""
+"""total multiplications below which nothing is timed: the product takes less time than the test"""
 DENSITY = 1 / 256
-"""share of active entries at which ways are compared where the true one is not known yet, as before training"""
+"""share of active entries at which methods are compared if the true share is unknown, as before training"""
 
 _fastest: dict[tuple[object, ...], Method] = {}
 
 
 def candidates(device: torch.device) -> tuple[Method, ...]:
-    """Ways that may be faster than the product here. On CUDA none, since no time has been measured there: name `bfloat16` to try it."""
+    """Methods that may be faster than the product here. None on CUDA, because nothing was measured there: name `bfloat16` to try it."""
     if device.type != "cpu":
         return ()
     found: list[Method] = []
@@ -41,12 +41,11 @@ def candidates(device: torch.device) -> tuple[Method, ...]:
 
 
 def fastest(x_bd: Tensor, W_fd: Tensor, b_f: Tensor, above_f: Tensor | float | None = None, rows: int | None = None) -> Method:
-    """The fastest way for such rows, with `above_f` as for `Encoder`; None: as if a 256th of the entries were active.
+    """The fastest method for such rows, with `above_f` as in `Encoder`; None: as if a 256th of the entries were active.
 
-    Whole encodings to entries are timed, in turn, on at most 1,024 of the rows, once in a process for each shape, dtype, device and number
-    of threads. Times vary, so another process may choose another way, whose last digits differ: write down what was chosen where a run
-    must be repeated. Without AVX-512 it is always the product, and nothing is timed. `rows`: how many will be encoded in all, by default
-    these.
+    Complete encodings are timed, alternating, on at most 1,024 of the rows, once in a process for each shape, dtype, device and number of
+    threads. Times vary, so another process may choose another method, whose last digits differ: record the choice if a run must be
+    repeated. Without AVX-512 it is always the product, and nothing is timed. `rows`: how many will be encoded in total, by default these.
     """
     ways = candidates(x_bd.device) if W_fd.dtype == torch.float32 else ()
     if not ways or (rows or len(x_bd)) * W_fd.numel() < WORTH_TRYING:
@@ -61,7 +60,7 @@ def fastest(x_bd: Tensor, W_fd: Tensor, b_f: Tensor, above_f: Tensor | float | N
 
 
 def agreed(made: Pieces | None, find: Callable[[], Method]) -> Method:
-    """What one process finds, in all that share the work, and after an interruption: it decides last digits."""
+    """Makes all processes that share the work, and later restarts, use the method that one process found: it affects the last digits."""
     if made is None:
         return find()
     (path,) = made.make({CHOICE: 1}, lambda _, path: partial(write_json, path, {"encoder": find()}))
@@ -73,7 +72,7 @@ class Choice(TypedDict):
 
 
 def timed(ways: tuple[Method, ...], x_bd: Tensor, W_fd: Tensor, b_f: Tensor, above_f: Tensor | float) -> dict[Method, float]:
-    """Shortest seconds of each way to encode these rows, in interleaved rounds; one more, not counted, comes first."""
+    """Shortest seconds of each method to encode these rows, in interleaved rounds after a first one that is not counted."""
     encoders = {method: Encoder(method, W_fd, b_f, above_f, like_bd=x_bd) for method in ways}
     buffers = {method: Buffers() for method in ways}
     seconds = dict.fromkeys(ways, float("inf"))
@@ -87,6 +86,6 @@ def timed(ways: tuple[Method, ...], x_bd: Tensor, W_fd: Tensor, b_f: Tensor, abo
 
 
 def quantile(x_bd: Tensor, W_fd: Tensor, b_f: Tensor) -> float:
-    """What a share `DENSITY` of the entries of some rows exceeds, at least 0."""
+    """The value that a share `DENSITY` of the entries of some rows exceeds, at least 0."""
     z_n = torch.addmm(b_f, x_bd[:16], W_fd.T).flatten()
     return max(0.0, float(z_n.kthvalue(max(1, int((1 - DENSITY) * z_n.numel()))).values))

@@ -17,22 +17,22 @@ Method = Literal["product", "onednn", "bfloat16", "int8"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 BLOCK = 1024
-"""rows, and features, of the bounds made at a time"""
+"""rows, and features, for which bounds are computed at a time"""
 BLOCK_BYTES = 16 << 20
-"""of the oneDNN product made at a time: the allocator uses memory of this size again"""
+"""size of the oneDNN product computed at a time: the allocator reuses memory of this size"""
 EXACT_BYTES = 16 << 20
-"""of rows gathered at a time for exact values on CUDA"""
+"""size of rows gathered at a time for exact values on CUDA"""
 
 
 class Encoder:
-    """Encoder rows prepared for one way of computing; keep it as long as they do not change. Any number of threads may use it.
+    """Encoder rows prepared for one method; keep it as long as they do not change. Any number of threads may use it.
 
-    `product` is torch's float32 product. `onednn` is the same by oneDNN. `bfloat16` and `int8` make a product in that precision, whose
+    `product` is torch's float32 product. `onednn` is the same by oneDNN. `bfloat16` and `int8` compute a product in that precision, whose
     bounds (bounds.py) show which entries cannot be above the threshold; the others are computed in float32 from the original rows.
 
-    What is promised: an entry is given if and only if its float32 value is above the threshold. Ways differ in how they add in float32, so
-    an entry within rounding of the threshold may be there with one and not with another, and values differ in the last digits; bfloat16
-    and int8 give equal bits, for any frame.
+    Guarantee: an entry is returned if and only if its float32 value is above the threshold. Methods differ in the order of float32
+    additions, so an entry within rounding of the threshold may be returned by one and not by another, and values differ in the last digits;
+    bfloat16 and int8 return equal bits, for any frame.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class Encoder:
         like_bd: Tensor | None = None,
         buffers: Buffers | None = None,
     ):
-        """`above_f`, [f] or a number of at least 0: the entries above it are wanted. `like_bd`: rows such as will be encoded, which keep
-        bounds tight where few dimensions are huge. `buffers`: memory for what is prepared, which the next encoder with them overwrites.
+        """`above_f`, [f] or a number of at least 0: entries above it are returned. `like_bd`: rows like those to be encoded, which keep
+        bounds tight if a few dimensions are huge. `buffers`: memory for the prepared operands, which the next encoder with them overwrites.
 
         Raises `InputError` for a method that this torch or device does not have.
         """
@@ -60,10 +60,11 @@ class Encoder:
                 self.features = Features(W_fd, b_f, above_f, method, frame, buffers)
 
     def entries(self, x_bd: Tensor, buffers: Buffers, first_row: int = 0, floor: float = 0.0) -> Entries:
-        """Entries above the threshold, row after row; rows are counted from `first_row`. Rows [b, d] have b_in taken off already.
+        """Entries above the threshold, row by row; rows are counted from `first_row`. b_in has already been subtracted from the rows [b,
+        d].
 
-        With a `floor`, a number above one threshold that all features have, those above the floor. Rows or weights too large for a bound,
-        or not finite, go through the float32 product.
+        With a `floor`, a number above the common threshold of all features, those above the floor. Rows or weights too large for a bound,
+        or not finite, use the float32 product.
         """
         if floor and isinstance(self.above_f, Tensor):
             raise InputError("expected one threshold for all features with a floor, got one for each; leave the floor at 0")
@@ -75,7 +76,7 @@ class Encoder:
         return joined([self._kept(self.values(x_bd[start : start + size], buffers), buffers, first_row + start, floor) for start in starts])
 
     def screens(self, x_bd: Tensor) -> bool:
-        """Whether these rows go through bounds, and not through the float32 product."""
+        """Whether these rows use bounds instead of the float32 product."""
         return self.features is not None and fits(x_bd)
 
     def values(self, x_bd: Tensor, buffers: Buffers) -> Tensor:
@@ -86,7 +87,7 @@ class Encoder:
         return torch.addmm(self.b_f, x_bd, self.W_fd.T, out=z_bf)
 
     def _screened(self, x_bd: Tensor, buffers: Buffers, first_row: int, floor: float) -> Entries:
-        """Features are taken a block at a time as well, so that a block's operands, bounds and rows stay in the processor's cache."""
+        """Features are also taken a block at a time, so that a block's operands, bounds and rows stay in the processor's cache."""
         features, above_f = self.features, self.above_f
         assert features is not None
         rows = features.rows(x_bd, buffers)
@@ -120,12 +121,13 @@ class Encoder:
 
 
 def below(floor: float) -> float:
-    """A number of bfloat16, or 0, so far below that nothing above the floor rounds to it: a bound in bfloat16 less it keeps its sign."""
+    """A bfloat16 number, or 0, so far below the floor that nothing above the floor rounds to it: a bound in bfloat16 minus it keeps its
+    sign."""
     return max(0.0, float(torch.tensor(floor * (1 - 2.0**-6)).bfloat16()))
 
 
 def exact_products(x_bd: Tensor, W_fd: Tensor, row_n: Tensor, feature_n: Tensor) -> Tensor:
-    """x_row · W_feature in float32, [n]; each is the same for any others beside it. Sorted by row."""
+    """x_row · W_feature in float32, [n]; each value is independent of the other entries. Sorted by row."""
     if not x_bd.is_cuda:
         shape = (len(x_bd), len(W_fd))
         with torch.sparse.check_sparse_tensor_invariants(False):  # the indices are right by construction, checking them is a pass
@@ -155,7 +157,8 @@ def refuse_missing(method: Method, W_fd: Tensor) -> None:
 
 @cache
 def adds_exactly(low: Low, device: torch.device) -> bool:
-    """Whether products in low precision are summed in float32 or int32: the bounds hold only then, and some implementations do not."""
+    """Whether products in low precision are summed in float32 or int32: only then are the bounds valid, and some implementations are not
+    exact enough."""
     ones = torch.ones(32, 1024, device=device)
     if low == "int8":
         return bool((torch._int_mm((127 * ones).to(torch.int8), (-127 * ones).to(torch.int8).T) == -127 * 127 * 1024).all())

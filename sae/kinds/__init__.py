@@ -1,4 +1,5 @@
-"""Kinds of dictionaries that can be trained, one file and one row each. What all have is in kind.py; the step itself in sae/objective."""
+"""Kinds of dictionaries that can be trained, one file and one row each. Their common part is in kind.py, the step itself in
+sae/objective."""
 
 from sae.kinds.batchtopk import BatchTopK, Matryoshka
 from sae.kinds.gated import Gated

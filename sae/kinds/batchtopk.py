@@ -1,9 +1,9 @@
 """BatchTopK: the b·k largest of a batch of b rows (Bussmann et al. 2024, arXiv 2412.06410), and Matryoshka (2503.17547), whose first
-parts of the features must each rebuild alone.
+parts of the features must each reconstruct alone.
 
 loss = mean over b of ‖y_b − ŷ_b‖² (Matryoshka: the mean over prefixes of that) plus AuxK's; decoder rows have length 1. Once trained
 a feature is active above a threshold, one number for all features: the running mean of the batches' smallest kept activation, and at the
-end the number that keeps k a row on rows that were held out (`threshold_for`).
+end the number that keeps k per row on held-out rows (`threshold_for`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -94,9 +94,9 @@ class Matryoshka(BatchTopK):
 
 @torch.no_grad()
 def threshold_for(dictionary: Dictionary, rows: Sequence[Tensor], k: int, guess: float = 0.0) -> tuple[float, int]:
-    """The threshold above which `dictionary` has k active features a row on these chunks of rows [b, d], and the number of rows.
+    """The threshold above which `dictionary` has k active features per row on these chunks of rows [b, d], and the number of rows.
 
-    It is the largest of the pre-activations after the first k·rows, or 0 where fewer are above 0. A `guess` at it saves time.
+    It is the largest pre-activation after the first k·rows, or 0 if fewer are above 0. A `guess` saves time.
     """
     buffers, count = Buffers(), sum(map(len, rows))
     for lower in LOWER:

@@ -1,11 +1,11 @@
-"""Gated: whether a feature is active and how much are computed apart (Rajamanoharan et al. 2024, arXiv 2404.16014).
+"""Gated: one path decides whether a feature is active, another computes its size (Rajamanoharan et al. 2024, arXiv 2404.16014).
 
 u = (x − b_dec) W_encᵀ, π_gate = u + b_enc, π_mag = e^r u + b_mag, acts = H(π_gate) relu(π_mag)
 
 loss = mean over b of ( ‖y_b − ŷ(acts)_b‖² + l1 Σ_f relu(π_gate)_bf ‖W_dec_f‖ + ‖y_b − ŷ_frozen(relu(π_gate))_b‖² )
 
-The decoder of the last term is frozen: it trains what decides, and nothing else. Decoder rows have length 1, as in the paper, so that the
-norm in the penalty matters for crosscoders only, whose rows have one norm a site.
+The decoder of the last term is frozen: the term trains only the path that decides. Decoder rows have length 1, as in the paper, so that the
+norm in the penalty matters only for crosscoders, whose rows have one norm per site.
 """
 
 from collections.abc import Mapping
@@ -45,7 +45,7 @@ class GatedGoal(NamedTuple):
 
 @dataclass(kw_only=True)
 class Gated(ReLU):
-    """Train dictionaries that decide apart from measuring (Rajamanoharan et al. 2024)."""
+    """Train dictionaries in which one path decides which features are active and another computes their size (Rajamanoharan et al. 2024)."""
 
     unit_rows = True
 

@@ -1,4 +1,4 @@
-"""JumpReLU: each feature is active above a threshold of its own, which is learned (Rajamanoharan et al. 2024, arXiv 2407.14435).
+"""JumpReLU: each feature is active above its own learned threshold (Rajamanoharan et al. 2024, arXiv 2407.14435).
 
 acts_f = z_f H(z_f − θ_f), θ ≥ 0 in float32. The step function H has the derivative −1/ε in θ where |z − θ| < ε/2, and none in z. The
 loss is the mean over b of ‖y_b − ŷ_b‖² plus one of

@@ -1,4 +1,4 @@
-"""What a kind of dictionary is: its options, what it minimises, and what it is once trained. A new kind is one file here and one row.
+"""The interface of a kind of dictionary: its options, what it minimises, and the trained dictionary. A new kind is one file and one row.
 
 b rows (tokens) · d width that is read · o width that is written · f features
 """
@@ -21,28 +21,28 @@ from sae.objective.rule import Aid
 
 
 class Now(NamedTuple):
-    """One dictionary of a sweep at one step."""
+    """The state of one dictionary of a sweep at one step."""
 
     step: int
     """from 0"""
     steps: int
     d: int
-    """mean squared norm of what is to be written, in training units"""
+    """mean squared norm of the target, in training units"""
     dead_f: Tensor
-    """features that have been silent for long, bool"""
+    """features that have been silent for `dead_steps` steps, bool"""
     state: Mapping[str, Tensor]
-    """what the kind keeps from step to step, to be changed in place"""
+    """what the kind keeps from step to step, changed in place"""
     sites: int = 1
-    """parts of a decoder row (crosscoders)"""
+    """number of parts of a decoder row (crosscoders)"""
     mesh: Mesh = ALONE
-    """processes among which features are split: `dead_f` is of this one's"""
+    """processes among which features are split: `dead_f` has those of this process"""
 
     @property
     def d_sae(self) -> int:
         return len(self.dead_f) * self.mesh.features.size
 
     def share(self, of_steps: float) -> float:
-        """How much of a linear rise over this share of the steps is done, up to 1."""
+        """The fraction, up to 1, of a linear rise over this share of the steps."""
         return min(1.0, (self.step + 1) / max(1, of_steps * self.steps))
 
 
@@ -51,45 +51,46 @@ class Kind(ABC):
     """Its fields are the flags of `sae train NAME`."""
 
     swept: ClassVar[str]
-    """the option of which several values train together on one stream of batches"""
+    """the option whose values train together on one stream of batches"""
     unit_rows: ClassVar[bool] = False
-    """decoder rows are kept at length 1: otherwise which activations are the largest would depend on how they share lengths with rows"""
+    """decoder rows keep length 1: otherwise the choice of the largest activations would depend on how encoder and decoder share their
+    lengths"""
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """One for each dictionary."""
+        """The values of the swept option, one for each dictionary."""
         return getattr(self, self.swept)
 
     def check(self, d_sae: int) -> None:
-        """Raises `InputError` for options that cannot be meant."""
+        """Raises `InputError` for options that make no sense."""
         values = self.values
         if not values or len(set(values)) < len(values):
             raise InputError(f"{flag(self.swept)} takes one or several different values, got {list(values)}")
 
     def own(self, d: int, d_sae: int) -> dict[str, Tensor]:
-        """Parameters beside the weights at the start, which are trained with them."""
+        """Initial values of parameters that are trained in addition to the weights."""
         return {}
 
     def taken_over(self, gate: Gate) -> dict[str, Tensor] | None:
-        """Own parameters that go on from a trained dictionary with this gate; None where this kind cannot."""
+        """Own parameters, continued from a trained dictionary with this gate; None if this kind cannot."""
         plain = isinstance(gate, Threshold) and (gate.theta_f is None or not gate.theta_f.any())
         return {} if plain else None
 
     def state(self) -> dict[str, Tensor]:
-        """What is kept from step to step and is not trained, at the start."""
+        """Initial values of what is kept from step to step and is not trained."""
         return {}
 
     def before(  # noqa: B027 (most kinds do nothing)
         self, x_bd: Tensor, y_bo: Tensor | None, weights: Weights, own: Own, value: Any, now: Now
     ) -> None:
-        """What happens before a step."""
+        """Called before a step."""
 
     @abstractmethod
     def goal(self, value: Any, now: Now) -> Goal:
-        """What is minimised now."""
+        """What is minimised at this step."""
 
     def after(self, result: Step, own: Own, now: Now) -> None:  # noqa: B027
-        """What happens after a step."""
+        """Called after a step."""
 
     def resamples_every(self) -> int:
         """Steps between resamplings of dead features; 0: never."""
@@ -97,10 +98,10 @@ class Kind(ABC):
 
     @abstractmethod
     def encoder(self, weights: Weights, own: Own, state: Mapping[str, Tensor], value: Any) -> tuple[Tensor, Tensor, Gate]:
-        """W_enc [f, d], b_enc [f] and gate of the dictionary as it is now."""
+        """W_enc [f, d], b_enc [f] and gate of the current dictionary."""
 
     def line(self, value: Any, now: Now) -> dict[str, float]:
-        """What the lines of metrics say of the options that change."""
+        """The options that change during training, for the lines of metrics."""
         return {self.swept: value}
 
 
@@ -163,7 +164,7 @@ class Aided(KeepsK):
 
 
 def aid_loss(x_bd: Tensor, y_bo: Tensor | None, acts_bf: Tensor, weights: Weights, own: Own, aid: Aid | None) -> Tensor:
-    """weight · Σ_b ‖e − ê‖² / Σ_b ‖e‖², e being what the code leaves, without a gradient."""
+    """weight · Σ_b ‖e − ê‖² / Σ_b ‖e‖², where e is the residual of the code, without a gradient."""
     if aid is None or not aid.dead_f.any():  # host sync
         return acts_bf.new_zeros(())
     left_bo = ((x_bd if y_bo is None else y_bo) - written(x_bd, acts_bf, weights, own)).detach()

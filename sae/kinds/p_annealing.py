@@ -2,8 +2,8 @@
 
 loss = mean over b of ( ‖y_b − ŷ_b‖² + c · Σ_f v_bf^p ), v_bf = acts_bf ‖W_dec_f‖
 
-p begins at 1, where this is ReLU with L1, and falls in steps. At each fall c is multiplied so that the penalty of the batch stays what
-it was, as in the authors' trainer. The authors keep decoder rows at length 1; weighting by norms makes that unnecessary.
+p starts at 1, where this is ReLU with L1, and falls in steps. At each fall c is multiplied so that the penalty of the batch does not
+change, as in the authors' trainer. The authors keep decoder rows at length 1; weighting by norms makes that unnecessary.
 """
 
 from dataclasses import dataclass

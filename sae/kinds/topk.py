@@ -1,4 +1,4 @@
-"""TopK: the k largest pre-activations of each row (Gao et al. 2024, arXiv 2406.04093), and AbsTopK, largest without signs (2510.00404).
+"""TopK: the k largest pre-activations of each row (Gao et al. 2024, arXiv 2406.04093), and AbsTopK, by absolute value (2510.00404).
 
 loss = mean over b of ‖y_b − ŷ_b‖², for TopK plus AuxK's (sae/kinds/kind.py); decoder rows have length 1.
 """
@@ -46,7 +46,7 @@ class TopK(Aided):
 
 @dataclass(kw_only=True)
 class AbsTopK(KeepsK, Resampled):
-    """Train dictionaries that keep the k largest of each row without their signs, with their signs (arXiv 2510.00404)."""
+    """Train dictionaries that keep the k largest of each row by absolute value, with their signs (arXiv 2510.00404)."""
 
     def goal(self, value: int, now: Now) -> Goal:
         return TopKGoal(value, signed=True)

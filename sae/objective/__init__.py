@@ -1,4 +1,4 @@
-"""The step of every kind of dictionary: one entrance, several ways to compute the same thing."""
+"""The step of every kind of dictionary: one entry point, several ways to compute the same result."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ Backend = Literal["auto", "dense", "sparse", "triton", "reference"]
 __all__ = ["Backend", "Goal", "Own", "Precision", "Step", "Terms", "Weights", "Workspace", "objective"]
 
 TRITON_BELOW = 1 / 128
-"""share of active entries under which `auto` takes the Triton path on CUDA: an estimate from bytes and operations, not measured"""
+"""share of active entries below which `auto` chooses the Triton path on CUDA: an estimate from bytes and operations, not measured"""
 
 
 @torch.no_grad()
@@ -43,22 +43,22 @@ def objective(
     """Loss, its parts, firing counts and exact gradients for a batch `x_bd` in training units (mean squared norm d).
 
     Weights with a leading k are a sweep of dictionaries on one batch; every output then has a leading k. `goal`: what is minimised, one
-    for all or one each; a number, or a tensor of one each, is the L1 coefficient of ReLU + L1. `y_bo`: what a transcoder is to write.
+    for all or one each; a number, or a tensor of one each, is the L1 coefficient of ReLU + L1. `y_bo`: the target of a transcoder.
     `own`: the kind's own parameters.
 
     `backend`: "reference" is the formula in float64; "dense" and "sparse" (torch, any device) and "triton" (CUDA, ReLU + L1) give the
     same to rounding. "auto" picks on a CPU by the share of active entries of each chunk of rows; on CUDA every 32 calls, at the cost of a
-    host sync, between dense and triton by that share at the last call, dense at first. "triton" never syncs. What keeps the k largest
-    always goes through a sparse path, and a goal without a rule through autograd.
-    `optimizer`, a fused torch.optim.Adam over exactly these weights and then `own`, is applied at once, after clipping each dictionary's
-    whole gradient to `largest_norm` if that is not 0. With `unit_rows` decoder rows stay of length 1: their gradients lose the part along
-    them, and they are brought back to it after the update. Otherwise the gradients are given; they may live in `workspace` and are then
+    host sync, between dense and triton by that share at the last call, dense at first. "triton" never syncs. Goals that keep the k largest
+    always use a sparse path, and a goal without a rule uses autograd.
+    `optimizer`, a fused torch.optim.Adam over exactly these weights and then `own`, is applied directly, after clipping each dictionary's
+    whole gradient to `largest_norm` if that is not 0. With `unit_rows` decoder rows keep length 1: gradients lose the part along
+    them, and they are rescaled to it after the update. Without it gradients are returned; they may be in `workspace` and are then
     overwritten by the next call with it.
-    Of several processes (the workspace's `mesh`) each has its part of the features and of the rows, and the step's numbers are those of
-    the whole. Where rows are split, the optimizer is over this process's part of the weights, and all get the others' after the update.
+    With several processes (the workspace's `mesh`) each has its part of the features and of the rows, and the step's numbers are those of
+    the whole. If rows are split, the optimizer is over this process's part of the weights, and all get the others' parts after the update.
 
     Raises `InputError` for a batch that does not fit the dictionary, and for rows that are not finite, which it names; nothing is
-    updated then. On CUDA, where knowing would cost a host sync, such a batch leaves the weights alone as well but is only noted in the
+    updated then. On CUDA, where this check would cost a host sync, such a batch does not change the weights either but is only noted in the
     workspace (`bad_steps`, `bad_rows_b`).
     """
     refuse_misfit(x_bd, y_bo, weights)
@@ -128,7 +128,7 @@ def one_by_one(
     path: str,
     workspace: Workspace,
 ) -> Step:
-    """The paths that know of one dictionary at a time, over a sweep's."""
+    """For the paths that take one dictionary at a time: calls them for each dictionary of a sweep."""
     buffers = Weights(*(workspace.take(name, w.shape, w.dtype, w.device) for name, w in zip(Weights._fields, weights)))
     own_buffers = {name: workspace.take(f"own.{name}", w.shape, w.dtype, w.device) for name, w in own.items()}
     steps, by_formula = [], path == "reference" or None in rules
@@ -147,12 +147,12 @@ def one_by_one(
 
 
 def screens(rule: Rule | None) -> bool:
-    """Whether another encoder than the product can find the entries."""
+    """Whether an encoder other than the product can find the entries."""
     return rule is not None and not rule.signed
 
 
 def refuse_encoder(encoder: Method, backend: Backend, rules: Sequence[Rule | None], weights: Weights) -> None:
-    """Raises `InputError` for an encoder that would not be used or does not exist here."""
+    """Raises `InputError` for an encoder that would not be used or is not available here."""
     if encoder == "product":
         return
     refuse_missing(encoder, weights.W_enc_fd)
@@ -168,7 +168,7 @@ def refuse_encoder(encoder: Method, backend: Backend, rules: Sequence[Rule | Non
 def chosen(
     backend: Backend, x_bd: Tensor, weights: Weights, rules: Sequence[Rule | None], y_bo: Tensor | None, workspace: Workspace
 ) -> str:
-    """The path for this call. Raises `InputError` for one that this device or kind lacks, and for an encoder that it does not use."""
+    """The path for this call. Raises `InputError` for one that this device or kind lacks, and for an encoder that the path does not use."""
     refuse_encoder(workspace.encoder, backend, rules, weights)
     relu = y_bo is None and all(rule is not None and rule.is_relu for rule in rules) and workspace.mesh.alone
     if backend == "triton":
@@ -195,7 +195,7 @@ def chosen(
 
 @cache
 def why_no_triton(device: torch.device) -> str | None:
-    """What keeps the Triton path from running on a device, said once where `auto` would have taken it; None if nothing does."""
+    """The reason why the Triton path cannot run on a device, printed once if `auto` would have chosen it; None if it can run."""
     try:
         from sae.objective.cuda import INTERPRETED
     except ImportError:
@@ -215,7 +215,7 @@ def why_no_triton(device: torch.device) -> str | None:
 
 @contextmanager
 def matmul_precision(x_bd: Tensor, precision: Precision) -> Iterator[None]:
-    """On CUDA, torch's own products round operands to tf32 for either of the lower precisions."""
+    """On CUDA, torch's own products round operands to tf32 for both lower precisions."""
     before = torch.get_float32_matmul_precision()
     if x_bd.is_cuda:
         torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")

@@ -2,9 +2,9 @@
 
 b rows (tokens) · f features · n entries
 
-torch.topk over [b, f] costs about as much as the encoder product. What passes a threshold that lets through a little more than is kept
-is a short list; the choice is made in it. Where the guess was too high, those rows or the batch are looked at again with a lower one, so
-that the guess decides the time and never the result. Of equal values the lower feature (in a batch: the earlier row) is kept,
+torch.topk over [b, f] costs about as much as the encoder product. The entries that pass a threshold slightly below the k-th value
+are a short list; the choice is made in it. If the guess was too high, those rows or the batch are tried again with a lower one, so
+that the guess affects the time and never the result. Of equal values the lower feature (in a batch: the earlier row) is kept,
 as the gates do (sae/dictionaries/gates.py).
 """
 
@@ -18,19 +18,20 @@ from sae.entries import Buffers, Entries, entries_above, largest, starts_of
 from sae.mesh import ALONE, Axis, Mesh
 
 SHORT = 0.05
-"""share of the rows whose k-th value the next batch's guess is above; they are looked at again"""
+"""share of the rows whose k-th value is below the next batch's guess; these rows are tried again"""
 LOWER = (0.97, 0.85, 0.5, 0.2, 0.0)
-"""guesses as shares of the last batch's threshold, the next where too few pass"""
+"""guesses as shares of the last batch's threshold; the next one is used if too few entries pass"""
 SAMPLE = 64
-"""rows from which the first guess is made"""
+"""number of rows for the first guess"""
 
 
 def top_of_rows(
     above: Callable[[float, Tensor | None], Entries], rows: int, k: int, guess: float, features: Axis = ALONE.features
 ) -> tuple[Entries, float]:
-    """The k largest of each row that are above 0, and a guess for the next rows. `above` gives all above a number, of some rows or all.
+    """The k largest entries above 0 of each row, and a guess for the next rows. `above` returns all entries above a number, of some rows or
+    all.
 
-    Where `features` are split, those of the k largest of all that are this process's.
+    If features are split, returns this process's entries among the k largest of all.
     """
     feature_bk, value_bk, count_b = top_of_lists(above(guess, None), rows, k)
     for lower in LOWER[1:]:
@@ -43,19 +44,20 @@ def top_of_rows(
 
 
 def above_in(size_bf: Tensor, buffers: Buffers) -> Callable[[float, Tensor | None], Entries]:
-    """`above` of `top_of_rows` for values that are there."""
+    """`above` of `top_of_rows` for given values."""
     return lambda low, rows_m: entries_above(size_bf if rows_m is None else size_bf[rows_m], low, 0, buffers)
 
 
 def above_of(encoder: Encoder, input_bd: Tensor, buffers: Buffers) -> Callable[[float, Tensor | None], Entries]:
-    """`above` of `top_of_rows` by an encoder. The float32 product may give fewer rows other last digits, so there it is made once."""
+    """`above` of `top_of_rows` by an encoder. The float32 product may have other last digits for fewer rows, so it is computed only
+    once."""
     if not encoder.screens(input_bd):
         return above_in(encoder.values(input_bd, buffers), buffers)
     return lambda low, rows_m: encoder.entries(input_bd if rows_m is None else input_bd[rows_m], buffers, floor=low)
 
 
 def first_of_rows(sample_bf: Tensor, k: int) -> float:
-    """A first guess, from what a sample of rows has."""
+    """A first guess, from a sample of rows."""
     return low_of(sample_bf.topk(min(k, sample_bf.shape[1])).values[:, -1])
 
 
@@ -75,10 +77,11 @@ def top_of_lists(entries: Entries, rows: int, k: int) -> tuple[Tensor, Tensor, T
 
 
 def kept_of_rows(value_bk: Tensor, k: int, features: Axis, width: int | None = None) -> Tensor:
-    """The values, at least 0, with 0 in the place of those that are not among the k largest of their row in all processes.
+    """The values, at least 0, with 0 for those that are not among the k largest of their row in all processes.
 
-    Each process gives its own largest of each row in the order of the features; of equal ones the lower feature's is kept. It decides for
-    its part of the rows: their values go to it, and a byte for each comes back. `width`: the most values that any process has in a row.
+    Each process passes its own largest values of each row in the order of the features; of equal ones the lower feature's is kept. A
+    process decides for its part of the rows: it receives their values and returns one byte for each. `width`: the largest number of values
+    of a row in any process.
     """
     if features.alone:
         return value_bk
@@ -93,20 +96,21 @@ def kept_of_rows(value_bk: Tensor, k: int, features: Axis, width: int | None = N
 
 
 def positive(feature_bk: Tensor, value_bk: Tensor) -> Entries:
-    """Those above 0, and what is not a number, so that the loss tells of it."""
+    """Values above 0, and NaN, so that the loss shows it."""
     row_n, at_n = (~(value_bk <= 0)).nonzero(as_tuple=True)  # host sync
     return Entries(row_n.int(), feature_bk[row_n, at_n], value_bk[row_n, at_n])
 
 
 def low_of(kth_b: Tensor) -> float:
-    """What all but a share `SHORT` of the rows' k-th values are at least."""
+    """The value that all but a share `SHORT` of the rows' k-th values reach."""
     return max(0.0, float(kth_b.kthvalue(1 + int(SHORT * len(kth_b))).values))  # host sync
 
 
 def top_of_batch(above: Callable[[float], Entries], total: int, guess: float, rows: int, mesh: Mesh) -> tuple[Entries, float]:
-    """The `total` largest of a batch that are above 0, and the smallest of them (0 if there are none); `above` gives all above a number.
+    """The `total` largest entries of a batch that are above 0, and the smallest of them (0 if there are none); `above` returns all above a
+    number.
 
-    Of several processes all give one guess, and get those that are theirs; each has `rows` of the batch.
+    With several processes all pass the same guess and get their own entries; each has `rows` of the batch.
     """
     for lower in LOWER:
         row_n, feature_n, value_n = above(guess * lower)
@@ -130,9 +134,11 @@ def top_of_batch(above: Callable[[float], Entries], total: int, guess: float, ro
 
 
 def kth_largest(value_n: Tensor, k: int, every: Axis) -> tuple[float, int, int]:
-    """The k-th largest of the values, above 0, of all processes; how many equal to it are among the k largest, and how many there are.
+    """The k-th largest of the values above 0 of all processes; how many equal to it are among the k largest, and how many there are in
+    total.
 
-    Bits of positive numbers rise with them, so it is found byte after byte: counts of the 256 values of a byte are added up over processes.
+    The bits of positive numbers are in the order of the numbers, so it is found byte after byte: counts of the 256 values of a byte are
+    summed over processes.
     """
     bits_n = value_n.nan_to_num(nan=torch.inf, posinf=torch.inf).view(torch.int32 if value_n.itemsize == 4 else torch.int64)
     found, left, equal = 0, k, 0
@@ -148,9 +154,9 @@ def kth_largest(value_n: Tensor, k: int, every: Axis) -> tuple[float, int, int]:
 
 
 def first_of(count: int, row_n: Tensor, rows: int, mesh: Mesh) -> int:
-    """How many of the first `count` things of a batch, counted row after row and in a row process after process, are this process's.
+    """How many of the first `count` items of a batch, counted row by row and within a row process by process, belong to this process.
 
-    `row_n`: the rows of its own, rising.
+    `row_n`: the rows of its own items, rising.
     """
     here_rb = mesh.every.gather(torch.bincount(row_n, minlength=rows))
     order_jbi = here_rb.view(mesh.features.size, mesh.rows.size, rows).permute(1, 2, 0)
@@ -160,6 +166,6 @@ def first_of(count: int, row_n: Tensor, rows: int, mesh: Mesh) -> int:
 
 
 def first_guess(sample_bf: Tensor, share: float) -> float:
-    """A threshold above which about that share of entries is, from the pre-activations of a few rows."""
+    """A threshold that about this share of entries exceeds, from the pre-activations of a few rows."""
     sample_n = sample_bf.flatten()
     return max(0.0, float(sample_n.kthvalue(max(1, len(sample_n) - round(share * len(sample_n)))).values))  # host sync

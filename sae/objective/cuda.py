@@ -9,9 +9,9 @@ k dictionaries of a sweep · b rows (tokens) · d model width · f features · c
               dW_dec_f = Σ_b acts_bf g_b + …, a_bf = g_b·W_dec_f + (l1/B)‖W_dec_f‖, dW_enc_f = Σ_b a_bf (x_b − b_dec), db_enc_f = Σ_b a_bf;
               with an optimizer, Adam is applied to both rows at once and no gradient is written
 
-A row with more active entries than its list holds is computed densely instead: `decode` goes through all features for it, and `learn`
-asks each feature about it. Slow, but it needs no decision by the host, and the result is the same.
-In deterministic mode lists are sorted, so that every sum has one order. Formulas: sae/objective/fast.py, which this equals.
+A row with more active entries than fit into its list is computed densely instead: `decode` visits all features for it, and `learn`
+checks each feature for it. This is slow, but needs no decision by the host, and the result is the same.
+In deterministic mode lists are sorted, so that every sum has one order. Formulas: sae/objective/fast.py, which has equal results.
 """
 
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from sae.objective.workspace import Workspace
 INTERPRETED = triton.knobs.runtime.interpret
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter's dot takes bfloat16 bits for integers
 COUNTS = ["B", "F", "CAPACITY"]
-"""what a kernel is not compiled anew for; of the sizes only the divisibility of D makes its loads faster"""
+"""sizes for which kernels are not recompiled; only the divisibility of D makes loads faster"""
 FEATURES_PER_PROGRAM = 8
 """of `learn`; each program writes one row of partial sums for the decoder bias"""
 
@@ -124,7 +124,7 @@ def scatter(active_ptr, column_ptr, value_ptr, place_ptr, start_ptr, entry_row_p
 
 @triton.jit
 def write(gradient, W_ptr, out_ptr, square_ptr, at, mask, rates_ptr, beta1, beta2, eps, ADAM: tl.constexpr):
-    """The gradient itself, or Adam's update as in torch.optim.Adam."""
+    """Writes the gradient itself, or applies Adam's update as torch.optim.Adam does."""
     if ADAM:
         step_size, root_correction = tl.load(rates_ptr), tl.load(rates_ptr + 1)
         moment = tl.load(out_ptr + at, mask=mask, other=0.0)
@@ -217,7 +217,7 @@ def learn(
 
 
 class Lists(NamedTuple):
-    """The active entries row by row; a row's list is whole only where its count does not exceed the capacity."""
+    """The active entries row by row; a row's list is complete only if its count does not exceed the capacity."""
 
     active_kb: Tensor
     column_kbc: Tensor
@@ -225,7 +225,7 @@ class Lists(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """The same entries feature by feature: `count_kf` of them from `start_kf` on."""
+    """The same entries feature by feature: `count_kf` of them, starting at `start_kf`."""
 
     start_kf: Tensor
     count_kf: Tensor
@@ -239,18 +239,18 @@ class Decoded(NamedTuple):
     error_kb: Tensor
     """squared"""
     overflow_kb: Tensor
-    """the rows whose list overflowed, `overflows_k` of them, then whatever"""
+    """the rows whose list overflowed: the first `overflows_k` entries; the rest is undefined"""
     overflows_k: Tensor
 
 
 class Batch(NamedTuple):
-    """A batch against a sweep's weights, with what all kernels need of it."""
+    """A batch and a sweep's weights, prepared for all kernels."""
 
     x_bd: Tensor
     centred_kbd: Tensor
     """x − b_dec in the operands' precision"""
     W_enc_kfd: Tensor
-    """likewise"""
+    """also in the operands' precision"""
     weights: Weights
     workspace: Workspace
     sizes: tuple[int, int, int, int]
@@ -265,7 +265,7 @@ class Batch(NamedTuple):
 
     @property
     def blocks(self) -> dict[str, int]:
-        """One program holds whole rows of width d, as many at a time as registers allow."""
+        """Tile sizes for programs that hold whole rows of width d, as many at a time as registers allow."""
         block_d = triton.next_power_of_2(self.sizes[2])
         return {"BLOCK_D": block_d, "BLOCK_N": max(1, min(16, 8192 // block_d)), "num_warps": max(1, min(16, block_d // 256))}
 
@@ -297,7 +297,7 @@ def triton_step(x_bd: Tensor, weights: Weights, l1_k: Tensor, workspace: Workspa
 
 
 def prepare(x_bd: Tensor, weights: Weights, workspace: Workspace) -> Batch:
-    """Centres the batch in float32, so that a large mean costs no digits when operands are rounded to bfloat16."""
+    """Centres the batch in float32, so that a large mean loses no digits when operands are rounded to bfloat16."""
     (k, f, d), b = weights.W_dec_fd.shape, len(x_bd)
     batch = Batch(x_bd, x_bd, weights.W_enc_fd, weights, workspace, (b, f, d, int(workspace.plan[2])))
     centred_kbd = torch.sub(x_bd, weights.b_dec_d[:, None], out=batch.take("centred", k, b, d))
@@ -382,7 +382,7 @@ def learn_features(
 
 
 def adam_rates(adam: AdamState, bad: Tensor) -> Tensor:
-    """Counts the step unless it is bad, and gives [lr / (1 − β1ᵗ), √(1 − β2ᵗ)], without a host sync."""
+    """Counts the step unless it is bad; returns [lr / (1 − β1ᵗ), √(1 − β2ᵗ)], without a host sync."""
     for step in adam.steps:
         step += ~bad
     beta1, beta2 = adam.options["betas"]
@@ -391,7 +391,7 @@ def adam_rates(adam: AdamState, bad: Tensor) -> Tensor:
 
 
 def adam_bias(adam: AdamState, b_kd: Tensor, gradient_kd: Tensor, rates: Tensor, bad: Tensor) -> None:
-    """Adam on the decoder bias, whose gradient is whole only after all features' programs."""
+    """Adam on the decoder bias, whose gradient is complete only after all features' programs."""
     (beta1, beta2), moment_kd, square_kd = adam.options["betas"], adam.exp_avg.b_dec_d, adam.exp_avg_sq.b_dec_d
     new_moment_kd = moment_kd.lerp(gradient_kd, 1 - beta1)
     new_square_kd = beta2 * square_kd + (1 - beta2) * gradient_kd.square()

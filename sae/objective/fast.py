@@ -9,13 +9,13 @@ a_bf = g_b·W_dec_f + (slope/B)‖W_dec_f‖ on active entries, slope being the 
     db_enc_f = Σ_b a_bf                             db_dec   = Σ_b g_b − Σ_f db_enc_f W_enc_f (an autoencoder's)
 
 Rows are taken a chunk at a time, so that no [b, f] tensor is larger than a chunk, and the chunk's buffers are reused from step to
-step (fresh ones cost page faults). Of a chunk whose code is sparse only the active entries are kept, and those of all rows then go
-through the rest at once (sparse.py), so that no gradient is passed over twice; a dense chunk, as early in training, goes through matrix
-products. What keeps the k largest is always sparse. Where the workspace names an encoder of sae/encoding, that finds the entries of a
-sparse chunk. What else was tried, with numbers: benchmarks/cpu_experiments.md.
+step (new ones cost page faults). From a chunk whose code is sparse only the active entries are kept, and those of all rows are then
+processed together (sparse.py), so that no gradient is visited twice; a dense chunk, as early in training, uses matrix
+products. Rules that keep the k largest are always sparse. If the workspace names an encoder of sae/encoding, it finds the entries of a
+sparse chunk. Other experiments, with numbers: benchmarks/cpu_experiments.md.
 
-Of processes that share the features (sae/mesh.py) each adds its part of ŷ, and of the last sum above. All take one path, so that they speak
-at the same times.
+Processes that share the features (sae/mesh.py) add up their parts of ŷ and of the last sum above. All take one path, so that they send
+messages at the same points.
 """
 
 from collections.abc import Iterator
@@ -33,15 +33,15 @@ from sae.objective.step import Own, Step, Weights
 from sae.objective.workspace import Workspace
 
 CHUNK_BYTES = 128 << 20
-"""of one [chunk, f] buffer, of which the dense path holds two; eight times that on CUDA; half costs the product time"""
+"""size of one [chunk, f] buffer, of which the dense path holds two; eight times that on CUDA; half of it makes the product slower"""
 SPARSE_BELOW = 1 / 8
-"""share of active entries under which the sparse path is the faster one (measured on two CPU cores, d_in 256 to 512)"""
+"""share of active entries below which the sparse path is faster (measured on two CPU cores, d_in 256 to 512)"""
 HELD_ENTRIES = 2 << 20
-"""active entries after which the sparse path does not wait for more rows; they take about 70 bytes each"""
+"""number of active entries at which the sparse path stops waiting for more rows; each takes about 70 bytes"""
 SCREENED_BELOW = 1 / 32
-"""share of active entries under which an encoder of sae/encoding is used: a value alone costs about twenty times its share of a product"""
+"""share of active entries below which an encoder of sae/encoding is used: a single value costs about twenty times its share of a product"""
 SCREENED_SAMPLE = 256
-"""one row of so many tells that share"""
+"""that share is estimated from one row of this many"""
 
 
 def fast_step(
@@ -56,10 +56,10 @@ def fast_step(
     own_gradients: Own,
     name: str = "",
 ) -> Step:
-    """`path`: "dense", "sparse", or "auto", which picks by the share of active entries of each chunk of rows.
+    """`path`: "dense", "sparse", or "auto", which chooses by the share of active entries of each chunk of rows.
 
-    Overwrites `gradients` and `own_gradients`. "dense" has no host sync, and is for rules that keep all that is above a threshold.
-    `name` is the dictionary's own in the workspace, where guesses for the next step are kept.
+    Overwrites `gradients` and `own_gradients`. "dense" has no host sync, and is for rules that keep everything above a threshold. `name` is
+    the dictionary's name in the workspace, where guesses for the next step are kept.
     """
     sums = Sums(x_bd, y_bo, weights, own, rule, workspace, gradients, own_gradients)
     if rule.top:
@@ -94,7 +94,7 @@ def encoder_of(sums: Sums) -> Encoder:
 
 
 def add_chosen(sums: Sums, name: str) -> float:
-    """A step of the k largest, of rows or of the batch; gives the batch's smallest."""
+    """A step that keeps the k largest entries of rows or of the batch; returns the smallest one of the batch."""
     rule, guesses, workspace = sums.rule, sums.workspace.guesses, sums.workspace
     mesh, rows = workspace.mesh, len(sums.input_bd)
     share = rule.top / (len(sums.weights.b_enc_f) * mesh.features.size)
@@ -132,7 +132,7 @@ def add_chosen(sums: Sums, name: str) -> float:
 
 
 def add_all_above(sums: Sums, path: str) -> int:
-    """A step of all that is above a threshold; gives the rows that went through the sparse path."""
+    """A step that keeps all entries above a threshold; returns the number of rows that used the sparse path."""
     rule, workspace, axis = sums.rule, sums.workspace, sums.workspace.mesh.features
     rows, jump = len(sums.input_bd), rule.jump
     gated = rule.magnitude is not None
@@ -173,7 +173,7 @@ def add_all_above(sums: Sums, path: str) -> int:
 
 
 def few_active(sums: Sums, part: slice) -> bool:
-    """Whether the code of these rows is so sparse that the workspace's encoder is worth while: by float32 products of a sample of them."""
+    """Whether the code of these rows is sparse enough for the workspace's encoder, by float32 products of a sample of them."""
     z_bf = pre_activations(sums, slice(part.start, part.stop, SCREENED_SAMPLE))
     low = 0.0 if sums.rule.jump is None else sums.low_f
     axis = sums.workspace.mesh.features
@@ -181,7 +181,7 @@ def few_active(sums: Sums, part: slice) -> bool:
 
 
 def add_dense_rows(sums: Sums, part: slice, acts: Tensor) -> None:
-    """Adds a chunk's gradients, firing counts and activity; overwrites `acts`, which of a kind with thresholds are pre-activations."""
+    """Adds a chunk's gradients, firing counts and activity; overwrites `acts` (for kinds with thresholds: pre-activations)."""
     weights, rule, workspace, gradients = sums.weights, sums.rule, sums.workspace, sums.gradients
     rows, beta = sums.rows, 0 if sums.fresh else 1
     axis, input_bd = workspace.mesh.features, sums.input_bd[part]

@@ -1,4 +1,4 @@
-"""Goals' formulas through autograd: slow and exact in float64, the judge of every faster path; and the step of a kind that has no rule.
+"""Goals' formulas through autograd: slow, and exact in float64, the reference for every faster path; and the step of a kind without a rule.
 
 b rows (tokens) · d width that is read · o width that is written · f features
 """
@@ -32,7 +32,7 @@ class L1(NamedTuple):
 
 
 def pre_activations(x_bd: Tensor, y_bo: Tensor | None, weights: Weights) -> Tensor:
-    """z, [b, f]. An autoencoder takes its decoder bias off what it reads."""
+    """z, [b, f]. An autoencoder subtracts its decoder bias from its input."""
     return (x_bd - weights.b_dec_d if y_bo is None else x_bd) @ weights.W_enc_fd.T + weights.b_enc_f
 
 
@@ -49,7 +49,7 @@ def squared_error(x_bd: Tensor, y_bo: Tensor | None, acts_bf: Tensor, weights: W
 
 @torch.enable_grad()
 def formula_step(x_bd: Tensor, y_bo: Tensor | None, weights: Weights, own: Own, goal: Goal, dtype: torch.dtype) -> Step:
-    """Everything in `dtype` through autograd."""
+    """The step with everything in `dtype` through autograd."""
     x_bd, y_bo = x_bd.detach().to(dtype), None if y_bo is None else y_bo.detach().to(dtype)
     leaves = Weights(*(w.detach().to(dtype).requires_grad_() for w in weights))
     own_leaves = {name: w.detach().to(dtype).requires_grad_() for name, w in own.items()}

@@ -1,4 +1,4 @@
-"""Gradients of rows of a gated dictionary, whose two paths share the entries that the gate lets through. Formula: sae/kinds/gated.py.
+"""Gradients of rows of a gated dictionary, whose two paths share the entries that pass the gate. Formula: sae/kinds/gated.py.
 
 b rows (tokens) · d width that is read · o width that is written · f features · n entries
 
@@ -18,7 +18,7 @@ from sae.objective.sparse import Sums, products_with, sort_by_feature
 
 
 def add_dense_gated_rows(sums: Sums, part: slice, gate_bf: Tensor) -> None:
-    """As `add_dense_rows`, of relu(π)."""
+    """As `add_dense_rows`, for relu(π)."""
     paths, gradients, rows, beta = magnitude_of(sums), sums.gradients, sums.rows, 0 if sums.fresh else 1
     open_bf = gate_bf > 0
     grown_bf = (gate_bf - sums.weights.b_enc_f) * paths.r_mag_f.exp()
@@ -41,7 +41,7 @@ def add_dense_gated_rows(sums: Sums, part: slice, gate_bf: Tensor) -> None:
 
 
 def add_sparse_gated_rows(sums: Sums, part: slice, entries: list[Entries]) -> None:
-    """As `add_sparse_rows`; the entries are π where that is above 0."""
+    """As `add_sparse_rows`; the entries are π where it is above 0."""
     paths, gradients, rows, f = magnitude_of(sums), sums.gradients, sums.rows, len(sums.norm_f)
     row_n, column_n, gate_n = map(torch.cat, zip(*entries))
     axis = sums.workspace.mesh.features
@@ -81,7 +81,7 @@ def measured(sums: Sums, column_n: Tensor, gate_n: Tensor) -> tuple[Tensor, Tens
 
 
 def add_costs(sums: Sums, gate_f: Tensor, error: Tensor, frozen_error: Tensor) -> None:
-    """What these rows add to the loss, and the price of the path that decides to the pull on decoder rows."""
+    """Adds these rows' part of the loss, and the deciding path's penalty to the gradient of the decoder norms."""
     squared_error = error.square().sum()
     sums.squared_error += squared_error
     sums.part_error += squared_error + frozen_error.square().sum()

@@ -1,6 +1,6 @@
-"""What the fast step needs to know of a kind: which entries are active, what they cost, and what else is learned from them.
+"""A kind's rule for the fast step: which entries are active, their penalty, and what else is learned from them.
 
-b rows (tokens) · f features · n entries · v = |activation| · decoder norm, what an entry adds in length
+b rows (tokens) · f features · n entries · v = |activation| · decoder norm, the length that an entry adds
 """
 
 from typing import Literal, NamedTuple, Protocol
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 class Price(Protocol):
-    """What an entry of length v costs; a step's loss has the sum of the costs of its entries, divided by the rows."""
+    """The penalty of an entry of length v; a step's loss contains the sum over its entries, divided by the number of rows."""
 
     def cost(self, v_n: Tensor) -> Tensor: ...
 
     def slope(self, v_n: Tensor) -> Tensor:
-        """Derivative of the cost, at 0 from above."""
+        """Derivative of the penalty; at 0 the one from above."""
 
 
 class Linear(NamedTuple):
@@ -32,7 +32,7 @@ class Linear(NamedTuple):
 
 
 class Power(NamedTuple):
-    """coefficient · v^p, with p below 1. Its slope has no bound at 0: only what is active costs anything."""
+    """coefficient · v^p, with p below 1. Its slope is unbounded at 0; only active entries have a penalty."""
 
     coefficient: Tensor
     p: float
@@ -79,9 +79,9 @@ class Jump(NamedTuple):
 
 
 class Magnitude(NamedTuple):
-    """A second path measures what the first one finds active: relu(e^r_mag u + b_mag), u being z without its bias.
+    """A second path computes the size of the entries that the first path activates: relu(e^r_mag u + b_mag), where u is z without its bias.
 
-    The price is then of z, and z too must rebuild y, with a decoder that does not learn from it (Rajamanoharan et al. 2024).
+    The penalty is then on z, and z must also reconstruct y, through a decoder that gets no gradient from it (Rajamanoharan et al. 2024).
     """
 
     r_mag_f: Tensor
@@ -89,10 +89,10 @@ class Magnitude(NamedTuple):
 
 
 class Aid(NamedTuple):
-    """Dead features rebuild what the others leave (Gao et al. 2024, arXiv 2406.04093): weight · Σ_b ‖e − ê‖² / Σ_b ‖e‖².
+    """Dead features reconstruct the residual (Gao et al. 2024, arXiv 2406.04093): weight · Σ_b ‖e − ê‖² / Σ_b ‖e‖².
 
-    e = y − ŷ, without a gradient; ê is the sum of the `k` dead features of a row with the largest pre-activations, those above 0. The
-    paper's code divides by ‖e‖² too, so that the dead learn no slower when little is left.
+    e = y − ŷ, without a gradient; ê is the sum of the `k` dead features of a row with the largest pre-activations above 0. The paper's code
+    divides by ‖e‖² too, so that dead features do not learn more slowly when the residual is small.
     """
 
     dead_f: Tensor
@@ -104,19 +104,19 @@ class Aid(NamedTuple):
 class Rule(NamedTuple):
     price: Price | None = None
     top: int = 0
-    """keep so many of a row, the largest ones above 0; 0: all above 0"""
+    """number of entries of a row to keep, the largest ones above 0; 0: all above 0"""
     over: Literal["row", "batch"] = "row"
-    """keep the largest of each row, or rows · top of the whole batch"""
+    """"row": keep the largest of each row; "batch": keep the rows · top largest of the whole batch"""
     signed: bool = False
-    """compare without signs, and keep them"""
+    """compare absolute values, and keep the signs"""
     jump: Jump | None = None
-    """active where z > theta rather than z > 0"""
+    """active where z > theta instead of z > 0"""
     magnitude: Magnitude | None = None
     prefixes: tuple[int, ...] = ()
-    """ends of the first parts of the features that must each rebuild y alone; the loss has their mean squared error (Matryoshka)"""
+    """ends of the first parts of the features that must each reconstruct y alone; the loss has their mean squared error (Matryoshka)"""
     aid: Aid | None = None
     sites: int = 1
-    """a decoder norm is the sum of the norms of so many equal parts of the row (crosscoders)"""
+    """a decoder norm is the sum of the norms of this many equal parts of the row (crosscoders)"""
 
     def kept(self, column_n: Tensor, z_n: Tensor) -> Tensor:
         """The activations of listed entries: 0 for those that are only within a threshold's window."""
@@ -126,7 +126,7 @@ class Rule(NamedTuple):
 
     @property
     def is_relu(self) -> bool:
-        """ReLU with an L1 penalty and nothing else."""
+        """Whether this is ReLU with an L1 penalty and nothing else."""
         return isinstance(self.price, Linear) and self == Rule(price=self.price)
 
 

@@ -1,4 +1,4 @@
-"""What a step adds up, and the gradients of rows from their active entries alone. Formulas: fast.py.
+"""The sums of a step, and the gradients of rows from their active entries alone. Formulas: fast.py.
 
 b rows (tokens) · d width that is read · o width that is written · f features · n active entries
 """
@@ -16,7 +16,7 @@ from sae.objective.workspace import Workspace
 
 
 class Sums:
-    """Of one step of one dictionary: what it reads, and what its chunks of rows add to."""
+    """The inputs of one step of one dictionary, and the sums that its chunks of rows add to."""
 
     def __init__(
         self,
@@ -42,17 +42,17 @@ class Sums:
         """Σ |activation|"""
         self.squared_error = zero.clone()
         self.part_error = zero.clone()
-        """of the prefixes, or of both paths, as they are in the loss"""
+        """for the prefixes, or for both paths, as in the loss"""
         self.cost = zero.clone()
         self.aid = zero
         self.fresh = True
-        """nothing is in the gradients yet: the first to add to the large ones overwrites them"""
+        """nothing is in the gradients yet: the first addition to the large ones overwrites them"""
         gradients.b_enc_f.zero_()
         gradients.b_dec_d.zero_()
         for gradient in own_gradients.values():
             gradient.zero_()
         self.pull_f = torch.zeros_like(self.norm_f)
-        """Σ slope · |activation|, of prices that are not linear; of a second path Σ slope · z"""
+        """Σ slope · |activation| for penalties that are not linear; Σ slope · z for a second path"""
         if rule.jump is not None:
             self.low_f = rule.jump.theta_f - rule.jump.window / 2
             self.near_f, self.near_pull_f = torch.zeros_like(self.fired_f), torch.zeros_like(self.norm_f)
@@ -60,7 +60,7 @@ class Sums:
             self.left_bo = workspace.take("left", (len(x_bd), weights.W_dec_fd.shape[1]), x_bd.dtype, x_bd.device)
 
     def base(self, part: slice) -> Tensor:
-        """ŷ − y of these rows while no feature is active, [b, o], in memory that may be overwritten."""
+        """ŷ − y of these rows if no feature were active, [b, o], in memory that may be overwritten."""
         if self.y_bo is None:
             input_bd = self.input_bd[part]  # both x̂ and x lack b_dec
             return torch.neg(input_bd, out=self.workspace.take("error", tuple(input_bd.shape), input_bd.dtype, input_bd.device))
@@ -70,13 +70,13 @@ class Sums:
         return error.addmm_(self.x_bd[part], self.own["W_skip_od"].T) if "W_skip_od" in self.own else error
 
     def add_of_rows(self, part: slice, g: Tensor) -> None:
-        """What depends on the rows' g alone."""
+        """Adds the terms that depend only on the rows' g."""
         self.gradients.b_dec_d.add_(g.sum(0))
         if "W_skip_od" in self.own:
             self.own_gradients["W_skip_od"].addmm_(g.T, self.x_bd[part])
 
     def step(self, sparse_share: float, threshold: float) -> Step:
-        """The loss and what is whole only after all rows."""
+        """The loss, and the terms that are complete only after all rows."""
         weights, gradients, rows, rule, mesh = self.weights, self.gradients, self.rows, self.rule, self.workspace.mesh
         linear = isinstance(rule.price, Linear) and rule.magnitude is None
         if rule.price is not None:
@@ -182,7 +182,7 @@ def add_sparse_rows(sums: Sums, part: slice, entries: list[Entries]) -> None:
 
 
 def sort_by_feature(row_n: Tensor, column_n: Tensor, value_n: Tensor, f: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The entries feature by feature, and where each feature's begin, [f + 1]."""
+    """The entries sorted by feature, and the start of each feature's entries, [f + 1]."""
     column_n, order_n = torch.sort(column_n, stable=True)
     return row_n.index_select(0, order_n), column_n, value_n.index_select(0, order_n), starts_of(column_n, f)
 
@@ -195,14 +195,14 @@ def products_with(g_bo: Tensor, W_dec_fo: Tensor, row_n: Tensor, starts: Tensor,
 
 
 def add_thresholds(sums: Sums, jump: Jump, column_n: Tensor, z_n: Tensor, a_n: Tensor) -> None:
-    """What the thresholds learn from the entries within their windows, a_n being the gradients of all as if they were active."""
+    """Adds the thresholds' gradients from the entries within their windows; a_n: the gradients of all entries as if they were active."""
     near_n = (z_n - jump.theta_f.index_select(0, column_n)).abs_() < jump.window / 2
     sums.near_f += torch.bincount(column_n[near_n], minlength=len(sums.near_f))
     sums.near_pull_f.index_add_(0, column_n, torch.where(near_n, a_n, 0))
 
 
 def add_dead_features(sums: Sums, aid: Aid) -> None:
-    """Adds the loss of the dead features' second code and its gradients, from what the first code left of all rows."""
+    """Adds the loss of the dead features' second code and its gradients, from the residual of the first code for all rows."""
     mesh, dead_m = sums.workspace.mesh, aid.dead_f.nonzero().squeeze(1)  # host sync
     dead = [int(number) for number in mesh.features.numbers(len(dead_m))]  # of each process
     if not sum(dead):

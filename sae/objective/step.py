@@ -1,4 +1,4 @@
-"""What the objective takes and gives; one shape for every path and every kind.
+"""Arguments and results of the objective; the same for every path and every kind.
 
 k dictionaries of a sweep · b rows (tokens) · d width that is read · o width that is written · f features
 """
@@ -19,9 +19,9 @@ class Weights(NamedTuple):
     W_enc_fd: Tensor
     b_enc_f: Tensor
     W_dec_fd: Tensor
-    """[f, o] of a transcoder"""
+    """[f, o] for a transcoder"""
     b_dec_d: Tensor
-    """[o] of a transcoder"""
+    """[o] for a transcoder"""
 
     def of(self, k: int) -> "Weights":
         """Views of one dictionary of a sweep."""
@@ -37,16 +37,16 @@ Own = Mapping[str, Tensor]
 
 
 WHOLE = "b_dec_d", "W_skip_od"
-"""parameters that every process has whole; the others have an entry for each feature, and are split with the features"""
+"""parameters that every process has completely; the others have an entry for each feature, and are split with the features"""
 
 
 def of(own: Own, k: int) -> dict[str, Tensor]:
-    """Views of one dictionary's, of a sweep's."""
+    """Views of one dictionary's parameters in a sweep's."""
     return {name: tensor[k] for name, tensor in own.items()}
 
 
 class Terms(NamedTuple):
-    """What a formula gives for a batch."""
+    """The results of a formula for a batch."""
 
     loss: Tensor
     """what is minimised, []"""
@@ -56,15 +56,15 @@ class Terms(NamedTuple):
 class Goal(Protocol):
     """What a kind minimises at one step, for one value of its swept option.
 
-    With a target y the dictionary is a transcoder: it reads x and is to write y. Without one it is an autoencoder: it is to write x, and
-    its decoder bias is taken off x first.
+    With a target y the dictionary is a transcoder: it reads x and predicts y. Without one it is an autoencoder: it reconstructs x, and its
+    decoder bias is first subtracted from x.
     """
 
     def loss(self, x_bd: Tensor, y_bo: Tensor | None, weights: Weights, own: Own) -> Terms:
-        """The formula as it stands on paper, in plain torch and in the dtype of its arguments: the judge of every faster path."""
+        """The published formula, in plain torch and in the dtype of its arguments: the reference for every faster path."""
 
     def rule(self, weights: Weights, own: Own) -> Rule | None:
-        """The same for the fast step; None where there is no such rule, so that the step is autograd on the formula."""
+        """The same for the fast step; None if there is no rule, so that the step is autograd on the formula."""
 
 
 class Step(NamedTuple):
@@ -81,11 +81,11 @@ class Step(NamedTuple):
     fired_f: Tensor
     """rows in which each feature was active, [f] int64"""
     gradients: Weights | None
-    """of the loss; None where an optimizer was given and has been applied"""
+    """of the loss; None if an optimizer was given and has been applied"""
     sparse_share: Tensor
-    """share of the rows that went through a sparse path, the rest through a dense one, []"""
+    """share of the rows that used a sparse path, the others a dense one, []"""
     threshold: Tensor
-    """the smallest activation that was kept where the whole batch chooses, otherwise 0, []"""
+    """the smallest kept activation if the whole batch chooses, otherwise 0, []"""
     own_gradients: Own = MappingProxyType({})
     """of the kind's own parameters, as `gradients`"""
 
@@ -96,7 +96,7 @@ class Step(NamedTuple):
 
     @classmethod
     def stack(cls, steps: Iterable["Step"]) -> "Step":
-        """The step of a sweep, from those of its dictionaries."""
+        """Joins the steps of a sweep's dictionaries."""
         steps = list(steps)
         gradients = [s.gradients for s in steps if s.gradients is not None]
         own = {name: torch.stack([s.own_gradients[name] for s in steps]) for name in steps[0].own_gradients}

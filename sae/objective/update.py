@@ -15,7 +15,7 @@ from sae.objective.step import Weights
 
 
 class AdamState(NamedTuple):
-    """The state of a torch.optim.Adam over the four parameters, without a copy."""
+    """The state of a torch.optim.Adam for the four parameters, without a copy."""
 
     exp_avg: Weights
     exp_avg_sq: Weights
@@ -29,16 +29,16 @@ class AdamState(NamedTuple):
 
 
 def adam_state(optimizer: torch.optim.Adam, weights: Weights) -> AdamState:
-    """The optimizer's state for exactly these weights, as `moments` gives it."""
+    """The optimizer's state for exactly these weights, as `moments` returns it."""
     states = moments(optimizer, weights)
     exp_avg, exp_avg_sq = (Weights(*(s[name] for s in states)) for name in ("exp_avg", "exp_avg_sq"))
     return AdamState(exp_avg, exp_avg_sq, tuple(s["step"] for s in states), optimizer.param_groups[0])
 
 
 def moments(optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-    """The optimizer's state for exactly these tensors, created where it does not exist yet.
+    """The optimizer's state for exactly these tensors, created if it does not exist yet.
 
-    Raises `InputError` for another kind of optimizer, or one over other tensors: applying it would not be what was asked for.
+    Raises `InputError` for another kind of optimizer, or one over other tensors: applying it would not do what was requested.
     """
     options = optimizer.param_groups[0]
     held = [p for g in optimizer.param_groups for p in g["params"]]
@@ -73,7 +73,7 @@ def clip(gradients: Sequence[Tensor], largest: float, split: Sequence[bool], mes
 
 
 def apply(optimizer: torch.optim.Adam, parameters: Sequence[Tensor], gradients: Sequence[Tensor], bad: Tensor) -> None:
-    """One step of the optimizer, or none where `bad` is true, decided on the device."""
+    """One step of the optimizer, or none if `bad` is true, decided on the device."""
     moments(optimizer, parameters)
     for parameter, gradient in zip(parameters, gradients):
         parameter.grad = gradient

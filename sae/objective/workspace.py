@@ -1,4 +1,4 @@
-"""What one training run keeps between steps: buffers, and on CUDA which path the next steps take."""
+"""State that a training run keeps between steps: buffers, and on CUDA the path of the next steps."""
 
 from typing import Literal
 
@@ -37,22 +37,22 @@ class Workspace(Buffers):
         self.precision, self.deterministic = precision, deterministic
         self.plan = torch.tensor([0, 0, capacity])
         self.encoder_number = torch.tensor(METHODS.index(encoder))
-        """the encoder as a tensor, for a checkpoint: a run goes on with the one that it began with, since it decides last digits"""
+        """the encoder as a tensor, for a checkpoint: a run continues with its first encoder, since it affects the last digits"""
         self.guesses: dict[str, float] = {}
-        """of thresholds that the k largest of the next step pass, by dictionary; they decide its time and not its result"""
+        """by dictionary: guesses of the threshold that the next step's k largest exceed; they affect its time and not its result"""
         self.l0: Tensor | None = None
         """of the last call, [k]"""
         self.bad_steps: Tensor | None = None
         """on CUDA, how many steps had a row that was not finite and left the weights alone, []"""
         self.bad_rows_b: Tensor | None = None
-        """on CUDA, which rows that were, over all those steps, [b]"""
+        """on CUDA, those rows, over all these steps, [b]"""
 
     @property
     def encoder(self) -> Method:
         return METHODS[int(self.encoder_number)]
 
     def note_bad_rows(self, bad_b: Tensor) -> None:
-        """Remembers on the device what `first_bad_rows` tells later."""
+        """Records on the device what `first_bad_rows` returns later."""
         if self.bad_steps is None or self.bad_rows_b is None or len(self.bad_rows_b) != len(bad_b):
             self.bad_steps = torch.zeros((), dtype=torch.int64, device=bad_b.device)
             self.bad_rows_b = torch.zeros_like(bad_b)
@@ -60,7 +60,7 @@ class Workspace(Buffers):
         self.bad_rows_b |= bad_b
 
     def decide(self, features: int, sparse_below: float) -> None:
-        """Chooses the CUDA path for the next calls by the largest L0 of the sweep's dictionaries at the last one."""
+        """Chooses the CUDA path for the next calls by the largest L0 of the sweep's dictionaries at the last call."""
         largest = float(self.l0.max()) if self.l0 is not None else features  # host sync
         triton = largest < sparse_below * features
         capacity = 1 << int(4 * largest).bit_length()  # rows differ: four times the mean seldom overflows
