@@ -45,7 +45,7 @@ class GatedGoal(NamedTuple):
 
 @dataclass(kw_only=True)
 class Gated(ReLU):
-    """Train dictionaries in which one path decides which features are active and another computes their size (Rajamanoharan et al. 2024)."""
+    """Train dictionaries in which one path decides what is active and another computes its size (Rajamanoharan et al. 2024)."""
 
     unit_rows = True
 

@@ -52,8 +52,8 @@ def objective(
     always use a sparse path, and a goal without a rule uses autograd.
     `optimizer`, a fused torch.optim.Adam over exactly these weights and then `own`, is applied directly, after clipping each dictionary's
     whole gradient to `largest_norm` if that is not 0. With `unit_rows` decoder rows keep length 1: gradients lose the part along
-    them, and they are rescaled to it after the update. Without it gradients are returned; they may be in `workspace` and are then
-    overwritten by the next call with it.
+    them, and they are rescaled to it after the update. Without `optimizer` the gradients are returned; if they are in `workspace`, the
+    next call with it overwrites them.
     With several processes (the workspace's `mesh`) each has its part of the features and of the rows, and the step's numbers are those of
     the whole. If rows are split, the optimizer is over this process's part of the weights, and all get the others' parts after the update.
 
