@@ -1,4 +1,4 @@
-"""An activation cache on disk or behind a URL: what is in it, whether it is whole, and its shards as memory-mapped tensors.
+"""An activation cache on disk or behind a URL: its contents, checks of its files, and its shards as memory-mapped tensors.
 
 n rows · d width of the site
 """
@@ -38,7 +38,7 @@ class Shard(NamedTuple):
 
 
 class ActivationCache:
-    """One site of a cache. `open` makes it; `CachedSource` deals out its rows, shuffled."""
+    """One site of a cache. `open` makes it; `CachedSource` returns its rows, shuffled."""
 
     def __init__(self, folder: Place, manifest: dict[str, Any], site: str, shards: dict[str, list[Shard]]):
         self.folder, self.manifest, self.site = folder, manifest, site
@@ -49,11 +49,11 @@ class ActivationCache:
         self._remote_places: dict[str, dict[str, TensorLayout]] = {}
         self.format = FORMATS[manifest["dtype"]]
         self.dtype = self.format.read
-        """of the rows that are read; those of int8 are float16"""
+        """dtype of the rows that are read; int8 rows are read as float16"""
 
     @property
     def own_site(self) -> str:
-        """What its model calls the site: without the name in front of a second model's."""
+        """The model's own name of the site, without the name of a second model."""
         return split_model(self.site)[1]
 
     @property
@@ -64,7 +64,7 @@ class ActivationCache:
 
     @classmethod
     def open(cls, folder: str | Place, site: str | None = None, *, skip_damaged: bool = False, verify: bool = False) -> "ActivationCache":
-        """Opens a finished cache; `site` may be left out when there is exactly one.
+        """Opens a finished cache; `site` may be left out if there is exactly one.
 
         Sizes and headers of all files are checked, and checksums of token files up to 32 MB; with `verify`, every file of the site is
         read once to compare its checksum. A damaged file raises `InputError` naming it. With `skip_damaged`, checksums are compared too,
@@ -87,7 +87,8 @@ class ActivationCache:
 
     @classmethod
     def of_dictionary(cls, folder: Place, dictionary: "Dictionary", *, named: bool, verify: bool = False) -> "ActivationCache":
-        """Opened where the dictionary reads in its model, or at the only site where it names none; see `require_dictionary`."""
+        """Opens the cache at the site that the dictionary reads, or at the only site if the dictionary names none; see
+        `require_dictionary`."""
         manifest = read_manifest(folder)
         sites, site = manifest["sites"], dictionary.site
         if site is None and len(sites) > 1:
@@ -111,7 +112,7 @@ class ActivationCache:
     def read(self, shard: Shard) -> tuple[Tensor, Tensor]:
         """Activations [n, d_in] of the cache's dtype, and their global token positions, int64 [n]; both memory-mapped (int8: unpacked).
 
-        Of a cache behind a URL they are in memory, and while shards are read one after the other, so is the next one.
+        From a URL they are in memory, and while shards are read in order, the next one is prefetched.
         """
         return self._in_order(shard) if isinstance(shard.path, RemotePath) else self._read(shard)
 
@@ -150,7 +151,7 @@ class ActivationCache:
 
     @cached_property
     def tokens(self) -> Tokens:
-        """The text behind the activations; raises `InputError` if its files are damaged, or if it is unknown."""
+        """The text of the activations; raises `InputError` if its files are damaged or it is unknown."""
         if not self.manifest["tokens"]:
             raise InputError(
                 f"expected a cache that knows its text, but {self.folder} was imported without token ids; import it with --token-ids"
@@ -163,7 +164,7 @@ class ActivationCache:
         return tokens
 
     def verify(self) -> list[str]:
-        """Names of the files, of all sites and the tokens, whose size or checksum is not that of the manifest."""
+        """Names of the files, of all sites and the tokens, whose size or checksum differs from the manifest."""
         return verify(self.folder)
 
     def require_model(self, lm: "LanguageModel") -> None:
@@ -186,13 +187,13 @@ class ActivationCache:
         return name
 
     def at(self, site: str) -> "ActivationCache":
-        """The same cache at another of its sites; row i of a shard there belongs to the same token as row i here."""
+        """The same cache at another site; row i of a shard there belongs to the same token as row i here."""
         return ActivationCache.open(self.folder, site)
 
     def target_of(self, dictionary: "Dictionary") -> "ActivationCache":
-        """The targets of the dictionary: this cache, or for a transcoder the same cache at the site where it writes.
+        """The targets of the dictionary: this cache, or for a transcoder the same cache at its output site.
 
-        Raises `InputError` if the cache does not hold that site, or values of another width there.
+        Raises `InputError` if the cache does not have that site, or with another width.
         """
         if not dictionary.is_transcoder:
             return self
@@ -213,7 +214,7 @@ class ActivationCache:
     def require_dictionary(self, dictionary: "Dictionary", *, named: bool) -> None:
         """Raises `InputError` unless the dictionary was made for activations of this site, width and model.
 
-        `named`: the user named the model, and is trusted where there is no fingerprint.
+        `named`: the user named the model, and is trusted if there is no fingerprint.
         """
         dictionary.require_site(self.own_site)
         if dictionary.site is None:
@@ -227,7 +228,7 @@ class ActivationCache:
         dictionary.require_model(made["name"], made["fingerprint"], named=named)
 
     def _places(self, shard: Shard) -> dict[str, TensorLayout]:
-        """Where the shard's tensors lie; raises `InputError` if the file is not what the manifest says."""
+        """The places of the shard's tensors; raises `InputError` if the file differs from the manifest."""
         if shard.name in self._remote_places:
             return self._remote_places[shard.name]
         places, _ = layout(shard.path, "a cache's shard", THEN)
@@ -249,7 +250,7 @@ class ActivationCache:
 
 
 class _InOrder:
-    """Reads shards; where they are read one after the other, a thread reads the next one meanwhile."""
+    """Reads shards; if they are read one after the other, a thread prefetches the next one."""
 
     def __init__(self, read: Callable[[Shard], tuple[Tensor, Tensor]], splits: Iterable[list[Shard]]):
         self._read, self._after = read, {shard: after for shards in splits for shard, after in pairwise(shards)}
@@ -288,7 +289,7 @@ def _choose_site(folder: Place, manifest: dict[str, Any], site: str | None) -> s
 
 
 def second_model_of(manifest: dict[str, Any], dictionary: "Dictionary") -> str | None:
-    """The name of the second model if the dictionary is of it alone, by its fingerprint, which must not be that of the first."""
+    """The name of the second model if the dictionary belongs only to it, by its fingerprint, which must differ from the first one's."""
     made_by = dictionary.metadata.get("model_fingerprint")
     if made_by is None or made_by == manifest["model"]["fingerprint"]:
         return None

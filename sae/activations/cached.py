@@ -1,11 +1,11 @@
 """Training rows from a cache.
 
-An epoch visits blocks of consecutive rows in random order, spread so that every stretch of it has of each shard its share. A group of
-blocks fills a buffer, whose rows are dealt out in random order, while a thread reads the next group. Every shard was shuffled when it was
-written, so a block is a fair sample of its shard and reading stays sequential. All sites have one order in a cache, and get one here.
+An epoch visits blocks of consecutive rows in random order, spread so that every part of it has its share of each shard. A group of
+blocks fills a buffer, whose rows are returned in random order, while a thread reads the next group. Every shard was shuffled when it was
+written, so a block is a fair sample of its shard and reading stays sequential. All sites of a cache have the same order, and keep it here.
 
-Several readers ("ranks") share an epoch: its blocks, in their random order, are cut into as many stretches of equal length, and each rank
-reads one. From epoch to epoch the ranks take turns, so that none is ever more than a row ahead.
+Several readers ("ranks") share an epoch: its blocks, in their random order, are cut into equal parts, and each rank
+reads one. The ranks change places in each epoch, so that none is ever more than a row ahead.
 
 n rows · d width of a site
 """
@@ -35,7 +35,7 @@ REMOTE_READERS = 16  # behind a URL each waits tens of milliseconds for its firs
 class CachedSource:
     """A `Source` that reads a cache at one or several of its sites.
 
-    A shard that one of `caches` left out as damaged is left out at every site. Raises `InputError` for sites of different caches, whose
+    If one of `caches` left out a damaged shard, it is left out at every site. Raises `InputError` for sites of different caches, whose
     rows belong to different tokens. `dealt`: sites that batches have, all by default; their rows come in the order of all sites.
     """
 
@@ -53,7 +53,7 @@ class CachedSource:
         return next(iter(self.caches.values())).manifest
 
     def shards(self, split: str) -> dict[str, list[Shard]]:
-        """site -> the shards that every site has, in one order."""
+        """site -> the shards that all sites have, in one order."""
         shards_of = {site: cache.shards(split) for site, cache in self.caches.items()}
         common = set.intersection(*({shard.name for shard in shards} for shards in shards_of.values()))
         return {site: [shard for shard in shards if shard.name in common] for site, shards in shards_of.items()}
@@ -62,17 +62,17 @@ class CachedSource:
         return self.caches[site].mean_squared_norm
 
     def first_rows(self, site: str) -> Tensor:
-        """[n, d], a fair sample of the training rows: the first shard's."""
+        """[n, d], a fair sample of the training rows: those of the first shard."""
         return self.caches[site].read(self.shards("train")[site][0])[0]
 
     def rows_for_measuring(self, sites: Sequence[str]) -> tuple[bool, dict[str, Tensor]]:
-        """True and the first held-out shard's rows, at most `MEASURED`; False and training rows where nothing was held out."""
+        """True and the first held-out shard's rows, at most `MEASURED`; False and training rows if nothing was held out."""
         held_out = _rows(self.shards("held_out")) > 0
         shards = self.shards("held_out" if held_out else "train")
         return held_out, {site: self.caches[site].read(shards[site][0])[0][:MEASURED].float() for site in sites}
 
     def about_massive(self, site: str) -> str | None:
-        """From the manifest, or from a sample where it says nothing about them."""
+        """From the manifest, or from a sample if the manifest has no information."""
         found = self.manifest.get("massive")
         return sentence(found, site) if found else sampled(self.first_rows(site)[: 1 << 16])
 
@@ -90,11 +90,11 @@ class CachedSource:
     ) -> Batches:
         """Endless shuffled batches.
 
-        Each of `world` readers with the same cache, sites, seed and buffer has its own `rank`, from 0: together they deal out every row
+        Each of `world` readers with the same cache, sites, seed and buffer has its own `rank`, from 0: together they return every row
         once in an epoch, each `batch_size` rows a step.
 
         Memory: two buffers of `buffer_bytes` (128 MB by default, less for a smaller cache), all sites together, in the cache's format,
-        filled from 64 blocks each. Raises `InputError` for a split without rows and for numbers that cannot be meant.
+        filled from 64 blocks each. Raises `InputError` for a split without rows and for impossible numbers.
         """
         epochs = CachedEpochs(self, split, seed=seed, buffer_bytes=buffer_bytes, rank=rank, world=world)
         return Batches(epochs, batch_size, device=device, dtype=dtype)
@@ -179,7 +179,7 @@ class CachedEpochs:
         return Order(blocks_n3, group_blocks, np.concatenate([[0], ends_n])[group_blocks])
 
     def _turn_to(self, epoch: int, number: int) -> None:
-        """Deals out another group from now on, and has the thread read the one after it."""
+        """Switches to another group, and starts reading the one after it in the thread."""
         self._held = None  # stays so if a shard turns out to be damaged
         reading, self._reading = self._read(epoch, number), None
         self._order_n = reading.result()
@@ -189,7 +189,7 @@ class CachedEpochs:
         self._reading = after, self._read(*after)
 
     def _read(self, epoch: int, number: int) -> Future[Tensor]:
-        """What will be the group's order when its rows are in the other buffer; nothing is begun if they are already on their way."""
+        """Starts reading a group into the other buffer, unless this is already running; returns the future of its order."""
         if self._reading and self._reading[0] == (epoch, number):
             return self._reading[1]
         order = self._order_of(epoch)
@@ -197,7 +197,7 @@ class CachedEpochs:
         return self._thread.submit(self._fill, epoch, number, order.blocks_n3[first:last], self._buffers[1 - self._dealt])
 
     def _fill(self, epoch: int, number: int, blocks_n3: np.ndarray, out: dict[str, Tensor]) -> Tensor:
-        """Reads blocks; returns the order in which their rows are dealt out, int64 [n]."""
+        """Reads blocks; returns the order in which their rows are returned, int64 [n]."""
         ends_n = np.cumsum(blocks_n3[:, 2])
 
         def read(end: int, block: list[int]) -> None:
@@ -214,7 +214,7 @@ class CachedEpochs:
         return torch.from_numpy(rng.permutation(int(ends_n[-1])))
 
     def _require_aligned(self, shard: int) -> None:
-        """Raises `InputError` unless row i of the shard belongs to one token at every site. Reads 8 bytes a row and site, once."""
+        """Raises `InputError` unless row i of the shard belongs to the same token at every site. Reads 8 bytes per row and site, once."""
         first, *others = self._caches.items()
         positions_n = first[1].positions(self._shards[first[0]][shard])
         for site, cache in others:
@@ -228,7 +228,7 @@ def _rows(shards_of: dict[str, list[Shard]]) -> int:
 
 
 def _spread(shard_n: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random order of blocks, int64 [n], in which every stretch has of each shard its share, to within a block or so.
+    """A random order of blocks, int64 [n], in which every part has its share of each shard, up to about one block.
 
     `shard_n` rises. The blocks of a shard, in random order, each fall at random into an equal part of the epoch.
     """

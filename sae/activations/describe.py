@@ -1,4 +1,4 @@
-"""What a cache holds, at a glance: where it comes from, how large its rows are, which dimensions and tokens stand out, some of its text.
+"""An overview of a cache: its source, the norms of its rows, outlier dimensions, massive tokens, some of its text.
 
 n sampled rows · d width of the site
 """
@@ -22,7 +22,7 @@ from sae.errors import InputError
 
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 OUTLIER = 6
-"""A dimension stands out when its mean or standard deviation is more than this many times the median standard deviation."""
+"""A dimension is an outlier if its mean or standard deviation is more than this many times the median standard deviation."""
 TOP = 10
 SHOWN_LABELS = 20
 
@@ -44,7 +44,7 @@ class DescribeConfig:
 
 
 def describe_cache(config: DescribeConfig) -> dict[str, Any]:
-    """Prints the tables, and gives the same as plain values. Raises `InputError` for a cache that cannot be read."""
+    """Prints the tables, and returns the same as plain values. Raises `InputError` for a cache that cannot be read."""
     if config.rows < 1 or config.texts < 0:
         raise InputError(f"expected --rows of at least 1 and --texts of at least 0, got {config.rows} and {config.texts}")
     cache = ActivationCache.open(config.cache, config.site, verify=config.verify)
@@ -67,7 +67,7 @@ def describe_cache(config: DescribeConfig) -> dict[str, Any]:
 
 
 def facts(cache: ActivationCache) -> dict[str, Any]:
-    """From the manifest alone."""
+    """Facts from the manifest alone."""
     manifest = cache.manifest
     entries = [shard for shard in manifest["shards"] if cache.site in shard["files"]]
     size, rows = sum(shard["files"][cache.site]["bytes"] for shard in entries), sum(shard["rows"] for shard in entries)
@@ -108,7 +108,7 @@ def sample_rows(cache: ActivationCache, most: int) -> tuple[Tensor, Tensor]:
 
 
 def outlier_dimensions(x_nd: Tensor) -> list[dict[str, float]]:
-    """The ten that stand out most."""
+    """The ten largest outlier dimensions."""
     std_d, mean_d = torch.std_mean(x_nd.double(), dim=0, correction=0)
     usual = float(std_d.median())
     largest_d = torch.maximum(mean_d.abs(), std_d)
@@ -133,7 +133,7 @@ def massive_activations(cache: ActivationCache, norm_n: Tensor, positions_n: np.
 
 
 def token_texts(cache: ActivationCache) -> list[bytes] | None:
-    """UTF-8 of every token id; None, with a line on stderr, where text or tokenizer is not at hand."""
+    """UTF-8 of every token id; None, with a line on stderr, if text or tokenizer is not available."""
     from sae.model.opening.loading import load_tokenizer
     from sae.model.vocabulary import vocabulary
 

@@ -1,4 +1,4 @@
-"""A cache as a folder of the `datasets` library: one row per activation, with its token and where the token stands.
+"""A cache as a folder of the `datasets` library: one row per activation, with its token and the token's position.
 
 n rows · d width of the site
 """
@@ -43,11 +43,11 @@ class ExportConfig:
 
 
 def export_cache(config: ExportConfig) -> Path:
-    """Writes the folder whole or not at all, in the cache's order, and returns it.
+    """Writes the complete folder or nothing, in the cache's order, and returns it.
 
     Columns: `activations` (floats in the cache's dtype; bfloat16 becomes float32, which Arrow has), `token_position` (counted over the
-    whole cache), `token_id`, `document`, `label` (null for none), `split`. What an imported cache does not know is null. Memory: 4,096
-    rows, and the tokens where they lie in several files. Raises `InputError` for unusable options, a damaged cache and a full disk.
+    whole cache), `token_id`, `document`, `label` (null for none), `split`. Facts unknown to an imported cache are null. Memory: 4,096
+    rows, and the tokens if they are in several files. Raises `InputError` for unusable options, a damaged cache and a full disk.
     """
     if os.path.lexists(config.out):
         raise InputError(f"expected a new folder, but {config.out} exists already; choose another --out")

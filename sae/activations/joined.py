@@ -1,4 +1,4 @@
-"""Several sites of a cache side by side, as a crosscoder reads them.
+"""Several sites of a cache concatenated, as a crosscoder reads them.
 
 n rows · d width of all sites together
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class JoinedCache(ActivationCache):
-    """Rows [n, d] of several sites of one cache; those of a token stand side by side, in the order of `caches`."""
+    """Rows [n, d] of several sites of one cache; the parts of a token are in the order of `caches`."""
 
     def __init__(self, caches: Sequence[ActivationCache]):
         first = caches[0]
@@ -39,7 +39,7 @@ class JoinedCache(ActivationCache):
         return self.manifest["model"] if None in names else self.caches[0].model
 
     def read(self, shard: Shard) -> tuple[Tensor, Tensor]:
-        """Activations [n, d] and global token positions int64 [n]. Raises `InputError` where the sites' rows are of other tokens."""
+        """Activations [n, d] and global token positions int64 [n]. Raises `InputError` if the sites' rows belong to different tokens."""
         parts, positions_n = [], None
         for cache in self.caches:
             x_nd, own_n = cache.read(Shard(shard.name, shard.rows, cache.folder / cache.site / shard.path.name))
@@ -52,7 +52,7 @@ class JoinedCache(ActivationCache):
 
 
 def cache_of(folder: Place, dictionary: "Dictionary", *, named: bool, verify: bool = False) -> ActivationCache:
-    """The cache where the dictionary reads: one of its sites, or several side by side.
+    """The cache at the dictionary's input: one site, or several concatenated.
 
     Raises `InputError` as `ActivationCache.require_dictionary` does, and for sites without a name.
     """
@@ -66,7 +66,7 @@ def cache_of(folder: Place, dictionary: "Dictionary", *, named: bool, verify: bo
 
 
 def targets_of(cache: ActivationCache, dictionary: "Dictionary") -> ActivationCache:
-    """What the dictionary rebuilds, for rows of `cache_of`: the same rows, or those where a transcoder writes."""
+    """The dictionary's targets for rows of `cache_of`: the same rows, or those of a transcoder's output site."""
     if not dictionary.is_transcoder:
         return cache
     if len(dictionary.reads) == len(dictionary.writes) == 1:

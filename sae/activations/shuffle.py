@@ -1,4 +1,4 @@
-"""How well a cache's batches are shuffled: the documents that meet in one, beside a perfect shuffle of the same rows.
+"""How well a cache's batches are shuffled: the number of documents in a batch, compared with a perfect shuffle of the same rows.
 
 b rows of a batch · n rows of a split
 """
@@ -25,9 +25,9 @@ class Mixing(NamedTuple):
 class ShuffleQuality(NamedTuple):
     batch_size: int
     measured: Mixing
-    """mean over batches from all of the first epoch"""
+    """mean over batches of the whole first epoch"""
     perfect: Mixing
-    """expected of batches drawn from all rows of the split at once"""
+    """expected value for batches drawn from all rows of the split"""
 
     @property
     def ratio(self) -> Mixing:
@@ -45,7 +45,7 @@ def shuffle_quality(
     split: str = "train",
     buffer_rows: int | None = None,
 ) -> ShuffleQuality:
-    """Shuffle measures of the batches that `CachedSource` deals out; only the rows' token positions are read, not the activations.
+    """Shuffle measures of the batches that `CachedSource` returns; only the rows' token positions are read, not the activations.
 
     `buffer_rows` is by default that of the cache's width. Raises `InputError` for a split without rows, and for damaged files.
     """
@@ -72,7 +72,7 @@ def mixing(positions_b: np.ndarray, tokens: Tokens) -> Mixing:
 
 
 def perfect_mixing(document_rows: np.ndarray, batch_size: int) -> Mixing:
-    """Expected for `batch_size` rows drawn without replacement from documents with these numbers of rows, int64 [documents].
+    """Expected value for `batch_size` rows drawn without replacement from documents with these numbers of rows, int64 [documents].
 
     A document with k of all n rows is absent with probability C(n - k, b) / C(n, b); a pair is from it with k (k - 1) / (n (n - 1)).
     """
@@ -88,7 +88,7 @@ def documents_of(positions_n: np.ndarray, tokens: Tokens) -> np.ndarray:
 
 
 class TokenPositions:
-    """A cache whose rows are their own global token positions, int64 [n, 1], so that its batches tell which rows a batch has."""
+    """A cache whose rows are their own global token positions, int64 [n, 1], so that batches show which rows they contain."""
 
     d_in, dtype = 1, torch.int64
 

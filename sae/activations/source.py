@@ -1,4 +1,4 @@
-"""What training reads: shuffled rows of one or several sites, epoch after epoch, the same for the same seed, from any position on.
+"""The input of training: shuffled rows of one or several sites, epoch after epoch, the same for the same seed, from any position.
 
 b rows of a batch · n rows in memory · d width of a site
 """
@@ -38,7 +38,7 @@ class Source(Protocol):
         """[n, d], a fair sample of the training rows."""
 
     def rows_for_measuring(self, sites: Sequence[str]) -> tuple[bool, dict[str, Tensor]]:
-        """Whether rows were held out from training, and some of them, site -> [n, d]; training rows where none were."""
+        """Whether rows were held out from training, and some of them, site -> [n, d]; otherwise training rows."""
 
     def about_massive(self, site: str) -> str | None:
         """A sentence about rows with massive norms; None if there are none."""
@@ -48,12 +48,12 @@ class Source(Protocol):
 
 
 class Group(NamedTuple):
-    """Rows that are in memory together and are dealt out in random order."""
+    """Rows that are in memory together and are returned in random order."""
 
     acts: dict[str, Tensor]
     """site -> [at least n, d]"""
     order_n: Tensor
-    """int64, in which its rows are dealt out"""
+    """int64, the order of its rows"""
 
 
 class Epochs(Protocol):
@@ -61,22 +61,22 @@ class Epochs(Protocol):
 
     @property
     def rows_per_epoch(self) -> float:
-        """This reader's rows in an epoch, on average; readers that share epochs have a row more in some than in others."""
+        """Average number of this reader's rows in an epoch; readers that share epochs have one row more in some epochs."""
 
     def place(self, row: int) -> tuple[int, int]:
-        """Epoch of this reader's `row`-th row, counted over all epochs, and the number of the reader's rows before it in that epoch."""
+        """The epoch of this reader's `row`-th row, counted over all epochs, and the number of the reader's rows before it in that epoch."""
 
     def starts(self, epoch: int) -> np.ndarray:
-        """Rows before each group of this reader's share of an epoch, and of all of them, int64 [groups + 1]."""
+        """Number of rows before each group of this reader's share of an epoch, and the total, int64 [groups + 1]."""
 
     def group(self, epoch: int, number: int) -> Group:
-        """Reads or computes a group; what an earlier call returned is no longer valid then."""
+        """Reads or computes a group; the result of an earlier call is then no longer valid."""
 
 
 class Batches:
     """Endless batches, site -> [batch_size, d] of `dtype` on `device`; row i of every site belongs to the same token.
 
-    Every row is dealt out once in an epoch; the rows of a last short batch carry over into the next epoch.
+    Every row is returned once in an epoch; the rows of a last short batch are moved to the next epoch.
     """
 
     def __init__(self, epochs: Epochs, batch_size: int, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):

@@ -1,1 +1,1 @@
-"""Files that are whole or absent, places that can be written, foreign JSON and arrays read with a schema, checksums."""
+"""Files that are complete or absent, checks of output paths, foreign JSON and arrays read with a schema, checksums."""

@@ -16,9 +16,9 @@ EXPLANATIONS, ANSWERS = "explanations.jsonl", "answers.*.jsonl"  # that others p
 
 
 def create(path: Path, shapes: dict[str, tuple[str, tuple[int, ...]]]) -> dict[str, np.ndarray]:
-    """A new safetensors file of zeros as writable maps; `shapes` gives (dtype as safetensors names it, shape), widest dtype first.
+    """A new safetensors file of zeros as writable maps; `shapes`: (dtype as safetensors names it, shape) by name, widest dtype first.
 
-    Raises `OSError` when the disk has no room for it: a map of a file with holes would kill the process where the room ends.
+    Raises `OSError` if the disk has no room for it: with a sparse file, a full disk would kill the process later.
     """
     header, end = {}, 0
     for name, (dtype, shape) in shapes.items():
@@ -34,7 +34,7 @@ def create(path: Path, shapes: dict[str, tuple[str, tuple[int, ...]]]) -> dict[s
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
-    """Makes the disk give the file `size` more bytes of zeros now."""
+    """Makes the disk allocate `size` more bytes of zeros to the file now."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file.fileno(), file.tell(), size) if size else None
         return
@@ -47,7 +47,7 @@ def open_arrays(
 ) -> dict[str, np.ndarray]:
     """The arrays of a safetensors file as memory maps; `InputError` when the file is missing, damaged or does not fit the schema.
 
-    `in_order=False`: here and there will be read, so that the system fetches only what is asked for (it may fetch megabytes else).
+    `in_order=False`: for scattered reads, so that the system loads only the requested pages (otherwise it may load megabytes).
     """
     arrays, _ = map_arrays(path, "a feature index's arrays", schema, mode=mode, then="build the index again", **sizes)
     mapped = _map_of(next(iter(arrays.values()), np.zeros(0)))
@@ -57,7 +57,7 @@ def open_arrays(
 
 
 def fetch(array: np.ndarray, starts: Iterable[int], length: int) -> None:
-    """Asks the system to read the rows from each of `starts` on, `length` of them, all at once rather than one after another."""
+    """Asks the system to load `length` rows from each of `starts`, all together instead of one after another."""
     base = _map_of(array)
     if base is None:
         return
@@ -73,7 +73,7 @@ def fetch(array: np.ndarray, starts: Iterable[int], length: int) -> None:
 
 @contextmanager
 def front_to_back(array: np.ndarray) -> Iterator[None]:
-    """While it lasts, the system reads ahead in the file of a map that was opened with `in_order=False`."""
+    """Inside, the system reads ahead in the file of a map that was opened with `in_order=False`."""
     mapped = _map_of(array)
     if mapped is None:
         yield
@@ -86,13 +86,13 @@ def front_to_back(array: np.ndarray) -> Iterator[None]:
 
 
 def _advise(mapped: np.memmap, how: str, *place: int) -> None:
-    """Tells the system how the map will be read, where it listens (Windows does not)."""
+    """Tells the system how the map will be read, if it supports that (Windows does not)."""
     if hasattr(mmap, how):
         mapped._mmap.madvise(getattr(mmap, how), *place)  # type: ignore[attr-defined]
 
 
 def _map_of(array: np.ndarray) -> np.memmap | None:
-    """The map of the whole file that the array is a part of."""
+    """The map of the whole file that contains the array."""
     base = array
     while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
         base = base.base  # type: ignore[assignment]
@@ -100,7 +100,8 @@ def _map_of(array: np.ndarray) -> np.memmap | None:
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Arrays as a safetensors file; with the permissions of any new file, unlike safetensors' own writer, so that others may read it."""
+    """Writes arrays as a safetensors file, with the permissions of any new file (unlike safetensors' own writer), so that others may read
+    it."""
     names = {np.dtype(code): name for name, code in NUMPY_DTYPES.items()}
     widest_first = sorted(arrays, key=lambda name: -arrays[name].dtype.itemsize)
     for name, target in create(path, {name: (names[arrays[name].dtype], arrays[name].shape) for name in widest_first}).items():

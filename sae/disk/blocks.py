@@ -1,10 +1,10 @@
 """A folder of blocks of remote files on the local disk: of bounded size, shared by all processes of the machine.
 
-A block is a file of its own, whole or absent, with its CRC-32 at the end, so that a kill or a power cut leaves nothing wrong behind.
-(fsspec's caches on disk have no bound, and note what they hold in a file that a second process overwrites.)
+A block is a separate file, complete or absent, with its CRC-32 at the end, so that a kill or a power cut leaves no wrong data.
+(fsspec's caches on disk are unbounded, and record their content in a file that a second process overwrites.)
 
-Where there is no more room, blocks that nobody has read since this process began are removed, the oldest first; its own stay and what
-comes then is not kept. An epoch reads every block once: to remove the least recently read would remove each just before it is needed.
+If there is no more room, blocks that nobody has read since this process started are removed, the oldest first; its own stay, and later
+blocks are not kept. An epoch reads every block once: removing the least recently read would remove each just before it is needed.
 """
 
 import os
@@ -26,13 +26,13 @@ FOLDER, LIMIT = "SAE_BLOCK_CACHE", "SAE_BLOCK_CACHE_GB"
 """environment variables"""
 USUAL_LIMIT = 100.0
 KEPT_FREE = 1 << 30
-"""bytes of the disk that blocks leave to others"""
+"""bytes of the disk that always stay free"""
 CRC_BYTES = 4
 
 
 class Blocks:
     def __init__(self, folder: Path, limit: int):
-        """`limit` is in bytes. Blocks lie at folder/FILE/NUMBER, where FILE stands for one version of a remote file."""
+        """`limit` is in bytes. Blocks are at folder/FILE/NUMBER, where FILE identifies one version of a remote file."""
         self.folder, self.limit = folder, limit
         self._began = time.time()
         self._lock = threading.Lock()
@@ -41,7 +41,7 @@ class Blocks:
         self._full = False
 
     def get(self, file: str, number: int, size: int) -> memoryview | None:
-        """The block's `size` bytes; None if it is not here, or damaged."""
+        """The block's `size` bytes; None if it does not exist or is damaged."""
         path = self.folder / file / str(number)
         try:
             with open(path, "rb") as handle:
@@ -58,7 +58,7 @@ class Blocks:
         return None
 
     def put(self, file: str, number: int, block: memoryview) -> None:
-        """Keeps the block if there is room; says it when there is none for the first time."""
+        """Keeps the block if there is room; prints a line the first time that there is none."""
         path = self.folder / file / str(number)
         temporary = path.with_name(f".{number}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
@@ -81,7 +81,7 @@ class Blocks:
                 temporary.unlink()
 
     def has_room(self, size: int) -> bool:
-        """Whether a block of `size` bytes would be kept; makes room if it can."""
+        """Whether a block of `size` bytes would be kept; makes room if possible."""
         with self._lock:
             if self._full:
                 return False
@@ -128,14 +128,14 @@ class Blocks:
 
 
 def local_folder() -> Path:
-    """Where blocks, and files on their way to a URL, lie on this machine."""
+    """The local folder of blocks and of files that are being uploaded."""
     usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sae"
     return Path(os.environ.get(FOLDER) or usual)
 
 
 @lru_cache
 def blocks() -> Blocks:
-    """Those of this process. Raises `InputError` for a limit that is no number."""
+    """The blocks of this process. Raises `InputError` for a limit that is not a number."""
     given = os.environ.get(LIMIT, str(USUAL_LIMIT))
     try:
         limit = int(float(given) * 1e9)

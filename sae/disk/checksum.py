@@ -1,6 +1,7 @@
 """The CRC-32 of a file, and the one that a safetensors file carries in its metadata, as "crc32".
 
-That one is of all bytes of the file, header included, its own eight digits taken as zeros: so it can be written into the finished file.
+The latter covers all bytes of the file, including the header, with its own eight digits taken as zeros: so it can be written into the
+finished file.
 """
 
 import zlib
@@ -29,7 +30,7 @@ def seal(path: Path) -> None:
 
 
 def is_intact(path: Place) -> bool | None:
-    """Whether a safetensors file's bytes are those of its checksum; None for one without. The file's header must be readable."""
+    """Whether a safetensors file's bytes match its checksum; None if it has none. The file's header must be readable."""
     place = _place(path)
     if place is None:
         return None
@@ -39,7 +40,7 @@ def is_intact(path: Place) -> bool | None:
 
 
 def _place(path: Place) -> int | None:
-    """Where the digits begin."""
+    """The offset of the digits."""
     with path.open("rb") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
     found = header.find(MARK)

@@ -1,4 +1,4 @@
-"""Folders that are whole or absent, however their making ends."""
+"""Folders that are complete or absent, also after a kill."""
 
 import glob
 import os
@@ -15,10 +15,10 @@ from sae.errors import InputError
 
 @contextmanager
 def fresh_folder(out: Path, marker: str, what: str, keep: str | None = None) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its name at a clean exit, in place of an older one, known by its file `marker`.
+    """A temporary folder beside `out` that is renamed to it at a clean exit, replacing an older folder, recognised by its file `marker`.
 
-    What a process that was killed left behind is cleared away first. Files of the older folder that match `keep` are taken along.
-    Raises `InputError` when the place cannot be written, and for a folder that holds something else.
+    Leftovers of a killed process are removed first. Files of the older folder that match `keep` are copied. Raises `InputError` if the
+    place cannot be written, and for a folder with other content.
     """
     if out.name in ("", ".."):
         raise InputError(f"expected the name of a folder to write, but got {str(out)!r}; give it by name")
@@ -47,13 +47,14 @@ def fresh_folder(out: Path, marker: str, what: str, keep: str | None = None) -> 
 
 
 def require_replaceable(out: Path, marker: str, what: str) -> None:
-    """Raises `InputError` for a folder, or file, that is neither empty nor an older one known by its file `marker`."""
+    """Raises `InputError` for an existing file, and for a folder that is neither empty nor an older one, recognised by its file
+    `marker`."""
     if os.path.lexists(out) and not (out / marker).exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"expected a new folder or an older {what} to replace, but {out} holds something else; choose another one")
 
 
 def clear_leftovers(out: Path) -> None:
-    """Removes temporary folders that no process uses any more; an older folder that lost its name to a kill gets it back."""
+    """Removes temporary folders that no process uses any more; renames an older folder back if a kill left it without its name."""
     for path in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
         found = re.fullmatch(r"([0-9]+)(\.old)?\.tmp", path.name[len(out.name) + 2 :])
         if found is None or not path.is_dir() or running(int(found[1])):

@@ -1,4 +1,4 @@
-"""Files of other tools than safetensors and JSON, read without running anything that stands in them: torch's .pt, numpy's .npz, yaml."""
+"""Files of other tools, other than safetensors and JSON, read without running any code in them: torch's .pt, numpy's .npz, yaml."""
 
 import math
 import re
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 LARGEST_YAML = 1 << 20
 """bytes; settings are a few hundred"""
 MOST_COMPRESSED = 32
-"""how many times as large as the file its arrays may be: weights hardly shrink, and a file that grows without end is an attack"""
+"""maximum ratio of unpacked arrays to the file's size: weights hardly compress, and a file that expands without end is an attack"""
 COPY_AGAIN = "copy or download it again"
 
 
 class Record:
-    """Stands for an object of a class that is not here: its attributes, and nothing of what the class can do."""
+    """Represents an object of a class that is not available: only its attributes."""
 
 
 def read_torch(path: Path, what: str, classes: Sequence[str] = ()) -> Any:
-    """What `torch.save` wrote: containers, numbers, texts and tensors, on the CPU, mapped from the file where its layout allows it.
+    """Reads a file of `torch.save`: containers, numbers, texts and tensors, on the CPU, mapped from the file if its layout allows it.
 
     `what` names the kind of file in the error sentence. An object of one of `classes`, full names, becomes a `Record` whose class has that
-    class's name. Raises `InputError` for a file that is missing or damaged, and for one that holds anything else, because such a file may
+    class's name. Raises `InputError` for a file that is missing or damaged, and for one with anything else, because such a file may
     run code when it is read.
     """
     import torch
@@ -68,13 +68,13 @@ def _tensors(value: Any) -> "list[torch.Tensor]":
 
 
 def _first(error: Exception) -> str:
-    """The first sentence of an error, without colours."""
+    """The first sentence of an error, without colour codes."""
     text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
     return re.split(r"\. (?=[A-Z])", text.replace("Weights only load failed. ", ""))[0][:200] or type(error).__name__
 
 
 def read_npz(path: Path, what: str, mode: Literal["c", "r"] = "c") -> dict[str, np.ndarray]:
-    """The arrays of a file of `np.savez`, mapped where they are not compressed: "c" may be written to, "r" may be larger than memory.
+    """The arrays of a file of `np.savez`, mapped if not compressed: mode "c" allows writing, "r" may be larger than memory.
 
     Raises `InputError` for a file that is missing or damaged, and for arrays of Python objects, which would run code.
     """
@@ -109,7 +109,7 @@ def _array(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, file: I
 def read_yaml(path: Path, what: str, schema: Any = Any) -> Any:
     """The value of a small yaml file, if it fits `schema`, a type that pydantic knows; only plain values, never an object.
 
-    Raises `InputError` for a file that is missing, too large, no yaml, or does not fit.
+    Raises `InputError` for a file that is missing, too large, not yaml, or does not fit.
     """
     import yaml
 

@@ -14,13 +14,13 @@ from sae.errors import InputError
 
 class HubFile(NamedTuple):
     path: str
-    """in the repository; of a folder with "/" at the end"""
+    """in the repository; a folder ends with "/""""
     size: int
     """bytes"""
 
 
 def in_cache(repo: str, revision: str | None = None) -> Path | None:
-    """The folder of the revision ("main" by default) in the hub's cache, with those of its files that were downloaded; else None."""
+    """The folder of the revision (default "main") in the hub's cache, with its downloaded files; None if it does not exist."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -31,9 +31,9 @@ def in_cache(repo: str, revision: str | None = None) -> Path | None:
 
 
 def list_folder(repo: str, folder: str, revision: str | None = None) -> list[HubFile] | None:
-    """What is in a folder of the repository ("" is its root), not in the folders below; None where it has no such folder.
+    """The entries of a folder of the repository ("" is its root), without those of folders below; None if the folder does not exist.
 
-    Raises `InputError` for a repository or revision that does not exist, and when the hub cannot be reached.
+    Raises `InputError` for a repository or revision that does not exist, and if the hub cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError
@@ -48,9 +48,9 @@ def list_folder(repo: str, folder: str, revision: str | None = None) -> list[Hub
 
 
 def download(repo: str, files: Sequence[str], revision: str | None = None) -> Path:
-    """The cache's folder of the revision, with at least these files; what is there already is not downloaded again.
+    """The cache's folder of the revision, with at least these files; existing ones are not downloaded again.
 
-    Raises `InputError` for what does not exist, when the hub cannot be reached, and when the disk is full.
+    Raises `InputError` for files that do not exist, if the hub cannot be reached, and if the disk is full.
     """
     from huggingface_hub import hf_hub_download
 
@@ -63,7 +63,7 @@ def download(repo: str, files: Sequence[str], revision: str | None = None) -> Pa
 
 
 def fetch(uri: str) -> Path:
-    """The file that "hf://owner/repository/folders/file?revision=…" names: out of the cache, or downloaded. Raises like `download`."""
+    """The file that "hf://owner/repository/folders/file?revision=…" names: from the cache, or downloaded. Raises like `download`."""
     from huggingface_hub import try_to_load_from_cache
 
     found = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)/([^?]+)(?:\?revision=(.+))?", uri)

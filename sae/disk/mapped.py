@@ -1,6 +1,6 @@
-"""Tensors that stay in their file: parts of one map of it that only reads, of which the system holds the pages that are used.
+"""Tensors that stay in their file: parts of one read-only map of it; only pages that are used are in memory.
 
-Unlike torch's own maps, whose memory the system promises in full, they may be larger than memory, and pages can be let go.
+Unlike torch's own maps, for which the system reserves the full memory, they may be larger than memory, and pages can be released.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 from sae.errors import InputError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""by the names of safetensors"""
+"""by the names that safetensors uses"""
 
 
 class Map(mmap.mmap):
@@ -25,7 +25,7 @@ class Map(mmap.mmap):
 
 
 _maps: "WeakValueDictionary[int, Map]" = WeakValueDictionary()
-"""by the address where a tensor begins"""
+"""by the memory address at which a tensor starts"""
 
 
 class Place(NamedTuple):
@@ -36,7 +36,7 @@ class Place(NamedTuple):
 
 
 def map_tensors(path: Path, places: Mapping[str, Place]) -> dict[str, Tensor]:
-    """Tensors of a file that may not be written to. The places must lie inside it. Raises `OSError`."""
+    """Read-only tensors of a file. The places must be inside it. Raises `OSError`."""
     with open(path, "rb") as file:
         mapped = Map(file.fileno(), 0, access=mmap.ACCESS_READ)
     tensors = {}
@@ -58,17 +58,18 @@ def _map_of(tensor: Tensor) -> Map | None:
 
 
 def is_mapped(tensor: Tensor) -> bool:
-    """Whether the tensor, or what it is a view of, is one of `map_tensors`."""
+    """Whether the tensor, or the tensor of which it is a view, is one of `map_tensors`."""
     return _map_of(tensor) is not None
 
 
 def read_ahead(tensor: Tensor, yes: bool) -> None:
-    """Whether the system should read more of the tensor's file than is asked for: good from front to back, a waste for single rows."""
+    """Whether the system should read further ahead in the tensor's file: good for reading in order, wasteful for single rows."""
     _advise(tensor, "MADV_NORMAL" if yes else "MADV_RANDOM")
 
 
 def fetch(tensor: Tensor, starts: list[int], length: int) -> None:
-    """Asks the system to read `length` numbers from each place of the tensor's storage on, all at once rather than one after another."""
+    """Asks the system to load `length` numbers from each of these places of the tensor's storage, all together instead of one after
+    another."""
     mapped = _map_of(tensor)
     if mapped is None or not hasattr(mmap, "MADV_WILLNEED"):
         return
@@ -80,7 +81,7 @@ def fetch(tensor: Tensor, starts: list[int], length: int) -> None:
 
 
 def let_go(tensor: Tensor) -> None:
-    """Takes the file's pages out of this process's memory; the system may keep them as its cache."""
+    """Releases the file's pages from this process's memory; the system may keep them as cache."""
     _advise(tensor, "MADV_DONTNEED")
 
 
@@ -91,7 +92,7 @@ def _advise(tensor: Tensor, how: str) -> None:
 
 
 def free_memory() -> int | None:
-    """Bytes that can be had without killing anything; None where the system does not say."""
+    """Bytes that can be allocated without killing anything; None if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -100,7 +101,7 @@ def free_memory() -> int | None:
 
 
 def require_room(needed: int, what: str) -> None:
-    """Raises `InputError` where the machine has not that much memory free, instead of being killed halfway."""
+    """Raises `InputError` if the machine does not have this much free memory, instead of being killed halfway."""
     free = free_memory()
     if free is not None and needed > free:
         raise InputError(

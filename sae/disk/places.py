@@ -1,4 +1,4 @@
-"""Places to write: whether one can be used, said before the work, and every refusal of the operating system as one sentence."""
+"""Output paths: checked before the work, with every refusal of the operating system as one sentence."""
 
 import errno
 import os
@@ -30,7 +30,8 @@ SENTENCES = {
 
 
 def refusal_sentence(error: OSError, path: Path | None = None) -> str | None:
-    """What the operating system refused and what to do; None for what is no matter of files. `path` is where we meant to write."""
+    """A sentence about what the operating system refused and what to do; None for errors that are not about files. `path`: the output
+    path."""
     named = _named(error, path)
     if named is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return None
@@ -40,7 +41,7 @@ def refusal_sentence(error: OSError, path: Path | None = None) -> str | None:
 
 
 def _named(error: OSError, path: Path | None) -> Path | None:
-    """The file to blame: `path` rather than its temporary file, its folders or what is in it; another one under its own name."""
+    """The file to name in the error: `path` instead of its temporary file, its folders or its content; another file under its own name."""
     if not isinstance(error.filename, str | bytes):
         return path
     other = Path(os.fsdecode(error.filename))
@@ -51,7 +52,7 @@ def _named(error: OSError, path: Path | None) -> Path | None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what the operating system refuses inside into an `InputError` that names `path`."""
+    """Turns refusals of the operating system inside into an `InputError` that names `path`."""
     try:
         yield
     except BrokenPipeError:  # of a stream, not of a file
@@ -64,7 +65,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def require_file(path: Path) -> None:
-    """Raises `InputError` unless a file can be written at `path`, whose folders need not be there yet. Leaves nothing behind."""
+    """Raises `InputError` unless a file can be written at `path`; its folders need not exist yet. Leaves nothing behind."""
     with writing(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -73,7 +74,7 @@ def require_file(path: Path) -> None:
 
 
 def require_folder(path: Place) -> None:
-    """Raises `InputError` unless files can be written into the folder `path`, which need not be there yet. Leaves nothing behind."""
+    """Raises `InputError` unless files can be written into the folder `path`, which need not exist yet. Leaves nothing behind."""
     if isinstance(path, RemotePath):
         return path.require_writable()
     with writing(path):
@@ -83,7 +84,7 @@ def require_folder(path: Place) -> None:
 
 
 def _try(folder: Path, name: str) -> None:
-    """Raises the `OSError` that a file of this name in the folder would meet."""
+    """Raises the `OSError` that writing a file of this name into the folder would raise."""
     try:
         os.lstat(folder / name)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Files that others wrote, or that a disk damaged: JSON and arrays, each held against what is expected of it before anything is used."""
+"""Files that others wrote, or that a disk damaged: JSON and arrays, checked against a schema before anything is used."""
 
 import gzip
 import json
@@ -26,14 +26,14 @@ Count = Annotated[int, Field(ge=0, lt=1 << 62)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Item = TypeVar("Item")
 LongList = Annotated[list[Item], FailFast()]
-"""a long list, of which only the first bad entry is looked at"""
+"""a long list, of which only the first bad entry is reported"""
 
 SMALL = 1 << 25
 """bytes (32 MB) up to which a file's checksum is compared whenever it is opened"""
 LONGEST_HEADER = 100_000_000
 """bytes; the limit of the safetensors library too"""
 LARGEST_UNPACKED = 1 << 30
-"""bytes of a .gz file: a few that unpack to more than fits into memory are no file of ours"""
+"""maximum size of an unpacked .gz file, in bytes: a small file that unpacks to more than fits into memory is not one of ours"""
 MAKE_AGAIN = "make it again"
 
 ITEM_BYTES = {
@@ -58,7 +58,7 @@ NUMPY_DTYPES = {
 }
 
 Arrays = Mapping[str, tuple[str, str]]
-"""A schema: name -> the dtypes that are taken, as safetensors names them, and the shape. A size is a number or a name, and sizes of one
+"""A schema: name -> the accepted dtypes, as safetensors names them, and the shape. A size is a number or a name, and sizes with the same
 name are equal: {"W_dec": ("F32 BF16", "f d"), "offsets": ("I64", "f+1")}."""
 
 
@@ -71,9 +71,9 @@ class TensorLayout(NamedTuple):
 
 
 def read_json(path: Place, what: str, schema: Any = Any) -> Any:
-    """The file's value, as it is, if it fits `schema`, a type that pydantic knows. `what` names the kind of file in the error sentence.
+    """The file's value, unchanged, if it fits `schema`, a type that pydantic knows. `what` names the kind of file in the error sentence.
 
-    Raises `InputError` for a file that is missing, cannot be read, is no JSON or does not fit.
+    Raises `InputError` for a file that is missing, cannot be read, is not JSON or does not fit.
     """
     return parse_json(read_bytes(path, what), f"{what} at {path}", schema)
 
@@ -104,7 +104,7 @@ def read_gzip(path: Path, what: str, then: str) -> bytes:
 
 
 def parse_json(text: str | bytes, what: str, schema: Any = Any) -> Any:
-    """Like `read_json`, of text; `what` also says where it stands."""
+    """Like `read_json`, for text; `what` also says where it is from."""
     try:
         value = json.loads(text)
     except RecursionError:
@@ -128,7 +128,7 @@ def read_json_lines(path: Path, what: str, schema: Any = Any) -> list[Any]:
 
 
 def require(value: Any, schema: Any, what: str) -> None:
-    """Raises `InputError`, which names the first place that does not fit, unless a value out of JSON fits the schema."""
+    """Raises `InputError`, which names the first place that does not fit, unless a value from JSON fits the schema."""
     try:
         _adapter(schema).validate_python(value, strict=True)
     except ValidationError as error:
@@ -146,10 +146,10 @@ def _adapter(schema: Any) -> TypeAdapter:
 
 
 def layout(path: Place, what: str, then: str = MAKE_AGAIN) -> tuple[dict[str, TensorLayout], dict[str, str]]:
-    """Where the tensors of a safetensors file lie, and its metadata; only the header is read.
+    """The places of the tensors of a safetensors file, and its metadata; only the header is read.
 
     `what` names the kind of file in the error sentence, and `then` says what to do. Raises `InputError` if the file is missing, cannot
-    be read, is no safetensors file, or does not end where its header says.
+    be read, is not a safetensors file, or does not end where its header says.
     """
     try:
         return _layout(path)
@@ -187,7 +187,8 @@ def _layout(path: Place) -> tuple[dict[str, TensorLayout], dict[str, str]]:
 
 
 def require_arrays(places: Mapping[str, TensorLayout], schema: Arrays, where: str, then: str = MAKE_AGAIN, **sizes: int) -> dict[str, int]:
-    """The named sizes, those given among them, if all arrays of the schema are there and fit it; else `InputError`. Others may be there."""
+    """The named sizes, including given ones, if all arrays of the schema exist and fit it; else `InputError`. Other arrays may exist
+    too."""
     for name, (dtypes, shape) in schema.items():
         if name not in places:
             raise InputError(f"expected the array {name!r} in {where}, which has {', '.join(places) or 'none'}; {then}")
@@ -202,7 +203,7 @@ def require_arrays(places: Mapping[str, TensorLayout], schema: Arrays, where: st
 
 
 def fits(shape: tuple[int, ...], pattern: str, sizes: dict[str, int]) -> bool:
-    """Whether a shape has the pattern; sizes that are named for the first time are noted."""
+    """Whether a shape fits the pattern; records sizes that are named for the first time."""
     words = pattern.split()
     if len(words) != len(shape):
         return False
@@ -217,7 +218,7 @@ def fits(shape: tuple[int, ...], pattern: str, sizes: dict[str, int]) -> bool:
 def map_arrays(
     path: Place, what: str, schema: Arrays | None = None, *, mode: Literal["r", "r+"] = "r", then: str = MAKE_AGAIN, **sizes: int
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays of a safetensors file as parts of one memory map of it (but for bfloat16, which numpy does not know), and its metadata.
+    """The arrays of a safetensors file as parts of one memory map of it (except bfloat16, which numpy does not have), and its metadata.
     A remote file is read into memory.
 
     A checksum in a file of at most 32 MB is compared. Raises `InputError` like `layout`, and for arrays that do not fit `schema`.
@@ -241,7 +242,7 @@ def map_arrays(
 def read_tensors(
     path: Place, what: str, schema: Arrays | None = None, *, device: "str | torch.device" = "cpu", then: str = MAKE_AGAIN, **sizes: int
 ) -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
-    """All tensors of a safetensors file on `device`, and its metadata; its checksum, where it has one, is compared.
+    """All tensors of a safetensors file on `device`, and its metadata; its checksum, if it has one, is compared.
 
     Raises `InputError` like `layout`, and for arrays that do not fit `schema`.
     """
@@ -261,7 +262,7 @@ def read_tensors(
 
 
 def require_intact(path: Place, what: str, then: str = MAKE_AGAIN) -> None:
-    """Raises `InputError` if a safetensors file has a checksum and it is not that of its bytes."""
+    """Raises `InputError` if a safetensors file has a checksum that does not match its bytes."""
     if is_intact(path) is False:
         raise InputError(f"expected {what} at {path}, but its checksum is wrong, so it is damaged; {then}")
 
@@ -285,7 +286,7 @@ def require_within(numbers: np.ndarray, low: int, high: int, name: str, where: P
 
 @contextmanager
 def one_sentence(what: str, then: str = MAKE_AGAIN) -> Iterator[None]:
-    """Around the readers of other packages, which raise many kinds of errors on damaged bytes."""
+    """For readers of other packages, which raise many kinds of errors on damaged bytes."""
     try:
         yield
     except InputError:

@@ -1,6 +1,6 @@
 """Files behind URLs (s3://, hf://, memory:// and the other protocols of fsspec), read and written like those in folders.
 
-`RemotePath` has the part of pathlib's interface that a cache needs. Reading goes through blocks on the local disk; a file is written on the
+`RemotePath` has the part of pathlib's interface that a cache needs. Reads use blocks on the local disk; a file is written on the
 local disk first and uploaded whole.
 """
 
@@ -21,17 +21,17 @@ from sae.disk.server import Server, reason
 from sae.errors import InputError
 
 REQUESTS = 16
-"""at a time in one large read"""
+"""simultaneous requests of one large read"""
 REQUEST_BLOCKS = 8
-"""in one request at most"""
+"""maximum number of blocks in one request"""
 PROBE = ".writable"
-"""a file that is there for a moment, to see whether files can be written"""
+"""a temporary file that tests whether files can be written"""
 VERSIONS = ("ETag", "etag", "blob_id", "md5Hash", "content_md5", "mtime", "LastModified", "last_modified", "modified", "created")
-"""what file systems say that changes with a file's content; the first that is there is taken"""
+"""attributes of file systems that change with a file's content; the first one that exists is used"""
 
 
 class Version(NamedTuple):
-    """Of a remote file; what changes when others replace it."""
+    """The version of a remote file; it changes when others replace the file."""
 
     st_size: int
     """bytes"""
@@ -39,7 +39,7 @@ class Version(NamedTuple):
 
 
 class RemotePath:
-    """A file or folder behind a URL; its size and version are asked once, when they are first needed."""
+    """A file or folder behind a URL; its size and version are requested once, at first use."""
 
     def __init__(self, url: str, server: Server | None = None):
         self.url = url.rstrip("/")
@@ -75,7 +75,7 @@ class RemotePath:
         return self
 
     def exists(self) -> bool:
-        """Whether there is a file, or a folder with something in it."""
+        """Whether a file, or a folder with content, exists."""
         try:
             self._info()
         except FileNotFoundError:
@@ -94,7 +94,7 @@ class RemotePath:
         return self._version
 
     def open(self, mode: str = "rb", buffering: int = 0) -> "RemoteFile":
-        """To be read. Raises `FileNotFoundError`."""
+        """Opens it for reading. Raises `FileNotFoundError`."""
         assert mode == "rb"
         return RemoteFile(self)
 
@@ -104,7 +104,7 @@ class RemotePath:
             return file.read()
 
     def names(self) -> list[str]:
-        """What is in the folder, without what is in folders there; empty for one that does not exist. Asks the server anew."""
+        """The entries of the folder, without those of folders in it; empty if it does not exist. Asks the server each time."""
 
         def listed() -> list[str]:
             try:
@@ -123,11 +123,11 @@ class RemotePath:
 
     @property
     def written_here(self) -> Path:
-        """Where the file lies on the local disk until it is uploaded."""
+        """The path on the local disk of the file until it is uploaded."""
         return local_folder() / "uploads" / f"{hashlib.blake2b(self.url.encode(), digest_size=8).hexdigest()}.{self.name}"
 
     def upload(self, file: Path, shown: "RemotePath | None" = None) -> None:
-        """Makes a local file this one. Raises `InputError`, which names `shown` or this file, if it does not arrive."""
+        """Uploads a local file to this place. Raises `InputError`, which names `shown` or this file, if it does not arrive."""
         shown = shown or self
         size = file.stat().st_size
 
@@ -149,7 +149,7 @@ class RemotePath:
         self.__dict__.pop("_version", None)
 
     def _make_folder(self, path: str) -> None:
-        """But not the first part of a path, which may be a bucket that costs money."""
+        """Creates the folder, except the first part of a path, which may be a bucket that costs money."""
         if "/" not in path.strip("/"):
             raise FileNotFoundError(errno.ENOENT, f"there is no {path.strip('/')}")
         try:
@@ -181,7 +181,7 @@ class RemotePath:
             probe.unlink()
 
     def fetch(self, start: int, stop: int) -> bytes:
-        """Bytes from the server. Raises `InputError` if the file is not the one that was opened any more."""
+        """Bytes from the server. Raises `InputError` if the file has changed since it was opened."""
         version = self.stat()
 
         def read() -> bytes:
@@ -231,12 +231,12 @@ class RemotePath:
 
     @cached_property
     def key(self) -> str:
-        """Stands for this version of the file among the blocks."""
+        """Identifies this version of the file among the blocks."""
         return hashlib.blake2b(f"{self.url} {self.stat()}".encode(), digest_size=16).hexdigest()
 
 
 Place = Path | RemotePath
-"""where a cache lies"""
+"""the place of a cache"""
 
 
 def place(text: str | Path | RemotePath) -> Place:
@@ -255,7 +255,7 @@ def _version(details: dict[str, Any]) -> Version:
 
 
 class RemoteFile(io.RawIOBase):
-    """A remote file as a stream of bytes that can be read at any place."""
+    """A remote file as a seekable stream of bytes."""
 
     def __init__(self, path: RemotePath):
         super().__init__()
@@ -284,7 +284,7 @@ class RemoteFile(io.RawIOBase):
         return self.read()
 
     def readinto(self, buffer: Any) -> int:
-        """Fills the buffer unless the file ends before."""
+        """Fills the buffer unless the file ends earlier."""
         out = memoryview(buffer).cast("B")[: max(0, self._size - self._at)]
         start, stop = self._at, self._at + len(out)
         missing = [number for number in range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)) if not self._from_disk(number, start, out)]
@@ -305,7 +305,7 @@ class RemoteFile(io.RawIOBase):
         return block is not None
 
     def _from_server(self, numbers: range, start: int, out: memoryview) -> None:
-        """Whole blocks where they will be kept, and else only what was asked for."""
+        """Whole blocks if they will be kept, otherwise only the requested bytes."""
         begin, end = numbers.start * BLOCK_BYTES, min(numbers.stop * BLOCK_BYTES, self._size)
         kept = blocks().has_room(end - begin)
         if not kept:
@@ -318,13 +318,13 @@ class RemoteFile(io.RawIOBase):
 
 
 def _copy(data: memoryview, begin: int, start: int, out: memoryview) -> None:
-    """What `data`, which lies from `begin` on in the file, has of `out`, which lies from `start` on."""
+    """Copies the overlap of `data`, which starts at `begin` in the file, into `out`, which starts at `start`."""
     first, last = max(begin, start), min(begin + len(data), start + len(out))
     out[first - start : last - start] = data[first - begin : last - begin]
 
 
 def _requests(numbers: Sequence[int]) -> list[range]:
-    """Blocks that follow one another are asked for together."""
+    """Joins consecutive blocks into requests."""
     requests: list[range] = []
     for number in numbers:
         if requests and number == requests[-1].stop and len(requests[-1]) < REQUEST_BLOCKS:

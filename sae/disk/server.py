@@ -1,5 +1,4 @@
-"""What stands behind a URL of fsspec: opened when it is first needed, and asked again, a bounded number of times, where the connection is
-lost."""
+"""The server behind a URL of fsspec: opened at first use; lost connections are retried a bounded number of times."""
 
 import dataclasses
 import sys
@@ -19,7 +18,7 @@ Result = TypeVar("Result")
 
 
 class Server:
-    """What stands behind a URL: opened when it is first needed, and asked again where the connection is lost."""
+    """The server behind a URL: opened at first use; lost connections are retried."""
 
     def __init__(self, url: str):
         self._url = url
@@ -33,12 +32,12 @@ class Server:
 
     @property
     def unchanging(self) -> bool:
-        """Whether what is read is sure to be of the file that was opened: S3 compares the version in the same request, and on the hub a
-        commit does not change."""
+        """Whether reads are certain to be of the opened file: S3 compares the version in the same request, and on the hub a commit does not
+        change."""
         return self.protocol in ("s3", "s3a") or (self.protocol == "hf" and not self._url.startswith("hf://buckets/"))
 
     def path(self, url: str) -> str:
-        """What the file system calls it; on the hub, in the commit that was the newest when it was first asked."""
+        """The file system's name of it; on the hub, in the newest commit at the time of the first request."""
         path = self.filesystem._strip_protocol(url)
         if self.protocol != "hf":
             return path
@@ -62,9 +61,9 @@ class Server:
             raise InputError(f"expected a URL that fsspec knows, got {self._url} ({reason(error)}); s3:// and hf:// are usual") from None
 
     def lasting(self, call: Callable[[], Result], path: object) -> Result:
-        """What `call` gives, tried again where the connection is lost.
+        """The result of `call`, retried if the connection is lost.
 
-        Raises `InputError` when that does not help, and where access is refused; `FileNotFoundError` goes through.
+        Raises `InputError` if that does not help, and if access is refused; `FileNotFoundError` is passed on.
         """
         for number, wait in enumerate((*WAITS, None), 1):
             try:
@@ -87,7 +86,7 @@ class Server:
         )
 
     def _say(self, number: int, text: str) -> None:
-        """Once for all the requests that are under way at a time."""
+        """Prints a line once for all simultaneous requests."""
         with self._lock:
             now = time.monotonic()
             if now - self._said.get(number, -60) >= 10:
@@ -96,7 +95,7 @@ class Server:
 
 
 def _refused(error: Exception, path: object) -> str | None:
-    """What is said of an error that trying again does not mend; None for others."""
+    """The sentence for an error that retrying does not fix; None for others."""
     name = type(error).__name__
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, PermissionError) or status in (401, 403) or "Credential" in name or "Token" in name:

@@ -1,4 +1,4 @@
-"""A safetensors file written tensor after tensor, each in parts that are made as they are needed: it may be larger than memory."""
+"""A safetensors file written tensor by tensor, each in parts that are made when needed: it may be larger than memory."""
 
 import json
 import math
@@ -25,12 +25,12 @@ class Streamed(NamedTuple):
 
 
 def in_order(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names in the order in which they are written: the widest first, so that each begins at a multiple of its width."""
+    """Names in the order of writing: the widest first, so that each starts at a multiple of its width."""
     return sorted(tensors, key=lambda name: (list(DTYPES).index(tensors[name].dtype), name))
 
 
 def write_streamed(path: Path, tensors: Mapping[str, Streamed], metadata: dict[str, str]) -> None:
-    """Writes them in the order that they have, with a checksum (see checksum.py), atomically."""
+    """Writes the tensors in the given order, with a checksum (see checksum.py), atomically."""
     header: dict[str, object] = {"__metadata__": metadata | {"crc32": BLANK}}
     end = 0
     for name, (dtype, shape, _) in tensors.items():
@@ -50,6 +50,6 @@ def write_streamed(path: Path, tensors: Mapping[str, Streamed], metadata: dict[s
 
 
 def written(file: IO[bytes], part: bytes, crc32: int) -> int:
-    """Writes some bytes, and gives the checksum of all so far."""
+    """Writes some bytes, and returns the checksum of all bytes so far."""
     file.write(part)
     return zlib.crc32(part, crc32)

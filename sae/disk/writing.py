@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: temporary name, fsync, rename."""
+"""Files that are complete or absent: temporary name, fsync, rename."""
 
 import glob
 import json
@@ -28,8 +28,8 @@ def atomic(path: Place) -> Iterator[Path]:
     """Yields a temporary path beside `path`; at a clean exit it is flushed to disk and takes the name, otherwise it is removed.
     A remote file is written on the local disk and then uploaded whole.
 
-    What an earlier process left of `path` half-written goes too. Raises `InputError` when the place cannot be written, or no further,
-    as on a full disk; what stood at `path` before is then still there.
+    Incomplete files of an earlier process for `path` are removed too. Raises `InputError` if the place cannot be written, or no further,
+    as on a full disk; the old file at `path` then still exists.
     """
     if isinstance(path, RemotePath):
         here = path.written_here
@@ -68,7 +68,7 @@ def sync(path: Path) -> None:
 
 
 def jsonable(value: Any) -> Any:
-    """What JSON can hold of a value: numbers that are not finite become null, paths text, tuples lists."""
+    """A value as JSON can hold it: numbers that are not finite become null, paths text, tuples lists."""
     if isinstance(value, dict):
         return {key: jsonable(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -85,7 +85,7 @@ def write_json(path: Place, value: Any) -> None:
 
 
 def write_tensors(path: Place, tensors: dict, metadata: dict[str, str] | None = None) -> None:
-    """`tensors` of torch, as safetensors with a checksum (see checksum.py), atomically; those that share memory are written once each."""
+    """`tensors` of torch, as safetensors with a checksum (see checksum.py), atomically; tensors that share memory are each written."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -112,10 +112,10 @@ def write_tensors(path: Place, tensors: dict, metadata: dict[str, str] | None = 
 
 @contextmanager
 def only_writer(folder: Place, *, shared: bool = False) -> Iterator[Callable[[], None]]:
-    """Holds the folder against a second run into it; the operating system lets go of it even after kill -9.
+    """Locks the folder against a second run into it; the operating system releases the lock even after kill -9.
 
-    With `shared`, together with others that share it. What is yielded lets such others in from then on. Raises `InputError` while
-    another process holds the folder, and when it cannot be made or opened. What cannot be locked is named on stderr.
+    With `shared`, together with others that share it. The yielded function lets such others in from then on. Raises `InputError` while
+    another process has locked the folder, and if it cannot be made or opened. A folder that cannot be locked is named on stderr.
     """
     if isinstance(folder, RemotePath):
         if not shared:
@@ -150,7 +150,7 @@ def _say_unlocked(folder: Place, why: str | None) -> None:
 
 
 def running(pid: int) -> bool:
-    """Whether another process of this machine has the number; where that cannot be asked without harm, True."""
+    """Whether a process with this number runs on this machine; True if that cannot be checked safely."""
     if os.name == "nt":  # there os.kill ends the process
         return True
     try:
@@ -163,7 +163,7 @@ def running(pid: int) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what writers killed in `folder` or its subfolders left half-written. Only for the one process that holds the folder."""
+    """Removes incomplete files of killed writers in `folder` and its subfolders. Only for the process that has locked the folder."""
     with writing(folder):
         for inside in (folder, *(path for path in folder.iterdir() if path.is_dir())):
             for path, _ in _half_written(inside):
@@ -171,7 +171,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _half_written(folder: Path, name: str | None = None) -> Iterator[tuple[Path, int]]:
-    """Temporary files of `atomic` in the folder and whose process wrote them; only those of the file `name`, if it is given."""
+    """Temporary files of `atomic` in the folder and the processes that wrote them; only those of the file `name`, if it is given."""
     for path in folder.glob(".*" if name is None else f".{glob.escape(name)}.*"):
         parts = re.fullmatch(r"\.(.+)\.([0-9]+)\.(tmp|box)", path.name)
         if parts and name in (None, parts[1]) and path.is_dir() == (parts[3] == "box"):
@@ -184,7 +184,7 @@ def _remove(path: Path) -> None:
 
 
 def require_free_space(folder: Place, needed: int, what: str) -> None:
-    """Raises `InputError` if the disk that holds `folder` has fewer than `needed` bytes left; of a server that is not known."""
+    """Raises `InputError` if the disk of `folder` has fewer than `needed` bytes left; of a server this is not known."""
     if isinstance(folder, RemotePath):
         return
     existing = next(p for p in [folder, *folder.resolve().parents] if p.exists())

@@ -1,6 +1,6 @@
-"""What a harvest has finished so far: JSON lines, each written after the files it names are safely on disk.
+"""The record of a harvest's finished pools: JSON lines, each written after the files it names are safely on disk.
 
-In a folder they are an append-only file. Behind a URL, where nothing can be appended, every note is a file of its own.
+In a folder they are an append-only file. Behind a URL, where nothing can be appended, every entry is a separate file.
 """
 
 import json
@@ -80,7 +80,7 @@ Note = Annotated[TokensNote | CountsNote | PoolNote, Field(discriminator="kind")
 
 
 class Ledger:
-    """`progress.jsonl` of a cache that is being made; of several writers, each but the first has a `progress.N.jsonl` of its own."""
+    """`progress.jsonl` of an unfinished cache; if there are several writers, each except the first has its own `progress.N.jsonl`."""
 
     def __init__(self, folder: Path, writer: int = 0):
         self.folder = folder
@@ -104,7 +104,7 @@ class Ledger:
         self.entries += entries
 
     def take_over(self) -> None:
-        """Moves in what other writers noted, those of an earlier run too; none of them may be at work any more."""
+        """Adds the entries of other writers, also those of an earlier run; none of them may still be running."""
         for path in sorted(self.folder.glob("progress.*.jsonl")):
             self.append(*_read(path.read_bytes(), path)[0])
             path.unlink()
@@ -136,7 +136,7 @@ class RemoteLedger(Ledger):
         self.entries += entries
 
     def take_over(self) -> None:
-        """Reads what others noted, and an earlier run."""
+        """Reads the entries of others and of an earlier run."""
         names = [name for name in self._names() if name not in self._known]
         for name, text in zip(names, self.remote.read_many(names)):
             self.entries += _read(text, self.remote / name)[0]
@@ -152,9 +152,9 @@ class RemoteLedger(Ledger):
 
 
 def _read(text: bytes, path: Place) -> tuple[list[dict[str, Any]], int]:
-    """Entries up to a line that is not whole, as a kill or a full disk leaves it, and the bytes that they take.
+    """Entries up to an incomplete line, as a kill or a full disk leaves it, and the number of bytes that they take.
 
-    What a damaged line and those after it noted is done again.
+    Work recorded in a damaged line, or after it, is done again.
     """
     entries, size = [], 0
     for line in text.splitlines(keepends=True):
@@ -177,18 +177,18 @@ def has_size(path: Place, size: int) -> bool:
 
 
 def require_little_endian() -> None:
-    """Raises `InputError` on a machine that would read the files' bytes, which are little-endian wherever they were written, in reverse."""
+    """Raises `InputError` on a big-endian machine, because the files' bytes are always little-endian."""
     if sys.byteorder != "little":
         raise InputError(f"expected a little-endian machine, because a cache's numbers are, but this one is {sys.byteorder}-endian")
 
 
 def claim(folder: Place, **decides: dict[str, Any]) -> None:
-    """Makes `folder` the place of a harvest with these settings and models, or checks that it already is; removes what a kill left
-    half-written.
+    """Makes `folder` the place of a harvest with these settings and models, or checks that it already is; removes files that a kill left
+    incomplete.
 
-    Only for the one process that holds the folder alone.
+    Only for the process that has locked the folder.
 
-    Raises `InputError` for a folder with other things in it, or one that was begun with other settings or another model.
+    Raises `InputError` for a folder with other files, or one started with other settings or another model.
     """
     require_little_endian()
     if isinstance(folder, Path):
@@ -210,7 +210,7 @@ def claim(folder: Place, **decides: dict[str, Any]) -> None:
 
 
 def abandon(folder: Place, ledger: Ledger, is_new: bool) -> None:
-    """Takes back a `claim` whose text cannot be used; with `is_new`, the folder too."""
+    """Undoes a `claim` whose text cannot be used; with `is_new`, removes the folder too."""
     ledger.clear()
     if isinstance(folder, RemotePath):
         for name in (folder / "tokens").names():
@@ -230,7 +230,7 @@ class Begun(TypedDict):
 
 
 def require_same(folder: Place, **mine_of: dict[str, Any]) -> None:
-    """Raises `InputError` if the harvest in `folder` was begun with other models, or other settings, than these."""
+    """Raises `InputError` if the harvest in `folder` was started with other models or settings than these."""
     path = folder / "harvest.json"
     stored = read_json(path, "a harvest's settings", Begun)
     version = stored.get("format_version")

@@ -1,4 +1,4 @@
-"""What a cache's manifest.json says, held against its schema, and the files that it names against their sizes and checksums."""
+"""A cache's manifest.json, checked against its schema, and the files that it names, checked against their sizes and checksums."""
 
 import json
 import os
@@ -43,11 +43,11 @@ class Counts(TypedDict):
 
 
 class Manifest(TypedDict):
-    """What readers use of a manifest."""
+    """The parts of a manifest that readers use."""
 
     model: ModelEntry
     models: NotRequired[dict[str, ModelEntry]]
-    """those beside `model`, by the name in front of their sites"""
+    """models other than `model`, by the name before their sites"""
     dataset: dict[str, Any] | None
     context: Count | None
     dtype: Literal["float16", "bfloat16", "float32", "int8"]
@@ -61,12 +61,12 @@ class Manifest(TypedDict):
 
 
 def manifest_crc32(manifest: dict[str, Any]) -> str:
-    """By which two copies of one cache are known to be the same: the manifest has the checksums of all files."""
+    """Identifies a cache's content, also in a copy: the manifest has the checksums of all files."""
     return f"{zlib.crc32(json.dumps(manifest, sort_keys=True).encode()):08x}"
 
 
 def read_manifest(folder: Place) -> dict[str, Any]:
-    """Raises `InputError` for a folder that is no finished cache of a known format."""
+    """Raises `InputError` for a folder that is not a finished cache of a known format."""
     require_little_endian()
     if isinstance(folder, RemotePath):
         folder.names()  # so that nothing is taken from an earlier look
@@ -96,12 +96,12 @@ def read_manifest(folder: Place) -> dict[str, Any]:
 
 
 def _exists(path: Place) -> bool:
-    """False where one may not look."""
+    """False if permission is missing."""
     return path.exists() if isinstance(path, RemotePath) else os.path.exists(path)
 
 
 def verify(folder: str | Place) -> list[str]:
-    """Names of the files whose size or checksum is not that of the manifest, relative to the folder; reads all of them."""
+    """Names of the files whose size or checksum differs from the manifest, relative to the folder; reads all of them."""
     folder = place(folder)
     manifest = read_manifest(folder)
     files = {entry["file"]: entry for entry in manifest["tokens"]}

@@ -58,10 +58,10 @@ class ImportConfig:
 
 
 def import_activations(config: ImportConfig) -> Place:
-    """Copies the activations into a new cache and returns its folder; interrupted, the same command begins again.
+    """Copies the activations into a new cache and returns its folder; an interrupted import starts over.
 
-    Memory: one pool of rows, and 4 bytes a row where token ids are known. Raises `InputError` for a source that cannot be read, rows
-    that are not finite, and a full disk.
+    Memory: one pool of rows, and 4 bytes per row if token ids are known. Raises `InputError` for a source that cannot be read, rows that
+    are not finite, and a full disk.
     """
     _check(config)
     require_folder(config.out)
@@ -115,7 +115,7 @@ def _site(config: ImportConfig, source: ForeignRows) -> str:
 
 
 def _model(config: ImportConfig, source: ForeignRows, site: str) -> tuple[dict[str, Any], int | None]:
-    """For the manifest, and the beginning-of-text token; all unknown without --model."""
+    """The manifest's facts about the model, and the beginning-of-text token; all unknown without --model."""
     if config.model is None:
         return {"name": None, "revision": None, "fingerprint": None, "dtype": None}, None
     from sae.model.language_model import LanguageModel
@@ -130,7 +130,7 @@ def _model(config: ImportConfig, source: ForeignRows, site: str) -> tuple[dict[s
 
 
 def _say_doubled(source: ForeignRows, bos_id: int | None) -> None:
-    """What was recorded stays as it is, but a text that a chat template began and a tokenizer began again is another text."""
+    """Warns about texts that start with two beginning-of-text tokens (chat template and tokenizer). The recording stays as it is."""
     if bos_id is None or source.ids is None or source.what != "saelens":  # the runs of a plain array are not sequences
         return
     first_n = np.arange(0, source.rows - 1, source.run)
@@ -140,7 +140,7 @@ def _say_doubled(source: ForeignRows, bos_id: int | None) -> None:
 
 
 def _tokens(config: ImportConfig, source: ForeignRows) -> Tokens:
-    """Each run is a sequence and, since nothing else is known, a document of its own. Unknown ids are zeros that take no memory."""
+    """Each run is a sequence and, since nothing else is known, also a document. Unknown ids are zeros that take no memory."""
     starts = np.append(np.arange(0, source.rows, source.run), source.rows)
     runs = len(starts) - 1
     held_out = np.array([is_held_out(run, config.seed, config.held_out) for run in range(runs)], dtype=np.uint8)
@@ -149,7 +149,7 @@ def _tokens(config: ImportConfig, source: ForeignRows) -> Tokens:
 
 
 def _write_tokens(folder: Place, tokens: Tokens) -> list[dict[str, Any]]:
-    """In files of about 16 million tokens; gives the manifest's entries."""
+    """Writes files of about 16 million tokens; returns the manifest's entries."""
     entries = []
     lengths = np.diff(tokens.sequence_starts)
     cuts = np.flatnonzero(np.diff(tokens.sequence_starts[:-1] // PART_TOKENS)) + 1
@@ -190,7 +190,7 @@ def _write_pools(
 
 
 def _read_pool(config: ImportConfig, source: ForeignRows, tokens: Tokens, masks: Masks, pool: Pool) -> tuple[Tensor, Tensor]:
-    """The pool's kept rows, in the number format as far as it is one of floats, and their global positions; all finite."""
+    """The pool's kept rows, converted to the number format if that is a float format, and their global positions; all finite."""
     kind = FORMATS[config.dtype].read
     acts_nd = torch.empty(pool.rows, source.d_in, dtype=kind)
     positions_n = torch.empty(pool.rows, dtype=torch.int64)

@@ -16,7 +16,7 @@ from sae.disk.reading import layout, one_sentence, require_within
 from sae.errors import InputError
 
 RUN = 1024
-"""Rows of a plain array that stay in one split: neighbours may come from one text."""
+"""Rows of a plain array that stay in one split: neighbours may belong to one text."""
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -30,7 +30,7 @@ class ForeignRows(NamedTuple):
     read: Callable[[int, int], Tensor]
     """rows `start` to `stop`, [n, d] of any float dtype"""
     ids: np.ndarray | None
-    """token ids int32 [n], where they are known"""
+    """token ids int32 [n], if known"""
     hook_name: str | None = None
 
 
@@ -43,9 +43,9 @@ class Array(NamedTuple):
 
 
 def open_source(paths: tuple[Path, ...], column: str | None, token_ids: Path | None) -> ForeignRows:
-    """One folder that SAELens' CacheActivationsRunner wrote, or files with an array [n, d] each, taken end to end.
+    """Opens a folder that SAELens' CacheActivationsRunner wrote, or files with an array [n, d] each, joined in order.
 
-    `column` names the hook of a folder, or the tensor of safetensors files, where there are several. Raises `InputError` for anything else.
+    `column` names the hook of a folder, or the tensor of safetensors files, if there are several. Raises `InputError` for anything else.
     """
     if len(paths) == 1 and paths[0].is_dir():
         if token_ids is not None:
@@ -57,7 +57,7 @@ def open_source(paths: tuple[Path, ...], column: str | None, token_ids: Path | N
 
 
 def _open_saelens(folder: Path, column: str | None) -> ForeignRows:
-    """Columns: the hook's name, Array2D [p, d] a row, and mostly token_ids [p]; a row is a sequence."""
+    """Columns: the hook's name, Array2D [p, d] per row, and usually token_ids [p]; a row is a sequence."""
     import datasets
 
     expected = f"a folder written by SAELens' CacheActivationsRunner at {folder}"
@@ -123,7 +123,7 @@ def _read_ids(path: Path, rows: int) -> np.ndarray:
 
 
 def _token_ids(ids: np.ndarray) -> np.ndarray:
-    """As int32; raises `InputError` for numbers that are no token ids."""
+    """As int32; raises `InputError` for numbers that are not token ids."""
     if ids.dtype.kind not in "iu":
         raise InputError(f"expected token ids as integers, but they are {ids.dtype}; convert them")
     require_within(ids, 0, 1 << 31, "token ids", "the source")

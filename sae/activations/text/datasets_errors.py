@@ -10,14 +10,14 @@ from sae.disk.places import refusal_sentence
 from sae.errors import InputError
 
 LONGEST = 300
-"""characters of the library's own words"""
+"""characters of the library's own message"""
 SILENT = {"datasets": logging.ERROR, "huggingface_hub": logging.WARNING}
-"""from which level on a library's log repeats the error that is raised anyway, or counts tries on the way there"""
+"""log level from which the library only repeats the error that is raised anyway, or counts retries"""
 
 
 @contextmanager
 def told_plainly(expected: str) -> Iterator[None]:
-    """Any error inside becomes an `InputError`: `expected`, the file that was being read where that is known, and the reason."""
+    """Any error inside becomes an `InputError`: `expected`, the file that was being read if known, and the reason."""
     with _quiet():
         try:
             yield
@@ -32,7 +32,7 @@ def told_plainly(expected: str) -> Iterator[None]:
 
 
 def _refuse_cache(cause: BaseException) -> None:
-    """Raises `InputError` when what failed is the folder in which the library keeps copies of what it reads."""
+    """Raises `InputError` if the failure is in the folder in which the library caches its input."""
     from datasets import config
 
     cache = Path(config.HF_DATASETS_CACHE)
@@ -43,7 +43,7 @@ def _refuse_cache(cause: BaseException) -> None:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The error behind "An error occurred while generating the dataset", which says nothing itself."""
+    """The error behind "An error occurred while generating the dataset", which has no information itself."""
     while type(error).__name__.startswith("DatasetGeneration") and (error.__cause__ or error.__context__):
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return error

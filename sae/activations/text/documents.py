@@ -19,7 +19,7 @@ from sae.text_input import replace_surrogates, text_list
 
 TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 PASSAGE = 8192
-"""Characters: a .txt file has no documents of its own, so it is cut at the first line end after this many."""
+"""Characters: a .txt file has no documents, so it is cut at the first line end after this many."""
 
 
 @dataclass(kw_only=True)
@@ -44,12 +44,12 @@ class TextConfig:
 
 class Document(NamedTuple):
     content: str | np.ndarray
-    """text, or token ids int32 [n]; `tokenise` takes a beginning-of-text token off"""
+    """text, or token ids int32 [n]; `tokenise` removes a beginning-of-text token"""
     label: str | None
 
 
 def documents(config: TextConfig) -> Iterator[Document]:
-    """All documents of the source, in order; one of blanks alone is empty. Halves of surrogate pairs become U+FFFD, and a line on stderr
+    """All documents of the source, in order; one with only blanks is empty. Halves of surrogate pairs become U+FFFD, and a line on stderr
     counts the documents with some.
 
     Raises `InputError` for a file that is missing, damaged, binary or without the field asked for.
@@ -84,7 +84,7 @@ def _read(config: TextConfig) -> Iterator[Document]:
 
 
 def check_source(config: TextConfig) -> None:
-    """Raises `InputError` unless the options name one source, and all options given bear on it."""
+    """Raises `InputError` unless the options name one source, and all given options apply to it."""
     if bool(config.text) == bool(config.dataset):
         found = "both" if config.text else "neither"
         raise InputError(f"expected text from --text or from --dataset, got {found}; give one of them")
@@ -97,7 +97,7 @@ def check_source(config: TextConfig) -> None:
 
 
 def text_files(config: TextConfig) -> list[Path]:
-    """The files that `--text` stands for, folders and globs resolved in alphabetical order."""
+    """The files of `--text`, with folders and globs resolved in alphabetical order."""
     found: list[Path] = []
     for name in text_list(config.text, "text"):
         path = Path(name)
@@ -137,7 +137,7 @@ def _open(path: Path, **encoding: str) -> IO[str]:
 
 
 def _undecodable(path: Path) -> str:
-    """Where it is, which Python's own error counts from a block's beginning."""
+    """The position in the file; Python's own error counts from the beginning of a block."""
     with _open(path, errors="surrogateescape") as file:
         return next((f"line {number}" for number, line in enumerate(file, 1) if replace_surrogates(line)[1]), "the end")
 

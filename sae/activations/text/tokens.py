@@ -16,7 +16,7 @@ from sae.progress import counted
 
 SPLITS = ("train", "held_out")
 PART_TOKENS = 1 << 24
-"""Tokens per file, and so what is held in memory while they are made: 64 MB."""
+"""Tokens per file, and so the number kept in memory while they are made: 64 MB."""
 
 
 PART = {
@@ -30,7 +30,7 @@ PART = {
 
 
 class Part(NamedTuple):
-    """What one file under tokens/ holds. A sequence is never divided between parts; a document may be."""
+    """The content of one file under tokens/. A sequence is never divided between parts; a document may be."""
 
     ids: np.ndarray
     """int32 [n], all sequences end to end"""
@@ -39,14 +39,14 @@ class Part(NamedTuple):
     sequence_document: np.ndarray
     """int64 [S], document numbers counted over all parts"""
     document_label: np.ndarray
-    """int32 [D], of the documents that begin in this part; -1 for none"""
+    """int32 [D], of the documents that start in this part; -1 for none"""
     sequence_split: np.ndarray
     """uint8 [S], index into SPLITS"""
 
 
 @dataclass
 class Tokens:
-    """All parts end to end; one part is memory-mapped, several are joined in memory (4 bytes a token)."""
+    """All parts joined; one part is memory-mapped, several are joined in memory (4 bytes per token)."""
 
     ids: np.ndarray
     sequence_starts: np.ndarray
@@ -101,7 +101,8 @@ class Tokens:
 
 
 def is_held_out(document: int, seed: int, fraction: float) -> bool:
-    """Whether a document is kept from training: by a hash of its number, so that it does not depend on how many others there are."""
+    """Whether a document is held out from training: by a hash of its number, so that it does not depend on the number of other
+    documents."""
     if document == 0:  # so that the shortest text still gives something to train on
         return False
     digest = hashlib.blake2b(f"{seed}:{document}".encode(), digest_size=8).digest()
@@ -112,7 +113,7 @@ def is_held_out(document: int, seed: int, fraction: float) -> bool:
 class Cutter:
     """Cuts documents of token ids into sequences: `bos_id` (if any) and at most `context` - 1 tokens; stops at `budget` tokens.
 
-    A piece that begins with `bos_id` gets no second one.
+    A piece that starts with `bos_id` does not get a second one.
     """
 
     context: int
@@ -133,7 +134,7 @@ class Cutter:
         return list(self._label_numbers)
 
     def parts(self, documents: Iterable[tuple[np.ndarray, str | None]]) -> Iterator[Part]:
-        """One part after another; at the end at least one, unless there were no tokens. Counts are kept in the fields."""
+        """Yields the parts; at the end at least one, unless there were no tokens. Counts are kept in the fields."""
         self._clear()
         for ids, label in documents:
             if len(ids) == 0:
@@ -151,7 +152,7 @@ class Cutter:
             yield self._take()
 
     def _room(self) -> int:
-        """Tokens of text that still fit, beside the one that begins a sequence."""
+        """Number of tokens of text that still fit, in addition to the one that starts a sequence."""
         return self.budget - self.tokens - (self.bos_id is not None)
 
     def _pieces(self, ids: np.ndarray) -> Iterator[np.ndarray]:
@@ -193,9 +194,9 @@ class Cutter:
 
 
 def tokenise(documents: Iterable[Document], tokenizer: Any, vocabulary: int, bos_id: int | None) -> Iterator[tuple[np.ndarray, str | None]]:
-    """Documents as token ids, int32 [n], without `bos_id` at the beginning; those that come as ids are checked against the vocabulary.
+    """Documents as token ids, int32 [n], without `bos_id` at the beginning; documents given as ids are checked against the vocabulary.
 
-    A line on stderr counts the documents that brought it with them, as a rendered chat template does.
+    A line on stderr counts the documents that started with it, as a rendered chat template does.
     """
     began = 0
     try:
