@@ -14,7 +14,7 @@ from sae.errors import InputError
 
 class HubFile(NamedTuple):
     path: str
-    """in the repository; a folder ends with "/""""
+    """in the repository, with "/" at the end of a folder"""
     size: int
     """bytes"""
 
