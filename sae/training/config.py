@@ -105,8 +105,9 @@ class RunConfig:
     """Print what would be trained, and stop."""
     shard: str | None = None
     """How the processes that torchrun started share a dictionary: features, rows (of a batch), or both, as in features=4,rows=2. In
-    train-live the first processes do so, by default one alone, and the others run the model. One process is enough for --dry-run, with
-    which train also prints memory, bytes and time."""
+    train-live the first processes do so, by default one alone, and the others run the model; in train-plan all processes share every
+    run, while by default each run is trained by one. One process is enough for --dry-run, with which train also prints memory, bytes and
+    time."""
 
     def check(self) -> None:
         """Raises `InputError` for values that cannot be meant."""

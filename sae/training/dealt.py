@@ -16,6 +16,7 @@ from sae.activations.cached import CachedSource
 from sae.disk.reading import layout, read_json
 from sae.disk.writing import remove_leftovers
 from sae.errors import InputError
+from sae.mesh import Mesh
 from sae.pieces import holding
 from sae.processes import Processes
 from sae.training.checkpoint import THEN, Checkpoint, Record
@@ -58,8 +59,10 @@ class RunOf:
 class DealtPart(Part):
     """A part whose runs have checkpoints of their own, and who reports."""
 
-    def __init__(self, runs: Sequence[RunConfig], first: int, source: CachedSource, device: torch.device, settings: dict[str, Any]):
-        super().__init__(runs, source, device)
+    def __init__(
+        self, runs: Sequence[RunConfig], first: int, source: CachedSource, device: torch.device, settings: dict[str, Any], mesh: Mesh
+    ):
+        super().__init__(runs, source, device, mesh)
         self.first, self.checkpoints = (
             first,
             [(Checkpoint(run.out, settings), RunOf(self.sweep, ks)) for run, ks in zip(runs, slices(runs))],
@@ -69,10 +72,11 @@ class DealtPart(Part):
         self.status, self.names = status, [str(folder.relative_to(out)) for folder in self.folders]
 
     def report(self, step: int, state: str) -> None:
-        rank = self.status.processes.rank
+        if not self.mesh.leads:
+            return
         for name, line in zip(self.names, self.lines):
             numbers = (line["loss"], line["l0"], line["tokens_per_second"]) if line else ()
-            self.status.report(name, Row(rank, step, state, *numbers))
+            self.status.report(name, Row(self.status.rows[name].rank, step, state, *numbers))
 
     def step(self, batch: dict[str, Tensor], step: int) -> Any:
         self.status.advance()
@@ -110,19 +114,25 @@ def slices(runs: Sequence[RunConfig]) -> list[slice]:
 
 
 def train_dealt(
-    source: CachedSource, plan: RunConfig, runs: list[RunConfig], settings: dict[str, Any], device: torch.device, processes: Processes
+    source: CachedSource,
+    plan: RunConfig,
+    runs: list[RunConfig],
+    settings: dict[str, Any],
+    device: torch.device,
+    processes: Processes,
+    mesh: Mesh,
 ) -> None:
-    """Begins or resumes the runs that are not complete, and finishes them."""
+    """Begins or resumes the runs that are not complete, and finishes them: dealt to the processes, or each of them shared by a mesh."""
     with holding(processes, plan.out, lambda: clear(plan, runs, settings)):
         if processes.leads:
             processes.tell("left", what_is_left(runs, settings))
         left = [Left(*one) for one in processes.hear("left")]
         loads = [load_of(runs[one.run], Ends.of(source, runs[one.run]), one.first) for one in left]
-        ranks = deal(loads, processes.world)
+        ranks = deal(loads, processes.world) if mesh.alone else [None] * len(left)
         status = Status(processes, plan.out, plan.steps, rows_of(plan, runs, left, ranks))
-        mine = [one for one, rank in zip(left, ranks) if rank == processes.rank]
+        mine = [one for one, rank in zip(left, ranks) if rank in (processes.rank, None)]
         if mine:
-            train_mine(source, plan, runs, mine, settings, device, status)
+            train_mine(source, plan, runs, mine, settings, device, status, mesh)
         elif not left and processes.leads:
             print(f"{plan.out} is already complete; --restart trains it again")
         for _ in processes.wait_for_all():
@@ -166,7 +176,7 @@ def state_of(path: Path) -> tuple[int, int]:
         raise InputError(f"expected a checkpoint at {path}, but it is damaged ({error}); {THEN}") from None
 
 
-def rows_of(plan: RunConfig, runs: list[RunConfig], left: list[Left], ranks: list[int]) -> dict[str, Row]:
+def rows_of(plan: RunConfig, runs: list[RunConfig], left: list[Left], ranks: Sequence[int | None]) -> dict[str, Row]:
     going = {one.run: Row(rank, one.first, "waiting") for one, rank in zip(left, ranks)}
     done = Row(None, plan.steps, "done")
     return {str(folder.relative_to(plan.out)): going.get(number, done) for number, run in enumerate(runs) for folder in run.folders()}
@@ -180,12 +190,13 @@ def train_mine(
     settings: dict[str, Any],
     device: torch.device,
     status: Status,
+    mesh: Mesh,
 ) -> None:
     """The runs of this process, on one stream of batches; those that are behind go first, until they are level with the next."""
     parts: list[DealtPart] = []
     for first, encoder in sorted({(one.first, one.encoder) for one in mine}):
         for group in together([runs[one.run] for one in mine if (one.first, one.encoder) == (first, encoder)]):
-            part = DealtPart(group, first, source, device, settings)
+            part = DealtPart(group, first, source, device, settings, mesh)
             for checkpoint, run in part.checkpoints:
                 checkpoint.restore([run])
             if not first:
@@ -199,7 +210,7 @@ def train_mine(
     batches.seek(starts[0])
     if starts[0]:
         print(f"resuming after step {starts[0]:,}")
-    wandb_run = start_wandb(plan.wandb, plan.wandb_project, plan.out, settings)
+    wandb_run = start_wandb(plan.wandb if mesh.leads else "off", plan.wandb_project, plan.out, settings)
     try:
         for part in parts:
             part.open_logs(part.first, wandb_run, plan.out)
@@ -214,6 +225,7 @@ def train_mine(
             wandb_run.finish()
     for part in parts:
         part.finish(settings)
-        for checkpoint, _ in part.checkpoints:
-            checkpoint.remove()
+        if mesh.leads:
+            for checkpoint, _ in part.checkpoints:
+                checkpoint.remove()
         part.report(plan.steps, "done")

@@ -44,7 +44,7 @@ def train_live(config: LiveTrainingConfig) -> list[Path]:
         live["text_bytes"] = [path.stat().st_size for path in text_files(config.live)]
         if processes.world == 1:
             return train_from(LiveSource(config.live), config, live)
-        require_same(config, processes, live=live)
+        require_same(config, processes, live=live, **config.settings())
         config = replace(config, device=processes.device(config.device))
         with meshed(split, config.device, processes) as mesh:
             if mesh is not None:

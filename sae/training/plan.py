@@ -1,5 +1,6 @@
 """A plan: dictionaries of several kinds, widths, seeds and sites that train together, on one pass over a cache."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from sae.disk.places import require_folder
 from sae.disk.reading import read_json, require
 from sae.errors import InputError
 from sae.kinds import KINDS, Kind, ReLU
+from sae.mesh import ALONE
 from sae.processes import Processes
 from sae.training.config import RunConfig, TrainingConfig
 from sae.training.dealt import train_dealt
+from sae.training.shard import meshed, require_same, split_of_all
 from sae.training.trainer import announce, cached, with_inits
 
 SHARED = (
@@ -27,7 +30,6 @@ class PlanConfig(TrainingConfig):
     """All flags but those of one kind; what a run of the plan does not say is as it is here."""
 
     kind: Kind = field(default_factory=ReLU, init=False)  # said by each run
-    shard: str | None = field(default=None, init=False)
     plan: Path
     """JSON file with a list of runs. Each has a name, which is its folder in --out, a kind, and any of that kind's options and of --reads,
     --writes, --skip, --d-sae, --lr, --betas, --lr-warmup, --lr-decay, --clip, --init, --decoder-norm, --b-dec, --dead-steps, --encoder
@@ -78,7 +80,8 @@ def train_plan(config: PlanConfig) -> list[Path]:
     """Trains all runs of a plan together and gives their folders. Each run has a checkpoint of its own, from which it is resumed.
 
     Called in every process that torchrun started, they share the runs (see deal.py); each run has the bits that it has in one process,
-    on a CPU with as many threads and with `--encoder` named. When one process fails, so do the others, with SystemExit. Started again,
+    on a CPU with as many threads and with `--encoder` named. With `--shard` all processes share every run, in the place of dealing them
+    out, and a run has the bits of that split. When one process fails, so do the others, with SystemExit. Started again,
     with any number of processes, the runs go on from their checkpoints. Raises `InputError` as `train` does, and in a process that has
     another plan, other settings, another cache or other code than the first.
     """
@@ -92,12 +95,15 @@ def train_plan(config: PlanConfig) -> list[Path]:
         source = cached(config.cache, sites, config.verify and processes.leads)
         settings = with_inits(source, runs, shared_settings(config, runs))
         each = {f"run {name}": own for name, own in settings["runs"].items()}
-        processes.require_same(cache_content=manifest_crc32(source.manifest), **{k: v for k, v in settings.items() if k != "runs"}, **each)
+        shared = {name: value for name, value in settings.items() if name != "runs"}
+        require_same(config, processes, cache_content=manifest_crc32(source.manifest), **shared, **each)
         if processes.leads:
             announce(source, config, runs, device)
-        if not config.dry_run:
-            with processes.numbered():
-                train_dealt(source, config, runs, settings, device, processes)
+        sharing = meshed(split_of_all(config, processes), str(device), processes) if config.shard else nullcontext(ALONE)
+        with sharing as mesh, processes.numbered():
+            assert mesh is not None  # all train
+            if not config.dry_run:
+                train_dealt(source, config, runs, settings, device, processes, mesh)
     return [folder for run in runs for folder in run.folders()]
 
 

@@ -116,11 +116,10 @@ def grid_of(rank: int, split: Split, group_of: Callable[[str], Any]) -> Mesh:
     return Mesh(**{name: Axis(*place, partial(group_of, name)) for name, place in places.items()})
 
 
-def require_same(config: RunConfig, processes: Processes, **more: Any) -> None:
-    """Raises `InputError` where processes differ in what decides the result: settings, kind of machine, and what else is given."""
-    settings = {name: str(value) for name, value in config.settings().items()}
+def require_same(config: RunConfig, processes: Processes, **settings: Any) -> None:
+    """Raises `InputError` where processes differ in what decides the result: these settings, the kind of machine, the code."""
     machine = {"torch": torch.__version__, "processor": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
-    processes.require_same(**settings, **machine, shard=config.shard, out=str(config.out), **more)
+    processes.require_same(**settings, **machine, shard=config.shard, out=str(config.out))
 
 
 def refuse_split(config: RunConfig, mesh: Mesh) -> None:

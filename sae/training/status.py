@@ -16,7 +16,7 @@ AT_MOST_EVERY = 1.0
 
 class Row(NamedTuple):
     rank: int | None
-    """None: finished before this start"""
+    """None: all processes share it, or it was finished before this start"""
     step: int
     state: str
     """waiting, training or done"""

@@ -53,7 +53,7 @@ def train(config: TrainingConfig) -> list[Path]:
             require_folder(config.out)
         source = cached(config.cache, config.sites, config.verify)
         if not mesh.alone:
-            require_same(config, processes, cache_content=manifest_crc32(source.manifest))
+            require_same(config, processes, cache_content=manifest_crc32(source.manifest), **config.settings())
         folders = train_on(source, config, config.settings(), mesh)
         if config.dry_run:
             report(config, source, mesh)

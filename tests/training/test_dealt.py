@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 from several_processes import flags, forked, said, torchrun, worker
 from test_plan import plan_of
+from test_shards import close
 from test_train_kinds import sites  # noqa: F401 (a fixture)
 from test_training import cache, contents  # noqa: F401 (a fixture)
 
@@ -102,6 +103,24 @@ def test_a_killed_process_costs_what_followed_its_last_checkpoint(sites, whole, 
     assert not list(config.out.rglob("checkpoint.safetensors"))
 
 
+@pytest.mark.parametrize("shard", ["features", "rows"])
+def test_all_processes_can_share_every_run(sites, whole, tmp_path, shard):  # noqa: F811
+    """One process' runs to rounding; after a kill the bits of a plan that was left alone."""
+    config, cut = (plan_of(sites, tmp_path, RUNS, name, shard=shard) for name in ("shared", "cut"))
+    assert forked(lambda: train_plan(config), 2, tmp_path / "log") == [0, 0], said(tmp_path / "log")
+    assert forked(lambda: dies(1, 105, cut), 2, tmp_path / "killed") == [2, -9]  # in step 36 of three sweeps
+    assert len(list(cut.out.glob("*/checkpoint.safetensors"))) == len(RUNS)
+    assert forked(lambda: train_plan(cut), 2, tmp_path / "on") == [0, 0], said(tmp_path / "on")
+    assert "resuming after step 20" in said(tmp_path / "on")[0]
+    for folder in whole:
+        name = folder.relative_to(tmp_path / "whole")
+        assert contents(config.out / name) == contents(cut.out / name)
+        close(config.out / name, folder)
+    assert not list(cut.out.rglob("checkpoint.safetensors"))
+    assert {(row["rank"], row["state"]) for row in json.loads((cut.out / "status.json").read_text())} == {(None, "done")}
+    assert [bool(text) for text in said(tmp_path / "log")] == [True, False]
+
+
 def test_bad_input_of_one_process_is_one_sentence(sites, tmp_path):  # noqa: F811
     config = plan_of(sites, tmp_path, RUNS, "out")
     (tmp_path / "other").mkdir()
@@ -111,6 +130,7 @@ def test_bad_input_of_one_process_is_one_sentence(sites, tmp_path):  # noqa: F81
         (dict(plan=tmp_path / "nowhere.json"), "nowhere.json"),
         (dict(batch_size=64), "expected the same batch size in every process"),
         (dict(cache=tmp_path / "nowhere"), "nowhere"),
+        (dict(shard="rows"), "expected the same shard in every process"),
     ):
 
         def work(changes=changes):

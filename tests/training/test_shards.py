@@ -7,14 +7,17 @@ import signal
 import socket
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 from meshes import together
 from safetensors.torch import load_file
 from several_processes import fork, forked, said, torchrun, worker
 from test_train_kinds import alone, config_of, small
 from test_training import WEIGHTS, cache, contents  # noqa: F401 (a fixture)
 
+from sae import processes as job
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
 from sae.kinds import ReLU
@@ -127,6 +130,17 @@ def on_second(config: TrainingConfig, **changes):
     return lambda: train(replace(config, **changes) if os.environ["RANK"] == "1" else config)
 
 
+def elsewhere(config: TrainingConfig, owner: Any, name: str, value: Any):
+    """Trains; in the second process something has another value."""
+
+    def work():
+        if os.environ["RANK"] == "1":
+            setattr(owner, name, value)
+        train(config)
+
+    return work
+
+
 def full_disk(config: TrainingConfig):
     def work():
         if os.environ["RANK"] == "0":
@@ -147,6 +161,12 @@ def test_what_processes_cannot_share_is_said_once(cache, tmp_path):  # noqa: F81
         "backend auto, dense or sparse": lambda: train(replace(config, backend="reference")),
         "expected the same lr in every process, but process 1 has 0.5": on_second(config, lr=0.5),
         "nowhere": on_second(config, cache=tmp_path / "nowhere"),
+        "expected the same code in every process, but process 1 has abcd": elsewhere(config, job, "code_crc32", lambda: "abcd"),
+        "expected the same torch in every process, but process 1 has 1.0": elsewhere(config, torch, "__version__", "1.0"),
+        "expected the same processor in every process, but process 1 has AVX": elsewhere(
+            config, torch.backends.cpu, "get_cpu_capability", lambda: "AVX"
+        ),
+        "expected the same threads in every process, but process 1 has 2": elsewhere(config, torch, "get_num_threads", lambda: 2),
         "ulimit -f": full_disk(config),
     }
     for sentence, work in bad.items():
