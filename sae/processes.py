@@ -77,7 +77,7 @@ class Processes:
         try:
             yield
         except dist.DistError:
-            raise InputError("the process that led this run is gone; give the same command again, and it goes on") from None
+            raise InputError("the process that led this run has ended; run the same command again to continue") from None
         except BaseException as error:
             if self.fail() or not isinstance(error, InputError):
                 raise
@@ -205,7 +205,7 @@ class Processes:
             if now != beats:
                 self._watched[other] = now, self._listened
             elif now and self._listened - at > SILENCE and not self.store.check([f"gone{other}"]):
-                raise InputError(f"process {other} of this run has died; give the same command again, and it goes on")
+                raise InputError(f"process {other} of this run has died; run the same command again to continue")
 
     def _part(self) -> None:
         """Leaves the job. The process that hosts the store waits until the others have read the last messages."""

@@ -70,7 +70,7 @@ def call(script: str, flags: str, show: bool = True, makes: Path | None = None) 
     if show:
         print(f"\n$ python scripts/{script}.py {flags}".rstrip(), flush=True)
     if makes is not None and makes.exists():
-        print(f"(left out: {makes} is there)", flush=True)
+        print(f"(skipped: {makes} exists)", flush=True)
         return ""
     command = [sys.executable, str(Path(__file__).with_name(f"{script}.py")), *shlex.split(flags)]
     done = subprocess.run(command, stdout=None if show else subprocess.PIPE, text=True, check=False)

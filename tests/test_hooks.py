@@ -88,16 +88,16 @@ def test_a_pass_that_goes_by_a_site_is_refused():
     lm.sites()
     lm.model.model.layers[1] = copy.deepcopy(lm.model.model.layers[1])
     for run in (lambda: lm.logits(ids_sp), lambda: lm.model(input_ids=ids_sp), lambda: lm.generate(ids_sp, max_new_tokens=1)):
-        with lm.edited(edit(1.0)), pytest.raises(InputError, match=r"go through resid_post\.1, but it went by"):
+        with lm.edited(edit(1.0)), pytest.raises(InputError, match=r"go through resid_post\.1, but it did not"):
             run()
-    with pytest.raises(InputError, match=r"go through resid_post\.1, but it went by"):
+    with pytest.raises(InputError, match=r"go through resid_post\.1, but it did not"):
         lm.record(ids_sp, ["resid_post.0", SITE])
     fresh = LanguageModel(lm.model)
     fresh.model.model.layers[1] = copy.deepcopy(fresh.model.model.layers[1])  # before its sites were looked for
     with pytest.raises(InputError, match=r"got resid_post\.1, which it does not have: a pass goes through the block 0 times"):
         fresh.record(ids_sp, [SITE])
     lm.model.model = copy.deepcopy(lm.model.model)
-    with lm.edited({"resid_post.0": lambda value: value}), pytest.raises(InputError, match="it went by"):
+    with lm.edited({"resid_post.0": lambda value: value}), pytest.raises(InputError, match="but it did not"):
         lm.logits(ids_sp)
 
 

@@ -286,7 +286,7 @@ def test_what_is_no_refusal_of_a_place_is_not_hidden(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder of Linux")
 def test_a_folder_in_which_nobody_can_make_files_is_named_as_such():
     for require in (require_file, require_folder):
-        with pytest.raises(InputError, match="/proc/x would be in a folder in which the system lets nobody make files"):
+        with pytest.raises(InputError, match="/proc/x would be in a folder in which the system allows no new files"):
             require(Path("/proc/x"))
 
 

@@ -137,7 +137,7 @@ class Dictionary(nn.Module):
                 )
         elif made != name and made is not None and not named:
             raise InputError(
-                f"the dictionary was made with {made}, and without the fingerprints of both it cannot be told whether {name} is the same "
+                f"the dictionary was made with {made}, and without the fingerprints of both it is unknown whether {name} is the same "
                 "model; if it is, say so with --model"
             )
         elif made != name:

@@ -110,6 +110,6 @@ def _refuse(repo: str, inside: str, error: Exception) -> None:
     reason = "HF_HUB_OFFLINE is set" if offline else " ".join(str(error.__cause__ or error).split())[:200] or type(error).__name__
     part = f" --include '{inside}*'" if inside else ""
     raise InputError(
-        f"{repo}/{inside} is not on this machine and the hub cannot be asked for it ({reason}); where there is a network, download it with "
+        f"{repo}/{inside} is not on this machine and the hub cannot be reached ({reason}); on a machine with a network, download it with "
         f"`hf download {repo}{part}`, and copy the folder that this prints"
     ) from None

@@ -19,12 +19,12 @@ SENTENCES = {
     errno.EACCES: "there is no permission for {path}; change that or " + ELSEWHERE,
     errno.EPERM: "{path} is protected from changes; lift that or " + ELSEWHERE,
     errno.ENOTDIR: "expected folders on the way to {path}, but one of them is a file; " + ELSEWHERE,
-    errno.EEXIST: "expected a folder at {path}, but something else stands there; " + ELSEWHERE,
+    errno.EEXIST: "expected a folder at {path}, but something else is there; " + ELSEWHERE,
     errno.EISDIR: "expected a file at {path}, but it is a folder; " + ELSEWHERE,
-    errno.ELOOP: "{path} leads through symbolic links that go in a circle; mend them or " + ELSEWHERE,
+    errno.ELOOP: "{path} leads through symbolic links that go in a circle; correct them or " + ELSEWHERE,
     errno.ENAMETOOLONG: "the name {path} is too long; choose a shorter one",
     errno.ENOENT: "{path} does not exist, or a link on the way to it leads nowhere; check its name",
-    errno.EOPNOTSUPP: "{path} would be in a folder in which the system lets nobody make files; " + ELSEWHERE,
+    errno.EOPNOTSUPP: "{path} would be in a folder in which the system allows no new files; " + ELSEWHERE,
     errno.EIO: "the disk reports an error at {path}; look after it or " + ELSEWHERE,
 }
 

@@ -209,7 +209,7 @@ class RemotePath:
         return self._server.lasting(read, self)
 
     def _changed(self, how: str) -> InputError:
-        return InputError(f"expected {self} as it was when it was opened, but {how}; read a cache that nobody is writing")
+        return InputError(f"expected {self} as it was when it was opened, but {how}; read a cache that no process is writing")
 
     @property
     def _fs(self) -> Any:

@@ -53,7 +53,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
     folder = Path(config.dictionary)
     if config.out is None and not folder.is_dir():
         locate(config.dictionary)  # what does not exist is said first
-        raise InputError(f"expected --out for the numbers of {config.dictionary}, which is no folder of this machine; give a file's name")
+        raise InputError(f"expected --out for the numbers of {config.dictionary}, which is not a local folder; give a file's name")
     out = config.out or folder / "evaluation.json"
     require_file(out)
     processes = Processes.from_environment()

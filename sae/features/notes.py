@@ -40,7 +40,7 @@ CAUSES = {  # part of SQLite's own message: what it means and what to do
     "full": "the disk is full; free some space and try again",
     "readonly": "the file can only be read, or was moved away; make it writable, or start with another --notes",
     "unable to open": "the file or its folder cannot be opened or written; check both, or start with another --notes",
-    "": "the file is damaged or is none of notes; restore a copy, rescue it with `sqlite3 FILE .recover`, or begin another with --notes",
+    "": "the file is damaged or is none of notes; restore a copy, rescue it with `sqlite3 FILE .recover`, or start another with --notes",
 }
 
 
@@ -73,7 +73,7 @@ class Notes:
         damaged or no such database, or that another program holds; so does every method that meets such a failure later.
         """
         if path is not None and not Path(path).parent.is_dir():
-            raise InputError(f"expected a database of notes at {path}, or a folder to begin one in, but there is no {Path(path).parent}")
+            raise InputError(f"expected a database of notes at {path}, or a folder to start one in, but there is no {Path(path).parent}")
         path = Path(path) if path is not None else index.folder.resolve().parent / "notes.sqlite"
         if path.is_dir():
             raise InputError(
@@ -290,7 +290,7 @@ class Notes:
         self._connection.executemany("INSERT OR IGNORE INTO lists VALUES (?, ?, ?, ?)", rows)
         (count,) = self._connection.execute(f"SELECT COUNT(*) {known}", (dictionary, name)).fetchone()
         if count > MOST_LISTED:
-            raise InputError(f"expected at most {MOST_LISTED:,} features in a list, and {name!r} is full; begin another list")
+            raise InputError(f"expected at most {MOST_LISTED:,} features in a list, and {name!r} is full; start another list")
 
 
 def _require_notes(connection: sqlite3.Connection) -> None:

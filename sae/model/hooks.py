@@ -86,8 +86,8 @@ class Hooks:
         def end(*_: Any) -> None:
             if not self._paused and (missed := [site for site in edits if site not in seen]):
                 raise InputError(
-                    f"expected the pass to go through {missed[0]}, but it went by, so nothing was recorded or changed there: the model's "
-                    "modules were replaced after it was wrapped, or run as exported code; wrap it anew, as it was before, in LanguageModel"
+                    f"expected the pass to go through {missed[0]}, but it did not, so nothing was recorded or changed there: the model's "
+                    "modules were replaced after it was wrapped, or run as exported code; wrap it again in LanguageModel"
                 )
 
         with ExitStack() as stack:

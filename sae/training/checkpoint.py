@@ -18,7 +18,7 @@ from sae.mesh import Mesh
 from sae.training.config import Recipe
 
 FILE = "checkpoint.safetensors"
-THEN = "begin anew with --restart"
+THEN = "start over with --restart"
 
 
 class Record(TypedDict):
@@ -102,9 +102,7 @@ class Checkpoint:
         for sweep in sweeps:
             sweep.gather()
         if (theirs := metadata.get("mesh", str(mesh))) != str(mesh):
-            print(
-                f"the checkpoint was written with {theirs} and goes on with {mesh}: sums are added in another order, so last digits differ"
-            )
+            print(f"the checkpoint was written with {theirs} and continues with {mesh}: sums have another order, so last digits differ")
         return step
 
     def refuse_other(self, theirs: dict[str, Any]) -> None:
@@ -114,7 +112,7 @@ class Checkpoint:
         if differing:
             raise InputError(
                 f"{self.folder} holds a run with other settings ({'; '.join(differing)}); "
-                "use another --out, the same settings to resume it, or --restart to begin anew"
+                "use another --out, the same settings to resume it, or --restart to start over"
             )
 
     def remove(self) -> None:

@@ -98,8 +98,8 @@ def meshed(split: Split, device: str, processes: Processes) -> Iterator[Mesh | N
                 yield mesh
     except Gone as error:
         raise InputError(
-            f"another process of this run has ended ({str(error).partition('. ')[0]}); the same command goes on from the last checkpoint, "
-            "and torchrun's --max-restarts gives it again"
+            f"another process of this run has ended ({str(error).partition('. ')[0]}); the same command continues from the last "
+            "checkpoint, and torchrun's --max-restarts runs it again"
         ) from None
     except BaseException:
         processes.fail()  # before the others notice, so that the sentence is this one's

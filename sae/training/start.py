@@ -82,7 +82,7 @@ def opened(init: Path, source: Source, ends: Ends, config: RunConfig) -> Diction
         raise InputError(f"expected --init without a frame, and with a skip only with --skip, got another in {init}; give another")
     if config.kind.taken_over(found.gate) is None:
         raise InputError(
-            f"expected --init with a gate that {name_of(config.kind)} can go on from, got {found.gate} in {init}; train another kind, "
+            f"expected --init with a gate that {name_of(config.kind)} can continue with, got {found.gate} in {init}; train another kind, "
             "or give another dictionary"
         )
     if found.d_sae != config.d_sae:

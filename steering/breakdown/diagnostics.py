@@ -259,7 +259,7 @@ class DictionaryChange(NamedTuple):
 def dictionary_change(dictionary: Dictionary, h_nd: Tensor, steered_nd: Tensor, feature: int | None = None) -> DictionaryChange:
     """Of a dictionary that reads and writes the stream. Raises `InputError` for a transcoder, a feature it lacks, or values not finite."""
     if dictionary.is_transcoder:
-        raise InputError("expected a dictionary that rebuilds what it reads, got a transcoder; give one of the residual stream")
+        raise InputError("expected a dictionary that reconstructs its input, got a transcoder; give one of the residual stream")
     if feature is not None:
         dictionary.require_feature(feature)
     metrics = [ReconstructionMetrics(dictionary.norms(), dictionary.d_out) for _ in range(2)]

@@ -99,7 +99,7 @@ def study(config: StudyConfig) -> dict[str, Any]:
                 print(f"without {one.name} at {one.site}: {reason}", file=sys.stderr)
             bar.advance(1, direction=one.name, site=one.site)
     if not results:
-        raise InputError("expected a direction that can be measured, but all were left out, see above")
+        raise InputError("expected a direction that can be measured, but all were left out: see above")
     settings = asdict(config) | {"command": f"{sys.argv[0]} {shlex.join(sys.argv[1:])}", "seconds": round(time.monotonic() - started)}
     found = jsonable({"format": FORMAT, "model": lm.name, "settings": settings, "left_out": left_out, "summary": summary(results)})
     write_json(config.out / "study.json", found)

@@ -81,7 +81,7 @@ def warn_if_uncertain(
         return
     if few == 1:
         warnings.warn(
-            f"{n_pos} positive and {n_neg} negative examples: from a single one it cannot be told how sure {what} is", stacklevel=3
+            f"{n_pos} positive and {n_neg} negative examples: from a single one it is unknown how certain {what} is", stacklevel=3
         )
         return
     said = "few" if few < TINY else "unequally many"

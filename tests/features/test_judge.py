@@ -282,7 +282,7 @@ def test_scores_that_failed_on_the_way_are_asked_for_again_and_nonsense_is_not(s
     server.script = lost
     first = explain_by_model(index, corpus, range(2), config(server, tmp_path))
     assert [e.scores["answered"] for e in first] == [0, 20]
-    assert "1 explanations are not wholly scored" in capsys.readouterr().out
+    assert "1 explanations are not completely scored" in capsys.readouterr().out
     server.script = oracle
     again = explain_by_model(index, corpus, range(2), config(server, tmp_path))
     assert [e.scores["answered"] for e in again] == [20, 20]

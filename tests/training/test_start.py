@@ -108,8 +108,8 @@ def test_dictionaries_that_cannot_be_gone_on_from_are_refused(cache, trained, tm
 
     narrow = {"W_enc_fd": d.W_enc_fd[:, :8], "W_dec_fo": d.W_dec_fo[:, :8], "b_dec_o": d.b_dec_o[:8], "b_in_d": d.b_dec_o[:8]}
     cases = [
-        (saved("topk", gate=TopK(3)), {}, "a gate that relu can go on from"),
-        (saved("jumprelu", gate=Threshold(torch.full((size,), 0.1))), {}, "a gate that relu can go on from"),
+        (saved("topk", gate=TopK(3)), {}, "a gate that relu can continue with"),
+        (saved("jumprelu", gate=Threshold(torch.full((size,), 0.1))), {}, "a gate that relu can continue with"),
         (saved("site", metadata=d.metadata | {"site": "resid_post.1"}), {}, "resid_post.1"),
         (saved("model", metadata=d.metadata | {"model_fingerprint": "0" * 12}), {}, "fingerprint"),
         (saved("narrow", **narrow), {}, "width"),

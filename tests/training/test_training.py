@@ -197,10 +197,10 @@ def test_a_checkpoint_with_a_flipped_bit_or_without_a_checksum_is_refused(cache,
     places = [content.index(b'"step":"') + 8, content.index(b"settings") + 30, header + 100, len(content) // 2, len(content) - 1]
     for place in places:
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        with pytest.raises(InputError, match=r"checksum is wrong, so it is damaged; begin anew with --restart"):
+        with pytest.raises(InputError, match=r"checksum is wrong, so it is damaged; start over with --restart"):
             train(config_for(cache, tmp_path / "d"))
     save_file(load_file(path), path)
-    with pytest.raises(InputError, match="an earlier version wrote this one; begin anew with --restart"):
+    with pytest.raises(InputError, match="an earlier version wrote this one; start over with --restart"):
         train(config_for(cache, tmp_path / "d"))
     path.write_bytes(content)
     train(config_for(cache, tmp_path / "d"))

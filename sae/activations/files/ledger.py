@@ -244,6 +244,6 @@ def require_same(folder: Place, **mine_of: dict[str, Any]) -> None:
         for key in sorted({*mine, *theirs}):
             if mine.get(key) != theirs.get(key):
                 raise InputError(
-                    f"{folder} was begun with {what} {key} = {theirs.get(key)!r}, but now it is {mine.get(key)!r}; "
-                    "give the same command to resume, or choose another --out"
+                    f"{folder} was started with {what} {key} = {theirs.get(key)!r}, but now it is {mine.get(key)!r}; "
+                    "run the same command to resume, or choose another --out"
                 )

@@ -71,7 +71,7 @@ def read_manifest(folder: Place) -> dict[str, Any]:
     if isinstance(folder, RemotePath):
         folder.names()  # so that nothing is taken from an earlier look
     if not _exists(folder / "manifest.json") and _exists(folder / "harvest.json"):
-        raise InputError(f"the harvest into {folder} has not finished; give its command again to let it go on")
+        raise InputError(f"the harvest into {folder} has not finished; run its command again to continue")
     manifest = read_json(folder / "manifest.json", "an activation cache's manifest")
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:

@@ -158,7 +158,7 @@ def require_understood(where: Path, said: dict[str, Any], known: Mapping[str, Se
     for key, values in known.items():
         require_value(where, key, said.setdefault(key, values[0]), values)
     if unknown := sorted(set(said) - set(known) - facts):
-        raise InputError(f"{where} has {', '.join(unknown)}, which may change what the dictionary computes and is not known here")
+        raise InputError(f"{where} has {', '.join(unknown)}, which may change what the dictionary computes and is not supported here")
 
 
 def require_k(where: object, key: str, k: object, d_sae: int) -> int:

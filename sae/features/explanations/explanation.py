@@ -46,7 +46,7 @@ def read_explanations(index_folder: str | Path) -> dict[int, list[Explanation]]:
     found: dict[int, list[Explanation]] = defaultdict(list)
     if path.exists():
         for number, line in enumerate(read_bytes(path, "explanations").splitlines(), 1):
-            what = f"an explanation in line {number} of {path} (remove the line to go on)"
+            what = f"an explanation in line {number} of {path} (remove the line to continue)"
             explanation = parse_explanation(line, what)
             found[explanation.feature].append(explanation)
     return dict(found)

@@ -177,7 +177,7 @@ def explain_by_model(index: FeatureIndex, corpus: ScannedText, features: Sequenc
     found = [log.done[j] for j in features if j in log.done]
     unscored = sum(not log.complete(e.feature) for e in found)
     if unscored:
-        print(f"{unscored:,} explanations are not wholly scored, because requests failed; run again to ask for them anew")
+        print(f"{unscored:,} explanations are not completely scored, because requests failed; run again to repeat these requests")
     print(model_summary(found))
     return found
 

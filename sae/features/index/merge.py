@@ -44,7 +44,7 @@ def merge_indexes(config: MergeConfig) -> Path:
                     f"{part.info[name]!r} in {part.folder}"
                 )
     if config.out.resolve() in [part.folder.resolve() for part in parts]:
-        raise InputError(f"expected --out to be a folder of its own, but {config.out} is one of the parts")
+        raise InputError(f"expected --out to be a separate folder, but {config.out} is one of the parts")
     text, shifts, label_names = joined_text(parts)
     require_free_space(config.out, 10 * sum(len(part.positions) for part in parts), "the joined index")
     with replacing_index(config.out) as folder:
@@ -115,7 +115,7 @@ def joined_scanned(parts: list[FeatureIndex]) -> np.ndarray:
         scanned += part.tokens["scanned"]
     if scanned.max() > 1:
         raise InputError(
-            f"expected parts with tokens of their own, but {int((scanned > 1).sum()):,} tokens are in more than one of "
+            f"expected parts with different tokens, but {int((scanned > 1).sum()):,} tokens are in more than one of "
             f"{', '.join(str(part.folder) for part in parts)}; build them with --part 1/{len(parts)} and so on"
         )
     return scanned > 0

@@ -80,7 +80,7 @@ def _stepping(steps: Mapping[nn.Module, Step]) -> Iterator[None]:
 def find_attentions(decoder: Any, blocks: Sequence[nn.Module], run: Callable[[], Any]) -> list[nn.Module | str]:
     """Of each block, the module whose heads give pattern times values, or why there is none. `run` makes a pass of three tokens."""
     if not decoder._can_set_attn_implementation():
-        reason = f"{type(decoder).__name__} attends by code of its own, not through the attention functions of transformers"
+        reason = f"{type(decoder).__name__} has its own attention code, not the attention functions of transformers"
         return [reason] * len(blocks)
     found: list[nn.Module | str] = ["none of its modules attends through the attention functions of transformers"] * len(blocks)
 

@@ -119,7 +119,7 @@ def _graph(content: GraphFile) -> str:
     listed = "".join(f'<li><i class="{kind}" style="--c:{colour}"></i>{name}</li>' for kind, colour, name in key)
     return (
         "<section><h2>Graph</h2><p class='soft'>Larger nodes have more influence on the logits. Click a node: what it reads from, and what "
-        "reads it. Errors have no input, since nobody knows what they are made of.</p>"
+        "reads it. Errors have no input, since their parts are unknown.</p>"
         f"<ul class='key'>{listed}</ul><div class='tools'>"
         '<label>nodes of the largest influence <input type="range" id="nodes" min="1" max="100" value="100"><output></output></label>'
         '<label>edges of the highest score <input type="range" id="edges" min="0" max="100" step="any" value="15"><output></output></label>'

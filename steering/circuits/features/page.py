@@ -198,7 +198,7 @@ def _edges(circuit: FeatureCircuit) -> str:
     if not circuit.edges:
         return ""
     rows = [[f"<code>{escape(row['edge'])}</code>", figure(row["score"], signed=True)] for row in circuit.edges[:SHOWN_EDGES]]
-    note = f"The {len(rows)} strongest. Score: what the node behind carries of the metric because of the one before."
+    note = f"The {len(rows)} strongest. Score: the part of the metric that the later node carries because of the earlier one."
     return _section("Edges", note, _table(["edge", "score"], rows))
 
 

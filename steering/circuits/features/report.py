@@ -77,7 +77,7 @@ def tables(circuit: FeatureCircuit) -> list[Any]:
         listed.add_row(row["node"], *(figure(row[key]) for key in ("score", "clean", "corrupt", "frequency")))  # type: ignore[literal-required]
     made.append(listed)
     if circuit.edges:
-        edges = Table("edge", "score", title="its strongest edges", caption="score: what the node behind carries because of the one before")
+        edges = Table("edge", "score", title="its strongest edges", caption="score: what the later node carries because of the earlier one")
         for edge in circuit.edges[:STRONGEST]:
             edges.add_row(edge["edge"], figure(edge["score"]))
         made.append(edges)

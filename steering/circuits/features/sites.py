@@ -128,7 +128,7 @@ def open_sites(lm: LanguageModel, sources: Sequence[str]) -> list[FeatureSite]:
             assert writes is not None
             require_widths(lm, [dictionary])
             if EMBED in (reads, writes):
-                raise InputError(f"expected dictionaries behind the embedding, got {source} at {EMBED}; leave it out")
+                raise InputError(f"expected dictionaries after the embedding, got {source} at {EMBED}; leave it out")
             found.append(FeatureSite(dictionary, reads, writes, str(source)))
     return in_order(found)
 
@@ -146,7 +146,7 @@ def in_order(sites: Sequence[FeatureSite]) -> list[FeatureSite]:
             raise InputError(f"expected one dictionary for each site, got two that write at {one.writes}; leave one of them out")
         if order(other.reads) < order(one.writes):
             raise InputError(
-                f"expected dictionaries one behind the other, but {other.writes} is written from {other.reads}, before {one.writes}; "
+                f"expected dictionaries one after the other, but {other.writes} is written from {other.reads}, before {one.writes}; "
                 "leave one of them out"
             )
     return ordered

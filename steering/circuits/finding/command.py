@@ -219,7 +219,7 @@ def searched(config: CircuitConfig, patching: Patching, score_rw: Tensor) -> tup
     with progress(f"taking edges away ({config.search})", n, "edges") as bar:
         found = acdc(patching, config.tau, bar) if config.search == "acdc" else eliminate(patching, score_rw, n, config.tau, bar)
     if not found.circuit_rw.any():
-        raise InputError(f"expected a tau at which edges are left, got {config.tau:g}, at which every edge may go; give a smaller one")
+        raise InputError(f"expected a tau at which edges remain, got {config.tau:g}, which removes every edge; give a smaller one")
     return found.circuit_rw, {"tau": config.tau, "begun_with": n, "runs": found.runs, "kl": found.kl}
 
 

@@ -78,6 +78,6 @@ def _begun(score_rw: Tensor, exists_rw: Tensor, n: int) -> Tensor:
     size_rw = score_rw.detach().cpu().float().abs()
     sizes = size_rw[exists_rw].sort(descending=True).values
     if not sizes[0] > 0:
-        raise InputError("expected scores to begin with of which some are not 0, got zeros alone; take another method")
+        raise InputError("expected scores of which some are not 0, got only zeros; use another method")
     middle = sizes[min(SHORT_LIST * n, len(sizes)) - 1].clamp(min=sizes[0] * 1e-12)
     return (size_rw / middle).clamp(min=1e-12).log().clamp(-BEGIN, BEGIN)

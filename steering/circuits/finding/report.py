@@ -36,7 +36,7 @@ def print_tables(circuit: Circuit) -> None:
     measures = Table("measure", "", title=title, caption="1 as the whole model, 0 as none of it")
     measures.add_row("faithfulness", interval(one["f"]))
     measures.add_row("the model with the circuit cut", interval(one["without"]))
-    for name, key in (("random circuits of as many edges", "random"), ("circuits of random heads in place of its own", "random_heads")):
+    for name, key in (("random circuits of as many edges", "random"), ("circuits of random heads instead of its own", "random_heads")):
         measures.add_row(f"{len(one[key]['f'])} {name}, mean", figure(one[key]["mean"]))
         measures.add_row("the best of them", figure(one[key]["highest"]))
     console.print(measures)

@@ -19,7 +19,7 @@ from steering.circuits.pages.plots import curve_svg, interval
 from steering.report_style import STYLE
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-CONTROLS = {"random": "random circuits of as many edges", "random_heads": "circuits of random heads in place of its own"}
+CONTROLS = {"random": "random circuits of as many edges", "random_heads": "circuits of random heads instead of its own"}
 """by their names in an evaluation"""
 WEB = resources.files("steering.circuits.pages") / "web"
 

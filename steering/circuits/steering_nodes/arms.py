@@ -92,7 +92,7 @@ def make_arms(graph: Graph, circuit_rw: Tensor, site: str, draws: int, rng: np.r
         if inputs[0].start >= first:
             heads[layer] = [head for head in range(graph.n_heads) if any(in_circuit[one.start + head] for one in inputs)]
     if not any(heads.values()):
-        raise InputError(f"expected a circuit with heads behind {site}, got one without; give an earlier site")
+        raise InputError(f"expected a circuit with heads after {site}, got one without; give an earlier site")
 
     def inputs_of(chosen: Mapping[int, Sequence[int]], kinds: Sequence[str] = HEAD_INPUTS) -> tuple[int, ...]:
         return tuple(graph.head_inputs(kind, layer).start + h for layer, some in chosen.items() for kind in kinds for h in some)
@@ -130,14 +130,12 @@ def edge_arms(graph: Graph, names: Sequence[str], site: str, change_wd: Tensor) 
         writer, _, reader = name.partition("->")
         if writer == VECTOR:
             if (r := graph.reader(reader)) < graph.first_behind(site):
-                raise InputError(f"expected a reader behind {site}, where the direction is, got {name}; give a later one")
+                raise InputError(f"expected a reader after {site}, where the direction is, got {name}; give a later one")
             arms.append(Arm(f"edge {name}", (r,)))
             continue
         r, w = graph.edge(name)
         if not change_wd[w].any():
-            raise InputError(
-                f"expected an edge whose writer writes something else on clean than on corrupt prompts, got {name}; give another"
-            )
+            raise InputError(f"expected an edge whose writer differs between clean and corrupt prompts, got {name}; give another")
         arms.append(Arm(f"edge {name}", (r,), direction_d=change_wd[w]))
     return arms
 

@@ -114,7 +114,7 @@ def steer_circuit(config: SteerCircuitConfig) -> dict[str, Any]:
     arms += _edges(config, circuit, engine, found_on, site)
     unit_d = vector.unit().direction_d * typical_norm(torch.cat(activations_of_texts(lm, OTHERS, site)))  # so that coefficients are rho
     print(
-        f"{len(arms)} arms behind {site} of {config.model} at {len(config.budgets)} budgets, on {len(measured_on)} pairs with "
+        f"{len(arms)} arms after {site} of {config.model} at {len(config.budgets)} budgets, on {len(measured_on)} pairs with "
         f"the answer {answer[0]!r}; direction: {', '.join(f'{key} {value}' for key, value in vector.provenance.items())}",
         file=sys.stderr,
     )

@@ -211,7 +211,7 @@ TASKS: dict[str, Task] = {
     ),
     "agreement": Task("a verb in the number of the noun before it", _agreement, {"number": "the noun in the other number"}),
     "agreement-attractor": Task(
-        "a verb in the number of its noun, behind a second noun of the other number",
+        "a verb in the number of its noun, after a second noun of the other number",
         _attractor,
         {"number": "the verb's noun in the other number"},
     ),

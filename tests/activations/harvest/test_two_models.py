@@ -126,7 +126,7 @@ def test_another_second_model_does_not_go_on_with_it(config, world, tmp_path):
     with torch.no_grad():
         model.transformer.wte.weight[3] += 1
     model.save_pretrained(tmp_path / "other")
-    with pytest.raises(InputError, match=r"begun with settings second_model"):
+    with pytest.raises(InputError, match=r"started with settings second_model"):
         harvest(change(config, second_model=str(tmp_path / "other")))
     assert forked(partial(harvest, change(config, second_model=str(tmp_path / "other"))), 2, tmp_path / "log") == [2, 2]
     assert "second_model" in "".join(said(tmp_path / "log"))

@@ -149,7 +149,7 @@ def test_a_harvest_goes_on_with_the_same_settings_only(config, flaky):
     with pytest.raises(InputError, match="is lost"):
         harvest(config)
     flaky.faults.clear()
-    with pytest.raises(InputError, match=r"flaky://place/cache was begun with settings seed = 0, but now it is 1"):
+    with pytest.raises(InputError, match=r"flaky://place/cache was started with settings seed = 0, but now it is 1"):
         harvest(replace(config, seed=1))
 
 

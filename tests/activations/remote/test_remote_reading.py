@@ -183,7 +183,9 @@ def test_a_file_that_is_replaced_while_it_is_read_is_refused(local, url):
     data[-9:] = b"123456789"
     other = type(fs)(skip_instance_cache=True)  # as another process would
     other.pipe_file(path, bytes(data))
-    with pytest.raises(InputError, match="as it was when it was opened, but it is another one now; read a cache that nobody is writing"):
+    with pytest.raises(
+        InputError, match="as it was when it was opened, but it is another one now; read a cache that no process is writing"
+    ):
         cache.read_block(shard, 65, out)
     other.rm_file(path)
     with pytest.raises(InputError, match="but it is gone"):

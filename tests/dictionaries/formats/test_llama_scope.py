@@ -213,7 +213,7 @@ def test_version_2_with_other_norms(tmp_path):
         ({"sae_type": "crosscoder"}, "is of sae_type 'crosscoder', which is not known here; expected 'sae'"),
         ({"norm_activation": "batch-wise"}, "norm_activation 'batch-wise', which is not understood"),
         ({"norms": False}, "expected dataset_average_activation_norm.blocks.3.hook_resid_post in .*, each one number above 0"),
-        (TRANSCODER | {"norm_activation": "token-wise"}, "a transcoder's output needs the norm of what it stands for"),
+        (TRANSCODER | {"norm_activation": "token-wise"}, "a transcoder's output needs the norm of its target"),
         ({"use_glu_encoder": True}, "use_glu_encoder True, which is not understood"),
         ({"rotation": 1}, "config.json has rotation, which may change"),
         ({"act_fn": "topk", "top_k": 0}, "has top_k 0, where a whole number"),

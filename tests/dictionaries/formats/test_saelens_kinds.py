@@ -157,7 +157,7 @@ def test_what_saelens_list_says_of_published_dictionaries(tmp_path, capsys, cach
     acts = ((s * (X - mean) - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()
     path = scaled(repository / "sae_group_gpt2_blocks.2.hook_mlp_out_24576:v0", "standard", w, apply_b_dec_to_input=True)
     check(path, acts, (acts @ w["W_dec"] + w["b_dec"]) / s + mean)
-    said = "SAELens' list of dictionaries gives .* model_from_pretrained_kwargs {'center_writing_weights': True}, in place of"
+    said = "SAELens' list of dictionaries states for .* model_from_pretrained_kwargs {'center_writing_weights': True}, in place of"
     assert re.search(said, capsys.readouterr().err)
     (path / "activation_scaler.json").write_text(json.dumps({"scaling_factor": 2 * s}))  # one that is there counts
     acts = ((2 * s * (X - mean) - w["b_dec"]) @ w["W_enc"] + w["b_enc"]).relu()

@@ -148,7 +148,7 @@ def test_what_the_model_cannot_do_is_left_out_and_said(byte_lm):
     lm.tokenizer = _Letters()
     _, left_out = make_arms(lm, direction(lm, "resid_post.0"))
     assert set(left_out) >= {"patterns frozen", "values frozen"}
-    assert "attends by code of its own" in left_out["patterns frozen"]
+    assert "has its own attention code" in left_out["patterns frozen"]
     assert "norms frozen" not in left_out
 
 

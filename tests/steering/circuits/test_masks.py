@@ -70,5 +70,5 @@ def test_a_cut_by_fractions_is_what_the_kl_is_of(patching):
 def test_bad_requests(patching):
     with pytest.raises(InputError, match="at most 46 edges"):
         learn_masks(patching, scores(patching), 47)
-    with pytest.raises(InputError, match="got zeros alone"):
+    with pytest.raises(InputError, match="got only zeros"):
         learn_masks(patching, 0 * scores(patching), 5)

@@ -111,7 +111,7 @@ def test_arms_are_sets_of_readers_behind_the_site():
     assert values == [{name for name in one if name.startswith("v.")} for one in drawn]
     for one in drawn:
         assert Counter(name.split(".")[1] for name in one) == {"1": 3, "2": 6}  # q, k and v of one and of two heads
-    with pytest.raises(InputError, match=r"a circuit with heads behind resid_post\.1, got one without"):
+    with pytest.raises(InputError, match=r"a circuit with heads after resid_post\.1, got one without"):
         make_arms(graph, graph.circuit(["embed->q.0.1", "mlp.2->logits"]), "resid_post.1", 2, np.random.default_rng(0))
 
 
@@ -229,7 +229,7 @@ def test_a_dry_run_and_what_is_refused(circuit, tmp_path, capsys):
     assert steer_circuit(config(dry_run=True)) == {}
     assert list(tmp_path.iterdir()) == []
     said = capsys.readouterr().err
-    assert "arms behind resid_post.1" in said
+    assert "arms after resid_post.1" in said
     no_task = json.loads(circuit.read_text())
     no_task["method"] = {}
     (tmp_path / "none.json").write_text(json.dumps(no_task))

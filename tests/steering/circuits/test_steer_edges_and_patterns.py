@@ -158,8 +158,8 @@ def test_an_edge_is_its_reader_and_its_writers_change(demo):
     one, other = (measure_arm(engine, arm, torch.ones(engine.lm.d_model), prompts, neutral, [0.001])[0] for arm in arms)
     assert one.coefficient == pytest.approx(other.coefficient, rel=1e-3)
     for names, message in (
-        (["mlp.0->q.2.3"], "writes something else on clean than on corrupt prompts"),
-        (["vector->q.1.0"], "a reader behind resid_post.1"),
+        (["mlp.0->q.2.3"], "differs between clean and corrupt prompts"),
+        (["vector->q.1.0"], "a reader after resid_post.1"),
         (["head.3.0->q.2.0"], "writes behind"),
         (["q.2.0"], "such as"),
     ):
@@ -204,7 +204,7 @@ def test_features_and_what_is_refused_with_the_circuit(demo, tmp_path, capsys):
     sae = str(Path(DEMO).with_name("demo-sae"))
     assert steer_circuit(SteerCircuitConfig(**base, vector="3586", dictionary=sae)) == {}
     said = capsys.readouterr().err
-    assert "behind resid_post.2" in said
+    assert "after resid_post.2" in said
     assert "feature 3586" in said
     W_fd = torch.eye(engine.lm.d_model)[:3]
     other = {"site": "resid_post.2", "model_name": "other", "model_fingerprint": "0123456789ab"}

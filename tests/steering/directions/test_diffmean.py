@@ -88,7 +88,7 @@ def test_small_and_unequal_sets_warn_with_an_interval(n_pos, n_neg, said):
 
 
 def test_one_example_cannot_tell_and_enough_are_silent(byte_lm):
-    with pytest.warns(UserWarning, match="cannot be told"):
+    with pytest.warns(UserWarning, match="it is unknown how certain"):
         diffmean(normal(1), normal(30), "resid_post.0")
     with pytest.warns(UserWarning, match="few examples, 3 positive and 3 negative"):  # texts count, not their tokens
         diffmean_of_texts(byte_lm, ["a" * 30, "b" * 30, "c" * 30], ["d" * 30, "e" * 30, "f" * 30], "resid_pre.1")

@@ -72,7 +72,7 @@ def load_one(file: Path, record: Record, said: dict[str, Any], device: Device) -
             f"expected norm_encoder of a TiedSAE in {file} to be true or false, found {normed!r}, so its function is not known"
         )
     if foreign := [key for key, value in state.items() if not isinstance(value, Tensor)]:
-        raise InputError(f"{file} holds {', '.join(foreign)}, which may change what the dictionary computes and is not known here")
+        raise InputError(f"{file} holds {', '.join(foreign)}, which may change what the dictionary computes and is not supported here")
     tied = kind == "TiedSAE"
     w = checked(file, state, SHAPES if tied else SHAPES | {"decoder": "f d"}, CENTRING if tied else {})
     w = {key: tensor.to(device) for key, tensor in w.items()}

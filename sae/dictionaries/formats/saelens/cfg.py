@@ -196,7 +196,7 @@ def merge(folder: Path, cfg: dict[str, Any]) -> dict[str, Any]:
         values["normalize_activations"] = ESTIMATED[0] if values["normalize_activations"] else "none"
     for key, value in settings_of(folder).items():
         if values.get(key) != value:
-            print(f"SAELens' list of dictionaries gives {folder} {key} {value!r}, in place of what its {CFG} says", file=sys.stderr)
+            print(f"SAELens' list of dictionaries states for {folder} {key} {value!r}, in place of what its {CFG} says", file=sys.stderr)
         values[key] = value
     return values
 
@@ -216,7 +216,9 @@ def require_known(folder: Path, cfg: dict[str, Any], values: dict[str, Any]) -> 
             raise InputError(f"the dictionary in {folder} has {key} {value!r}, which is not understood; expected {expected}")
     unknown = sorted({OLDER_NAMES.get(key, key) for key in cfg} - DECIDED - FACTS)
     if unknown and "metadata" in cfg:
-        raise InputError(f"{folder / CFG} has {', '.join(unknown)}, which may change what the dictionary computes and is not known here")
+        raise InputError(
+            f"{folder / CFG} has {', '.join(unknown)}, which may change what the dictionary computes and is not supported here"
+        )
     if unknown:
         print(f"{folder / CFG} has settings of an old training run, taken as mere facts: {', '.join(unknown)}", file=sys.stderr)
 

@@ -110,7 +110,7 @@ def gate_of(file: Path, facts: dict[str, Any], k: int | None, theta_f: Tensor | 
         there = f"{'no' if theta_f is None else 'a'} threshold and k {' or '.join(map(str, sorted(ks))) or 'nowhere'}"
         raise InputError(f"the config.yaml of {file} has activation {activation!r}, but there is {there}; leave what is right")
     if theta_f is not None and bool((theta_f < 0).any()):
-        raise InputError(f"{file} has thresholds below 0, with which circuit-tracer lets negative values through; that is not known here")
+        raise InputError(f"{file} has thresholds below 0, with which circuit-tracer keeps negative values; that is not supported here")
     return BareTopK(ks.pop()) if ks else Threshold(theta_f)
 
 

@@ -42,7 +42,7 @@ def save_set(transcoders: Iterable[Parts], folder: Path, model_name: str | None 
         write_tensors(folder / f"layer_{layer}.safetensors", tensors_of(parts))
     missing = sorted(set(range(max(layers, default=0) + 1)) - layers)
     if missing:
-        raise InputError(f"expected a transcoder for each layer from 0 on, but {', '.join(map(str, missing))} lack one; give them too")
+        raise InputError(f"expected a transcoder for each layer, starting at 0, but {', '.join(map(str, missing))} lack one; give them too")
     k = shared["k"]
     config = {"model_kind": "transcoder_set", **{key: shared[key] for key in ("model_name", "feature_input_hook", "feature_output_hook")}}
     config |= {} if k is None else {"activation": "topk", "k": k}

@@ -151,5 +151,5 @@ def frame_of(where: Path, said: dict[str, Any]) -> Frame | None:
     if said["norm_activation"] != "token-wise":
         return None
     if said["hook_point_in"] != said["hook_point_out"]:
-        raise InputError(f"{where} has norm_activation 'token-wise', for which a transcoder's output needs the norm of what it stands for")
+        raise InputError(f"{where} has norm_activation 'token-wise', for which a transcoder's output needs the norm of its target")
     return Frame("constant_norm_rescale")

@@ -56,7 +56,7 @@ def load_one(path: Path, device: Device) -> Parts:
         require_value(path, f"activation.{key}", state.pop(f"activation.{key}", value), (value,))
     weights = {key: value for key, value in state.items() if key not in STATISTICS}
     if foreign := sorted(str(key) for key, value in weights.items() if not isinstance(value, Tensor)):
-        raise InputError(f"{path} holds {', '.join(foreign)}, which may change what the dictionary computes and is not known here")
+        raise InputError(f"{path} holds {', '.join(foreign)}, which may change what the dictionary computes and is not supported here")
     w = {key: tensor.to(device) for key, tensor in checked(path, weights, SHAPES).items()}
     gate = topk(path, settings, len(w["latent_bias"])) if name == "TopK" else Threshold()
     frame = Frame("layer_norm") if name == "TopK" else None

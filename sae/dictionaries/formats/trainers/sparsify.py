@@ -76,7 +76,9 @@ def load(path: Path, device: Device = "cpu") -> Parts | Layers:
 def load_one(folder: Path, device: Device) -> Parts:
     cfg = read_json(folder / CFG, "a dictionary's cfg.json", Cfg)
     if unknown := sorted(set(cfg) - set(Cfg.__annotations__)):
-        raise InputError(f"{folder / CFG} has {', '.join(unknown)}, which may change what the dictionary computes and is not known here")
+        raise InputError(
+            f"{folder / CFG} has {', '.join(unknown)}, which may change what the dictionary computes and is not supported here"
+        )
     home = folder.parent if re.fullmatch(r"seed[0-9]+", folder.name) else folder
     run = read_run(home.parent / RUN)
     d_sae = cfg.get("num_latents") or cfg["d_in"] * cfg.get("expansion_factor", 32)
