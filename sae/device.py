@@ -6,7 +6,7 @@ from sae.errors import InputError
 
 
 def device_named(name: str | torch.device) -> torch.device:
-    """ "auto" is CUDA where there is one, else the CPU.
+    """ "auto" is CUDA if there is one, else the CPU.
 
     Raises `InputError` for a name that torch does not know, and for a GPU that is not there.
     """

@@ -1,4 +1,4 @@
-"""HTML that every page is made of: the frame of a file of its own, text that is escaped and visible, numbers as people read them."""
+"""HTML parts of every page: the frame of a complete page, text that is escaped and visible, numbers as people read them."""
 
 import math
 from functools import lru_cache

@@ -30,7 +30,7 @@ class Progress:
                 self._bar.start()
 
     def advance(self, n: int, **fields: str) -> None:
-        """`n` more units are done; `fields` are shown behind them, for example `loss="0.31"`."""
+        """`n` more units are done; `fields` are shown after them, for example `loss="0.31"`."""
         self.done += n
         self.fields.update(fields)
         if self._bar:
@@ -40,7 +40,7 @@ class Progress:
             self._print(self._left())
 
     def _print(self, end: str = "") -> None:
-        with suppress(OSError):  # the work goes on when nobody can read of it any more
+        with suppress(OSError):  # the work continues when nobody can read of it any more
             print(f"{self.what}: {self.line()}{end}", file=sys.stderr, flush=True)
 
     def line(self) -> str:

@@ -62,7 +62,7 @@ def _lasting(stream: TextIO | None, number: int) -> tuple[_Outlet | None, TextIO
     if stream is None:
         return None, open(os.devnull, "w", encoding="utf-8")
     if stream not in (sys.__stdout__, sys.__stderr__) or not isinstance(stream, io.TextIOWrapper) or (os.name == "nt" and stream.isatty()):
-        return None, stream  # not the system's own, as in a notebook or a test; or a window of Windows, which is no file
+        return None, stream  # not the system's own, as in a notebook or a test; or a window of Windows, which is not a file
     with suppress(OSError):
         stream.flush()
     outlet = _Outlet(number)

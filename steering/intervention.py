@@ -209,7 +209,7 @@ def _strength(coefficient: Strength, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def _feature_term(item: DictionaryFeature, strength_s: Tensor) -> _Term:
-    """z = read · h + bias and a = z above the threshold, with the bias that is taken off the input folded into the encoder's."""
+    """z = read · h + bias and a = z above the threshold, with the bias that is subtracted from the input folded into the encoder's."""
     d, j = item.dictionary, item.feature
     row_d = d.rows([j])[0].float().to(strength_s.device)
     if not isinstance(d.gate, Threshold) or d.frame is not None or d.is_transcoder:

@@ -95,7 +95,7 @@ def make_ranges(
 
 
 def range_words(up: WorkingRange, down: WorkingRange) -> dict[str, str]:
-    """Both ends of a feature's range in plain words: a sentence, and the details behind it."""
+    """Both ends of a feature's range in plain words: a sentence, and the details after it."""
 
     def end(side: WorkingRange, sign: str) -> str:
         return f"{sign}{side.tried:.2g} and further" if side.coefficient is None else f"{sign}{side.coefficient:.2g}"

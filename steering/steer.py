@@ -43,7 +43,7 @@ class SteerConfig(PartsConfig):
 
 
 def steer(config: SteerConfig) -> dict[str, Any]:
-    """Prints both kinds of text, and gives them with the strengths and measures as plain values.
+    """Prints both kinds of text, and returns them with the strengths and measures as plain values.
 
     Raises `InputError` when the parts do not belong together or the feature cannot steer.
     """

@@ -238,7 +238,7 @@ class SteeringVector:
 
 
 def _strict_reader(gguf: Any) -> Any:
-    """The package's reader, which would read on behind the end of a file that is cut off, for as long as a number in it says."""
+    """The package's reader, which would read on after the end of a file that is cut off, for as long as a number in it says."""
 
     class Reader(gguf.GGUFReader):
         def _get(self, offset: int, dtype: Any, count: int = 1, **order: Any) -> np.ndarray:

@@ -338,7 +338,7 @@ class Dictionary(nn.Module):
         return torch.cat([function(rows_of(self.W_dec_fo, part)) for part in ranges(self.d_sae, self.features_at_once)])
 
     def require_feature(self, feature: int) -> None:
-        """Raises `InputError` for a number that is no feature."""
+        """Raises `InputError` for a number that is not a feature."""
         if not 0 <= feature < self.d_sae:
             raise InputError(f"feature {feature} does not exist: the dictionary has features 0 to {self.d_sae - 1}")
 
@@ -379,7 +379,7 @@ class Dictionary(nn.Module):
         ).requires_grad_(False)
 
     def save(self, folder: str | Path) -> None:
-        """Writes the folder that SAELens' `SAE.load_from_disk` opens; each file is written whole or not at all."""
+        """Writes the folder that SAELens' `SAE.load_from_disk` opens; each file is written completely or not at all."""
         save(self.parts(), Path(folder))
 
     @classmethod

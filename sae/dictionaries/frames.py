@@ -24,7 +24,7 @@ class Entered(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """ "constant_norm_rescale" and "layer_norm" as SAELens computes them (normalize_activations in cfg.json). "centred" takes off the mean
+    """ "constant_norm_rescale" and "layer_norm" as SAELens computes them (normalize_activations in cfg.json). "centred" subtracts the mean
     over the width, which TransformerLens folds into the model's weights (center_writing_weights) and raw activations still have.
     """
 

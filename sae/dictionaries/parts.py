@@ -22,7 +22,7 @@ class Parts(NamedTuple):
     metadata: dict[str, Any]
     """facts about where it comes from: "site" and, of a transcoder, "site_out" under our names, "model_name", others as in its file"""
     b_in_d: Tensor | None = None
-    """taken off the input"""
+    """subtracted from the input"""
     W_skip_od: Tensor | None = None
     """of a dictionary that writes at several sites perhaps only the first rows; the others are then 0"""
     frame: Frame | None = None

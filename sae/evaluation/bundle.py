@@ -122,7 +122,7 @@ def compare(text: Text, dictionaries: Sequence[Dictionary], batch: int, made: Pi
 
 
 def add_to(own: Comparison, text: Text, dictionaries: Sequence[Dictionary], some: list[tuple[np.ndarray, np.ndarray]]) -> int:
-    """Adds one batch of sequences; gives the positions that were compared."""
+    """Adds one batch of sequences; returns the positions that were compared."""
     ids_sp, mask_sp, replaced_sp = padded(some)
     replaced_n = replaced_sp.flatten()
 

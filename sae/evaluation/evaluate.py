@@ -38,10 +38,10 @@ OF_A_SITE = ("fvu", "explained_variance", "mse", "cosine", "norm_ratio", "relati
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
-    """Measures, prints a table and writes `evaluation.json`; gives what is in that file. Sets of transcoders: see bundle.py.
+    """Measures, prints a table and writes `evaluation.json`; returns what is in that file. Sets of transcoders: see bundle.py.
 
     Called in every process that torchrun started, they share the work, and the file has the same bytes as that of one; when one of them
-    fails, so do the others, with SystemExit. Killed and started again, it goes on with what was finished (see sae/pieces.py).
+    fails, so do the others, with SystemExit. Killed and started again, it continues with what was finished (see sae/pieces.py).
 
     A dictionary of several sites (a crosscoder) is measured at each of them too, but not spliced in: it writes at the first before it
     has read the last, or in two models.
@@ -139,7 +139,7 @@ class Reconstructed(NamedTuple):
 
     of_all: Reconstruction
     by_site: dict[str, Reconstruction]
-    """where there are several"""
+    """if there are several"""
     massive: MassiveRows | None
     encoder: Method
 

@@ -107,7 +107,7 @@ def batches(
     lm: "LanguageModel", sequences: Sequence[np.ndarray], replaced: Sequence[np.ndarray], batch: int
 ) -> Iterator[list[tuple[np.ndarray, np.ndarray]]]:
     """Those of two tokens or more, with which of their positions are replaced, at most `batch` at a time and fewer where their logits
-    would be large. Raises `InputError` where there are none."""
+    would be large. Raises `InputError` if there are none."""
     rows = [(ids, own) for ids, own in zip(sequences, replaced, strict=True) if len(ids) > 1]
     if not rows:
         raise InputError("expected sequences of at least two tokens to measure the language model's loss on, got none")

@@ -1,4 +1,4 @@
-"""How well a dictionary rebuilds activations, and with how many features; sums over any number of rows in float64.
+"""How well a dictionary reconstructs activations, and with how many features; sums over any number of rows in float64.
 
 b rows (tokens) · d model width · f features
 """

@@ -64,7 +64,7 @@ class EvaluationConfig:
     """First read the whole site in the cache to compare every checksum. By default only those of token files up to 32 MB are compared."""
 
     def check(self) -> None:
-        """Raises `InputError` for values that cannot be meant."""
+        """Raises `InputError` for values that make no sense."""
         for name, least in (("sequences", 0), ("rows", 1), ("batch", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"--{name} must be at least {least}, got {getattr(self, name)}")

@@ -1,6 +1,6 @@
 """Dictionaries spliced into a model: what they write together takes the place of what is there, or is compared with it.
 
-One dictionary rebuilds the value where it reads, or makes another value from it (a transcoder). Several (a bundle) read at their own sites
+One dictionary reconstructs its input, or makes another value from it (a transcoder). Several (a bundle) read at their own sites
 in one forward pass, each of which already carries what the earlier ones wrote, and what they write at one site adds up.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sae.model.language_model import Edit, LanguageModel
 
 There = Callable[[str, Tensor, Tensor], Tensor]
-"""from a site, the value there and what is written there, each [s, p, d], to the value that the model goes on with"""
+"""from a site, the value there and what is written there, each [s, p, d], to the value that the model continues with"""
 CHUNK_BYTES = 128 << 20
 """of one tensor of activations [n, f]"""
 

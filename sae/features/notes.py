@@ -131,7 +131,7 @@ class Notes:
         return found
 
     def add_to_list(self, name: str, j: int) -> None:
-        """Appends the feature to the list, which begins with its first feature; one that is in it stays where it is."""
+        """Appends the feature to the list, which starts with its first feature; one that is in it stays where it is."""
         self._require(j)
         name = _checked("name", name)
         with self._changing():
@@ -161,7 +161,7 @@ class Notes:
             temporary.write_text("".join(self.jsonl()), encoding="utf-8")
 
     def import_jsonl(self, lines: str | Path | Iterable[str]) -> int:
-        """Takes over a file that `export_jsonl` wrote, or its lines: all of it or, with an `InputError`, nothing. Gives the entries read.
+        """Takes over a file that `export_jsonl` wrote, or its lines: all of it or, with an `InputError`, nothing. Returns the entries read.
 
         For a feature that is known already, the file's label, note and star replace the present ones; lists are appended to.
         """
@@ -220,7 +220,7 @@ class Notes:
             self._connection.execute("INSERT OR REPLACE INTO words VALUES (?, ?)", (self.dictionary, source))
 
     def search(self, query: str, n: int = 1000) -> list[int]:
-        """At most `n` features of which a label, an explanation or a top token has a word that begins with each word asked for.
+        """At most `n` features of which a label, an explanation or a top token has a word that starts with each word asked for.
 
         Best first by BM25, in which a label counts ten times and an explanation three times as much as a token.
         """

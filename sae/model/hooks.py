@@ -123,7 +123,7 @@ class Hooks:
         return replace
 
     def _attach(self, place: Place, replace: Edit) -> Callable[[], None]:
-        """Gives the function that detaches it."""
+        """Returns the function that detaches it."""
         view = place.view
         if view is None:
             return register(place, lambda raw, _received: replace(raw))
@@ -187,6 +187,6 @@ def register(place: Place, change: Callable[[Tensor, Tensor], Tensor]) -> Callab
 
     if place.is_output:
         return place.module.register_forward_hook(on_output).remove
-    # a hook that changes the tensor in place is no use behind one that hands the module another tensor
+    # a hook that changes the tensor in place is no use after one that hands the module another tensor
     first = isinstance(place.view, InPlace)
     return place.module.register_forward_pre_hook(on_input, with_kwargs=True, prepend=first).remove

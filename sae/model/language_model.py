@@ -70,7 +70,7 @@ class LanguageModel:
     ) -> "LanguageModel":
         """A model by hub name, local folder or GGUF file.
 
-        `device` "auto" is CUDA where there is one; `dtype` "auto" is float32 on a CPU, where half precision is slow, and as stored
+        `device` "auto" is CUDA if there is one; `dtype` "auto" is float32 on a CPU, where half precision is slow, and as stored
         elsewhere; `device_map` ("auto" or a mapping, needs the package accelerate) spreads a large model and excludes `device`.
         With `sites`, blocks after the deepest of them stay out of memory where possible, and then only `record` works. `quantize`
         "8bit" has Linear weights in 8 bits (needs the packages bitsandbytes and accelerate).
@@ -165,7 +165,7 @@ class LanguageModel:
         return [EMBED, *(f"{kind}.{layer}" for layer in range(self.n_layers) for kind in KINDS)]
 
     def token_ids(self, text: str) -> list[int]:
-        """Behind one beginning-of-text token, where there is one; a text that brings its own, as chat templates do, gets no second.
+        """Behind one beginning-of-text token, if there is one; a text that brings its own, as chat templates do, gets no second.
 
         Halves of surrogate pairs become U+FFFD, with a warning. Raises `InputError` without a tokenizer, and for tokens that the model has
         no embedding of.

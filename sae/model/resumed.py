@@ -15,13 +15,13 @@ from sae.model.sites import parse_site
 
 
 class _Enough(Exception):
-    """Unwinds a pass behind the last block whose output is kept."""
+    """Unwinds a pass after the last block whose output is kept."""
 
 
 class Resumed:
     """A batch, with the unedited outputs of the blocks below the lowest of `sites`.
 
-    `logits` runs the other blocks alone, under the edits of the moment, which must be at those sites or above them, and gives every bit
+    `logits` runs the other blocks alone, under the edits of the moment, which must be at those sites or above them, and returns every bit
     that `lm.logits` gives. A model whose blocks hand on more than their outputs runs whole.
     """
 

@@ -4,18 +4,18 @@ With L counted from 0, in the order in which they are computed:
 
 `embed`               the tokens' embeddings, before positions are added
 `resid_pre.L`         the residual stream before block L
-`attn_in.L`           what the attention receives: behind the norm and its gain, where there is a norm
+`attn_in.L`           what the attention receives: after the norm and its gain, where there is a norm
 `q.L`, `k.L`, `v.L`   queries, keys and values of all heads as their projections give them, before a norm of theirs and before rotation
 `head_out.L`          the heads' outputs, concatenated, before the output projection
 `attn_out.L`          what the attention adds to the stream
 `resid_mid.L`         the stream between attention and MLP
 `mlp_in_nogain.L`     mlp_in before the norm's gain and bias
-`mlp_in.L`            what the MLP receives: behind the norm and its gain, where there is a norm
+`mlp_in.L`            what the MLP receives: after the norm and its gain, where there is a norm
 `mlp_act.L`           the neurons: what the MLP's last projection receives
 `mlp_out.L`           what the MLP adds to the stream
 `resid_post.L`        the residual stream after block L
 
-Where a second model reads the same tokens, its sites stand behind its name and a slash: `chat/resid_post.2`.
+Where a second model reads the same tokens, its sites stand after its name and a slash: `chat/resid_post.2`.
 """
 
 import re

@@ -134,7 +134,7 @@ def _lengthening(added_d: Tensor) -> Edit:
 
 
 def _row_by_row(vector: SteeringVector, seed: int, make: Callable[[int, float], SteeringVector]) -> SteeringVector:
-    """`make(seed, norm)` for a vector of one direction; else for each of its rows, with a seed of its own."""
+    """`make(seed, norm)` for a vector of one direction; else for each of its rows, with its own seed."""
     v = vector.directions[vector.site]
     if v.ndim == 1:
         return make(seed, vector.norm)

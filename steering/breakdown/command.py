@@ -55,7 +55,7 @@ class BreakdownConfig:
 
 
 def diagnose_breakdown(config: BreakdownConfig) -> dict[str, Any]:
-    """Writes the JSON and the report, prints the tables and gives what is in the JSON (of a dry run, nothing).
+    """Writes the JSON and the report, prints the tables and returns what is in the JSON (of a dry run, nothing).
 
     Raises `InputError` for a direction that is none of the residual stream or zero, and for strengths that do not rise or begin above the
     wall. What the model or the site has no arm for is left out, with a line that says why.

@@ -55,7 +55,7 @@ def _cosine(x_nd: Tensor, y_nd: Tensor) -> Tensor:
 
 
 def norm_gain(scale_n: Tensor, steered_scale_n: Tensor) -> float:
-    """Mean of σ(h)/σ(h') at one norm: how much smaller everything but the vector becomes behind it."""
+    """Mean of σ(h)/σ(h') at one norm: how much smaller everything but the vector becomes after it."""
     return float((scale_n.double() / steered_scale_n.double()).mean())  # host sync
 
 

@@ -22,7 +22,7 @@ SATURATED = 1 / 3
 class Sign(NamedTuple):
     name: str
     beyond: str
-    """what holds behind the crossing, in plain words"""
+    """what holds after the crossing, in plain words"""
     value: Value
     limit: float
     above: bool = True
@@ -32,7 +32,7 @@ class Sign(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """A prediction of the null model: tokens without any structure behind a norm."""
+    """A prediction of the null model: tokens without any structure after a norm."""
 
     prediction: str
     held: bool | None
@@ -45,7 +45,7 @@ def _layers(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _most(values: Iterable[float | None]) -> float | None:
-    """None where there is none."""
+    """None if there is none."""
     return max((value for value in values if value is not None and not math.isnan(value)), default=None)
 
 

@@ -72,7 +72,7 @@ class Named(NamedTuple):
 
 
 def study(config: StudyConfig) -> dict[str, Any]:
-    """Writes the folder, prints the tables and gives what is in study.json (of a dry run, nothing).
+    """Writes the folder, prints the tables and returns what is in study.json (of a dry run, nothing).
 
     Raises `InputError` as `diagnose_breakdown` does. A single direction that cannot be measured is left out, with a line that says why.
     """

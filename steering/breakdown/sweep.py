@@ -162,7 +162,7 @@ def changes_of_texts(setup: Setup, before: Pass, after: Pass) -> list[LogitChang
 
 
 def first_norm(lm: LanguageModel, site: str) -> str | None:
-    """The site right behind the first norm that reads the stream from `site` on; None where only the final norm does, or it is unclear."""
+    """The site right after the first norm that reads the stream from `site` on; None where only the final norm does, or it is unclear."""
     kind, layer = parse_site(site)
     found = {"resid_pre": f"attn_in.{layer}", "resid_mid": f"mlp_in.{layer}", "resid_post": f"attn_in.{layer + 1}"}[kind]
     return found if found in lm.sites() else None

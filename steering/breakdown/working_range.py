@@ -30,7 +30,7 @@ class WorkingRange(NamedTuple):
     sign: str | None
     """its name"""
     beyond: str | None
-    """what holds behind it, in plain words"""
+    """what holds after it, in plain words"""
     unusual: float | None
     """where half of the tokens are further from neutral text than 99 % of its own: much earlier, as a rule"""
     tried: float

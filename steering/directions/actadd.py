@@ -15,7 +15,7 @@ from steering.vector import SteeringVector
 def actadd(lm: LanguageModel, positive: str, negative: str, site: str) -> SteeringVector:
     """`v[p] = h[p](positive) − h[p](negative)` at `resid_pre`, [p, d] (Turner et al. 2023, arXiv 2308.10248).
 
-    As published: both prompts stand behind the beginning-of-text token, the shorter one is lengthened on the right with space tokens that
+    As published: both prompts stand after the beginning-of-text token, the shorter one is lengthened on the right with space tokens that
     are attended to, and `steered` adds the rows once, at the first p positions of the prompt. Rows before the first different token are
     exactly zero, the first one above all. Raises `InputError` for another kind of site, for prompts that are one and the same, and for a
     tokenizer without a single token for a space when one is needed.

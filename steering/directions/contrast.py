@@ -50,7 +50,7 @@ def digest(*data: Tensor | Sequence[str]) -> str:
 def cosine_interval(direction_of: Callable[[Tensor, Tensor], Tensor], n_pos: int, n_neg: int, seed: int = 0) -> tuple[float, float]:
     """95 % percentile interval of the cosine between the direction and those of sets drawn from the same rows with replacement.
 
-    `direction_of` takes how often each row counts, float32 [n_pos] and [n_neg], and gives [d].
+    `direction_of` takes how often each row counts, float32 [n_pos] and [n_neg], and returns [d].
     """
     rng = np.random.default_rng(seed)
     full_d = direction_of(torch.ones(n_pos), torch.ones(n_neg))

@@ -83,7 +83,7 @@ def fit_iti(
 
 
 def _mass_mean(z_nke: Tensor, positive_n: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-    """Takes how often each positive and each negative text counts; gives the heads' differences of means, each of norm 1, in one row."""
+    """Takes how often each positive and each negative text counts; returns the heads' differences of means, each of norm 1, in one row."""
 
     def direction_of(pos_n: Tensor, neg_n: Tensor) -> Tensor:
         means = [torch.einsum("n,nke->ke", w / w.sum(), z) for w, z in ((pos_n, z_nke[positive_n]), (neg_n, z_nke[~positive_n]))]

@@ -87,7 +87,7 @@ class MappedDirection(NamedTuple):
 
 
 def effect_map(config: EffectConfig) -> dict[str, Any]:
-    """Prints a map for every direction and, with effects, how well rows and targeted directions aim; gives all as plain values.
+    """Prints a map for every direction and, with effects, how well rows and targeted directions aim; returns all as plain values.
 
     Raises `InputError` when the parts do not belong together.
     """
@@ -135,7 +135,7 @@ def effect_map(config: EffectConfig) -> dict[str, Any]:
 
 
 def check(config: EffectConfig) -> None:
-    """Raises `InputError` for options that cannot be meant."""
+    """Raises `InputError` for options that make no sense."""
     if not config.feature and not config.vector and not config.fit:
         raise InputError("expected --feature, --vector or --fit, got none; say what to steer with")
     if config.fit and not config.effects:

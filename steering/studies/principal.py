@@ -137,7 +137,7 @@ def measure_direction(unit: SteeringVector, prompts: Prompts, calibrator: KLCali
 
 
 def principal_study(config: PrincipalConfig) -> dict[str, Any]:
-    """Measures all groups of directions, prints the tables and writes `principal.json`; gives what is in that file.
+    """Measures all groups of directions, prints the tables and writes `principal.json`; returns what is in that file.
 
     Raises `InputError` for text, model and dictionary that do not belong together.
     """

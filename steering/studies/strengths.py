@@ -62,7 +62,7 @@ class StrengthRow(NamedTuple):
 
 
 def strengths(config: StrengthsConfig) -> list[StrengthRow]:
-    """Prints the table and gives its rows. Raises `InputError` when the parts do not belong together."""
+    """Prints the table and returns its rows. Raises `InputError` when the parts do not belong together."""
     if config.samples < 1 or not config.strengths or not text_list(config.prompts, "prompts"):
         raise InputError("expected at least one sample, one strength and one prompt")
     if config.out:

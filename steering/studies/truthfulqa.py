@@ -79,7 +79,7 @@ def _closed(answer: str) -> str:
 
 
 def labelled_texts(questions: Sequence[Question]) -> tuple[list[str], list[int], list[int]]:
-    """Every answer behind its prompt, 1 if it is correct, and its question's number: what `fit_iti` takes as texts, labels, groups."""
+    """Every answer after its prompt, 1 if it is correct, and its question's number: what `fit_iti` takes as texts, labels, groups."""
     rows = [
         (f"{question.prompt} {answer}", label, number)
         for number, question in enumerate(questions)

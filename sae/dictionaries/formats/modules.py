@@ -7,7 +7,7 @@ ENDS = {
     "mlp": ("mlp_in", "mlp_out"),
     **dict.fromkeys(("self_attn", "attn", "attention", "attn.attention"), ("attn_in", "attn_out")),
 }
-# families whose sublayers are followed by a norm of their own: what such a module puts out is not what is added to the stream
+# families whose sublayers are followed by their own norm: what such a module puts out is not what is added to the stream
 NORM_BEHIND = re.compile(r"gemma-?[234]|olmo-?[23]|glm-?4", re.IGNORECASE)
 
 

@@ -151,7 +151,7 @@ def name_of(path: Path) -> str:
 
 
 def require_understood(where: Path, said: dict[str, Any], known: Mapping[str, Sequence[object]], facts: Set[str]) -> None:
-    """Gives each setting of `known` that is not there its default, the first of the values that are understood.
+    """Sets each missing setting of `known` to its default, the first of the values that are understood.
 
     Raises `InputError` for another value, and for a key that is neither known nor a fact on which the function does not depend.
     """

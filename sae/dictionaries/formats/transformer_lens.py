@@ -29,7 +29,7 @@ ALIASES = {
 }
 
 
-FOLDED = "fold_value_biases"  # what the bias of the values adds to the heads' outputs is in a bias behind them
+FOLDED = "fold_value_biases"  # what the bias of the values adds to the heads' outputs is in a bias after them
 
 
 def tell_folded(where: object, site: object) -> None:

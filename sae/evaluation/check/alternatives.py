@@ -167,7 +167,7 @@ def near(point: Point, width: int, recorder: Recorder) -> list[Point]:
 
 
 def shifted(point: Point, step: int, recorder: Recorder) -> list[Point]:
-    """The same kind of site `step` layers up, where there is one."""
+    """The same kind of site `step` layers up, if there is one."""
     kind, layer = parse_site(point.site)
     return [point._replace(site=site) for site in recorder.lm.sites() if parse_site(site) == (kind, layer + step)]
 

@@ -83,7 +83,7 @@ def check(config: CheckConfig) -> dict[str, Any]:
         raise InputError(f"expected --write to name a folder outside the dictionary's own {path}, got {config.write}; choose another one")
     lm = LanguageModel.load(config.model, device=config.device)
     dictionary = Dictionary.load(config.dictionary, lm.device)
-    if is_mapped(dictionary.W_dec_fo):  # each alternative is a dictionary of its own
+    if is_mapped(dictionary.W_dec_fo):  # each alternative is its own dictionary
         size = 4 * (dictionary.W_enc_fd.numel() + dictionary.W_dec_fo.numel())
         require_room(2 * size, f"the alternatives to the dictionary in {config.dictionary}")
     other = LanguageModel.load(config.other_model, device=config.device) if config.other_model else None

@@ -94,7 +94,7 @@ class Recorder:
         return self._values[point]
 
     def value_bias(self, site: str) -> Tensor:
-        """What flows at v or head_out when all values are their bias, [d], which TransformerLens' fold_value_biases takes off.
+        """What flows at v or head_out when all values are their bias, [d], which TransformerLens' fold_value_biases subtracts.
 
         A stream of zeros becomes the norm's bias alone, and attention over equal values is that value.
         """

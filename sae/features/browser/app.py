@@ -206,7 +206,7 @@ async def change(request: Request) -> Response:
 
 
 def keep(notes: Notes, j: int, fields: dict[str, str]) -> dict[str, list[int]]:
-    """Writes what a form says of a feature into the notes, and gives the lists that are there then."""
+    """Writes what a form says of a feature into the notes, and returns the lists that are there then."""
     if "label" in fields or "note" in fields or "starred" in fields:
         starred = {"1": True, "0": False}.get(fields.get("starred", ""))
         notes.set(j, label=fields.get("label"), note=fields.get("note"), starred=starred)

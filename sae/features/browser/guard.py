@@ -1,7 +1,7 @@
 """What stands between the server and any other web page that the same browser has open, and clients that never end.
 
 A server on 127.0.0.1 is reached by every page that its user visits. Requests that a foreign page causes are refused, by their Host (DNS
-rebinding), their Origin and their Sec-Fetch headers: all but following a link into a tab of its own. Sizes and times are bounded.
+rebinding), their Origin and their Sec-Fetch headers: all but following a link into its own tab. Sizes and times are bounded.
 """
 
 import asyncio
@@ -75,7 +75,7 @@ class Guard:
         if refusal is None:
             try:
                 return await self.app(scope, bounded, guarded)
-            except ClientDisconnect:  # nobody is there to be told, and it is no fault of the server
+            except ClientDisconnect:  # nobody is there to be told, and it is not a fault of the server
                 return
         status, sentence = refusal
         body = json.dumps({"error": sentence}).encode()

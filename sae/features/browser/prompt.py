@@ -6,7 +6,7 @@ Three orders, for feature j at position p with activation a:
 
 - by activation: a itself.
 - by percentile: the share of the feature's activations in the indexed text that are at most a.
-- by effect on the loss: the sum over all later tokens t of −log p(x_t) with the feature taken away at p alone, less the same sum of the
+- by effect on the loss: the sum over all later tokens t of −log p(x_t) with the feature taken away at p alone, minus the same sum of the
   model as it is, in nats. "Taken away" replaces the value h where it writes by h − a·W_dec[j], so that what the dictionary cannot express
   stays. Above 0 the feature helped to foretell what follows. At the last token, after which nothing comes, there is none.
 """

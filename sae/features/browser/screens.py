@@ -38,7 +38,7 @@ MATCHES = {"fires": "F1 of its firing on the word", "promotes": "what one unit o
 
 
 def page(title: str, body: str, query: Query | None = None) -> str:
-    """A whole page with the header that all have; `query` is the list that search and random go on from."""
+    """A whole page with the header that all have; `query` is the list that search and random continue from."""
     query = query or Query()
     params = escape(query.params())
     keys = "".join(f"<dt><kbd>{escape(key)}</kbd></dt><dd>{escape(what)}</dd>" for key, what in KEYS)

@@ -59,7 +59,7 @@ class ExplainConfig:
 
 
 def explain(config: ExplainConfig) -> Path:
-    """Explains features and writes explanations.jsonl; lines of other features and methods in it are kept. Gives its path.
+    """Explains features and writes explanations.jsonl; lines of other features and methods in it are kept. Returns its path.
 
     Raises `InputError` for a feature that does not exist, or flags that do not go together.
     """

@@ -31,7 +31,7 @@ class Explanation(NamedTuple):
 
 
 def parse_explanation(line: bytes, what: str) -> Explanation:
-    """Raises `InputError`, which begins with `what`, for a line that is none."""
+    """Raises `InputError`, which starts with `what`, for a line that is none."""
     value = parse_json(line, what, dict[str, Any])
     require(value, Explanation, what)
     explanation = Explanation(**value)

@@ -145,7 +145,7 @@ def _content(body: bytes) -> str:
 def explain_by_model(index: FeatureIndex, corpus: ScannedText, features: Sequence[int], config: "ExplainConfig") -> list["Explanation"]:
     """An explanation and its detection score for every feature that fires.
 
-    Each feature's answer is appended to a log in the index's folder at once; a run that was stopped goes on after the last whole line,
+    Each feature's answer is appended to a log in the index's folder at once; a run that was stopped continues after the last whole line,
     and asks again only about features that failed. Raises `InputError` without a model name, or when the named variable holds no key.
     """
     if not config.judge_model:
@@ -312,7 +312,7 @@ class Scores(Accuracy):
 
 
 class Log:
-    """Answers so far, one line each, in a file of their own for every model, text and division of its documents.
+    """Answers so far, one line each, in their own file for every model, text and division of its documents.
 
     The file outlives the index (see `fresh_folder`) and is used again when one of the same text stands there.
     """

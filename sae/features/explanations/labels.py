@@ -47,7 +47,7 @@ class Row(TypedDict):
 def read_labels(path: Path, d_sae: int) -> dict[int, list[tuple[str, str]]]:
     """For every feature its labels: the method, "neuronpedia: " with type, model and author, and the text.
 
-    Raises `InputError` where there are none, and for labels of another number of features.
+    Raises `InputError` if there are none, and for labels of another number of features.
     """
     files = [path] if path.is_file() else sorted([*path.glob("explanations/*.jsonl.gz"), *path.glob("*.jsonl.gz")])
     found: dict[int, list[tuple[str, str]]] = {}

@@ -56,7 +56,7 @@ def export_static(
     explanations: "dict[int, list[Explanation]] | None" = None,
     processes: int | None = None,
 ) -> Path:
-    """Writes the folder whole or not at all, in place of an older export, and gives the path of its index.html.
+    """Writes the folder completely or not at all, in place of an older export, and returns the path of its index.html.
 
     `processes` render at the same time, by default as many as there are cores. Raises `InputError` for a feature there is not, and for
     a folder that holds something else.

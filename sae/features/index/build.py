@@ -77,10 +77,10 @@ class IndexConfig:
 
 
 def build_index(config: IndexConfig) -> Path:
-    """Builds the folder whole or not at all, and gives its path.
+    """Builds the folder completely or not at all, and returns its path.
 
     Called in every process that torchrun started, they share the encoding, and the index has the same bytes as that of one; when one of
-    them fails, so do the others, with SystemExit. Killed and started again, with any number of processes, it goes on with the pieces that
+    them fails, so do the others, with SystemExit. Killed and started again, with any number of processes, it continues with the pieces that
     were finished (see sae/pieces.py), one for each of the cache's shards.
 
     Memory of a process: on a CPU up to four chunks of activations (64 MB each; one on CUDA), one run or block of 8M entries (about 200 MB)
@@ -209,7 +209,7 @@ def too_long(operations: int, dictionary: Dictionary) -> str:
 
 
 def lens_of(dictionary: Dictionary, site: str, model: "LanguageModel") -> tuple[dict[str, np.ndarray], str]:
-    """What `logit_lens` gives, empty where there is none, and a sentence that says what it is or why there is none."""
+    """What `logit_lens` gives, empty if there is none, and a sentence that says what it is or why there is none."""
     if len(dictionary.writes) > 1:
         return {}, "none: the dictionary writes at several sites"
     into = partial(into_residual, model, dictionary.site_out or site)

@@ -1,4 +1,4 @@
-"""What each feature takes off the reconstruction error, from active entries alone.
+"""How much each feature reduces the reconstruction error, from active entries alone.
 
 k decoder rows at hand · b rows (tokens) of a chunk · d model width · o width of what is written · f features · n entries
 
@@ -57,7 +57,7 @@ class ErrorSums:
 
     @torch.no_grad()
     def add(self, x_bd: Tensor, entries: Entries, y_bo: Tensor | None = None) -> None:
-        """Rows as they were encoded and their entries; `y_bo` is what to rebuild where that is not `x_bd` itself.
+        """Rows as they were encoded and their entries; `y_bo` is what to reconstruct where that is not `x_bd` itself.
 
         Of weights that are used in blocks, as many rows at a time as have no more decoder rows than one block.
         """

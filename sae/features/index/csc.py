@@ -123,7 +123,7 @@ def _keys(part: dict[str, np.ndarray], begin: int, end: int, shift: int) -> np.n
 
 
 def statistics(block: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Columns of a block's features, from the stored values: see docs/features.md. `top_position` is -1 where there is none."""
+    """Columns of a block's features, from the stored values: see docs/features.md. `top_position` is -1 if there is none."""
     offsets = block["offsets"]
     count = np.diff(offsets)
     fires = np.flatnonzero(count)

@@ -54,7 +54,7 @@ def cosine_neighbours(W_dec_fd: Tensor, ids_fk: np.ndarray, cosines_fk: np.ndarr
 
 
 def by_token(offsets: np.ndarray, positions: np.ndarray, n: int, features_n: np.ndarray, block_entries: int) -> np.ndarray:
-    """The matrix in token order. Fills `features_n` [entries] with the features of each token, ascending; gives where a token's begin."""
+    """The matrix in token order. Fills `features_n` [entries] with the features of each token, ascending; returns where a token's begin."""
     counts = np.zeros(n, np.int64)
     for low in range(0, len(positions), block_entries):
         counts += np.bincount(positions[low : low + block_entries], minlength=n)
@@ -135,7 +135,7 @@ def _count_pairs(offsets, positions, starts, lengths, features_n, low: int, high
     f = len(offsets) - 1
     begin, end = int(offsets[low]), int(offsets[high])
     row_n = np.repeat(np.arange(0, (high - low) * f, f), np.diff(offsets[low : high + 1]))
-    few = (high - low) * f <= 4 * PAIRS  # then every pair has a counter of its own, else they are sorted
+    few = (high - low) * f <= 4 * PAIRS  # then every pair has its own counter, else they are sorted
     kind = np.int32 if few and len(positions) < 1 << 31 else np.int64  # half the memory is nearly half the time
     counters, sorted_n = torch.zeros((high - low) * f if few else 0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     others_n = torch.from_numpy(features_n.view(np.int32))  # fewer than 2^31 features, so the same numbers

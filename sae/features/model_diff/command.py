@@ -66,9 +66,9 @@ class DiffConfig:
 
 
 def diff_models(config: DiffConfig) -> dict[str, Any]:
-    """Measures, prints a table, writes the JSON file and its page; gives what is in the file.
+    """Measures, prints a table, writes the JSON file and its page; returns what is in the file.
 
-    Raises `InputError` for a dictionary that is no crosscoder of two sites, and for a cache of other models, sites or widths.
+    Raises `InputError` for a dictionary that is not a crosscoder of two sites, and for a cache of other models, sites or widths.
     """
     from sae.features.model_diff.page import page_html
 

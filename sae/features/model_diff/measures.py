@@ -74,7 +74,7 @@ class LatentScaling:
         β^{ε,m} = argmin_β Σ ‖β a d^h − (x^m − x̂^m + a d^m)‖²      the error without the feature itself
         β^{r,m} = argmin_β Σ ‖β a d^h − x̂^m‖²                      the reconstruction
 
-    both Σ a ⟨y, d^h⟩ / (Σ a² ‖d^h‖²), with y what stands behind the minus. ν^ε = β^{ε,o} / β^{ε,h} is near 0 where the other model's
+    both Σ a ⟨y, d^h⟩ / (Σ a² ‖d^h‖²), with y what stands after the minus. ν^ε = β^{ε,o} / β^{ε,h} is near 0 where the other model's
     error holds nothing of the feature, near 1 where the other decoder row was merely shrunk to 0 (complete shrinkage); ν^r is large where
     other features write the same direction in the other model on the same tokens (latent decoupling). β are as the authors' code has them.
     """

@@ -47,7 +47,7 @@ class FeatureView:
         self.index.feature(self.feature)
 
     def _repr_html_(self) -> str:
-        """In a frame of its own, so that the page's style stays in it; without scripts and without a network."""
+        """In its own frame, so that the page's style stays in it; without scripts and without a network."""
         from sae.features.explanations.explanation import read_explanations
 
         explanations = read_explanations(self.index.folder).get(self.feature, ())

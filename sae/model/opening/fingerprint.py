@@ -85,7 +85,7 @@ def _line(name: str, shape: tuple[int, ...], values: Tensor) -> bytes:
 
 
 def _safetensors_files(name: str, revision: str | None) -> list[Path]:
-    """Of a folder or hub name, in the hub's cache after the model was looked up; none where there are none."""
+    """Of a folder or hub name, in the hub's cache after the model was looked up; none if there are none."""
     from transformers.utils import cached_file
 
     def find(file: str) -> Path | None:

@@ -62,7 +62,7 @@ def load_model(
         forget_packing(model)
         if mentions(found, revision, b"rope_freqs.weight"):
             print(f"note: {name} has rotary factors (rope_freqs.weight); transformers leaves them out", file=sys.stderr)
-    # Hugging Face fills these with random numbers and goes on
+    # Hugging Face fills these with random numbers and continues
     lacking = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if lacking:
         raise InputError(f"expected all weights of {name!r} in its files, but {len(lacking)} are absent or misshapen, such as {lacking[0]}")

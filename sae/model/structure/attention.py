@@ -19,7 +19,7 @@ from sae.errors import InputError
 NAME = "sae_patterns"  # among the attention functions of transformers
 
 AttentionEdit: TypeAlias = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""gets the layer, the pattern [s, h, q, k] and the values [s, g, k, z], and returns those to go on with"""
+"""gets the layer, the pattern [s, h, q, k] and the values [s, g, k, z], and returns those to continue with"""
 
 Step: TypeAlias = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 """of the heads' output [s, q, h, z], pattern and values"""

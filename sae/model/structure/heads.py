@@ -62,7 +62,7 @@ def find_heads(attentions: Sequence[Attention | str], run: Callable[[], Any]) ->
     noise = torch.Generator().manual_seed(0)
 
     def cut(module: nn.Module, _args: tuple, out: Any) -> Any:
-        """Gives noise of sizes 0.5 to 1.5, so that no gate is closed, no value is 0 and no softmax is certain, whatever the weights."""
+        """Returns noise of sizes 0.5 to 1.5, so that no gate is closed, no value is 0 and no softmax is certain, whatever the weights."""
         if not isinstance(out, Tensor):
             return out
         signed = 2 * torch.rand(out.shape, generator=noise) - 1
@@ -97,7 +97,7 @@ def _of_block(attention: Attention | str, leaves: dict[nn.Module, Tensor], heads
     modules = {kind: module for kind, module in attention.projections.items() if module in leaves}
     try:
         reached = _reached(z_tz, {module: leaves[module] for module in modules.values()})
-    except RuntimeError as error:  # a kernel of its own without a backward pass
+    except RuntimeError as error:  # its own kernel without a backward pass
         return dict.fromkeys(SEPARATE, f"no gradient goes through the attention ({' '.join(str(error).split()):.200})")
     found: dict[str, Place | str] = dict.fromkeys(SEPARATE, NO_MODULE)
     for kind in (kind for kind in ("v", "k", "q") if kind in modules):

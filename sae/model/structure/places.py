@@ -73,7 +73,7 @@ class Columns:
 
 @dataclass(frozen=True, eq=False)
 class InPlace:
-    """The residual stream inside a block: the block goes on with the very tensor that the module gets, so that is what changes."""
+    """The residual stream inside a block: the block continues with the very tensor that the module gets, so that is what changes."""
 
     def read(self, raw: Tensor, received: Tensor) -> Tensor:
         return raw.clone()

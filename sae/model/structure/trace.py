@@ -52,7 +52,7 @@ class Call:
     raw: Tensor = NOTHING
     """the output as the module made it"""
     y: Tensor = NOTHING
-    """the output as the model went on with it"""
+    """the output as the model continued with it"""
     y_seen: Seen | None = None
     ended: bool = False
 
@@ -145,7 +145,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def decoder_and_blocks(model: Any, n_layers: int, name: str) -> tuple[nn.Module, list[nn.Module]]:
-    """The model below the unembedding, and its first list of as many modules as it has blocks. Raises `InputError` where there is none."""
+    """The model below the unembedding, and its first list of as many modules as it has blocks. Raises `InputError` if there is none."""
     decoder = model.get_decoder()
     for below in (decoder, model.base_model):  # what ModernBERT calls its decoder is its unembedding
         for part in below.modules():

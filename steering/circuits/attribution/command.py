@@ -67,7 +67,7 @@ class InterveneConfig:
 
 
 def attribute(config: AttributeConfig) -> GraphFile:
-    """Writes the JSON and the page, prints what was found and gives the JSON's content.
+    """Writes the JSON and the page, prints what was found and returns the JSON's content.
 
     Raises `InputError` for settings out of range, a set that is not one of per-layer transcoders of this model, and a model whose norms or
     attention cannot be frozen.
@@ -132,7 +132,7 @@ def attribute(config: AttributeConfig) -> GraphFile:
 
 
 def intervene(config: InterveneConfig) -> list[dict[str, Any]]:
-    """Prints a table for each factor, and gives what is in them.
+    """Prints a table for each factor, and returns what is in them.
 
     Raises `InputError` for a node that the graph lacks, and where the model or the transcoders are no longer those of the graph.
     """

@@ -43,7 +43,7 @@ class Edges(NamedTuple):
     size_t: Tensor
     """sum of all edges without their signs, those that are not kept too"""
     reads_t: Tensor
-    """what the target reads: a feature's pre-activation, a logit less the mean logit"""
+    """what the target reads: a feature's pre-activation, a logit minus the mean logit"""
     bias_t: Tensor
     """what it reads where every source is 0"""
 

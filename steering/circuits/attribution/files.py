@@ -31,7 +31,7 @@ class Node(TypedDict):
     """id in the vocabulary, of tokens and logits"""
     text: NotRequired[str]
     reads: NotRequired[Number]
-    """a feature's pre-activation, a logit less the mean logit: the sum of all edges into it, pruned ones too, and `bias`"""
+    """a feature's pre-activation, a logit minus the mean logit: the sum of all edges into it, pruned ones too, and `bias`"""
     bias: NotRequired[Number]
 
 

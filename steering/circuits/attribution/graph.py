@@ -28,7 +28,7 @@ MOST_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class AttributionGraph:
-    """Targets and sources begin with the same features, in the same order: by layer, position and number."""
+    """Targets and sources start with the same features, in the same order: by layer, position and number."""
 
     features: Features
     token_t: Tensor
@@ -39,7 +39,7 @@ class AttributionGraph:
     size_t: Tensor
     """of all edges into a target, those from features that were not chosen too"""
     reads_t: Tensor
-    """a feature's pre-activation, a logit less the mean logit"""
+    """a feature's pre-activation, a logit minus the mean logit"""
     bias_t: Tensor
     """what is read where every source is 0, so that reads = sum of all edges + bias"""
     n_layers: int

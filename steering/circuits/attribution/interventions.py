@@ -1,4 +1,4 @@
-"""A node of a graph set to a multiple of its value: what the graph predicts of the nodes behind it, and what a pass shows.
+"""A node of a graph set to a multiple of its value: what the graph predicts of the nodes after it, and what a pass shows.
 
 p positions · d width of the stream · t targets
 """

@@ -1,4 +1,4 @@
-"""The page of an attribution graph with its model behind it: an edge is checked by setting its source in a pass, from the page itself."""
+"""An attribution graph's page, served together with its model: an edge is checked by setting its source in a pass, from the page itself."""
 
 import threading
 import webbrowser

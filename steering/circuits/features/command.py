@@ -73,7 +73,7 @@ def find(config: FindCircuitConfig) -> Circuit | FeatureCircuit | None:
 
 
 def find_feature_circuit(config: FindCircuitConfig) -> FeatureCircuit | None:
-    """Writes the JSON, the page and the steering vector beside it, prints the tables and gives the circuit (of a dry run, None).
+    """Writes the JSON, the page and the steering vector beside it, prints the tables and returns the circuit (of a dry run, None).
 
     Raises `InputError` for flags that do not go together, for dictionaries of another model or that cannot be used together, for a task
     that the model does not do, with the numbers, and for pairs of different lengths.

@@ -72,7 +72,7 @@ def passes_of(sites: Sequence[FeatureSite], prompts: Prompts, inside: Nodes, met
 
 
 def special(site: FeatureSite) -> Tensor:
-    """The skip, where there is one, and the error, bool [n]."""
+    """The skip, if there is one, and the error, bool [n]."""
     found_n = site.exists_n.clone()
     found_n[: site.d_sae] = False
     return found_n

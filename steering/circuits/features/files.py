@@ -1,4 +1,4 @@
-"""Circuits of features as files: JSON in a format of its own."""
+"""Circuits of features as files: JSON in its own format."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -85,7 +85,7 @@ class FeatureSite:
         return f"{self.writes}/{kind}"
 
     def node(self, kind: str) -> int:
-        """The number of what stands behind the slash. Raises `InputError` for none of this site's nodes."""
+        """The number of what stands after the slash. Raises `InputError` for none of this site's nodes."""
         named = {SKIP: self.skip, ERROR: self.error}
         found = named.get(kind, int(kind) if kind.isascii() and kind.isdigit() else -1)
         if not (0 <= found < self.d_sae or kind in named):
@@ -153,12 +153,12 @@ def in_order(sites: Sequence[FeatureSite]) -> list[FeatureSite]:
 
 
 Change = Callable[[int, Tensor, Tensor], Tensor]
-"""of the number of a site, what its dictionary reads [s, p, d] and what is there [s, p, o]: what the model goes on with"""
+"""of the number of a site, what its dictionary reads [s, p, d] and what is there [s, p, o]: what the model continues with"""
 
 
 @contextmanager
 def changed(lm: LanguageModel, sites: Sequence[FeatureSite], change: Change) -> Iterator[None]:
-    """Inside, every pass goes on with what `change` makes of each site's value; later sites read what earlier ones made."""
+    """Inside, every pass continues with what `change` makes of each site's value; later sites read what earlier ones made."""
     read: dict[str, Tensor] = {}
     writer = {site.writes: number for number, site in enumerate(sites)}
 

@@ -44,13 +44,13 @@ from steering.circuits.tasks.prompts import Prompts, make_prompts, own_prompts
 HELD = 1 << 30
 """bytes of what all writers write that a pass may hold"""
 SHORT_LIST = 0.2
-"""of all edges, by score: what elimination begins with"""
+"""of all edges, by score: what elimination starts with"""
 WHOLE_PROMPTS = ("exact", "first-hop")
 """methods whose scores have no parts by position"""
 LEAST = 4
 """pairs, two of which to find the circuit on; of fewer, even if all are right, no interval is above a half"""
 DRAWS = 20
-"""random circuits of the circuit's size, and of random heads in the place of its heads"""
+"""random circuits of the circuit's size, and of random heads instead of its heads"""
 
 
 @dataclass(kw_only=True)
@@ -91,7 +91,7 @@ class CircuitConfig:
 
 
 def find_circuit(config: CircuitConfig) -> Circuit | None:
-    """Writes the JSON and the page, prints the tables and gives the circuit (of a dry run, None).
+    """Writes the JSON and the page, prints the tables and returns the circuit (of a dry run, None).
 
     Raises `InputError` for flags that do not go together, for a task that the model does not do, with the numbers, for pairs of different
     lengths, and for a model that the graph does not describe.

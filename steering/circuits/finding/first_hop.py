@@ -4,7 +4,7 @@ score = [f_r(x_r + Δ_u) − f_r(x_r)] · ∂m/∂f_r
 
 f_r is the reader's own module on what it reads: for a head's query, key or value the norm, the projection, the rotation, the softmax and
 the mixing, up to that head's output before the output projection; for an MLP its norm and the MLP; for the logits all that follows, which
-makes those edges exact. It sees what a saturated softmax does, which no gradient at the reader's input does; saturation behind the reader
+makes those edges exact. It sees what a saturated softmax does, which no gradient at the reader's input does; saturation after the reader
 stays unseen. AtP* (arXiv 2403.00745) does this for queries and keys of single nodes.
 
 s sequences · p positions · d width of the stream · v vocabulary · n some writers · h heads · z width of a head · r readers · w writers

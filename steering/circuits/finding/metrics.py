@@ -29,7 +29,7 @@ COUNTS = (10, 30, 100)
 
 
 TRIES = 50
-"""draws of a random path before a random circuit is begun anew"""
+"""draws of a random path before a random circuit is started again"""
 
 
 class Bounds(NamedTuple):
@@ -157,7 +157,7 @@ def evaluate_scores(run: Run, graph: Graph, score_rw: Tensor, seed: int = 0, bar
 
 def evaluate_circuit(run: Run, graph: Graph, circuit_rw: Tensor, ends: Bounds, draws: int = 20, seed: int = 0) -> dict[str, Any]:
     """One circuit: its faithfulness, what the model does when it is cut, random circuits of as many edges, and the circuit of random
-    heads in the place of its own, as it goes into JSON."""
+    heads instead of its own, as it goes into JSON."""
     n_edges = int(graph.checked(circuit_rw).sum())
     drawn = random_circuits(graph, n_edges, draws, seed) if n_edges else []
     f_b = ends.faithfulness(run(circuit_rw))
@@ -235,7 +235,7 @@ def random_circuits(graph: Graph, n_edges: int, draws: int, seed: int = 0) -> li
 
 
 def of_random_heads(graph: Graph, circuit_rw: Tensor, draws: int, seed: int = 0) -> list[Tensor]:
-    """The circuit with random heads of the same layers in the place of its heads, all their edges with them, bool [r, w].
+    """The circuit with random heads of the same layers instead of its heads, all their edges with them, bool [r, w].
 
     Each draw permutes the heads of every layer, so it has as many edges and nodes of every kind in every layer; some heads may be the
     circuit's own. None is drawn for a circuit without heads, which would stay as it is.

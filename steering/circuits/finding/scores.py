@@ -115,7 +115,7 @@ def conductance(
 
     The more steps, the nearer are the scores' sums across any of the graph's `cuts` to the metric's change from one end of the path to the
     other. With `site`, passes of the path differ by what is edited there, a place of the residual stream, instead of by their embeddings:
-    then what the edit adds has the place of "embed", for the readers behind it. Held are three times what all writers write.
+    then what the edit adds has the place of "embed", for the readers after it. Held are three times what all writers write.
     """
     first_reader = 0 if site is None else engine.graph.first_behind(site)
     first_layer = engine.graph.block_of(first_reader)

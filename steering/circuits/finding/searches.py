@@ -125,7 +125,7 @@ def _kl(clean_sv: Tensor, last_sv: Tensor) -> Tensor:
 def exact_scores(patching: Patching, edges: Sequence[tuple[int, int]], bar: Progress | None = None) -> np.ndarray:
     """How much the metric of every pair rises when one edge alone is cut, for each edge (reader, writer), [edges, n].
 
-    Edges are patched many in a pass, those of one block together, so that only that block and those behind it are run.
+    Edges are patched many in a pass, those of one block together, so that only that block and those after it are run.
     """
     graph, order = patching.graph, sorted(range(len(edges)), key=lambda at: edges[at])
     whole_n, found = patching(graph.exists_rw), np.zeros((len(edges), len(patching.prompts)))
@@ -205,5 +205,5 @@ def _taken_away(patching: Patching, circuit_rw: Tensor, order: list[list[int]], 
 
 
 def _behind_refused(order: list[list[int]], circuit_rw: Tensor, tried_rw: Tensor, after: int) -> int:
-    """Where to go on: behind the edge whose cut was refused, the first that differs."""
+    """Where to continue: after the edge whose cut was refused, the first that differs."""
     return next(at for at, (r, w) in enumerate(order) if at < after and circuit_rw[r, w] and not tried_rw[r, w]) + 1

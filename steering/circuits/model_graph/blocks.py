@@ -60,14 +60,14 @@ class Block(NamedTuple):
     bias_d: Tensor
     """what the output projection adds to the stream beside the heads"""
     post: Norm | None
-    """the norm behind the output projection, as Gemma 2 has"""
+    """the norm after the output projection, as Gemma 2 has"""
     factor: float
     """times which the attention's output is added to the stream"""
     mlp_out: Place
 
 
 def find_blocks(lm: LanguageModel, graph: Graph) -> tuple[list[Block], nn.Module]:
-    """All blocks and the norm behind the last. Raises `InputError`, with the reason, for a model that the graph does not describe."""
+    """All blocks and the norm after the last. Raises `InputError`, with the reason, for a model that the graph does not describe."""
     if len({weight.device for weight in lm.model.parameters()}) > 1:
         raise InputError(f"expected {lm.name!r} on one device for a graph, got one spread over several; load it without device_map")
     if lm.final_norm is None:

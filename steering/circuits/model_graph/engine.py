@@ -1,6 +1,6 @@
 """Passes of a model seen as a graph: what its parts write, passes in which readers read something else, gradients at every reader.
 
-All of it by hooks on the model as it is. What lies behind the projections (rotation, norms of queries and keys, soft caps, windows, the
+All of it by hooks on the model as it is. What lies after the projections (rotation, norms of queries and keys, soft caps, windows, the
 attention itself) stays the model's own code.
 
 s sequences · p positions · d width of the stream · v vocabulary · n some readers · r readers · w writers · h heads · z width of a head
@@ -53,7 +53,7 @@ class Run(NamedTuple):
     written_wspd: Tensor
     """what every writer writes"""
     stream_lspd: Tensor | None = None
-    """the stream before every block and behind the last, where it was asked for"""
+    """the stream before every block and after the last, where it was asked for"""
 
 
 class Gradient(NamedTuple):
@@ -85,7 +85,7 @@ class Engine:
         return self._outputs is not None
 
     def begun_at(self, layer: int, stream_spd: Tensor) -> AbstractContextManager[None]:
-        """Inside, every pass goes on from `stream_spd` at block `layer`, or behind the last at `n_layers`; earlier blocks are not run.
+        """Inside, every pass continues from `stream_spd` at block `layer`, or after the last at `n_layers`; earlier blocks are not run.
 
         Raises `InputError` for a model in which the blocks before it matter otherwise than by the stream.
         """
@@ -165,7 +165,7 @@ class Engine:
         def added(readers: Sequence[int]) -> Tensor:
             parts = []
             for writers, difference_mspd in differences.values():
-                if touched_rw[readers][:, writers].any():  # none that writes behind them
+                if touched_rw[readers][:, writers].any():  # none that writes after them
                     parts.append(weighted(cut_srw[:, readers][:, :, writers.to(cut_srw.device)], difference_mspd))
             return sum(parts[1:], start=parts[0])
 
@@ -245,7 +245,7 @@ class Engine:
         `InputError` for a metric that is not one number for each sequence, and for rules that cannot be in force in this model.
         """
         streams: dict[tuple[int, str], Tensor] = {}
-        seen: dict[tuple[int, nn.Module | None], Tensor] = {}  # None: what the MLP, or behind the last layer the final norm, gets
+        seen: dict[tuple[int, nn.Module | None], Tensor] = {}  # None: what the MLP, or after the last layer the final norm, gets
         layers, last = range(first_layer, self.graph.n_layers), (self.graph.n_layers, None)
 
         def keep_stream(layer: int, branch: str, x: Tensor) -> None:
@@ -327,7 +327,7 @@ class Engine:
     def _watched(self, wrote: Callable[[int, Tensor], None], wanted_w: Tensor | None = None, begun: int = 0) -> Iterator[None]:
         """`wrote` gets the number of the first of some writers and what they write, [n, s, p, d].
 
-        Not looked at are places with none of the writers `wanted_w`, bool, and those before the block `begun`.
+        Not looked at are places with none of the writers `wanted_w`, bool, and those before the block `started`.
         """
         graph = self.graph
 

@@ -78,9 +78,9 @@ def frozen(lm: LanguageModel, parts: Collection[str], at: Internals) -> Iterator
 def frozen_as_unsteered(lm: LanguageModel, parts: Collection[str]) -> Iterator[None]:
     """Inside, `parts` of every pass are those that the unsteered model has on the same tokens, in `lm.logits` and `lm.generate`.
 
-    Each pass first runs once more without edits, with a cache of its own, so generated text is read by both models. Takes the place of
+    Each pass first runs once more without edits, with its own cache, so generated text is read by both models. Takes the place of
     `frozen` where the tokens are not known beforehand. Raises `InputError` as `frozen` does, and for a pass with a cache that was not
-    begun inside, such as those of Hugging Face's own `generate`.
+    started inside, such as those of Hugging Face's own `generate`.
     """
     unsteered, reading = Internals(), False
     caches: tuple[Any, Any] = (None, None)  # of the pass and of the unsteered one

@@ -22,7 +22,7 @@ STREAM = ("resid_pre", "resid_mid", "resid_post")
 
 @dataclass(frozen=True)
 class Graph:
-    """A writer's edge to each reader behind it; the edges are those that MIB counts, with a key and a value for each query head."""
+    """A writer's edge to each reader after it; the edges are those that MIB counts, with a key and a value for each query head."""
 
     n_layers: int
     n_heads: int

@@ -32,7 +32,7 @@ class Latest:
 
 
 def change_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-    """The module is run on what `change` makes of its first input; gives the function that ends this."""
+    """The module is run on what `change` makes of its first input; returns the function that ends this."""
 
     def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple:
         key, value = first_tensor(args, kwargs)
@@ -44,7 +44,7 @@ def change_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Calla
 
 
 def change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-    """What `change` makes of its output takes the output's place; gives the function that ends this."""
+    """What `change` makes of its output takes the output's place; returns the function that ends this."""
     return module.register_forward_hook(lambda _module, _args, output: change(output)).remove
 
 
@@ -59,7 +59,7 @@ def see(place: Place, look: Callable[[Tensor], Any]) -> Callable[[], None]:
 
 
 def see_stream(norm: nn.Module | None, place: Place, look: Callable[[Tensor], Any]) -> Callable[[], None]:
-    """`look` gets the stream that is read through the norm, or at the place where there is none."""
+    """`look` gets the stream that is read through the norm, or at the place if there is none."""
     if norm is None:
         return see(place, look)
 
@@ -125,7 +125,7 @@ def back_through(one: HeadInput, gradient: Tensor) -> Tensor:
 
 
 def projected(one: HeadInput, heads: Sequence[int], x_nspd: Tensor) -> Tensor:
-    """Of each head of `heads` from an input of its own, [n, s, p, z]."""
+    """Of each head of `heads` from its own input, [n, s, p, z]."""
     groups = [head // one.shared for head in heads]
     new_nspz = torch.einsum("nspd,nzd->nspz", x_nspd, one.weight_gzd[groups])
     return new_nspz if one.bias_gz is None else new_nspz + one.bias_gz[groups][:, None, None]

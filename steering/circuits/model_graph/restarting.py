@@ -43,7 +43,7 @@ def find_outputs(lm: LanguageModel, ids_sp: Tensor, rounding: float) -> Outputs 
 
 @contextmanager
 def begun_at(lm: LanguageModel, outputs: Outputs, layer: int, stream_spd: Tensor) -> Iterator[None]:
-    """Inside, every pass goes on from `stream_spd` at block `layer`; at `n_layers`, behind the last."""
+    """Inside, every pass continues from `stream_spd` at block `layer`; at `n_layers`, after the last."""
     with ExitStack() as stack:
         if layer == 0:
             stack.callback(register(lm.place("resid_pre.0"), lambda raw, _: stream_spd.view_as(raw)))

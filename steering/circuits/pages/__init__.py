@@ -1,1 +1,1 @@
-"""A circuit as a page of its own, which opens without a network."""
+"""A circuit as its own page, which opens without a network."""

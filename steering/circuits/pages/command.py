@@ -17,7 +17,7 @@ class DrawConfig:
 
 
 def draw_circuit(config: DrawConfig) -> Path:
-    """Writes the page and gives its path. Raises `InputError` for a file that is no circuit and a place that cannot be written."""
+    """Writes the page and returns its path. Raises `InputError` for a file that is not a circuit and a place that cannot be written."""
     if config.out is not None:
         require_file(config.out)
     circuit = open_circuit(config.circuit)

@@ -138,7 +138,7 @@ def _rows(graph: Graph, layout: Layout) -> list[str]:
 
 
 def _nodes(graph: Graph, layout: Layout, edges: Sequence[Edge]) -> list[str]:
-    """A box for every part; part number n of the writers, the logits behind them, has data-node="n"."""
+    """A box for every part; part number n of the writers, the logits after them, has data-node="n"."""
     ends = {int(graph.fed_r[edge.r]) for edge in edges if edge.inside}
     active = {edge.w for edge in edges if edge.inside} | {len(graph.writers) if end < 0 else end for end in ends}
     places = [*layout.writer_xy, layout.logits_xy]

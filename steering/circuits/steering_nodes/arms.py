@@ -1,7 +1,7 @@
 """Steering at some readers of a model alone: the same direction in what a circuit's heads read, what others read, or the whole stream.
 
 Behind the direction's site every part of the model reads the stream through a reader of the graph, so steering the whole stream there is
-steering at all readers behind it, and most arms are a subset of these.
+steering at all readers after it, and most arms are a subset of these.
 
 n pairs · r readers · w writers · d width of the stream · v vocabulary
 """
@@ -77,7 +77,7 @@ def steered_by(engine: Engine, arm: Arm, added_d: Tensor) -> Iterator[None]:
 
 
 def make_arms(graph: Graph, circuit_rw: Tensor, site: str, draws: int, rng: np.random.Generator) -> list[Arm]:
-    """All readers behind the site; the circuit's heads, their queries, keys and values apart; the circuit's MLPs, at what they read and at
+    """All readers after the site; the circuit's heads, their queries, keys and values apart; the circuit's MLPs, at what they read and at
     what they write; as many random heads in each layer, `draws` times, whole and their values alone; the other heads; all MLPs. Arms
     without a place are left out.
 
@@ -236,7 +236,7 @@ def carriers(
 
     The change that enters at a reader is what the vector and all that follows from it write there. "vector" is the share of the metric's
     change that each reader of the vector itself takes in; "in_circuit" is what the circuit's readers take in of it, "random_readers" as
-    many random ones, and "random_heads" the circuit's with random heads of the same layers in the place of its own, `draws` times each.
+    many random ones, and "random_heads" the circuit's with random heads of the same layers instead of its own, `draws` times each.
     """
     site = vector.site
     scores = conductance(

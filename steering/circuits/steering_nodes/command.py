@@ -85,10 +85,10 @@ class SteerCircuitConfig:
 
 
 def steer_circuit(config: SteerCircuitConfig) -> dict[str, Any]:
-    """Writes the JSON, prints the tables and gives what is in it (of a dry run, nothing).
+    """Writes the JSON, prints the tables and returns what is in it (of a dry run, nothing).
 
-    Raises `InputError` for a circuit of another model or without heads behind the site, a vector of another site, budgets that do not rise
-    from above 0, and a task whose answers are too many for a direction of its own.
+    Raises `InputError` for a circuit of another model or without heads after the site, a vector of another site, budgets that do not rise
+    from above 0, and a task with too many different answers to make a direction.
     """
     started = time.monotonic()
     _check(config)

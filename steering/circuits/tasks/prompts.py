@@ -67,7 +67,7 @@ class Prompts:
     def measure(self, logits_nv: Tensor) -> Tensor:
         """The metric of every pair, [n], of logits at the last position: gradients flow.
 
-        Mean logit of the right answers minus that of the wrong ones; or their total probabilities in the place of mean logits.
+        Mean logit of the right answers minus that of the wrong ones; or their total probabilities instead of mean logits.
         """
         value_nv = logits_nv.float() if logits_nv.dtype in (torch.float16, torch.bfloat16) else logits_nv
         if self.metric == "probability_difference":

@@ -1,4 +1,4 @@
-"""Gemma Scope 1 (`params.npz`) and 2 (`params.safetensors`) of Google DeepMind: JumpReLU, no normalisation, b_dec not taken off the input.
+"""Gemma Scope 1 (`params.npz`) and 2 (`params.safetensors`) of Google DeepMind: JumpReLU, no normalisation, b_dec not subtracted first.
 
     acts = relu(z) · 1[z > threshold],  z = x W_enc + b_enc;  y = acts W_dec + b_dec (+ x affine_skip_connection)
 
@@ -110,7 +110,7 @@ def load_2(path: Path, device: Device = "cpu") -> Parts:
 
 
 def read_config(folder: Path, affine: bool) -> Config | None:
-    """config.json, where there is one. Raises `InputError` for another architecture, or where it does not say whether there is a skip."""
+    """config.json, if there is one. Raises `InputError` for another architecture, or where it does not say whether there is a skip."""
     path = folder / "config.json"
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""Single files of Goodfire and qresearch: `MODEL-SAE-lN.pt` or `.pth`, which read and write the residual stream behind block N.
+"""Single files of Goodfire and qresearch: `MODEL-SAE-lN.pt` or `.pth`, which read and write the residual stream after block N.
 
 | of | tensors | acts | y |
 |---|---|---|---|

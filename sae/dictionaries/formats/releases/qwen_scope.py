@@ -2,7 +2,7 @@
 
     acts = the k largest of W_enc x + b_enc, as they are      y = W_dec acts + b_dec
 
-x is the residual stream behind block N; no bias is taken off it. The model cards' code takes no ReLU. How many features are kept stands
+x is the residual stream after block N; no bias is subtracted first. The model cards' code takes no ReLU. How many features are kept stands
 only in the name, as in SAE-Res-Qwen3-8B-Base-W64K-L0_50. d width · f features
 """
 

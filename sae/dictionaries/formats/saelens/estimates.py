@@ -1,6 +1,6 @@
 """What SAELens estimates of the activations before it trains, and folds into the weights after: a factor, or a whitening.
 
-A checkpoint from between holds weights for activations that are normalised so, and the numbers in a file of their own.
+A checkpoint from between holds weights for activations that are normalised so, and the numbers in their own file.
 
 d model width · f features
 """

@@ -120,7 +120,7 @@ def require_whole(folder: Path, settings: Settings, weights: dict[str, Tensor]) 
 
 
 def save(d: Parts, folder: Path) -> None:
-    """Writes the folder that SAELens' `SAE.load_from_disk` opens; each file is written whole or not at all.
+    """Writes the folder that SAELens' `SAE.load_from_disk` opens; each file is written completely or not at all.
 
     A bias of the input that is not the decoder's own is folded into the encoder's. What SAELens has not (some gates, a transcoder that
     keeps k, an autoencoder with a skip matrix) is written in the same way under an architecture that it refuses.
