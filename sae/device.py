@@ -1,4 +1,4 @@
-"""Where to compute: a device by its name."""
+"""Devices by name."""
 
 import torch
 
@@ -8,7 +8,7 @@ from sae.errors import InputError
 def device_named(name: str | torch.device) -> torch.device:
     """ "auto" is CUDA if there is one, else the CPU.
 
-    Raises `InputError` for a name that torch does not know, and for a GPU that is not there.
+    Raises `InputError` for a name that torch does not know, and for a GPU that does not exist.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

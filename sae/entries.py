@@ -1,4 +1,4 @@
-"""Sparse codes as lists of entries, and sums over them: what the training step, the index and evaluation compute with.
+"""Sparse codes as lists of entries, and sums over them, used by the training step, the index and evaluation.
 
 b rows (tokens) · f features · d width · n entries
 """
@@ -14,19 +14,19 @@ from torch.nn.functional import embedding_bag
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 BLOCK_BYTES = 1 << 20
-"""of the sums made at a time: memory this small is used again at once, where a whole gradient's would be fresh pages at every step"""
+"""size of the sums computed at a time: such small memory is reused at once, while a whole gradient would need new pages at every step"""
 BLOCK_COLUMNS = 64
-"""of a table summed at a time on a CPU: so much of all rows stays in the processor's cache while rows are picked at random"""
+"""columns of a table summed at a time on a CPU: so much of all rows stays in the processor's cache while rows are read at random"""
 
 
 class Buffers:
-    """Memory that is used again from call to call: fresh pages for every large tensor cost page faults."""
+    """Memory that is reused from call to call: new pages for every large tensor cost page faults."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised tensor, the same memory as at the last call while it is large enough."""
+        """An uninitialised tensor, in the same memory as at the last call if it is large enough."""
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < prod(shape) or buffer.dtype != dtype or buffer.device != device:
             buffer = self._buffers[name] = torch.empty(prod(shape), dtype=dtype, device=device)
@@ -44,7 +44,7 @@ class Entries(NamedTuple):
 
 
 def joined(parts: list[Entries]) -> Entries:
-    """Entries of one chunk of rows after another."""
+    """Joins the entries of several chunks of rows."""
     return parts[0] if len(parts) == 1 else Entries(*map(torch.cat, zip(*parts)))
 
 
@@ -55,7 +55,7 @@ def active_entries(acts_bf: Tensor, first_row: int, buffers: Buffers) -> Entries
 
 
 def entries_above(z_bf: Tensor, low: float | Tensor, first_row: int, buffers: Buffers) -> Entries:
-    """As `active_entries`, of those that are not at most `low`, a number or [f], with their values as they are."""
+    """As `active_entries`, for entries above `low`, a number or [f], with their values unchanged."""
     mask_bf = _mask(z_bf.shape, buffers, z_bf.device)
     torch.le(z_bf, low, out=mask_bf).logical_not_()
     return _entries(z_bf, mask_bf, first_row, buffers)
@@ -94,7 +94,7 @@ def largest(size_bf: Tensor, k: int) -> Tensor:
 
 
 def starts_of(sorted_n: Tensor, size: int) -> Tensor:
-    """Where each of 0 .. size begins among sorted indices, [size + 1] int32."""
+    """The start of each of 0 .. size among sorted indices, [size + 1] int32."""
     counts = torch.bincount(sorted_n, minlength=size)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
 

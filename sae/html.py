@@ -41,12 +41,12 @@ def visible(text: str) -> str:
 
 @lru_cache(1 << 16)
 def word_html(spelling: str) -> str:
-    """A token by itself, its spaces marked: " the" and "the" are different tokens."""
+    """A single token, its spaces marked: " the" and "the" are different tokens."""
     return "".join('<i class="s"> </i>' if letter == " " else visible(letter) for letter in spelling)
 
 
 def number(value: float) -> str:
-    """Three digits, without an exponent where that reads well."""
+    """Three digits, without an exponent if that is readable."""
     value = float(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
 

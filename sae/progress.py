@@ -44,7 +44,7 @@ class Progress:
             print(f"{self.what}: {self.line()}{end}", file=sys.stderr, flush=True)
 
     def line(self) -> str:
-        """What is done, the mean rate since the start (nothing before the first unit), and the latest fields."""
+        """The progress, the mean rate since the start (nothing before the first unit), and the latest fields."""
         parts = [f"{self.done:,} of {self.total:,} {self.unit}"]
         if (done := self.done - self._first) > 0:
             seconds = max(time.monotonic() - self._start, 1e-9)

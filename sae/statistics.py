@@ -1,6 +1,6 @@
-"""How sure a number is: intervals by the bootstrap, Wilson's interval of a share, and AUROC with its interval.
+"""Uncertainty of numbers: intervals by the bootstrap, Wilson's interval of a share, and AUROC with its interval.
 
-r rounds of a bootstrap · n things that are drawn again (texts, prompts, documents, directions) · k columns
+r rounds of a bootstrap · n things that are resampled (texts, prompts, documents, directions) · k columns
 """
 
 import math
@@ -15,11 +15,11 @@ Z = 1.959963984540054
 """the upper end of a standard normal's 95 % interval"""
 
 Estimate = dict[str, Any]
-"""{"value", "low", "high"}: a number and the ends of its 95 % interval; None for what is not finite, which JSON does not have"""
+"""{"value", "low", "high"}: a number and the ends of its 95 % interval; None for numbers that are not finite, which JSON does not have"""
 
 
 def ratio(a: np.ndarray | float, b: np.ndarray | float) -> np.ndarray:
-    """a / b, NaN where b is 0: a constant has no variance to explain, and what never fires no precision."""
+    """a / b, NaN if b is 0: a constant has no variance to explain, and a feature that never fires no precision."""
     return np.divide(a, b, out=np.full(np.shape(b), np.nan), where=np.asarray(b) != 0)[()]
 
 
@@ -29,12 +29,12 @@ def resamples(n: int, rounds: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def data_and_resamples(n: int, rng: np.random.Generator, rounds: int = ROUNDS) -> np.ndarray:
-    """`resamples` below a first row of ones, the data as they are, float64 [1 + r, n]: what `estimate` takes comes of such weights."""
+    """`resamples` with a first row of ones for the original data, float64 [1 + r, n]: the weights for `estimate`."""
     return np.concatenate([np.ones((1, n)), resamples(n, rounds, rng)])
 
 
 def percentile_interval(value_r: np.ndarray) -> tuple[float, float]:
-    """Ends of the 95 % percentile interval (Efron and Tibshirani 1993) of the rounds that are finite; NaN where none is."""
+    """Ends of the 95 % percentile interval (Efron and Tibshirani 1993) of the rounds that are finite; NaN if none is."""
     finite_r = value_r[np.isfinite(value_r)]
     low, high = np.quantile(finite_r, ENDS) if len(finite_r) else (math.nan, math.nan)
     return float(low), float(high)
@@ -47,7 +47,7 @@ def estimate(value_r: np.ndarray) -> Estimate:
 
 
 def mean_estimate(value_n: np.ndarray, seed: int = 0) -> Estimate:
-    """The mean and its percentile interval; equal seeds and numbers of things draw the same things, so that differences can be paired."""
+    """The mean and its percentile interval; equal seeds and numbers of things draw the same samples, so that differences can be paired."""
     drawn_rn = np.random.default_rng(seed).integers(0, len(value_n), (ROUNDS, len(value_n)))
     low, high = percentile_interval(value_n[drawn_rn].mean(1))
     return {"value": float(value_n.mean()), "low": low, "high": high}
@@ -72,7 +72,7 @@ def wilson_interval(count: int, n: int) -> tuple[float, float]:
 
 
 def auroc(positive_nk: np.ndarray, negative_nk: np.ndarray) -> np.ndarray:
-    """Probability that a positive scores above a negative, a tie counting half, for each column, [k]; NaN where one side is empty."""
+    """Probability that a positive scores above a negative, a tie counting half, for each column, [k]; NaN if one side is empty."""
     from scipy.stats import rankdata
 
     n_pos, n_neg = len(positive_nk), len(negative_nk)
@@ -81,7 +81,7 @@ def auroc(positive_nk: np.ndarray, negative_nk: np.ndarray) -> np.ndarray:
 
 
 def auroc_estimate(positive_n: np.ndarray, negative_n: np.ndarray, seed: int = 0) -> Estimate:
-    """AUROC of one score with its percentile interval, positives and negatives drawn again."""
+    """AUROC of one score with its percentile interval, resampling positives and negatives."""
     wins_nn = (positive_n[:, None] > negative_n).astype(np.float64) + 0.5 * (positive_n[:, None] == negative_n)
     rng = np.random.default_rng(seed)
     share_rp, share_rn = (resamples(n, ROUNDS, rng) / n for n in wins_nn.shape)

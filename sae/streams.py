@@ -1,4 +1,4 @@
-"""Standard output and errors that may go away: a pipe that `head` has closed, a full disk, a terminal that is gone."""
+"""Standard output and standard error that may disappear: a pipe that `head` has closed, a full disk, a closed terminal."""
 
 import errno
 import io
@@ -10,7 +10,7 @@ from typing import TextIO
 
 
 class _Outlet(io.FileIO):
-    """Drops what cannot be written, and remembers why, unless the reader has left: `head`, or a terminal that was closed."""
+    """Drops what cannot be written, and records why, unless the reader has left: `head`, or a terminal that was closed."""
 
     def __init__(self, number: int):
         super().__init__(number, "w", closefd=False)
@@ -28,9 +28,9 @@ class _Outlet(io.FileIO):
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """While it lasts, what cannot be printed is dropped and stops no work; streams that are closed from the start print nothing.
+    """Inside, output that cannot be printed is dropped and stops no work; streams that are closed from the start print nothing.
 
-    At the end, exits with code 2 and a sentence when standard output was not written whole. A reader that has left is no such case:
+    At the end, exits with code 2 and a sentence if standard output was not written completely. A reader that has left is not such a case:
     it has read what it wanted.
     """
     for number in range(3):  # a file that took a closed stream's number would be printed into

@@ -1,4 +1,5 @@
-"""Text as people give it: a single string is no list of its letters, and what UTF-8 cannot write is replaced."""
+"""Text input by users: a single string is not a list of its letters, and halves of surrogate pairs, which UTF-8 cannot write, are
+replaced."""
 
 import json
 import re
@@ -17,7 +18,7 @@ def replace_surrogates(text: str) -> tuple[str, int]:
 
 
 def replace_surrogates_in(value: Any) -> tuple[Any, int]:
-    """The same for all texts of a value out of JSON."""
+    """The same for all texts of a value from JSON."""
     text, count = replace_surrogates(json.dumps(value, ensure_ascii=False))
     return (json.loads(text), count) if count else (value, 0)
 
@@ -26,7 +27,7 @@ def text_list(texts: Iterable[str], what: str = "texts") -> list[str]:
     """Strings as a list; halves of surrogate pairs are replaced, and a warning counts them.
 
     Raises `InputError`, which calls the parameter `what`, for a single string, which would be a list of its letters, and for an item that
-    is no string.
+    is not a string.
     """
     if isinstance(texts, (str, bytes)):
         raise InputError(f"expected {what} to be a list of strings, got the single string {texts!r:.60}; write it in brackets, [...]")

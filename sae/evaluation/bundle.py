@@ -1,6 +1,6 @@
 """Measure a set of transcoders, or a cross-layer transcoder, in the model itself: what all its layers write together at each site.
 
-The cache gives the held-out text and says which positions count; it need not hold the sites. The reconstruction is measured in the clean
+The cache provides the held-out text and the positions that count; it need not hold the sites. The reconstruction is measured in the clean
 model: each layer reads what it would read there. The loss is that of the model whose every written site is replaced.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Comparison(NamedTuple):
-    """What a set writes in the clean model, beside what is there."""
+    """The set's outputs in the clean model, compared with the actual values."""
 
     rows: int
     """positions compared"""
@@ -47,7 +47,7 @@ class Comparison(NamedTuple):
 def evaluate_bundle(
     config: EvaluationConfig, bundle: Bundle, known: str, device: torch.device, made: Pieces
 ) -> tuple[dict[str, Any], Callable[[], None]]:
-    """What goes into the file, and a function that prints the tables; `known`: the checksum of the weights.
+    """The content of the file, and a function that prints the tables; `known`: the checksum of the weights.
 
     Raises `InputError` for a set of another model or without sites.
     """
@@ -98,7 +98,7 @@ def evaluate_bundle(
 
 @torch.no_grad()
 def compare(text: Text, dictionaries: Sequence[Dictionary], batch: int, made: Pieces) -> Comparison:
-    """Over the replaced positions of all sequences; the model computes as if nothing were replaced."""
+    """Compares at the replaced positions of all sequences; the model computes as if nothing were replaced."""
     every = list(batches(text.lm, text.sequences, text.replaced, batch))
     groups = [every[part.start : part.stop] for part in stretches(len(every))]
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 READ_ROWS = 4096
 OF_A_SITE = ("fvu", "explained_variance", "mse", "cosine", "norm_ratio", "relative_bias")
-"""what is measured at each of several sites"""
+"""measures that are computed at each of several sites"""
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
 
 
 def decisive(config: EvaluationConfig) -> dict[str, Any]:
-    """What decides the numbers, beside the weights."""
+    """The settings that decide the numbers, in addition to the weights."""
     from sae.activations.files.manifest import manifest_crc32, read_manifest
 
     chosen = {name: getattr(config, name) for name in ("model", "sequences", "rows", "batch", "seed", "encoder")}
@@ -85,7 +85,7 @@ def decisive(config: EvaluationConfig) -> dict[str, Any]:
 def evaluate_one(
     config: EvaluationConfig, dictionary: Dictionary, known: str, device: torch.device, made: Pieces
 ) -> tuple[dict[str, Any], Callable[[], None]]:
-    """What goes into the file, and a function that prints the table; `known`: the checksum of the weights."""
+    """The content of the file, and a function that prints the table; `known`: the checksum of the weights."""
     from sae.activations.joined import cache_of
 
     cache = cache_of(config.cache, dictionary, named=config.model is not None, verify=config.verify and made.processes.leads)
@@ -126,7 +126,7 @@ def evaluate_one(
 
 
 class MassiveRows(NamedTuple):
-    """Those among the scanned rows, and what the other rows say."""
+    """The massive rows among the scanned ones, and the measures of the others."""
 
     above_median: float
     rows: int
@@ -135,7 +135,7 @@ class MassiveRows(NamedTuple):
 
 
 class Reconstructed(NamedTuple):
-    """Of the rows of one evaluation."""
+    """The result for the rows of one evaluation."""
 
     of_all: Reconstruction
     by_site: dict[str, Reconstruction]
@@ -220,7 +220,7 @@ def blocks_of(cache: "ActivationCache", rows: int) -> list[Block]:
 
 
 def read_blocks(cache: "ActivationCache", blocks: Sequence[Block]) -> Iterator[Tensor]:
-    """[b, d] of one block after another."""
+    """Yields [b, d] of one block after another."""
     for number, own in groupby(blocks, lambda block: block.shard):
         x_nd = cache.read(cache.shards("held_out")[number])[0]
         yield from (x_nd[block.start : block.start + block.rows] for block in own)

@@ -1,7 +1,7 @@
 """What a dictionary costs the language model: its loss with the dictionary spliced in, against clean, zero and mean ablation.
 
-Spliced means that the value where the dictionary writes is replaced by its output (splice.py). Positions of which the activation cache
-holds no row (beginning of text, and what else it leaves out) are left untouched in every arm, since no dictionary is
+Spliced means that the value at the dictionary's output site is replaced by its output (splice.py). Positions without a row in the
+cache (beginning of text, and others that it leaves out) are not replaced in any arm, since no dictionary is
 trained on such. Losses are means over the real next tokens of all sequences.
 
 s sequences · p positions · d model width · v vocabulary · n next tokens
@@ -33,13 +33,13 @@ RESAMPLES = 1000
 
 
 class Sums(NamedTuple):
-    """What `batch_sums` sums over the next tokens of a sequence, or their sums over several."""
+    """The sums of `batch_sums` over the next tokens of a sequence, or over several sequences."""
 
     tokens: np.ndarray
     cross_entropy: np.ndarray
     """[..., 4], in the order of `ARMS`"""
     kl: np.ndarray
-    """[..., 3], in the order of `ARMS` but for clean"""
+    """[..., 3], in the order of `ARMS` without clean"""
     replaced: np.ndarray
     """positions"""
 
@@ -63,7 +63,7 @@ class LanguageModelLoss(NamedTuple):
     loss_recovered_interval: tuple[float, float]
     """95 % bootstrap interval over sequences"""
     loss_recovered_mean: float
-    """the same with the mean activation in place of zeros, a stronger baseline"""
+    """the same with the mean activation instead of zeros, a stronger baseline"""
     loss_recovered_mean_interval: tuple[float, float]
     kl_recovered: float
     """1 − KL_spliced / KL_zero"""
@@ -202,7 +202,7 @@ def summarise(sums_sc: np.ndarray, seed: int) -> LanguageModelLoss:
 
 
 def loss_recovered(cross_entropy: np.ndarray, baseline: str) -> np.ndarray:
-    """Loss recovered against an arm, from cross-entropies [..., 4] in the order of `ARMS`; NaN where the baseline does no harm."""
+    """Loss recovered against an arm, from cross-entropies [..., 4] in the order of `ARMS`; NaN if the baseline does no harm."""
     clean, spliced, worst = (cross_entropy[..., ARMS.index(arm)] for arm in ("clean", "spliced", baseline))
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(worst == clean, np.nan, (worst - spliced) / (worst - clean))

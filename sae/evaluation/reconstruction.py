@@ -63,7 +63,7 @@ class ReconstructionMetrics:
     decoder_norm_f: Tensor
     d_in: int
     ports: tuple[Port, ...] = ()
-    """of a dictionary that writes at several sites, each of which is measured by itself too"""
+    """for a dictionary that writes at several sites, each of which is also measured separately"""
 
     def __post_init__(self) -> None:
         self.parts = [ReconstructionMetrics(self.decoder_norm_f, port.width) for port in self.ports if len(self.ports) > 1]
@@ -99,7 +99,7 @@ class ReconstructionMetrics:
         self._merge_variance(len(x_bd), mean_d, (x_bd - mean_d).square().sum())
 
     def _merge_variance(self, rows: int, mean_d: Tensor, centred: Tensor) -> None:
-        """Chan, Golub and LeVeque's update: no cancellation, however large the mean."""
+        """Chan, Golub and LeVeque's update: no cancellation, for any mean."""
         if not rows:
             return
         total, shift_d = self.rows + rows, mean_d - self.mean_d
@@ -108,7 +108,7 @@ class ReconstructionMetrics:
         self.rows = total
 
     def merge(self, other: "ReconstructionMetrics") -> None:
-        """Adds what another instance for the same dictionary has summed."""
+        """Adds the sums of another instance for the same dictionary."""
         self.merge_state(other.state())
 
     def state(self) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ class ReconstructionMetrics:
             part.merge_state({name.removeprefix(f"{number}."): sum_ for name, sum_ in state.items() if name.startswith(f"{number}.")})
 
     def by_site(self) -> dict[str, Reconstruction]:
-        """The result at each of several sites; of one, nothing. Raises as `result` does."""
+        """The result at each of several sites; empty for one site. Raises as `result` does."""
         return {str(port.site): part.result() for port, part in zip(self.ports, self.parts)}
 
     def result(self) -> Reconstruction:

@@ -1,4 +1,4 @@
-"""What an evaluation is made with: its settings, and held-out text of an activation cache that no training saw."""
+"""The settings of an evaluation, and held-out text of an activation cache on which nothing was trained."""
 
 import os
 import sys
@@ -71,7 +71,7 @@ class EvaluationConfig:
 
 
 def refuse_training_tokens(folder: Path, cache: "ActivationCache") -> None:
-    """Raises `InputError` unless the cache holds tokens out, and when the dictionary's own cache split the same text otherwise."""
+    """Raises `InputError` unless the cache has held-out tokens, and if the dictionary's own cache split the same text differently."""
     from sae.activations.files.manifest import read_manifest
     from sae.training.checkpoint import Record
 
@@ -109,7 +109,7 @@ class Text(NamedTuple):
     lm: "LanguageModel"
     sequences: list[np.ndarray]
     replaced: list[np.ndarray]
-    """of each token whether the cache holds a row of it, which alone are replaced"""
+    """for each token whether the cache has a row for it; only these are replaced"""
 
 
 def held_out_text(config: EvaluationConfig, cache: "ActivationCache", device: torch.device) -> Text:

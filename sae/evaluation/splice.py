@@ -1,4 +1,4 @@
-"""Dictionaries spliced into a model: what they write together takes the place of what is there, or is compared with it.
+"""Dictionaries spliced into a model: the sum of their outputs replaces the actual value, or is compared with it.
 
 One dictionary reconstructs its input, or makes another value from it (a transcoder). Several (a bundle) read at their own sites
 in one forward pass, each of which already carries what the earlier ones wrote, and what they write at one site adds up.
@@ -25,7 +25,7 @@ CHUNK_BYTES = 128 << 20
 
 
 class Splice:
-    """Made for one forward pass after another; `edits` go into `LanguageModel.edited`."""
+    """For one forward pass after another; `edits` go into `LanguageModel.edited`."""
 
     def __init__(self, dictionaries: Sequence[Dictionary], there: There, encoded: Callable[[int, slice, Tensor], None] | None = None):
         """`encoded` gets the number of a dictionary, some positions of the batch [s · p], and their activations [n, f]."""
@@ -74,7 +74,7 @@ class Splice:
 
 
 def sites_of(dictionary: Dictionary, does: str) -> list[str]:
-    """Where it "reads" or "writes"."""
+    """The sites that the dictionaries read ("reads") or write ("writes")."""
     return [str(port.site) for port in getattr(dictionary, does)]
 
 

@@ -1,4 +1,4 @@
-"""Data whose true features are known, and how much of them a dictionary recovers (Sharkey, Braun and Millidge 2022).
+"""Data with known true features, and how much of them a dictionary recovers (Sharkey, Braun and Millidge 2022).
 
 b rows · d width of the data · g true features · f features of the dictionary
 """

@@ -1,7 +1,7 @@
-"""What the user keeps about the features: labels, stars, notes and lists, in one SQLite file that no rebuild of an index touches.
+"""The user's labels, stars, notes and lists of features, in one SQLite file that a rebuild of an index does not touch.
 
-Entries are keyed by the checksum of the dictionary's weights and the feature's number, so they come back with any index of the same
-dictionary. The same file holds the words that full-text search looks through; those are made again from the index whenever it changes.
+Entries are keyed by the checksum of the dictionary's weights and the feature's number, so they also apply to any other index of the same
+dictionary. The same file holds the words for full-text search; those are made again from the index whenever it changes.
 """
 
 import json
@@ -45,11 +45,11 @@ CAUSES = {  # part of SQLite's own message: what it means and what to do
 
 
 class NotesUnusable(InputError):
-    """The file of notes cannot be read or written, now or at all."""
+    """The file of notes cannot be read or written, temporarily or permanently."""
 
 
 class Note(NamedTuple):
-    """What is known of one feature."""
+    """The notes on one feature."""
 
     label: str = ""
     note: str = ""
@@ -95,7 +95,7 @@ class Notes:
 
     @property
     def version(self) -> tuple[int, int]:
-        """Another one after every change, also by another program."""
+        """A value that differs after every change, also by another program."""
         with self._using():
             return self._changes, self._connection.execute("PRAGMA data_version").fetchone()[0]
 
@@ -104,7 +104,7 @@ class Notes:
         return Note(row[0], row[1], bool(row[2])) if row else Note()
 
     def set(self, j: int, *, label: str | None = None, note: str | None = None, starred: bool | None = None) -> Note:
-        """Changes what is given and leaves the rest. Raises `InputError` for a feature there is not, or too long a text."""
+        """Changes the given fields and keeps the others. Raises `InputError` for a feature that does not exist, or too long a text."""
         self._require(j)
         given: dict[str, Any] = {"label": label, "note": note, "starred": starred}
         given = {name: _checked(name, value) for name, value in given.items() if value is not None}
@@ -115,7 +115,7 @@ class Notes:
         return after
 
     def all(self) -> dict[int, Note]:
-        """Every feature of which something is known."""
+        """Every feature with a label, star or note."""
         rows = self._rows(
             "SELECT feature, label, note, starred FROM notes WHERE dictionary = ? AND feature < ? ORDER BY feature", self.d_sae
         )
@@ -187,9 +187,9 @@ class Notes:
         return len(entries)
 
     def update_search(self, index: FeatureIndex, explanations: dict[int, list[Any]]) -> None:
-        """Makes the words of top tokens and explanations searchable, if the index is another one than they were last made from.
+        """Makes the words of top tokens and explanations searchable, if they were last made from another index.
 
-        `search` does it again if a program with another index of the dictionary has done the same meanwhile.
+        `search` repeats this if a program with another index of the dictionary has done the same meanwhile.
         """
         source = f"{WORDS_VERSION} " + " ".join(
             f"{p.stat().st_size}-{p.stat().st_mtime_ns}" for name in LABEL_FILES if (p := index.folder / name).exists()
@@ -249,7 +249,7 @@ class Notes:
 
     @contextmanager
     def _using(self) -> Iterator[None]:
-        """The connection for this thread alone; what SQLite refuses is a sentence."""
+        """A connection of this thread; refusals of SQLite become a sentence."""
         if not self._lock.acquire(timeout=WAIT):
             raise NotesUnusable(_sentence(self.path, "locked"))
         try:
@@ -283,7 +283,7 @@ class Notes:
         self._connection.execute(f"UPDATE {self._search} SET label = ? WHERE rowid = ?", (folded(label), j))
 
     def _append(self, dictionary: str, name: str, features: Sequence[int]) -> None:
-        """All at once: counting a list for each of its members would take the square of their number."""
+        """In one statement: counting the list once for each member would take quadratic time."""
         known = "FROM lists WHERE dictionary = ? AND name = ?"
         (last,) = self._connection.execute(f"SELECT COALESCE(MAX(place), -1) {known}", (dictionary, name)).fetchone()
         rows = [(dictionary, name, j, place) for place, j in enumerate(features, last + 1)]
@@ -316,7 +316,7 @@ def _has_tables(connection: sqlite3.Connection) -> bool:
 
 
 def _make_tables(connection: sqlite3.Connection, dictionary: str) -> bool:
-    """Whether the file can be written. If not, the words for search stand in tables of this connection, which come before the file's."""
+    """Whether the file can be written. If not, the words for search are in tables of this connection, which precede the file's."""
     try:
         connection.execute("BEGIN IMMEDIATE")
         for name, columns in TABLES.items():

@@ -1,6 +1,6 @@
-"""The near alternatives: what is easily mistaken when a dictionary is published or loaded, one change at a time.
+"""The alternatives: common mistakes in publishing or loading a dictionary, one change at a time.
 
-Each change gives another way to use the same weights. f features · d width that is read · o width that is written · n rows
+Each change is another way to use the same weights. f features · d width that is read · o width that is written · n rows
 """
 
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ CLEAR = 0.9
 CLEAR_FITTED = 0.7
 """for a number that is fitted"""
 FACTOR = 1.5
-"""a common factor nearer to 1 is no mistake: some more or less makes up for the shrinkage of an L1 penalty"""
+"""a common factor closer to 1 is not a mistake: such factors compensate the shrinkage of an L1 penalty"""
 FIRST = 4
 """positions that are left out as the first ones, with the beginning-of-text token; Gemma's <bos><start_of_turn>user\\n are as many"""
 FRAMES: dict[Literal["constant_norm_rescale", "layer_norm", "centred"] | None, str] = {
@@ -38,7 +38,7 @@ class Change(NamedTuple):
     text: str
     clear: float = CLEAR
     gate: bool = False
-    """other features fire"""
+    """whether other features fire"""
 
 
 class Use(NamedTuple):
@@ -47,7 +47,7 @@ class Use(NamedTuple):
     dictionary: Dictionary
     reads: Point
     writes: Point
-    """the same as `reads` for all but transcoders"""
+    """equal to `reads` except for transcoders"""
     changes: tuple[Change, ...] = ()
     first: int = 0
     """position of the first token of a sequence that counts"""
@@ -65,7 +65,7 @@ class Use(NamedTuple):
 
 
 def alternatives(use: Use, recorder: Recorder) -> list[Use]:
-    """All ways that differ from `use` in one thing, those first that are the simplest to explain."""
+    """All ways that differ from `use` in one thing, the simplest to explain first."""
     dictionary = use.dictionary
     found = [*sites(use, recorder), *biases(use), *frames(use), *contexts(use, recorder), *transposed(use)]
     if isinstance(dictionary.gate, Threshold) and dictionary.gate.theta_f is not None:
@@ -78,7 +78,7 @@ def is_near_1(factor: float) -> bool:
 
 
 def points(use: Use, recorder: Recorder) -> list[Point]:
-    """What `alternatives` records, so that one pass records all of it."""
+    """The recording points of `alternatives`, so that one pass records all of them."""
     ends = [use.reads, use.writes]
     found = [*ends, *(point for pair in near_sites(use, recorder) for point in pair)]
     if recorder.lm.bos_id is not None:
@@ -136,7 +136,7 @@ def has_post_norm(recorder: Recorder, site: str) -> bool:
 
 
 def sites(use: Use, recorder: Recorder) -> Iterator[Use]:
-    """Other sites of the layer and the same site of the layers beside it, where width and values allow; a transcoder's ends apart."""
+    """Other sites of the layer and the same site of the neighbouring layers, if width and values allow; a transcoder's sites separately."""
     seen: list[tuple[Tensor, Tensor]] = []
     for reads, writes in [(use.reads, use.writes), *near_sites(use, recorder)]:
         x_nd, y_no = recorder.values(reads), recorder.values(writes)
@@ -173,7 +173,7 @@ def shifted(point: Point, step: int, recorder: Recorder) -> list[Point]:
 
 
 def everywhere(use: Use, recorder: Recorder) -> list[Use]:
-    """The declared kind of site in all layers, for a dictionary that fits nowhere near."""
+    """The declared kind of site in all layers, for a dictionary that fits at no nearby site."""
     layers = range(1 - recorder.lm.n_layers, recorder.lm.n_layers)
     ends = [
         (x, y) for step in layers if abs(step) > 1 for x in shifted(use.reads, step, recorder) for y in shifted(use.writes, step, recorder)
@@ -227,12 +227,12 @@ def decoder_norms(use: Use) -> Iterator[Use]:
 
 
 def usual_scale(x_nd: Tensor) -> float:
-    """√d / mean ‖x‖, by which many trainers multiply activations."""
+    """√d / mean ‖x‖, the factor by which many trainers multiply activations."""
     return x_nd.shape[1] ** 0.5 / float(x_nd.norm(dim=-1).mean())
 
 
 def scales(use: Use, recorder: Recorder) -> Iterator[Use]:
-    """Activations in the units of a trainer that multiplied them, or in the model's where it did not."""
+    """Activations in the units of a trainer that multiplied them, or in the model's if it did not."""
     x_nd, y_no = recorder.values(use.reads), recorder.values(use.writes)
     s_in, s_out = usual_scale(x_nd), usual_scale(y_no)
     if is_near_1(s_in) and is_near_1(s_out):

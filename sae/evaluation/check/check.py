@@ -1,4 +1,4 @@
-"""Whether a dictionary does what its source says, on about 2,000 tokens; and if not, which near alternative fits."""
+"""Whether a dictionary does what its source states, on about 2,000 tokens; and if not, which alternative fits."""
 
 import sys
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from sae.model.language_model import LanguageModel
 
 TEXT = Path(__file__).with_name("text.jsonl")
-"""English prose, dialogue, code and lists, written for this"""
+"""English prose, dialogue, code and lists, written for this purpose"""
 SPLICED = 16
 """sequences on which the model's loss is measured, four passes each"""
 
@@ -105,7 +105,7 @@ def check(config: CheckConfig) -> dict[str, Any]:
 
 
 def command(config: CheckConfig) -> None:
-    """Leaves with exit code 1 unless the verdict is good."""
+    """Exits with code 1 unless the verdict is good."""
     if check(config)["verdict"] != "good":
         sys.exit(1)
 
@@ -134,7 +134,7 @@ def sequences_of(config: CheckConfig, lm: "LanguageModel", other: "LanguageModel
 
 
 def measures(one: Trial, rows: int, seed: int) -> dict[str, Any]:
-    """Each with its interval over sequences, but for those that have none."""
+    """Each measure with its interval over sequences, if it has one."""
     named = {"l0": one.fit.l0, "fvu": one.fit.fvu, "norm_ratio": one.fit.norm_ratio, "cosine": one.fit.cosine}
     found: dict[str, Any] = {name: estimate(function(one.sample.weight_rs)) for name, function in named.items()}
     silent = one.fit.silent / one.use.dictionary.d_sae
@@ -142,7 +142,7 @@ def measures(one: Trial, rows: int, seed: int) -> dict[str, Any]:
 
 
 def loss_recovered(one: Trial, seed: int) -> dict[str, float] | None:
-    """With the dictionary spliced in, against zeros; None where the value that it gives is none of the model's sites."""
+    """With the dictionary spliced in, against zeros; None if its output is not at a site of the model."""
     use, recorder = one.use, one.sample.recorder
     lm = recorder.model(use.reads)
     if use.writes.before_norm:
@@ -160,7 +160,7 @@ def loss_recovered(one: Trial, seed: int) -> dict[str, float] | None:
 
 
 def write(out: Path, best: Trial) -> dict[str, Any]:
-    """What was written, or why nothing was."""
+    """Returns a sentence about what was written, or why nothing was."""
     if not best.fits:
         return {"folder": None, "why": "nothing that fits was found"}
     if missing := inexpressible(best.use):

@@ -1,4 +1,4 @@
-"""The dictionary with the changes that were found, as a folder can record them."""
+"""The dictionary with the changes that were found, as far as a folder can record them."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ REWRITTEN = {"hook_name", "hook_layer", "hook_name_out", "hf_hook_name", "model_
 
 
 def inexpressible(use: Use) -> list[str]:
-    """Those changes that a folder cannot record."""
+    """The changes that a folder cannot record."""
     return [INEXPRESSIBLE[change.kind] for change in use.changes if change.kind in INEXPRESSIBLE]
 
 

@@ -1,6 +1,6 @@
-"""How well one way to use a dictionary fits the recorded rows, as sums over each sequence, of which intervals and differences are made.
+"""How well one way to use a dictionary fits the recorded rows, as sums over each sequence, for intervals and differences.
 
-n rows (tokens) · s sequences · r rounds of the bootstrap, of which the first is the data as they are · o width that is written · f features
+n rows (tokens) · s sequences · r rounds of the bootstrap, the first being the original data · o width that is written · f features
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""What the source of a dictionary says that it does: in the names of its folders, in files beside it, in its metadata, in its gate."""
+"""The source's statements about a dictionary: in the names of its folders, in files beside it, in its metadata, in its gate."""
 
 import re
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from sae.disk.reading import Number, read_json, read_tensors, require
 FACTOR = 1.5
 """an L0 between the promised one divided and multiplied by this keeps the promise: another text has other features"""
 L0_RANGES = {"small": (10.0, 20.0), "medium": (30.0, 60.0), "big": (90.0, 150.0)}
-"""what Gemma Scope 2 calls l0_small, l0_medium and l0_big"""
+"""the ranges of Gemma Scope 2's l0_small, l0_medium and l0_big"""
 MEASURED = {
     "l0": ("reconstruction", "l0"),
     "fvu": ("reconstruction", "fvu"),
@@ -23,11 +23,11 @@ MEASURED = {
     "norm_ratio": ("reconstruction", "norm_ratio"),
     "loss_recovered": ("language_model", "loss_recovered"),
 }
-"""where each measure stands in the evaluation.json of `sae evaluate`"""
+"""the place of each measure in the evaluation.json of `sae evaluate`"""
 
 
 class Evaluation(TypedDict):
-    """evaluation.json as far as it counts here."""
+    """the parts of evaluation.json that are used here."""
 
     reconstruction: dict[str, Any]
     language_model: NotRequired[dict[str, Any] | None]
@@ -38,13 +38,13 @@ class Promise(NamedTuple):
     """l0, fvu, cosine, norm_ratio, loss_recovered or silent_share"""
     low: float
     high: float
-    """the same as `low`, but for a range"""
+    """equal to `low`, except for a range"""
     source: str
     """where the promise is made"""
 
 
 class Promises(tuple[Promise, ...]):
-    """The first of a measure counts."""
+    """The first promise of a measure is used."""
 
     def of(self, measure: str) -> Promise | None:
         return next((one for one in self if one.measure == measure), None)

@@ -1,4 +1,4 @@
-"""What flows at the sites that are tried, on one short text: recorded once, so that each way to use a dictionary costs no forward pass.
+"""The values at all tried sites on one short text: recorded once, so that each way to use a dictionary costs no forward pass.
 
 n rows (tokens of the text) · s sequences · p positions · d width of a site
 """
@@ -27,13 +27,13 @@ BATCH = 16
 
 
 class Point(NamedTuple):
-    """Where, and in which pass, a value is recorded."""
+    """The place, and the pass, in which a value is recorded."""
 
     site: str
     bos: bool
-    """a beginning-of-text token stands before each sequence"""
+    """a beginning-of-text token precedes each sequence"""
     before_norm: bool = False
-    """ahead of the norm that follows the attention or the MLP"""
+    """before the norm that follows the attention or the MLP"""
     other: bool = False
     """in the other model"""
 
@@ -51,7 +51,7 @@ def read_sequences(lm: "LanguageModel", text: TextConfig, tokens: int) -> list[n
 
 
 class Recorder:
-    """Rows are the tokens of all sequences, in order; the same ones whatever is recorded."""
+    """Rows are the tokens of all sequences, in order; the same for everything recorded."""
 
     def __init__(self, lm: "LanguageModel", sequences: Sequence[np.ndarray], other: "LanguageModel | None" = None):
         self.lm, self.other, self.sequences = lm, other, sequences
@@ -64,14 +64,14 @@ class Recorder:
         self._value_bias: dict[str, Tensor] = {}
 
     def begin(self, points: Iterable[Point]) -> None:
-        """Records these and settles which rows are massive."""
+        """Records these points and determines which rows are massive."""
         points = list(points)
         self.record(points)
         for point in points:
             self.massive_n |= is_massive(self._values[point].norm(dim=-1))
 
     def record(self, points: Iterable[Point]) -> None:
-        """One pass for each model and each beginning that is asked for. Raises `InputError` for values that are not finite."""
+        """One pass for each requested model and beginning. Raises `InputError` for values that are not finite."""
         passes: dict[tuple[bool, bool], list[Point]] = {}
         for point in points:
             if point not in self._values:
@@ -94,7 +94,7 @@ class Recorder:
         return self._values[point]
 
     def value_bias(self, site: str) -> Tensor:
-        """What flows at v or head_out when all values are their bias, [d], which TransformerLens' fold_value_biases subtracts.
+        """The value at v or head_out when all values equal their bias, [d], which TransformerLens' fold_value_biases removes.
 
         A stream of zeros becomes the norm's bias alone, and attention over equal values is that value.
         """

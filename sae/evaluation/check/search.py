@@ -1,6 +1,6 @@
-"""Which of the near alternatives fits best, and whether it is clearly better than what is declared.
+"""Finds the alternative that fits best, and whether it is clearly better than the declared use.
 
-After a change that helps, further ones are tried on top of it; when nothing fits, pairs of changes and all layers are.
+After a change that helps, further ones are tried on top of it; if nothing fits, pairs of changes and all layers are tried.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ FINALISTS = 6
 CHANGES = 3
 """at most, one on top of the other"""
 WORSE = 2.0
-"""times the FVU, at most, of what keeps a promised L0 that the declared one breaks"""
+"""maximum factor of the FVU for an alternative that keeps a promised L0 that the declared use breaks"""
 STEPS = np.arange(-8, 8.01, 0.5)
 """common factors that are tried before the best is refined, as powers of 2"""
 
@@ -27,10 +27,10 @@ class Search:
     def __init__(self, sample: Sample, promises: Promises):
         self.sample, self.promises = sample, promises
         self.tried: list[Trial] = []
-        """everything, in the order in which it was tried; first what is declared"""
+        """everything in the order in which it was tried; first the declared use"""
 
     def run(self, declared: Use) -> list[Trial]:
-        """What is declared, then what fits clearly better, each on top of the one before."""
+        """The declared use, then what fits clearly better, each on top of the one before."""
         steps = [Trial(declared, self.sample)]
         self.tried.append(steps[0])
         while len(steps[-1].use.changes) < CHANGES:

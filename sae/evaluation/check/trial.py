@@ -1,4 +1,4 @@
-"""One way to use the dictionary, measured on the recorded rows: first on every eighth, and on all of them when asked for.
+"""One way to use the dictionary, measured on the recorded rows: first on every eighth, and on all of them on request.
 
 r rounds of the bootstrap · s sequences
 """
@@ -13,7 +13,7 @@ from sae.evaluation.check.recording import Recorder
 from sae.statistics import data_and_resamples, percentile_interval
 
 SCREEN = 8
-"""the first look uses one row in this many"""
+"""the first measurement uses one row in this many"""
 FITS = 0.75
 """a dictionary fits when its FVU is below this many times that of random directions"""
 ROUNDS = 1000
@@ -37,7 +37,7 @@ class Sample:
 
 
 class Trial:
-    """`fit` and what comes from it are of all rows, `screened` of every eighth."""
+    """`fit` and its results are of all rows, `screened` of every eighth."""
 
     def __init__(self, use: Use, sample: Sample):
         self.use, self.sample = use, sample

@@ -65,7 +65,7 @@ async def steer(request: Request) -> Response:
 
 
 async def working_range(request: Request) -> Response:
-    """In pieces, each of which waits for its turn: a text that somebody wants written never waits for more than one."""
+    """Runs in pieces, each of which waits for its turn, so that a text to be written never waits for more than one piece."""
     browser = browser_of(request)
     if browser.ranges is None:
         raise InputError("expected a model to steer, but the server was started without one")
@@ -107,7 +107,7 @@ def steered_prompt(browser: Browser, value: dict[str, Any]) -> tuple[str, list[t
 
 
 class Events(StreamingResponse):
-    """Pieces of text as they are written, after which the model is released: also when the reader left before the first."""
+    """Pieces of text as they are written; then the model is released, even if the reader disconnected before the first piece."""
 
     def __init__(self, browser: Browser, pieces: Generator[dict[str, Any], None, None]):
         super().__init__(_events(pieces), media_type="text/event-stream", headers={"cache-control": "no-store"})

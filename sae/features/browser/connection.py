@@ -1,4 +1,4 @@
-"""A connection to the server that is closed when no whole request comes over it: uvicorn itself waits for ever."""
+"""A connection that is closed if no complete request arrives: uvicorn itself waits forever."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ FULL = f"expected at most {MOST_CONNECTIONS} open connections, but more are open
 
 
 class Connection(H11Protocol):
-    """uvicorn's own, with a time limit; bodies have theirs in guard.py, and a connection kept for the next request uvicorn's."""
+    """uvicorn's connection, with a time limit for the head of a request; guard.py limits bodies, and uvicorn idle connections."""
 
     _limit: asyncio.TimerHandle | None = None
 

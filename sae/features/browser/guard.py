@@ -1,4 +1,4 @@
-"""What stands between the server and any other web page that the same browser has open, and clients that never end.
+"""Protects the server against other web pages in the same browser, and against clients that never finish.
 
 A server on 127.0.0.1 is reached by every page that its user visits. Requests that a foreign page causes are refused, by their Host (DNS
 rebinding), their Origin and their Sec-Fetch headers: all but following a link into its own tab. Sizes and times are bounded.
@@ -30,7 +30,7 @@ HEADERS = {
 
 
 class Unfit(Exception):
-    """The body is longer or slower than what was announced or allowed."""
+    """The body is longer or slower than announced or allowed."""
 
     def __init__(self, status: int, sentence: str):
         super().__init__(sentence)
@@ -85,7 +85,7 @@ class Guard:
 
 
 def refused(method: str, given: list[tuple[str, str]], url_bytes: int, body_limit: int) -> tuple[int, str] | None:
-    """Status and sentence for a request that must not be answered. `given` are its headers in small letters."""
+    """Status and sentence for a request that must not be answered. `given`: its headers in lower case."""
     names, headers = [name for name, _ in given], dict(given)
     for name in ONCE:
         if names.count(name) > 1:

@@ -7,8 +7,8 @@ Three orders, for feature j at position p with activation a:
 - by activation: a itself.
 - by percentile: the share of the feature's activations in the indexed text that are at most a.
 - by effect on the loss: the sum over all later tokens t of −log p(x_t) with the feature taken away at p alone, minus the same sum of the
-  model as it is, in nats. "Taken away" replaces the value h where it writes by h − a·W_dec[j], so that what the dictionary cannot express
-  stays. Above 0 the feature helped to foretell what follows. At the last token, after which nothing comes, there is none.
+  unchanged model, in nats. "Taken away" replaces the value h at its output site by h − a·W_dec[j], so that the reconstruction error
+  stays. Above 0 the feature helped to predict the following text. The last token has no effect, because nothing follows it.
 """
 
 from typing import Literal, NamedTuple
@@ -40,26 +40,26 @@ class TokenFeature(NamedTuple):
     percentile: float
     """0 to 1, in the feature's own distribution; nan for one that never fires in the index"""
     effect: float | None
-    """nats; None where it was not measured"""
+    """nats; None if it was not measured"""
 
 
 class Reading(NamedTuple):
-    """A text as the model and its dictionary see it."""
+    """A text as the model and its dictionary read it."""
 
     texts: list[str]
     """of every token; joined, the text"""
     losses: list[float | None]
-    """nats of every token given those before it; None for a first one that nothing comes before"""
+    """nats of every token given those before it; None for a first token with nothing before it"""
     firings: list[list[TokenFeature]]
-    """of every token, in the order asked for; empty at beginning-of-text, where the index did not look either"""
+    """of every token, in the requested order; empty at beginning-of-text, which the index does not scan either"""
     active: int
-    """pairs of feature and token that fire, of the tokens and the density asked for"""
+    """number of pairs of feature and token that fire, among the requested tokens and density"""
     measured: int
-    """of those, the ones whose effect was measured"""
+    """number of these pairs whose effect was measured"""
 
 
 class Selection(NamedTuple):
-    """Which features of a text are given, and in what order."""
+    """Which features of a text are returned, and in what order."""
 
     order: Order = "activation"
     positions: list[int] | None = None
@@ -73,7 +73,7 @@ class Selection(NamedTuple):
 
 
 class Active(NamedTuple):
-    """A feature on a token, before anything else is known of it."""
+    """A feature on a token, before its effect is measured."""
 
     position: int
     feature: int
@@ -152,7 +152,7 @@ def _losses(lm: LanguageModel, ids_sp: Tensor) -> Tensor:
 def _effects(
     lm: LanguageModel, dictionary: Dictionary, site: str, ids_1p: Tensor, losses_p: Tensor, pairs: list[Active]
 ) -> dict[tuple[int, int], float]:
-    """(position, feature) -> nats by which the later tokens' loss rises without the feature there; `site`: where it writes."""
+    """(position, feature) -> nats by which the later tokens' loss rises without the feature there; `site`: the dictionary's output site."""
     length = ids_1p.shape[1]
     vocabulary_size = lm.model.get_output_embeddings().weight.shape[0]
     size = max(1, LOGITS // (length * vocabulary_size))

@@ -30,7 +30,7 @@ class Query:
     q: str = ""
     """what to search for"""
     how: str = "text"
-    """"text": in labels, explanations and top tokens; "fires": features that fire on the word; "promotes": that make it likelier"""
+    """"text": in labels, explanations and top tokens; "fires": features that fire on the word; "promotes": those that make it likelier"""
     sort: str = ""
     """One of SORTS. Default: "match" after a search, "max" otherwise."""
     up: bool = False
@@ -93,7 +93,7 @@ class Query:
 
 
 class _Remembered:
-    """The last few results. For several threads."""
+    """The most recent results. Thread-safe."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Any, Any] = OrderedDict()
@@ -114,7 +114,7 @@ class _Remembered:
 
 
 class Tables:
-    """Makes lists of features, one search for a word at a time, and remembers the last few of both. For several threads."""
+    """Makes lists of features, searches one word at a time, and caches the most recent of both. Thread-safe."""
 
     def __init__(self, index: FeatureIndex, notes: Notes):
         self.index, self.notes = index, notes
@@ -127,7 +127,7 @@ class Tables:
     def features(self, query: Query) -> np.ndarray:
         """Numbers of the listed features in their order, int32.
 
-        Raises `InputError` for a word that does not occur, or a list there is not.
+        Raises `InputError` for a word that does not occur, or a list that does not exist.
         """
         key = (query, self.notes.version)
         if (known := self._lists.get(key)) is not None:
@@ -141,16 +141,16 @@ class Tables:
         return self._lists.keep(key, chosen.astype(np.int32))
 
     def match(self, query: Query, j: int) -> float | None:
-        """How well a listed feature fits the word searched for: F1 of its firing on it, or what it adds to its logit; else None."""
+        """How well a listed feature fits the searched word: F1 of its firing on it, or its contribution to the word's logit; else None."""
         score_f = None if not query.in_index else self._found(query)[1]
         return None if score_f is None else float(score_f[j])
 
     def remembers(self, query: Query) -> bool:
-        """Whether no search through the index is needed for it."""
+        """Whether the result is cached, so that no search through the index is needed."""
         return not query.in_index or self._searches.get((query.q, query.how)) is not None
 
     def _started(self, query: Query) -> np.ndarray:
-        """What a list or a search gives, best first; all features without either."""
+        """The result of a list or a search, best first; all features without either."""
         chosen = np.arange(self.index.d_sae)
         if query.list:
             chosen = np.array(self._members(query.list), np.int64)

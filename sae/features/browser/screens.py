@@ -88,7 +88,7 @@ def name_html(browser: "Browser", j: int) -> str:
 
 
 def table(browser: "Browser", query: Query, number_of_page: int, failure: str = "") -> str:
-    """One page of a list; `failure` says why it cannot be made, above the form that asked for it."""
+    """One page of a list; `failure` says why it cannot be made, above the form."""
     features = np.zeros(0, np.int32) if failure else browser.tables.features(query)
     pages = max(1, -(-len(features) // PAGE))
     current = min(number_of_page, pages)
@@ -116,7 +116,7 @@ def table(browser: "Browser", query: Query, number_of_page: int, failure: str = 
 
 
 def _hint(query: Query, found: int) -> str:
-    """Where else a word that no label, explanation or top token has may be found."""
+    """Suggests another search for a word that no label, explanation or top token has."""
     if found or not query.q or query.how != "text":
         return ""
     return f' · <a href="/?{_changed(query, how="fires")}">features that fire on it</a>'
@@ -222,7 +222,7 @@ def _fields(label: str, note: str, list_name: str, beside: str = "") -> str:
 
 
 def unsaved(j: int, address: str, given: dict[str, str], sentence: str) -> str:
-    """What was typed and could not be kept, to try again with; it needs no notes, which may be what failed."""
+    """The text that was typed and could not be saved, to try again; it does not read the notes, which may be what failed."""
     pressed = "".join(
         f'<input type="hidden" name="{name}" value="{escape(given[name])}">' for name in ("starred", "remove") if name in given
     )

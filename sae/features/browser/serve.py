@@ -49,9 +49,9 @@ def serve(
     make_steering: Callable[[LanguageModel, Dictionary, FeatureIndex], Steering] | None = None,
     make_ranges: Callable[[LanguageModel, Dictionary, FeatureIndex], Ranges] | None = None,
 ) -> None:
-    """Serves until Ctrl-C. `make_steering` and `make_ranges` give the functions behind the steering panel, which are not in this package.
+    """Serves until Ctrl-C. `make_steering` and `make_ranges` return the functions of the steering panel, which are not in this package.
 
-    Raises `InputError` for parts that do not belong together, or a port that is taken.
+    Raises `InputError` for parts that do not belong together, or a port that is in use.
     """
     from sae.features.browser.app import create_app
 
@@ -80,7 +80,7 @@ def serve(
 
 
 def parts_of(index: FeatureIndex, dictionary: str | None, model: str | None, device: str = "auto") -> tuple[LanguageModel, Dictionary]:
-    """Model and dictionary of an index, or others with the same weights. Raises `InputError` for any that have not."""
+    """Model and dictionary of an index, or others with the same weights. Raises `InputError` if the weights differ."""
     sae = index.dictionary(dictionary)
     known = index.info["model"]
     lm = LanguageModel.load(model or known["name"], device=device)
@@ -107,7 +107,7 @@ def server_of(app: Any) -> "uvicorn.Server":
 
 
 def listening(port: int) -> socket.socket:
-    """A socket that only programs of this machine reach."""
+    """A socket that only programs on this machine can reach."""
     if not 0 <= port < 1 << 16:
         raise InputError(f"expected a port from 0 to 65535, got {port}")
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio leaves Nagle on: 40 ms

@@ -1,4 +1,4 @@
-"""What the server's routes share: the index with its notes, model and queues, and how they read parameters."""
+"""Shared state of the server's routes: the index with its notes, model and queues, and the parsing of parameters."""
 
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
@@ -23,15 +23,15 @@ T = TypeVar("T")
 
 Steering: TypeAlias = Callable[[str, Sequence[tuple[int, float]], Sampling], Generator[dict[str, Any], None, None]]
 Ranges: TypeAlias = Callable[[int], Generator[dict[str, Any] | None, None, None]]
-"""of a feature: None after every piece of work, between which others may use the model, then what was found"""
+"""the range of a feature: yields None after every step, between which others may use the model, then the result"""
 
 
 class NotThere(InputError):
-    """What the URL names does not exist: status 404."""
+    """The URL names something that does not exist: status 404."""
 
 
 class Browser:
-    """What the routes share."""
+    """Shared state of the routes."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ def sampling(params: Any) -> Sampling:
 
 
 def digits(text: str) -> int | None:
-    """The number that digits alone write; None for anything else."""
+    """The number written with digits only; None for anything else."""
     return int(text) if text.isascii() and text.isdigit() and len(text) <= 12 else None
 
 

@@ -1,4 +1,4 @@
-"""Who is next: long work is done one piece at a time, and waiting for it holds no thread."""
+"""A queue: long work is done one piece at a time, and waiting uses no thread."""
 
 import asyncio
 from collections import deque
@@ -13,11 +13,11 @@ PATIENCE = 30.0  # seconds
 
 
 class Busy(InputError):
-    """Too many others wait, or have waited too long: status 503."""
+    """Too many requests wait, or one has waited too long: status 503."""
 
 
 class Turns:
-    """One piece of work at a time. Kinds of work take turns, and within a kind the first to ask goes first. For one event loop."""
+    """One piece of work at a time. Kinds of work alternate, and within a kind the first request goes first. For one event loop."""
 
     def __init__(self, what: str, *kinds: str):
         self.what = what  # as a sentence begins: "the model"
@@ -35,7 +35,7 @@ class Turns:
     async def wait_for(self, kind: str, request: Any) -> None:
         """Waits for a turn, which the caller must end with `release`.
 
-        Raises `Busy` if too many wait already or the turn does not come in time, and `ClientDisconnect` if the one who asked has left.
+        Raises `Busy` if too many wait already or the turn does not come in time, and `ClientDisconnect` if the client has left.
         """
         if not self._taken:
             self._taken = True
@@ -64,7 +64,7 @@ class Turns:
             leaving.cancel()
 
     def release(self, kind: str) -> None:
-        """Ends a turn: the next one is of another kind if any such waits."""
+        """Ends a turn; the next one is of another kind if any is waiting."""
         kinds = list(self._waiting)
         after = kinds.index(kind) + 1
         for other in kinds[after:] + kinds[:after]:
@@ -74,7 +74,7 @@ class Turns:
 
 
 async def _left(request: Any) -> None:
-    """Raises `ClientDisconnect` once the one who asked is gone."""
+    """Raises `ClientDisconnect` when the client has left."""
     from starlette.requests import ClientDisconnect
 
     while (await request.receive())["type"] != "http.disconnect":

@@ -1,7 +1,7 @@
 """Explanations of features, and how well each predicts the feature's activations on documents that it was not learned from.
 
 Token look-up, bigram look-up and patterns (lookups.py) need neither model nor network. A model behind an OpenAI-compatible endpoint can
-write explanations too (judge.py); nothing is sent without `--endpoint`. All stand in `explanations.jsonl` in the index's folder.
+write explanations too (judge.py); nothing is sent without `--endpoint`. All are in `explanations.jsonl` in the index's folder.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,7 +59,7 @@ class ExplainConfig:
 
 
 def explain(config: ExplainConfig) -> Path:
-    """Explains features and writes explanations.jsonl; lines of other features and methods in it are kept. Returns its path.
+    """Explains features and writes explanations.jsonl, keeping lines of other features and methods. Returns its path.
 
     Raises `InputError` for a feature that does not exist, or flags that do not go together.
     """

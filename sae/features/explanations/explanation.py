@@ -13,7 +13,7 @@ from sae.errors import InputError
 from sae.text_input import replace_surrogates
 
 METHODS = ("token", "bigram", "pattern")
-"""that need no model, in the order of the file"""
+"""methods without a model, in the order of the file"""
 
 
 class Explanation(NamedTuple):
@@ -25,13 +25,13 @@ class Explanation(NamedTuple):
     text: str
     """plain text, not HTML"""
     scores: dict[str, Any]
-    """see docs/explanations.md; None where a score is not defined"""
+    """see docs/explanations.md; None if a score is not defined"""
     baselines: dict[str, Any]
     """the same scores of trivial predictions on the same tokens"""
 
 
 def parse_explanation(line: bytes, what: str) -> Explanation:
-    """Raises `InputError`, which starts with `what`, for a line that is none."""
+    """Raises `InputError`, which starts with `what`, for a line that is not an explanation."""
     value = parse_json(line, what, dict[str, Any])
     require(value, Explanation, what)
     explanation = Explanation(**value)
@@ -41,7 +41,7 @@ def parse_explanation(line: bytes, what: str) -> Explanation:
 
 
 def read_explanations(index_folder: str | Path) -> dict[int, list[Explanation]]:
-    """The explanations of every feature that has some; empty without the file. Raises `InputError` for a line that is none."""
+    """The explanations of every feature that has some; empty without the file. Raises `InputError` for an invalid line."""
     path = Path(index_folder) / EXPLANATIONS
     found: dict[int, list[Explanation]] = defaultdict(list)
     if path.exists():
@@ -53,7 +53,7 @@ def read_explanations(index_folder: str | Path) -> dict[int, list[Explanation]]:
 
 
 def write_explanations(index_folder: Path, new: Iterable[Explanation]) -> Path:
-    """Puts `new` into the file, in place of lines of the same feature and method; it is there whole or as it was."""
+    """Puts `new` into the file, replacing lines of the same feature and method; the file is replaced completely or not at all."""
     lines = {(e.feature, e.method): e for some in read_explanations(index_folder).values() for e in some}
     lines |= {(e.feature, e.method): e for e in new}
     order = {method: i for i, method in enumerate(METHODS)}

@@ -1,7 +1,7 @@
 """Explanations written by a model behind an OpenAI-compatible endpoint, scored by how well it then detects the feature in held-out text.
 
-The model sees contexts of the documents to learn from and writes one sentence; in new requests it sees that sentence and held-out contexts,
-half of which hold a token on which the feature fires, and says of each whether it does. Prompts hold text of the index and nothing else.
+The model gets contexts of the training documents and writes one sentence; in new requests it gets that sentence and held-out contexts,
+half of which have a token on which the feature fires, and predicts this for each. Prompts contain text of the index and nothing else.
 """
 
 import http.client
@@ -58,11 +58,11 @@ DETECT = (
 
 
 class NoAnswer(Exception):
-    """A request that was given up; the message is its kind, for the count of failures."""
+    """A failed request; the message is the kind of failure, for the count of failures."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Text and key go to the given URL and to no other."""
+    """Sends text and key only to the given URL."""
 
     def redirect_request(self, *_args: Any) -> None:
         return None
@@ -92,7 +92,7 @@ class Endpoint:
         self._opener = urllib.request.build_opener(_NoRedirect, *proxies)
 
     def ask(self, instruction: str, content: str) -> str:
-        """The answer's text. Raises `NoAnswer` when `TRIES` tries bring none, `InputError` when key, URL or model is refused."""
+        """The answer's text. Raises `NoAnswer` if `TRIES` tries fail, `InputError` if key, URL or model is refused."""
         messages = [{"role": "system", "content": instruction}, {"role": "user", "content": content}]
         body = json.dumps({"model": self.model, "messages": messages, "temperature": 0, "max_tokens": 512}).encode()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
@@ -183,7 +183,7 @@ def explain_by_model(index: FeatureIndex, corpus: ScannedText, features: Sequenc
 
 
 def explain_one(index: FeatureIndex, corpus: ScannedText, j: int, endpoint: Endpoint, seed: int) -> "Explanation":
-    """Raises `NoAnswer` when no explanation comes; a failed detection request is counted in the scores."""
+    """Raises `NoAnswer` if no explanation arrives; a failed detection request is counted in the scores."""
     from sae.features.explanations.explanation import Explanation
 
     learn, held = corpus.firing(index, j)
@@ -256,7 +256,7 @@ def context_at(index: FeatureIndex, corpus: ScannedText, j: int, row: int) -> Co
 
 
 def excerpt(context: Context, marked: bool = False) -> str:
-    """The excerpt on one line; with `marked`, tokens on which the feature fires stand between << and >>."""
+    """The excerpt on one line; with `marked`, tokens on which the feature fires are between << and >>."""
     parts = [f"<<{text}>>" if marked and value else text for text, value in zip(context.texts, context.values)]
     return "".join(parts).replace(">><<", "").replace("\n", "↵")
 
@@ -280,7 +280,7 @@ def parse_answers(text: str, n: int) -> list[int | None] | None:
 
 
 def detection_scores(truth: np.ndarray, said: Sequence[int | None]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Scores of the answers that arrived, and of saying always no and always yes to the same contexts; None if no answer arrived."""
+    """Scores of the answers that arrived, and of the baselines always no and always yes on the same contexts; None if no answer arrived."""
     answered = np.array([answer is not None for answer in said], bool)
     actual, yes = truth[answered], np.array([answer == 1 for answer in said if answer is not None], bool)
     scores = _accuracy(actual, yes)
@@ -336,7 +336,7 @@ class Log:
             os.truncate(self.path, sum(len(line) + 1 for line in lines))
 
     def complete(self, j: int) -> bool:
-        """Whether nothing is left to ask about the feature: an answer without sense is one, a request that failed on its way is not."""
+        """Whether nothing is left to request for the feature: a nonsensical answer counts, a failed request does not."""
         return j in self.done and set(self.done[j].scores["failed_requests"]) <= {"unparsable", "empty"}
 
     def add(self, explanation: "Explanation") -> None:

@@ -1,7 +1,7 @@
-"""Labels that others wrote, read from Neuronpedia's export and scored on this index's text without a model.
+"""Existing labels, read from Neuronpedia's export and scored on this index's text without a model.
 
-A label is scored by its own words: it predicts firing on every token of the text that holds one of them. That is harsh on a label that
-describes what it does not spell out, so each stands beside another feature's label and beside what the token look-up learns.
+A label is scored by its own words: it predicts firing on every token of the text that contains one of them. That is strict for a label that
+describes words without listing them, so each score is compared with that of another feature's label and of the token look-up.
 """
 
 from collections import Counter
@@ -31,7 +31,7 @@ such symbol symbols term terms text texts than that the their them then there th
 type types use used uses using variations various was were what when where which while who whose will with within word words would
 """
 EMPTY_WORDS = frozenset(_COMMON.split())
-"""words of labels that say how a thing is put, not what fires"""
+"""words that only phrase a label, and do not say what fires"""
 
 
 class Row(TypedDict):
@@ -45,7 +45,7 @@ class Row(TypedDict):
 
 
 def read_labels(path: Path, d_sae: int) -> dict[int, list[tuple[str, str]]]:
-    """For every feature its labels: the method, "neuronpedia: " with type, model and author, and the text.
+    """The labels of every feature: the method, "neuronpedia: " with type, model and author, and the text.
 
     Raises `InputError` if there are none, and for labels of another number of features.
     """
@@ -107,12 +107,12 @@ def predicted(corpus: ScannedText, where: dict[str, np.ndarray], text: str) -> P
 
 
 def label_words(text: str) -> list[str]:
-    """Its words, as searches compare them, without those that all labels use."""
+    """Its words, normalised as in searches, without those that all labels use."""
     return [word for match in WORD.finditer(text) if (word := folded(match.group())) not in EMPTY_WORDS]
 
 
 def labels_summary(scored: Sequence[Explanation]) -> str:
-    """Median F1 over the labels of features that fire in the held-out documents, beside the baselines."""
+    """Median F1 over the labels of features that fire in the held-out documents, with the baselines."""
     known = [e for e in scored if e.scores["f1"] is not None]
     if not known:
         return "no feature with a label fires in the held-out documents, so nothing is scored"

@@ -3,7 +3,7 @@
 n scanned tokens ("rows"), in the order of the corpus · g groups: rows with the same tokens at a shape's offsets · k rows of a prediction
 
 A *shape* is a set of offsets back from the row: (0,) is the token itself, (0, 2) the token and the one two before it (" a * c"), (1,)
-whatever follows a token. Every row belongs to one group of every shape, so that a token, a bigram and a pattern are all groups.
+any token that follows a given one. Every row belongs to one group of every shape, so that a token, a bigram and a pattern are all groups.
 """
 
 from dataclasses import dataclass
@@ -59,14 +59,14 @@ class Rule(NamedTuple):
 
 
 class Patterns(NamedTuple):
-    """Those of one shape that were chosen."""
+    """The chosen patterns of one shape."""
 
     shape: tuple[int, ...]
     groups: np.ndarray
     value: np.ndarray
-    """the activation that each predicts"""
+    """the activation that each pattern predicts"""
     explains: np.ndarray
-    """the activation of the learning documents that is its own"""
+    """the activation of the learning documents that each pattern covers first"""
 
 
 class Explained(NamedTuple):
@@ -96,12 +96,12 @@ class Shape:
 
 @dataclass
 class ScannedText:
-    """The scanned tokens of an index, their documents divided into those to learn from and held-out ones."""
+    """The scanned tokens of an index, their documents divided into learning and held-out ones."""
 
     positions: np.ndarray
     """token in the corpus of every row, int64 [n]"""
     row_of: np.ndarray
-    """row of every token of the corpus, int32; -1 where it was not scanned"""
+    """row of every token of the corpus, int32; -1 if it was not scanned"""
     document_n: np.ndarray
     """document of every row, [n]"""
     held_n: np.ndarray
@@ -130,7 +130,7 @@ def divide(documents: np.ndarray, share: float, seed: int) -> np.ndarray:
 
 
 def read_scanned_text(index: FeatureIndex, share: float, seed: int) -> ScannedText:
-    """Divides the index's documents and groups its scanned tokens by what stands before them; raises `InputError` as `divide`."""
+    """Divides the index's documents and groups its scanned tokens by the tokens before them; raises `InputError` as `divide`."""
     tokens = index.tokens
     ids, starts = np.asarray(tokens["ids"], np.int64), np.asarray(tokens["sequence_starts"])
     positions = np.flatnonzero(tokens["scanned"])
@@ -209,7 +209,8 @@ def bigram_lookup(corpus: ScannedText, learn: FiringRows) -> Explained:
 
 
 def best_cut(rate: np.ndarray, positives: np.ndarray, total: np.ndarray) -> float:
-    """The rate from which on to predict firing, for the best F1; groups of `total` rows have `positives` firing ones. 0.5 if none helps."""
+    """The firing rate above which firing is predicted, for the best F1; groups of `total` rows have `positives` firing ones. 0.5 if none
+    helps."""
     order = np.argsort(-rate, kind="stable")
     rate = rate[order]
     f1 = 2 * np.cumsum(positives[order]) / np.maximum(np.cumsum(total[order]) + positives.sum(), 1)

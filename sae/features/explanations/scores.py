@@ -11,7 +11,7 @@ from sae.features.explanations.lookups import FiringRows, Prediction, ScannedTex
 from sae.statistics import percentile_interval, ratio, resamples
 
 DRAWS = 200
-"""Bootstrap draws of the held-out documents behind an interval."""
+"""Bootstrap draws of the held-out documents for an interval."""
 
 
 class Sums(NamedTuple):
@@ -90,7 +90,8 @@ def correlation(s: Sums) -> np.ndarray:
 
 
 def trivial(corpus: ScannedText, learn: FiringRows, held: FiringRows) -> dict[str, Any]:
-    """What no explanation is needed for: firing on every token, and at random as often as in the learning documents (expected values)."""
+    """Scores of predictions without an explanation: firing on every token, and at random as often as in the learning documents (expected
+    values)."""
     n = int(corpus.held_n.sum())
     density, rate = len(held.rows) / n, len(learn.rows) / max(len(corpus.held_n) - n, 1)
     alive = density > 0

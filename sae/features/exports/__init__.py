@@ -1,1 +1,1 @@
-"""Features for elsewhere: a folder for file://, Neuronpedia, SAEDashboard, circuit-tracer."""
+"""Exports of features: a folder for file://, Neuronpedia, SAEDashboard, circuit-tracer."""

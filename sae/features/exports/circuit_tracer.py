@@ -1,7 +1,7 @@
 """Packed feature files for circuit-tracer's attribution-graph viewer: features/index.json.gz and features/layer_N.bin.
 
 A record is its length (4 bytes, little-endian) and gzip-compressed JSON; index.json.gz maps a layer to its file and the byte offset of
-every feature, and the end. An index holds one site; exporting each layer's into one folder adds it to those that are there.
+every feature, and the end. An index has one site; exporting several layers into one folder adds them to the existing ones.
 """
 
 import gzip
@@ -32,7 +32,7 @@ class Layer(TypedDict):
 
 
 def write_circuit_tracer(index: "FeatureIndex", folder: Path, names: Names) -> None:
-    """Writes every feature as layer `names.layer` of `folder`/features, in place of that layer if it is there.
+    """Writes every feature as layer `names.layer` of `folder`/features, replacing that layer if it exists.
 
     Raises `InputError` if the folder's index.json.gz cannot be read.
     """
@@ -56,7 +56,7 @@ def write_circuit_tracer(index: "FeatureIndex", folder: Path, names: Names) -> N
 
 
 def feature_record(index: "FeatureIndex", j: int, names: Names) -> dict[str, Any]:
-    """One feature as the viewer takes it. Bytes that are no whole character are \\xNN, which the viewer puts together."""
+    r"""One feature in the viewer's format. Bytes that are not a whole character are written as \xNN, which the viewer joins."""
     feature = index.feature(j)
     values = index.signed_values(j)
     word = index.vocabulary.spelling
@@ -82,7 +82,7 @@ def feature_record(index: "FeatureIndex", j: int, names: Names) -> dict[str, Any
 
 
 def _example(index: "FeatureIndex", context: "Context", seen: set[int]) -> dict[str, Any]:
-    """`seen` are the tokens shown before: the viewer fades repeats."""
+    """`seen`: the tokens shown before, because the viewer fades repeats."""
     repeated = context.position in seen
     seen.add(context.position)
     tokens = [index.vocabulary.spelling(token) for token in context.ids.tolist()]

@@ -1,4 +1,4 @@
-"""Features carried elsewhere: a folder of pages that opens from file://, and the formats of Neuronpedia, SAEDashboard, circuit-tracer."""
+"""Exports of features: a folder of pages that opens from file://, and the formats of Neuronpedia, SAEDashboard, circuit-tracer."""
 
 import sys
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ class ExportConfig:
 
 
 def export_features(config: ExportConfig) -> None:
-    """Raises `InputError` for flags that the format has no use for, and where the index cannot be said in it."""
+    """Raises `InputError` for flags that the format does not use, and if the format cannot express the index."""
     from sae.features.explanations.explanation import read_explanations
 
     for name, formats in TAKES.items():
@@ -115,7 +115,7 @@ def _interchange(config: ExportConfig, index: FeatureIndex, features: Sequence[i
 
 
 def vectors(index: FeatureIndex, source: str) -> np.ndarray:
-    """Decoder rows [f, d] of the index's dictionary. Raises `InputError` where one adds another vector at every token."""
+    """Decoder rows [f, d] of the index's dictionary. Raises `InputError` for one whose vectors differ from token to token."""
     dictionary = index.dictionary(source)
     if dictionary.frame is not None and dictionary.frame.kind != "centred":
         raise InputError(

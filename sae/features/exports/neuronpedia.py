@@ -59,13 +59,13 @@ SCHEMAS: dict[str, Any] = {"features": FeatureRow, "activations": ActivationRow,
 
 
 def source_of(index: "FeatureIndex") -> tuple[str, str]:
-    """Model and source, as they stand in addresses."""
+    """Model and source, as in URLs."""
     names = names_of(index)
     return names.model, names.source
 
 
 def feature_json(index: "FeatureIndex", j: int, explanations: "Sequence[Explanation]" = ()) -> dict[str, Any]:
-    """What Neuronpedia answers to GET /api/feature/MODEL/SOURCE/J. Raises `InputError` if there is no such feature."""
+    """Neuronpedia's answer to GET /api/feature/MODEL/SOURCE/J. Raises `InputError` if there is no such feature."""
     names, created = names_of(index), _created(index)
     row = feature_row(index, j, names, "local", created, None)
     row["activations"] = list(activation_rows(index, j, names, "local", created))
@@ -124,7 +124,7 @@ def write_neuronpedia(
     creator: str,
     W_dec_fd: np.ndarray | None = None,
 ) -> None:
-    """Writes `features` into the empty `folder` as Neuronpedia exports a source."""
+    """Writes `features` into the empty `folder` in the format of Neuronpedia's export of a source."""
     created = _created(index)
     for name, row in _meta(index, names, creator, created).items():
         _write_rows(folder / f"{name}.jsonl", [row])
@@ -145,7 +145,7 @@ def write_uploads(
 ) -> None:
     """Bodies for POST /api/feature/upload-batch, one file per request. Features that never fire are left out: an activation is required.
 
-    Raises `InputError` where the index goes beyond what an upload takes.
+    Raises `InputError` if the index exceeds the limits of an upload.
     """
     alive = [j for j in features if index.columns["count"][j]]
     if not alive:
@@ -187,17 +187,17 @@ class NeuronpediaFolder(NamedTuple):
 
     folder: Path
     meta: dict[str, list[dict[str, Any]]]
-    """rows of model.jsonl, release.jsonl, sourceset.jsonl and source.jsonl, of those that are there"""
+    """existing rows of model.jsonl, release.jsonl, sourceset.jsonl and source.jsonl"""
     names: dict[str, list[str]]
     """files of features/, activations/ and explanations/, in order"""
 
     def rows(self, part: str, name: str) -> list[dict[str, Any]]:
-        """Rows of one file. Raises `InputError` if one lacks what names its feature."""
+        """Rows of one file. Raises `InputError` if one lacks its feature's name."""
         return read_json_lines(self.folder / part / name, ROWS, SCHEMAS[part])
 
 
 def read_neuronpedia(folder: str | Path) -> NeuronpediaFolder:
-    """Raises `InputError` if the folder is no export of Neuronpedia."""
+    """Raises `InputError` if the folder is not an export of Neuronpedia."""
     folder = Path(folder)
     names = {}
     for part in PARTS:
@@ -211,7 +211,7 @@ def read_neuronpedia(folder: str | Path) -> NeuronpediaFolder:
 
 
 def maximum_activation(folder: Path, feature: int) -> float:
-    """The feature's maxActApprox in an export of Neuronpedia. Raises `InputError` where it is not there."""
+    """The feature's maxActApprox in an export of Neuronpedia. Raises `InputError` if it is missing."""
     found = read_neuronpedia(folder)
     names = found.names["features"]
     likely = f"batch-{feature // BATCH}.jsonl.gz"  # as Neuronpedia's exporter deals them; others have batches of other sizes
@@ -226,7 +226,7 @@ def maximum_activation(folder: Path, feature: int) -> float:
 
 
 def rewrite_neuronpedia(read: NeuronpediaFolder, folder: Path) -> None:
-    """Writes what `read_neuronpedia` gave, into the empty `folder`."""
+    """Writes the result of `read_neuronpedia` into the empty `folder`."""
     for name, rows in read.meta.items():
         _write_rows(folder / f"{name}.jsonl", rows)
     for part, names in read.names.items():
@@ -235,7 +235,7 @@ def rewrite_neuronpedia(read: NeuronpediaFolder, folder: Path) -> None:
 
 
 def _meta(index: "FeatureIndex", names: Names, creator: str, created: str) -> dict[str, dict[str, Any]]:
-    """Rows of the four small files: what is known, and Neuronpedia's own defaults for the rest."""
+    """Rows of the four small files: known facts, and Neuronpedia's defaults for the rest."""
     starts = index.tokens["sequence_starts"]
     shared = {"creatorId": creator, "createdAt": created}
     model: dict[str, Any] = {
@@ -286,7 +286,7 @@ def _identity(index: "FeatureIndex", kind: str, j: int, n: int) -> str:
 
 
 def _created(index: "FeatureIndex") -> str:
-    """When the index was built, so that two exports of it are equal."""
+    """The time when the index was built, so that two exports of it are equal."""
     return datetime.fromtimestamp((index.folder / "index.json").stat().st_mtime, timezone.utc).isoformat(timespec="seconds")
 
 

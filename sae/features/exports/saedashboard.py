@@ -47,7 +47,7 @@ SHORT_SITES = {
 
 
 class Names(NamedTuple):
-    """What the tools of others call this dictionary."""
+    """Other tools' names for this dictionary."""
 
     model: str
     layer: int
@@ -62,7 +62,8 @@ class Names(NamedTuple):
 
 
 def names_of(index: "FeatureIndex", model: str | None = None, source_set: str | None = None) -> Names:
-    """From the index's model, site and width, or as given. A transcoder is called so, apart from dictionaries of the site that it reads."""
+    """From the index's model, site and width, or as given. The names of a transcoder differ from those of dictionaries of the site that it
+    reads."""
     site, site_out = index.info["site"], index.info.get("site_out")
     if not isinstance(site, str) or not isinstance(site_out, str | None):
         raise InputError(f"expected an index of a dictionary of one site, got one of {index.place}; sae export --format static takes it")
@@ -126,7 +127,7 @@ def tables(index: "FeatureIndex", j: int, W_dec_fd: np.ndarray | None = None) ->
 def example_rows(index: "FeatureIndex", j: int) -> "Iterator[tuple[float, float, float, Context]]":
     """Contexts with (bin_min, bin_max, bin_contains): the top ones under -1, the maximum, -1, then a sample of each interval.
 
-    Intervals are of sizes; where activations may be negative, a context's own values have their signs.
+    Intervals are of absolute values; if activations may be negative, a context's own values keep their signs.
     """
     for context in index.top_contexts(j, TOP):
         yield -1.0, float(index.columns["max"][j]), -1.0, context
@@ -146,7 +147,7 @@ class Activation(TypedDict):
 
 
 class FeatureRow(TypedDict):
-    """And `TABLES`."""
+    """And the fields of `TABLES`."""
 
     feature_index: Count
     activations: LongList[Activation]
@@ -160,7 +161,7 @@ class FeatureBatch(TypedDict):
 
 
 class SAEDashboardFolder(NamedTuple):
-    """What SAEDashboard wrote, field for field."""
+    """A folder of SAEDashboard, field for field."""
 
     settings: dict[str, Any]
     skipped: dict[str, Any]
@@ -187,7 +188,7 @@ def _read_if_there(path: Path) -> dict[str, Any]:
 
 
 def rewrite_saedashboard(read: SAEDashboardFolder, folder: Path) -> None:
-    """Writes what `read_saedashboard` gave, into the empty `folder`."""
+    """Writes the result of `read_saedashboard` into the empty `folder`."""
     for name, value in (("run_settings", read.settings), ("skipped_indexes", read.skipped), *read.batches.items()):
         if value:
             _write(folder / f"{name}.json", value, allow_nan=True)  # unchanged, though JSON has no NaN
@@ -204,7 +205,7 @@ def _write(path: Path, value: Any, *, allow_nan: bool = False) -> None:
 
 
 def encoded(value: Any, path: Path, *, allow_nan: bool = False) -> bytes:
-    """JSON to write at `path`. Raises `InputError` for what it cannot hold, and what was read may: NaN, half of a character."""
+    """JSON to write at `path`. Raises `InputError` for values that JSON cannot hold but a read file may: NaN, half of a character."""
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=allow_nan).encode()
     except ValueError as error:

@@ -38,7 +38,7 @@ LEVEL = 6  # of compression
 
 
 class PageShard(NamedTuple):
-    """What one process renders at a time."""
+    """The pages that one process renders at a time."""
 
     number: int
     features: list[int]
@@ -153,7 +153,7 @@ def _stats(
 
 
 def _write_tokens(index: FeatureIndex, folder: Path, features: list[int]) -> None:
-    """tokens.js: spelling of every token that a feature likes; t/NNNN.js: [feature, share in thousandths] of each, strongest first."""
+    """tokens.js: the spelling of every listed token; t/NNNN.js: [feature, share in thousandths] of each, strongest first."""
     shown, spellings = set(features), {}
     of_all = LIKERS if len(shown) == index.d_sae else index.d_sae  # those of a few may stand far behind others
     vocabulary = index.vocabulary
@@ -186,7 +186,7 @@ def _call(name: str, *values: Any) -> str:
 
 
 def _short(value: float) -> float | None:
-    """Four digits are enough for a table; a NaN is no JSON."""
+    """Four digits are enough for a table; NaN is not JSON."""
     return value if isinstance(value, int) else float(f"{value:.4g}") if value == value else None
 
 

@@ -1,4 +1,4 @@
-"""Per-layer transcoders carried to circuit-tracer: the folder of weights that its replacement model opens."""
+"""Exports per-layer transcoders to circuit-tracer: the folder of weights that its replacement model opens."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class TranscodersConfig:
 
 
 def export_transcoders(config: TranscodersConfig) -> None:
-    """Raises `InputError` for what circuit-tracer cannot compute, and for layers that are missing or do not go together."""
+    """Raises `InputError` for transcoders that circuit-tracer cannot compute, and for layers that are missing or do not go together."""
     require_folder(config.out)
     with fresh_folder(config.out, CONFIG, "set of transcoders") as folder:
         n = save_set(transcoders(config.dictionaries), folder, config.model_name)
@@ -31,7 +31,7 @@ def export_transcoders(config: TranscodersConfig) -> None:
 
 
 def transcoders(sources: Sequence[str]) -> Iterator[Parts]:
-    """One after another, so that one at a time is in memory."""
+    """Yields one after another, so that one at a time is in memory."""
     for source in sources:
         found = read(source)
         yield from [found] if isinstance(found, Parts) else (opened() for opened in found.values())

@@ -114,7 +114,7 @@ def spool(made: Pieces, config: IndexConfig, dictionary: Dictionary, cache: "Act
 
 
 def decisive(config: IndexConfig, cache: "ActivationCache", known: dict[str, str]) -> dict[str, Any]:
-    """What decides the activations that are spooled."""
+    """The settings that decide the spooled activations."""
     from sae.activations.files.manifest import manifest_crc32
 
     chosen = {name: getattr(config, name) for name in ("tokens", "splits", "part", "encoder")}
@@ -123,7 +123,7 @@ def decisive(config: IndexConfig, cache: "ActivationCache", known: dict[str, str
 
 @contextmanager
 def replacing_index(out: Path) -> Iterator[Path]:
-    """`fresh_folder`, which says so when explanations go with the older index."""
+    """`fresh_folder`, with a message if explanations are removed with the older index."""
     explained = (out / EXPLANATIONS).exists()
     with fresh_folder(out, "index.json", "index", keep=ANSWERS) as folder:  # somebody paid for a model's answers
         yield folder
@@ -194,7 +194,7 @@ def sites_of(ports: tuple[Port, ...]) -> str | list[str | None] | None:
 
 
 def checksum(source: str, dictionary: Dictionary) -> dict[str, str]:
-    """Entries of index.json by which the dictionary is known again."""
+    """Entries of index.json that identify the dictionary."""
     parts = dictionary.parts()
     if is_mapped(parts.W_dec_fo):  # so that nobody who opens one feature has to read all
         return {"dictionary_crc32": sampled_crc32(parts), "dictionary_crc32_of": "samples"}
@@ -202,14 +202,14 @@ def checksum(source: str, dictionary: Dictionary) -> dict[str, str]:
 
 
 def too_long(operations: int, dictionary: Dictionary) -> str:
-    """Why a product over all features is left out, or an empty text: so many operations keep a CPU busy for hours."""
+    """Why a product over all features is left out, or an empty text: too many operations keep a CPU busy for hours."""
     if dictionary.W_dec_fo.is_cuda or operations <= MOST_OPERATIONS:
         return ""
     return f"for {dictionary.d_sae:,} features it takes {operations:.0e} operations, which is left to a GPU (--device cuda)"
 
 
 def lens_of(dictionary: Dictionary, site: str, model: "LanguageModel") -> tuple[dict[str, np.ndarray], str]:
-    """What `logit_lens` gives, empty if there is none, and a sentence that says what it is or why there is none."""
+    """The result of `logit_lens`, empty if there is none, and a sentence that says what it is or why there is none."""
     if len(dictionary.writes) > 1:
         return {}, "none: the dictionary writes at several sites"
     into = partial(into_residual, model, dictionary.site_out or site)
@@ -232,7 +232,8 @@ def lens_of(dictionary: Dictionary, site: str, model: "LanguageModel") -> tuple[
 def derive_columns(
     folder: Path, runs: list[Path], d_sae: int, text: dict[str, np.ndarray], shifts: list[int] | None = None, signed: bool = False
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Merges the runs into records.safetensors and makes what follows from the activations alone: columns, and the rows of details."""
+    """Merges the runs into records.safetensors and computes everything that depends only on the activations: columns, and the rows of
+    details."""
     shown = examples.Text.of(text["ids"], text["sequence_starts"], text["sequence_document"])
     details = create(folder / "details.safetensors", details_layout(d_sae))
     for name in ("neighbour_ids", "coactive_ids"):
@@ -280,9 +281,9 @@ def write_final_files(
 
 
 def choose_tokens(tokens: Any, cache: "ActivationCache", config: IndexConfig) -> np.ndarray:
-    """Which tokens to look at, bool [n]: those of all sequences of the splits, or of as many random ones as fit the budget.
+    """The tokens to scan, bool [n]: those of all sequences of the splits, or of as many random ones as fit the budget.
 
-    Whole sequences, because a window in which some tokens were not looked at would show a feature as silent where it may not be.
+    Whole sequences, because a window with unscanned tokens would show a feature as silent where it may not be.
     """
     from sae.activations.text.tokens import SPLITS
 

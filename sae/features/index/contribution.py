@@ -4,7 +4,7 @@ k decoder rows at hand · b rows (tokens) of a chunk · d model width · o width
 
 With r = y − ŷ, leaving feature j out of a token where it is active with a changes ‖r‖² by 2 a r·d_j + a²‖d_j‖², d_j its decoder row.
 Summed over tokens and divided by Σ‖y − ȳ‖², that is how much the fraction of variance unexplained (FVU) rises without the feature.
-y is the dictionary's target: what it read, or for a transcoder what flows where it writes.
+y is the dictionary's target: its input, or for a transcoder the value at its output site.
 """
 
 import threading
@@ -23,7 +23,7 @@ MAX_ROWS = 1 << 16  # of a chunk: then sums of its numbers, in units of 2^-36, a
 def exact_sums(values: np.ndarray, group: np.ndarray | None = None, groups: int = 1) -> np.ndarray:
     """Sums of `values` by group in fixed point, int64 [2, groups]: whole part, and the rest in units of 2^-36.
 
-    Whole numbers add to the same in any order, so that parts merged give the same sums as one pass.
+    Integer sums do not depend on the order, so merged parts have the same sums as one pass.
     """
     whole = np.floor(values)
     rest = np.rint((values - whole) * 2.0**UNIT)
@@ -42,7 +42,7 @@ def whole_number(sums: np.ndarray) -> int:
 
 
 class ErrorSums:
-    """Sums over tokens from which the features' contributions come: `sums` of name to int64 [2, ...], see `exact_sums`."""
+    """Sums over tokens from which the features' contributions are computed: `sums` of name to int64 [2, ...], see `exact_sums`."""
 
     def __init__(self, dictionary: Dictionary):
         self.dictionary = dictionary
@@ -80,7 +80,7 @@ class ErrorSums:
         self, x_bd: Tensor, y_bo: Tensor, starts: Tensor, place_n: Tensor, value_n: Tensor, rows_ko: Tensor, square_k: Tensor,
         features: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Entries by where their decoder rows stand in `rows_ko`, which are those of `features`, all by default."""
+        """`rows_ko`: decoder rows of `features`, by default of all."""
         x_bd, y_bo, value_n = x_bd.float(), y_bo.float(), value_n.float()
         error_bo = self.dictionary.b_dec_o.float() - y_bo  # ŷ − y, once the features are added
         # before that, it serves for the variance, which no shift changes; without a large mean float32 is enough for a row

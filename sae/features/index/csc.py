@@ -51,7 +51,7 @@ class Spool:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what waits in memory as one run."""
+        """Writes the entries in memory as one run."""
         keys, rows, waiting = self._keys, self._positions, self._waiting
         self._keys, self._positions, self._waiting, self._rows = [], [], 0, 0
         if not waiting:

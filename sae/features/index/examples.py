@@ -1,9 +1,9 @@
-"""What a reader is shown of a feature, chosen while a block of features is in memory: top examples, samples, histogram, tokens.
+"""Examples of a feature, chosen while a block of features is in memory: top examples, samples, histogram, tokens.
 
 s features of a block · n entries of the block, feature after feature, positions ascending within a feature (see csc.py)
 
-Everything is exact and depends on the set of activations alone, not on their order: parts of a corpus indexed apart
-and merged give the same choice as one pass.
+Everything is exact and depends on the set of activations alone, not on their order: merged parts of a corpus have the same choice as one
+pass.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,7 @@ NONE = np.uint32(0xFFFFFFFF)
 
 
 class Text(NamedTuple):
-    """What is known of every token of the corpus."""
+    """Facts about every token of the corpus."""
 
     ids: np.ndarray
     sequence: np.ndarray
@@ -37,7 +37,7 @@ class Text(NamedTuple):
 
 
 def bins_of(values: np.ndarray) -> np.ndarray:
-    """Histogram bin of float16 values: bin k begins at 2^(k / 4 - 24); 255 for 0, to which float16 rounds what is under 3e-8."""
+    """Histogram bin of float16 values: bin k starts at 2^(k / 4 - 24); 255 for 0, to which float16 rounds values below 3e-8."""
     return _BIN_OF[values.view(np.uint16)]
 
 
@@ -147,7 +147,7 @@ def bucket_samples(begin: int, offsets: np.ndarray, feature_n: np.ndarray, posit
 
 
 def hash_of(positions: np.ndarray, features: np.ndarray) -> np.ndarray:
-    """32 bits for each (position, feature) that know nothing of the activation: the finaliser of splitmix64."""
+    """32 bits for each (position, feature), independent of the activation: the finaliser of splitmix64."""
     x = positions.astype(np.uint64) << np.uint64(24)
     x ^= features.astype(np.uint64)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -178,7 +178,7 @@ def top_tokens(offsets: np.ndarray, feature_n: np.ndarray, values: np.ndarray, i
 
 
 def reach(block: dict[str, np.ndarray], text: Text) -> dict[str, np.ndarray]:
-    """On how many sequences and documents each feature of the block fires."""
+    """The number of sequences and documents on which each feature of the block fires."""
     feature_n = np.repeat(np.arange(len(block["offsets"]) - 1), np.diff(block["offsets"]))
     counts = {}
     for name, of in (("sequences", text.sequence), ("documents", text.document)):
@@ -189,8 +189,8 @@ def reach(block: dict[str, np.ndarray], text: Text) -> dict[str, np.ndarray]:
 
 
 def by_top_token(token_ids: np.ndarray, token_shares: np.ndarray) -> dict[str, np.ndarray]:
-    """Features by token, from the features' top tokens [f, TOKENS]: those of token t stand from offsets[t] to offsets[t + 1], the
-    largest share first, the lower feature first of equals."""
+    """Features by token, from the features' top tokens [f, TOKENS]: those of token t are from offsets[t] to offsets[t + 1], the largest
+    share first, the lower feature first of equals."""
     feature, place = np.nonzero(token_ids >= 0)
     token, share = token_ids[feature, place], token_shares[feature, place]
     key = token.astype(np.uint64) << np.uint64(32)

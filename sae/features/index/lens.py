@@ -31,7 +31,7 @@ DESCRIPTION = (
 
 @torch.no_grad()
 def into_residual(lm: "LanguageModel", site: str, rows_fd: Tensor) -> Tensor:
-    """What directions at the site add to the residual stream, [f, d model]: themselves, or what the projection after the site makes.
+    """What directions at the site add to the residual stream, [f, d model]: themselves, or their projection by the module after the site.
 
     Raises `InputError` for a site from which more than one projection leads into the stream.
     """

@@ -1,4 +1,4 @@
-"""Join indexes of one dictionary that were built apart, on other parts of a cache or on other caches."""
+"""Join indexes of one dictionary that were built separately, on other parts of a cache or on other caches."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,9 +63,9 @@ def merge_indexes(config: MergeConfig) -> Path:
 
 
 def joined_text(parts: list[FeatureIndex]) -> tuple[dict[str, np.ndarray], list[int], list[str]]:
-    """Arrays of tokens.safetensors, by how much each part's positions move, and the names of the labels.
+    """Arrays of tokens.safetensors, the shifts of each part's positions, and the names of the labels.
 
-    Parts of one text share it; texts are laid end to end.
+    Parts of one text share it; different texts are concatenated.
     """
     first = parts[0].tokens
     pieces = {name: first[name] for name in ("piece_bytes", "piece_lengths", "piece_special")}
@@ -109,7 +109,7 @@ def same_text(one: FeatureIndex, other: FeatureIndex) -> bool:
 
 
 def joined_scanned(parts: list[FeatureIndex]) -> np.ndarray:
-    """Which tokens of their text any of the parts looked at, bool [n]; `InputError` if two looked at the same."""
+    """The tokens of their text that any part scanned, bool [n]; `InputError` if two parts scanned the same."""
     scanned = np.zeros(len(parts[0].tokens["scanned"]), np.int64)
     for part in parts:
         scanned += part.tokens["scanned"]

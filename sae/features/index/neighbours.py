@@ -1,4 +1,4 @@
-"""Features that belong to a feature: those whose decoder rows point the same way, and those that fire on the same tokens.
+"""Neighbours of a feature: those whose decoder rows point the same way, and those that fire on the same tokens.
 
 d model width · f features · n tokens of the corpus
 """
@@ -21,7 +21,7 @@ PAIRS = 1 << 20  # pairs of entries of one token counted at a time: about 40 byt
 
 @torch.no_grad()
 def cosine_neighbours(W_dec_fd: Tensor, ids_fk: np.ndarray, cosines_fk: np.ndarray) -> None:
-    """Fills in the features with the highest cosine of decoder rows, highest first; what is not filled stays as it is.
+    """Fills in the features with the highest cosine of decoder rows, highest first; unfilled places keep their value.
 
     Costs 2 f² d operations: nothing at 65,536 features, a day on a CPU at a million.
     """
@@ -119,7 +119,7 @@ def _best_of_table(count_bf: torch.Tensor, low: int, k: int) -> tuple[np.ndarray
 
 
 def _best_of_pairs(pair_n: np.ndarray, count_n: np.ndarray, low: int, high: int, f: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same from the pairs that there are."""
+    """The same from the existing pairs."""
     feature_n, other_n = pair_n // f, pair_n % f
     apart = feature_n + low != other_n  # not with itself
     feature_n, other_n, count_n = feature_n[apart], other_n[apart], count_n[apart]

@@ -1,4 +1,4 @@
-"""A feature index's folder opened: its files held against their schemas and checksums.
+"""Opens a feature index's folder: its files are checked against their schemas and checksums.
 
 f features · n tokens · s sequences · o documents · v vocabulary · e entries (activations above 0)
 """
@@ -33,7 +33,7 @@ class Info(TypedDict):
     dictionary: str
     dictionary_crc32: str
     dictionary_crc32_of: NotRequired[Literal["samples"]]
-    """of which part of the weights that is; by default of all"""
+    """the part of the weights that the checksum covers; default: all"""
     cache: str
     model: ModelEntry
     site: Site | Annotated[list[Site], Field(min_length=2)]
@@ -53,7 +53,7 @@ class Info(TypedDict):
     tokens_scanned: Annotated[Count, Field(gt=0)]
     fvu: Number | None
     crc32: NotRequired[dict[str, str]]
-    """of every file but this one, by name without .safetensors; an earlier version wrote none"""
+    """of every file except this one, by name without .safetensors; missing in indexes of an earlier version"""
 
 
 DETAILS: Arrays = {
@@ -107,7 +107,8 @@ def details_layout(f: int) -> dict[str, tuple[str, tuple[int, ...]]]:
 def open_index(folder: Path, verify: bool) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
     """index.json and the arrays of each of `FILES`, memory-mapped.
 
-    Checksums of files up to 32 MB are compared, of all with `verify`. Raises `InputError` if the folder is no whole feature index.
+    Checksums of files up to 32 MB are compared, with `verify` those of all. Raises `InputError` if the folder is not a complete feature
+    index.
     """
     what = "a feature index (made by `sae index`)"
     info = read_json(folder / "index.json", what, dict[str, Any])
@@ -138,7 +139,7 @@ def open_sums(folder: Path, info: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def _require_content(folder: Path, info: dict[str, Any], arrays: dict[str, dict[str, np.ndarray]]) -> None:
-    """What readers index other arrays with, as far as it is small: of a larger file, `verify` finds the damage."""
+    """Checks small arrays with which readers index other arrays; for larger files `verify` finds the damage."""
     tokens, records, by_token = arrays["tokens"], arrays["records"], arrays["token_features"]
     require_starts(records["offsets"], len(records["positions"]), "offsets of records", folder)
     require_starts(by_token["offsets"], len(by_token["features"]), "offsets of token_features", folder)

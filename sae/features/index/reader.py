@@ -1,9 +1,9 @@
-"""A feature index read back: every feature's activations, statistics and contexts, from memory-mapped files.
+"""Reads a feature index: every feature's activations, statistics and contexts, from memory-mapped files.
 
 f features · n tokens of the corpus · w tokens of a window
 
-Nothing here goes through all of a feature's activations except `feature`, `percentile` and who reads its arrays, so that a dense
-feature is shown as fast as a rare one, and from a cold disk.
+Only `feature`, `percentile` and readers of its arrays go through all of a feature's activations, so that a dense feature is shown as fast
+as a rare one, and from a cold disk.
 """
 
 from collections.abc import Iterator, Sequence
@@ -103,12 +103,13 @@ class FeatureIndex:
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool = False) -> "FeatureIndex":
-        """Compares checksums of files up to 32 MB, of all with `verify`. Raises `InputError` if the folder is no whole feature index."""
+        """Compares checksums of files up to 32 MB, with `verify` those of all. Raises `InputError` if the folder is not a complete feature
+        index."""
         info, arrays = open_index(Path(folder), verify)
         return cls(Path(folder), info, *(arrays[name] for name in FILES))
 
     def dictionary(self, source: str | Path | None = None, device: str = "cpu") -> "Dictionary":
-        """The dictionary that was indexed, from where it was, or the same from elsewhere; raises `InputError` for any other."""
+        """The indexed dictionary, from its original place or the same one from elsewhere; raises `InputError` for any other."""
         from sae.dictionaries.dictionary import Dictionary
 
         source = source or self.info["dictionary"]
@@ -130,7 +131,7 @@ class FeatureIndex:
 
     @property
     def place(self) -> str:
-        """The dictionary's site or sites, for people; of a transcoder both ends: "mlp_in.2 to mlp_out.2"."""
+        """The dictionary's site or sites as text; for a transcoder both ends: "mlp_in.2 to mlp_out.2"."""
         ends = [self.info["site"]] + ([self.info["site_out"]] if "site_out" in self.info else [])
         return " to ".join(end if isinstance(end, str) else " and ".join(end) for end in ends)
 
@@ -146,7 +147,7 @@ class FeatureIndex:
         return values if self.negative is None else np.where(self.negative[low:high], -values, values)
 
     def prefetch(self, j: int) -> None:
-        """Asks the system for all that is stored of a feature at once: on a cold disk one wait instead of one for each array."""
+        """Asks the system for everything stored about a feature: on a cold disk one wait instead of one for each array."""
         self._bounds(j)
         for array in (*self.columns.values(), *self.details.values()):
             fetch(array, [j], 1)
@@ -160,12 +161,12 @@ class FeatureIndex:
         """The `n` highest activations whose windows (24 tokens before, 16 after) share no token, at most 2 from one document.
 
         Taken greedily from the highest down; of equal activations the earlier token comes first. The index holds 32 of them, and more
-        are not given. `before` and `after` are what is shown around each.
+        are not returned. `before` and `after`: numbers of tokens shown around each.
         """
         return self._contexts(j, self._details("top_entries", j)[: min(n, TOP)], before, after)
 
     def random_contexts(self, j: int, n: int = 20, seed: int = 0, before: int = BEFORE, after: int = AFTER) -> list[Context]:
-        """`n` (or all) of the tokens on which the feature fires, drawn uniformly without replacement: what it usually does."""
+        """`n` (or all) of the tokens on which the feature fires, drawn uniformly without replacement: its typical behaviour."""
         low, high = self._bounds(j)
         drawn = np.random.default_rng((seed, j)).choice(high - low, min(n, high - low), replace=False)
         return self._contexts(j, drawn, before, after)
@@ -270,7 +271,7 @@ class FeatureIndex:
         return self.details[name][j]
 
     def _contexts(self, j: int, entries: np.ndarray, before: int, after: int) -> list[Context]:
-        """Contexts of some of the feature's entries, by number; what is on disk is asked for together."""
+        """Contexts of some of the feature's entries, by number; the disk is read for all together."""
         low, _ = self._bounds(j)
         entries = low + entries[entries != NONE].astype(np.int64)
         for array in (self.positions, self.values) if self.negative is None else (self.positions, self.values, self.negative):
@@ -283,14 +284,14 @@ class FeatureIndex:
 
     @contextmanager
     def _in_range(self) -> Iterator[None]:
-        """A file too large for its checksum to be compared at every opening may hold anything."""
+        """Checks that numbers are in range: a file too large for its checksum to be compared at every opening may hold anything."""
         try:
             yield
         except IndexError as error:
             raise InputError(f"{self.folder} holds a number out of range ({error}), so it is damaged; --verify says where") from None
 
     def _context(self, j: int, entry: int, position: int, before: int, after: int) -> Context:
-        """The window around `position`, which the feature's entry number `entry` has, or is the first one beyond."""
+        """The window around `position`; `entry` is the feature's entry at it, or the first one after it."""
         low, high = self._bounds(j)
         sequence, start, end = self._window(position, before, after)
         values = np.zeros(end - start, np.float32)

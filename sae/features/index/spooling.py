@@ -1,4 +1,4 @@
-"""The first half of an index: a cache encoded once more, its active entries in sorted runs, a piece for each of the cache's shards.
+"""The first half of an index: encodes a cache and writes its active entries as sorted runs, one piece for each of the cache's shards.
 
 b rows of a chunk · d model width · n tokens of the cache
 """
@@ -32,7 +32,7 @@ CHUNK_BYTES = 1 << 26  # of one [b, f] block of activations, the only dense one 
 
 
 class Spooled(NamedTuple):
-    """What is known when all rows have been encoded."""
+    """The result after all rows have been encoded."""
 
     runs: list[Path]
     scanned: np.ndarray
@@ -116,7 +116,7 @@ def spool_activations(
 
 
 def _finish(spool: Spool, path: Path, sums: dict[str, np.ndarray]) -> None:
-    """Writes what is left in memory and, last, the piece's own file, which says that its runs are whole."""
+    """Writes the remaining entries in memory and, last, the piece's own file, which marks its runs as complete."""
     spool.flush()
     for run in spool.paths:
         sync(run)
@@ -127,7 +127,7 @@ def _finish(spool: Spool, path: Path, sums: dict[str, np.ndarray]) -> None:
 
 
 def gathered(paths: list[Path], scanned: np.ndarray, encoder: str) -> Spooled:
-    """All pieces together: their sums are of whole numbers, so that the order does not matter."""
+    """All pieces together: their sums are integers, so the order does not matter."""
     runs, entries, clipped = [], 0, 0
     sums: dict[str, np.ndarray] = {}
     for path in paths:

@@ -20,13 +20,13 @@ WORD = re.compile(rf"[{LETTER}]+(?:[{APOSTROPHES}][{LETTER}]+)*")
 
 
 def folded(text: str) -> str:
-    """The text as searches compare it: without case, accents composed, one kind of apostrophe."""
+    """The text normalised for searches: without case, accents composed, one kind of apostrophe."""
     plain = unicodedata.normalize("NFC", text).translate(dict.fromkeys(map(ord, APOSTROPHES), "'")).casefold()
     return unicodedata.normalize("NFC", plain)
 
 
 def whole_words(words: Sequence[str]) -> re.Pattern[str]:
-    """Matches any of the words (or phrases) where it stands by itself, in any spelling that `folded` makes equal to it."""
+    """Matches any of the words (or phrases) as whole words, in any spelling that `folded` makes equal."""
     spelled = ["".join(map(_spellings_of, unicodedata.normalize("NFC", word))) for word in sorted(words, key=len, reverse=True)]
     return re.compile(rf"(?<![{LETTER}])(?:{'|'.join(spelled)})(?![{LETTER}])", re.IGNORECASE)
 
@@ -58,9 +58,9 @@ def words_of(query: str | Sequence[str]) -> list[str]:
 
 
 def occurrences(words: Sequence[str], ids: np.ndarray, sequence_starts: np.ndarray, vocab: Vocabulary) -> Occurrences:
-    """Tokens [n] that hold one of the words as a whole word in any case and spelling, also where it is split over several tokens.
+    """Tokens [n] that contain one of the words as a whole word in any case and spelling, also if it is split over several tokens.
 
-    Special tokens and the ends of sequences part words. Occurrences that share a token count as one.
+    Special tokens and the ends of sequences separate words. Occurrences that share a token count as one.
     """
     spans = [spans for spans, _ in _found(whole_words(words), ids, sequence_starts, vocab)]
     first, last = np.concatenate([np.zeros((2, 0), np.int64), *spans], axis=1)
@@ -69,7 +69,7 @@ def occurrences(words: Sequence[str], ids: np.ndarray, sequence_starts: np.ndarr
 
 
 def all_words(ids: np.ndarray, sequence_starts: np.ndarray, vocab: Vocabulary) -> dict[str, np.ndarray]:
-    """For every word, as `folded` writes it, the tokens that hold a piece of it, int64 and ascending. Parted as by `occurrences`."""
+    """For every word, as `folded` writes it, the tokens that contain a piece of it, int64 and ascending. Separated as in `occurrences`."""
     found: dict[str, list[np.ndarray]] = {}
     for (firsts, lasts), texts in _found(WORD, ids, sequence_starts, vocab):
         for text, first, last in zip(texts, firsts.tolist(), lasts.tolist()):

@@ -1,1 +1,1 @@
-"""What a crosscoder of two models says about their differences: features of one model alone, shared ones, artefacts; `sae diff-models`."""
+"""Differences of two models by a crosscoder: features of one model alone, shared ones, artefacts; `sae diff-models`."""

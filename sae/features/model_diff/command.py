@@ -1,4 +1,4 @@
-"""`sae diff-models`: what a crosscoder of two models says about their differences, as JSON and as a page."""
+"""`sae diff-models`: differences of two models by a crosscoder, as JSON and as a page."""
 
 import sys
 from dataclasses import dataclass
@@ -143,9 +143,9 @@ def _chunks(cache: JoinedCache, shard: "Shard", size: int, most: int) -> "list[t
 
 
 def chosen_groups(measures: Measures, count: int) -> dict[str, list[int]]:
-    """The features that are shown: those of one model alone, specific ones first; shared ones whose rows differ most; the least sure.
+    """The features to show: those of one model alone, specific ones first; shared ones whose rows differ most; the least certain.
 
-    Where no feature is of one model alone, those that come nearest.
+    If no feature is of one model alone, the closest ones.
     """
     r, fires = measures.relative_norm_f, measures.count_f >= LEAST
     doubt = (measures.nu_error_f / NU_ERROR).maximum(measures.nu_reconstruction_f / NU_RECONSTRUCTION).nan_to_num(nan=torch.inf)
@@ -163,7 +163,7 @@ def _lowest(key_f: Tensor, among_f: Tensor, count: int) -> list[int]:
 
 
 def pieces_of(config: DiffConfig, cache: JoinedCache) -> list[bytes] | None:
-    """UTF-8 of every token id; None, with a line on stderr, where there is no tokenizer."""
+    """UTF-8 of every token id; None, with a line on stderr, if there is no tokenizer."""
     from sae.model.opening.loading import load_tokenizer
     from sae.model.vocabulary import vocabulary
 
@@ -183,7 +183,7 @@ def report(
     groups: dict[str, list[int]],
     found: dict[int, list[Example]],
 ) -> dict[str, Any]:
-    """What goes into the file: see docs/crosscoders.md."""
+    """The content of the file: see docs/crosscoders.md."""
     whole, sites = metrics.result(), metrics.by_site()
     classes, verdicts = measures.classes, measures.verdicts
     alive = [name != "silent" for name in classes]

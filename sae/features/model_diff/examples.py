@@ -1,4 +1,4 @@
-"""Where features of a crosscoder fire: windows of text around their strongest tokens, and what each model adds there.
+"""Examples of a crosscoder's features: windows of text around their strongest tokens, and each model's contribution there.
 
 m tokens of all windows · k chosen features · d width of both sites together
 """
@@ -23,7 +23,7 @@ BEFORE, AFTER = 16, 8
 class Example(NamedTuple):
     context: Context
     reads: tuple[float, ...]
-    """what each model's activation adds to the feature's pre-activation at the token"""
+    """contribution of each model's activation to the feature's pre-activation at the token"""
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def _rows_at(cache: "JoinedCache", split: str, wanted: np.ndarray) -> tuple[np.n
 
 
 def _reads(dictionary: Dictionary, x_md: Tensor, features: Sequence[int]) -> Tensor:
-    """What each site adds to the pre-activations, [m, k, p]; with b_enc they are the pre-activation."""
+    """The contribution of each site to the pre-activations, [m, k, p]; their sum plus b_enc is the pre-activation."""
     rows_kd = dictionary.encoder_rows(features).to(dictionary.dtype)
     input_md = dictionary.encoder_input(x_md)
     widths = [port.width for port in dictionary.reads]

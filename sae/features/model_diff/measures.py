@@ -3,7 +3,7 @@
 b rows (tokens) · f features · p the two sites · w width of one site · n entries · t examples kept of each feature
 
 Everything is in units of each site, whose rows are divided by the square root of their mean squared norm: so a feature's decoder rows
-of two models can be compared, whatever the models' norms.
+of two models can be compared.
 """
 
 from typing import NamedTuple
@@ -31,7 +31,7 @@ SAID = {
 
 
 class Measures(NamedTuple):
-    """What is known of every feature; NaN where nothing can be."""
+    """The measures of every feature; NaN if undefined."""
 
     relative_norm_f: Tensor
     """‖d²‖ / (‖d¹‖ + ‖d²‖) of its decoder rows: 0 of the first model alone, 1 of the second, .5 shared"""
@@ -59,7 +59,7 @@ class Measures(NamedTuple):
 
     @property
     def verdicts(self) -> list[str]:
-        """Of each feature, one of VERDICTS: what latent scaling says of it, were it taken for one of a single model."""
+        """For each feature, one of VERDICTS: the result of latent scaling, if it were a feature of a single model."""
         shrunken, decoupled = (self.nu_error_f >= NU_ERROR).tolist(), (self.nu_reconstruction_f >= NU_RECONSTRUCTION).tolist()
         unknown = (self.nu_error_f.isnan() | self.nu_reconstruction_f.isnan()).tolist()
         return [VERDICTS[4 if none else s + 2 * d] for none, s, d in zip(unknown, shrunken, decoupled)]
@@ -95,7 +95,7 @@ class LatentScaling:
         self.max_f = torch.zeros(f, dtype=torch.float64, device=device)
 
     def add(self, x_bo: Tensor, acts_bf: Tensor, x_hat_bo: Tensor) -> None:
-        """Rows of both sites side by side, and what the dictionary makes of them."""
+        """Rows of both sites concatenated, and the dictionary's output for them."""
         x_hat_pbw = self._by_site(x_hat_bo.double())
         error_pbw = (self._by_site(x_bo.double()) - x_hat_pbw).float()
         row_n, feature_n = acts_bf.nonzero(as_tuple=True)  # host sync
@@ -138,7 +138,7 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
 
 
 class TopExamples:
-    """Of each feature the tokens on which it fires most strongly, by size: values and global positions, [f, t]."""
+    """For each feature the tokens on which it fires most strongly, by absolute value: values and global positions, [f, t]."""
 
     def __init__(self, f: int, t: int, device: torch.device):
         self.t = t

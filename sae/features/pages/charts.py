@@ -10,7 +10,7 @@ WIDTH, HEIGHT, LEFT, BOTTOM = 340, 130, 34, 16
 
 
 def activation_histogram(edges: np.ndarray, counts: np.ndarray) -> str:
-    """Bars [bins] over `edges` [bins + 1] that grow by one factor: both axes are logarithmic. Hovering gives range and count."""
+    """Bars [bins] over `edges` [bins + 1] that grow by one factor: both axes are logarithmic. Hovering shows range and count."""
     if not len(counts):
         return "<p>It never fires.</p>"
     bar, heights = (WIDTH - LEFT) / len(counts), _heights(counts)
@@ -44,7 +44,7 @@ def weight_histogram(edges: np.ndarray, counts: np.ndarray) -> str:
 
 
 def share_histogram(edges: np.ndarray, counts: np.ndarray, what: str) -> str:
-    """Bars [bins] over `edges` [bins + 1] on a linear axis, features on a logarithmic one; `what` says of what, under the chart."""
+    """Bars [bins] over `edges` [bins + 1] on a linear axis, features on a logarithmic one; `what`: the label under the chart."""
     low, high = float(edges[0]), float(edges[-1])
     scale, texts = (WIDTH - LEFT) / (high - low), [number(edge) if edge else "0" for edge in edges.tolist()]
     bars = [
@@ -61,7 +61,7 @@ def share_histogram(edges: np.ndarray, counts: np.ndarray, what: str) -> str:
 
 
 def _heights(counts: np.ndarray) -> list[float]:
-    """On a scale on which a count of 0 has no height, 1 some, and the tallest nearly all."""
+    """On a scale on which a count of 0 has no height, 1 some, and the largest nearly all."""
     return (HEIGHT * 0.94 * np.log10(1 + counts) / math.log10(1 + max(int(counts.max()), 1))).tolist()
 
 

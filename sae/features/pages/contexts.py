@@ -1,6 +1,6 @@
 """Contexts as lines of HTML: the firing token of every line in one column, every character of the corpus kept and escaped.
 
-The text of a line is one run of inline elements, so that selecting and copying it gives the exact text, line breaks included.
+The text of a line is one run of inline elements, so that a copy of it is the exact text, line breaks included.
 """
 
 import math
@@ -17,7 +17,7 @@ LEVELS = 9  # shades of activation
 
 
 def row_html(context: "Context", top: float) -> str:
-    """One line: activation, the document's label, left context, and the firing token with what follows; `top` gets the full shade."""
+    """One line: activation, the document's label, left context, and the firing token with the text after it; `top` gets the full shade."""
     texts, values, scanned, centre = context.texts, context.values.tolist(), context.scanned.tolist(), context.centre
     if "" in texts:
         texts, values, scanned, centre = whole_characters(texts, values, scanned, centre)
@@ -49,7 +49,7 @@ def whole_characters(
 
 
 def token_html(text: str, value: float, own: bool, top: float) -> str:
-    """A token that fires, or (`own`) that the row is about."""
+    """A token that fires, or (`own`) the row's own token."""
     level = max(1, min(LEVELS, math.ceil(LEVELS * abs(value) / top))) if top > 0 else 1
     names = [f"a{level}", *("m",) * (value < 0), *("c",) * own]
     kind = (

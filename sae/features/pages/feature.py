@@ -43,7 +43,7 @@ class FeatureView:
     feature: int
 
     def __post_init__(self) -> None:
-        """Raises `InputError` if `feature` is none."""
+        """Raises `InputError` if `feature` does not exist."""
         self.index.feature(self.feature)
 
     def _repr_html_(self) -> str:
@@ -259,7 +259,7 @@ def navigation(previous: int | None, following: int | None) -> str:
 
 
 def table_html(index: "FeatureIndex", features: Sequence[int], heading: str) -> str:
-    """The listed features as a table that sorts at a click on a heading and filters as one types; readable without its script."""
+    """The listed features as a table that sorts at a click on a heading and filters while typing; readable without its script."""
     numbers = ("density", "count", "max", "mean")
     head = "".join(
         f'<th class="num"><button>{name}</button></th>' if name in ("feature", *numbers) else f"<th><button>{name}</button></th>"
