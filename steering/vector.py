@@ -98,7 +98,7 @@ class SteeringVector:
         return -1 * self
 
     def __add__(self, other: "SteeringVector") -> "SteeringVector":
-        """Sites are united; where both have a direction, it must have one shape."""
+        """Sites are united; if both have a direction at a site, it must have one shape."""
         return self._with(other, 1, "sum")
 
     def __sub__(self, other: "SteeringVector") -> "SteeringVector":
@@ -130,7 +130,7 @@ class SteeringVector:
 
     @classmethod
     def load(cls, path: str | Path) -> "SteeringVector":
-        """Raises `InputError` unless `path` is a whole file that `save` wrote."""
+        """Raises `InputError` unless `path` is a complete file that `save` wrote."""
         tensors, metadata = read_tensors(Path(path), "a steering vector")
         known = metadata.get("format"), "provenance" in metadata
         if known == (FORMAT, True) or (known == (FORMAT_1, True) and "site" in metadata and list(tensors) == ["direction"]):
@@ -144,7 +144,7 @@ class SteeringVector:
         """The control vector file of repeng and llama.cpp; `model_type` is the model's `config.model_type`.
 
         `direction.L` is what is added to the output of block L counted from 0, our `resid_post.L`: both readers agree on that, but
-        llama.cpp accepts only L ≥ 1. Only one direction per site at `resid_post` can be said so; else `InputError`. Needs gguf.
+        llama.cpp accepts only L ≥ 1. Only one direction per site at `resid_post` can be written; else `InputError`. Needs gguf.
         """
         gguf = _gguf()
         layers = {}
@@ -201,8 +201,8 @@ class SteeringVector:
 
         A mapping of module name to plain values and one tensor, which also loads with `weights_only=True`. The tool's only other form,
         a csv that names a dictionary, always carries a bias, which its action "add" refuses (release 0.4.13), so .pt is the way.
-        Its early releases add the last site's vector at all sites: use one site there. The tool hooks outputs of modules, so
-        sites that are inputs of modules (resid_pre.0, head_out, mlp_in, ...) or parts of an output cannot be said, nor can directions per
+        Its early releases add the last site's vector at all sites: use one site with them. The tool hooks outputs of modules, so
+        inputs of modules (resid_pre.0, head_out, mlp_in, ...) or parts of an output cannot be written, nor can directions per
         position; those raise `InputError`.
         """
         if Path(path).suffix != ".pt":
@@ -238,7 +238,7 @@ class SteeringVector:
 
 
 def _strict_reader(gguf: Any) -> Any:
-    """The package's reader, which would read on after the end of a file that is cut off, for as long as a number in it says."""
+    """The package's reader with a check of the length: for a truncated file it would read as far as a number in the file says."""
 
     class Reader(gguf.GGUFReader):
         def _get(self, offset: int, dtype: Any, count: int = 1, **order: Any) -> np.ndarray:

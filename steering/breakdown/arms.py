@@ -35,18 +35,18 @@ ONE_DIRECTION = ("lengthened", "front", "last")  # arms that a direction for eac
 class Arm(NamedTuple):
     name: str
     vector: SteeringVector
-    """what coefficient 1 adds; at every site together as long as the vector that is studied"""
+    """what coefficient 1 adds; over all sites together as long as the studied vector"""
     operation: str = "add"
-    """"add" and "rotate" of `steered`, or "lengthen": h keeps its direction and gets the length that adding would give it"""
+    """"add" and "rotate" of `steered`, or "lengthen": h keeps its direction and gets the length of h + added"""
     positions: Positions = "all"
     frozen: tuple[str, ...] = ()
-    """parts that stay those of the unsteered pass"""
+    """parts that are those of the unsteered pass"""
 
 
 class Arms(NamedTuple):
     arms: list[Arm]
     left_out: dict[str, str]
-    """name -> why the model or the site has no such arm"""
+    """name -> the reason why the model or the site has no such arm"""
 
 
 def make_arms(lm: LanguageModel, vector: SteeringVector, seed: int = 0) -> Arms:
@@ -104,7 +104,7 @@ def make_arms(lm: LanguageModel, vector: SteeringVector, seed: int = 0) -> Arms:
 
 @contextmanager
 def applied(lm: LanguageModel, arm: Arm, coefficient: float, unsteered: Internals | None, prompt_length: int) -> Iterator[None]:
-    """Inside, passes are those of the arm; `unsteered` has what they freeze, of the same tokens, and `prompt_length` is their columns.
+    """Inside, passes are those of the arm; `unsteered` has the frozen parts for the same tokens, `prompt_length` their number of columns.
 
     With None, each pass first reads its tokens without edits, so that text can be generated.
     """
@@ -123,7 +123,7 @@ def applied(lm: LanguageModel, arm: Arm, coefficient: float, unsteered: Internal
 
 
 def _lengthening(added_d: Tensor) -> Edit:
-    """To the length that h + added has, in h's own direction; where nothing is added, every bit stays."""
+    """Gives h the length of h + added in its own direction; where nothing is added, every bit stays."""
 
     def lengthen(value_spd: Tensor) -> Tensor:
         wide = value_spd.float()
@@ -149,11 +149,11 @@ def _in_top_span(lm: LanguageModel, vector: SteeringVector, seed: int) -> Steeri
 
 
 def off_the_keys(lm: LanguageModel, vector: SteeringVector, share: float = KEY_SHARE) -> SteeringVector:
-    """Without what the next attention's keys read of it, at the old length.
+    """The vector without the part that the next attention's keys read, at the old length.
 
-    What they read: the principal directions of the gradients of its keys at the tokens of a few sentences, as many as hold `share` of the
-    squared gradients, the norm on the way included. Raises `InputError` where no attention follows or its keys cannot be seen, and for a
-    vector that lies in what they read.
+    That part is spanned by the principal directions of the gradients of the keys at the tokens of a few sentences, including the norm
+    before them, as many as hold `share` of the squared gradients. Raises `InputError` if no attention follows or its keys cannot be found,
+    and for a vector that lies in this span.
     """
     kind, layer = parse_site(vector.site, lm.n_layers)
     layer += kind != "resid_pre"

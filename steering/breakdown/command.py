@@ -57,8 +57,8 @@ class BreakdownConfig:
 def diagnose_breakdown(config: BreakdownConfig) -> dict[str, Any]:
     """Writes the JSON and the report, prints the tables and returns what is in the JSON (of a dry run, nothing).
 
-    Raises `InputError` for a direction that is none of the residual stream or zero, and for strengths that do not rise or begin above the
-    wall. What the model or the site has no arm for is left out, with a line that says why.
+    Raises `InputError` for a direction that is not of the residual stream or zero, and for strengths that do not rise or start above the
+    wall. Arms that the model or the site does not have are left out, with a line that says why.
     """
     started = time.monotonic()
     if not text_list(config.prompts, "prompts"):
@@ -90,7 +90,7 @@ def diagnose_breakdown(config: BreakdownConfig) -> dict[str, Any]:
 
 
 def _damage_by_edge(setup: Setup, coefficient: float) -> dict[str, Any]:
-    """Or why there is none, which is said."""
+    """The shares, or None with a printed reason."""
     try:
         return damage_by_edge(setup, coefficient)
     except InputError as reason:
@@ -99,7 +99,7 @@ def _damage_by_edge(setup: Setup, coefficient: float) -> dict[str, Any]:
 
 
 def result_of(setup: Setup, made: Arms, found: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """What the JSON holds: a sweep with what it was of, and the findings by rule."""
+    """The content of the JSON: a sweep with its settings, and the findings by rule."""
     result = jsonable(
         {
             "format": FORMAT,
@@ -117,7 +117,7 @@ def result_of(setup: Setup, made: Arms, found: dict[str, Any], settings: dict[st
 
 
 def check_prompts(lm: LanguageModel, vector: SteeringVector, prompts: Sequence[str]) -> None:
-    """Says how many prompts get only the first of a vector's directions for each position. Raises `InputError` if all do."""
+    """Prints how many prompts are shorter than the vector's directions per position. Raises `InputError` if all are."""
     lengths = lm.encode(prompts)[1].sum(1).tolist()  # host sync
     rows = max(len(direction) if direction.ndim == 2 else 0 for direction in vector.directions.values())
     if rows > max(lengths):

@@ -1,4 +1,4 @@
-"""What a steered pass changed, as numbers: each function compares tensors of the unsteered and the steered pass, computed in float64.
+"""Changes in a steered pass, as numbers: each function compares tensors of the unsteered and the steered pass, computed in float64.
 
 n tokens · d width · s sequences · h heads · q positions of the pass · k columns so far · v vocabulary · f features · c coefficients
 """
@@ -37,11 +37,11 @@ class StreamChange(NamedTuple):
     cos_unsteered: float
     """of h' and h"""
     cos_change: float
-    """of h' − h and v; 1 where nothing answers the vector"""
+    """of h' − h and v; 1 if nothing responds to the vector"""
 
 
 def stream_change(h_nd: Tensor, steered_nd: Tensor, v: Tensor) -> StreamChange:
-    """Of the residual stream at one place; `v` is [d], or one for each token, [n, d]."""
+    """The change of the residual stream at one place; `v` is [d], or one for each token, [n, d]."""
     h_nd, steered_nd, v = h_nd.double(), steered_nd.double(), v.double()
     ratio_n = steered_nd.norm(dim=-1) / h_nd.norm(dim=-1)
     cosines = (_cosine(steered_nd, v), _cosine(steered_nd, h_nd), _cosine(steered_nd - h_nd, v))
@@ -55,7 +55,7 @@ def _cosine(x_nd: Tensor, y_nd: Tensor) -> Tensor:
 
 
 def norm_gain(scale_n: Tensor, steered_scale_n: Tensor) -> float:
-    """Mean of σ(h)/σ(h') at one norm: how much smaller everything but the vector becomes after it."""
+    """Mean of σ(h)/σ(h') at one norm: how much smaller everything except the vector becomes after it."""
     return float((scale_n.double() / steered_scale_n.double()).mean())  # host sync
 
 
@@ -67,12 +67,13 @@ class WriteChange(NamedTuple):
     steered_share: float
     """‖w'‖/‖h'‖"""
     taken_back: float
-    """−(w' − w)·v/(c‖v‖²), mean over the tokens that v was added to: the share that it cancels; 1 undoes the steering, below 0 it adds to
-    it"""
+    """−(w' − w)·v/(c‖v‖²), mean over the tokens that v was added to: the share of the vector that it cancels; 1 undoes the steering, below
+    0 it adds to it"""
 
 
 def write_change(write_nd: Tensor, steered_write_nd: Tensor, h_nd: Tensor, steered_nd: Tensor, added: Tensor) -> WriteChange:
-    """Of the writes to the stream h; `added` is c·v, [d] or one for each token, [n, d]. NaN for `taken_back` where nothing was added."""
+    """The change of the writes to the stream h; `added` is c·v, [d] or one for each token, [n, d]. NaN for `taken_back` if nothing was
+    added."""
     write_nd, steered_write_nd, added = write_nd.double(), steered_write_nd.double(), added.double()
     shares = [(w.norm(dim=-1) / h.double().norm(dim=-1)).mean() for w, h in ((write_nd, h_nd), (steered_write_nd, steered_nd))]
     back_n = -((steered_write_nd - write_nd) * added).sum(-1) / added.square().sum(-1)
@@ -80,7 +81,7 @@ def write_change(write_nd: Tensor, steered_write_nd: Tensor, h_nd: Tensor, steer
 
 
 def token_share(x_nd: Tensor) -> float:
-    """tr Cov(x)/E‖x‖² over tokens: the part of what a norm puts out that depends on the token; 0 when it is the same for all."""
+    """tr Cov(x)/E‖x‖² over tokens: the part of a norm's output that depends on the token; 0 if it is the same for all."""
     x_nd = x_nd.double()
     return float((x_nd - x_nd.mean(0)).square().sum() / x_nd.square().sum())  # host sync
 
@@ -95,7 +96,7 @@ def effective_rank(x_nd: Tensor) -> float:
 
 
 class Null(NamedTuple):
-    """What steering would do to tokens without any structure."""
+    """The effect of steering on tokens without any structure."""
 
     cos_v: float
     token_share: float
@@ -115,7 +116,7 @@ def isotropic_null(rho: float, n: int, d: int, seed: int = 0) -> Null:
 
 
 class AttentionMasses(NamedTuple):
-    """Of each head, [h] float64, means over the positions that count."""
+    """For each head, [h] float64, means over the positions that count."""
 
     entropy_h: Tensor
     """nats"""
@@ -193,10 +194,10 @@ def logit_change(logits_nv: Tensor, steered_nv: Tensor, lens_v: Tensor, tokens: 
 
 
 def lens_sharpness(lens_v: Tensor, tokens: int = LENS_TOKENS) -> float:
-    """How many standard deviations the tokens that the logit lens of v raises most lie above all: can the vector be read as words?
+    """How many standard deviations the tokens that the logit lens of v raises most are above all: whether the vector can be read as words.
 
-    A stand-in for LAP (arXiv 2604.15557): that is how often the unembedding names the right token from hidden states, so it needs prompts
-    with known answers and is of a layer, not of a vector. Compare it with that of a random direction.
+    It replaces LAP (arXiv 2604.15557), which is how often the unembedding names the right token from hidden states: LAP needs prompts with
+    known answers and belongs to a layer, not to a vector. Compare with the sharpness of a random direction.
     """
     lens_v = lens_v.double()
     return float((lens_v.topk(min(tokens, len(lens_v))).values.mean() - lens_v.mean()) / lens_v.std(correction=0))  # host sync
@@ -215,7 +216,7 @@ def kl_slopes(coefficient_c: Sequence[float], kl_c: Sequence[float]) -> np.ndarr
 
 
 class Neutral(NamedTuple):
-    """Where the stream lies on neutral text."""
+    """The distribution of the stream on neutral text."""
 
     mean_d: Tensor
     precision_dd: Tensor
@@ -257,7 +258,8 @@ class DictionaryChange(NamedTuple):
 
 @torch.no_grad()
 def dictionary_change(dictionary: Dictionary, h_nd: Tensor, steered_nd: Tensor, feature: int | None = None) -> DictionaryChange:
-    """Of a dictionary that reads and writes the stream. Raises `InputError` for a transcoder, a feature it lacks, or values not finite."""
+    """For a dictionary that reads and writes the stream. Raises `InputError` for a transcoder, a feature it lacks, or values that are not
+    finite."""
     if dictionary.is_transcoder:
         raise InputError("expected a dictionary that reconstructs its input, got a transcoder; give one of the residual stream")
     if feature is not None:

@@ -1,8 +1,8 @@
 """Which parts of a model carry the damage that steering does: conductance along the coefficient, from 0 to c, part by part.
 
 The unsteered pass is one end of the path, the pass steered at c the other; the metric is the KL of the predictions to the unsteered ones.
-What the vector adds is one more writer. All that changes the predictions is written to the stream before the logits read it, so the shares
-of all writers at the logits add up to the KL, as near as the steps of the path are small: `sum` says how near.
+The vector is one more writer. All changes of the predictions are written to the stream before the logits read it, so the shares
+of all writers at the logits add up to the KL, up to the error of the finite steps of the path: see `sum`.
 
 s sequences · p positions · v vocabulary · r readers · w writers · x the data and rounds of a bootstrap
 """
@@ -24,11 +24,11 @@ from steering.intervention import steered
 
 STEPS = 6
 SHOWN = 10
-"""writers and edges that are shown"""
+"""number of writers and edges that are shown"""
 VECTOR = "vector"
-"""has the place of "embed", which the coefficient does not change"""
+"""takes the place of "embed", which the coefficient does not change"""
 HELD_BYTES = 1 << 28
-"""of what all writers write; more texts are taken in turns"""
+"""limit for the output of all writers; more texts are processed in turns"""
 
 
 def damage_by_edge(setup: Setup, coefficient: float, steps: int = STEPS) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _scores(engine: Engine, setup: Setup, coefficient: float, steps: int) -> tup
 
 
 def kl_to(logits_spv: Tensor, mask_sp: Tensor) -> Callable[[Tensor], Tensor]:
-    """Of other logits, each sequence's mean KL from these over its real positions, [s]."""
+    """The mean KL of each sequence, [s], of other logits from these, over its real positions."""
     wide = torch.promote_types(logits_spv.dtype, torch.float32)
     log_p_spv, real_sp = logits_spv.to(wide).log_softmax(-1), mask_sp.to(logits_spv.device, wide)
 

@@ -1,6 +1,6 @@
-"""What a sweep shows, by fixed rules: what crosses its limit first, and which predictions of the isotropic null model hold.
+"""The findings of a sweep by fixed rules: what crosses its limit first, and which predictions of the isotropic null model hold.
 
-The limits are conventions, written here once; a crossing lies between two strengths of the grid, by interpolation over log rho.
+The limits are conventions, defined only here; a crossing lies between two strengths of the grid, by interpolation over log rho.
 """
 
 import math
@@ -22,13 +22,13 @@ SATURATED = 1 / 3
 class Sign(NamedTuple):
     name: str
     beyond: str
-    """what holds after the crossing, in plain words"""
+    """a sentence about strengths after the crossing"""
     value: Value
     limit: float
     above: bool = True
-    """crossed from below"""
+    """whether it is crossed from below"""
     of_text: bool = False
-    """needs what the model writes"""
+    """whether it needs the text that the model writes"""
 
 
 class Finding(NamedTuple):
@@ -36,7 +36,7 @@ class Finding(NamedTuple):
 
     prediction: str
     held: bool | None
-    """None where the sweep does not decide it"""
+    """None if the sweep does not decide it"""
     numbers: dict[str, float | None]
 
 
@@ -54,7 +54,7 @@ def _streams(row: dict[str, Any], name: str) -> list[float | None]:
 
 
 def _behind(row: dict[str, Any], result: dict[str, Any], name: str) -> float | None:
-    """Of what the first norm puts out, steered over unsteered."""
+    """Of the first norm's output, steered over unsteered."""
     kind, _, number = (result["first_norm"] or "").partition(".")
     for layer in _layers(row):
         if str(layer["layer"]) == number and kind in layer:

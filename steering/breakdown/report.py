@@ -19,7 +19,7 @@ LOWEST_KL = 1e-4
 """nats; smaller ones are drawn there"""
 COLOURS = 9
 SHOWN_TEXTS = 5
-"""strengths of sample texts, beside the unsteered one"""
+"""number of strengths with sample texts, in addition to the unsteered text"""
 OWN_STYLE = """
 .cells td{text-align:right;font-variant-numeric:tabular-nums;background:rgb(var(--pos)/var(--a))}
 .cells td.low{background:rgb(var(--neg)/var(--a))}.cells th{text-align:right}

@@ -1,4 +1,4 @@
-"""The command that measures many directions of one model, so that what breaks it can be said with intervals over directions."""
+"""The command that measures many directions of one model, for intervals over directions of what breaks it."""
 
 import shlex
 import sys
@@ -33,7 +33,7 @@ from steering.strength.neutral import FEW_PROMPTS, MEASURED, OTHERS
 
 FORMAT = "breakdown-study-1"
 DEPTHS = (1 / 6, 1 / 2, 5 / 6)
-"""of the blocks behind which directions are measured by default; never of the last, behind which nothing reads the stream"""
+"""depths of the blocks after which directions are measured by default; never the last one, after which nothing reads the stream"""
 
 
 @dataclass(kw_only=True)
@@ -111,7 +111,8 @@ def study(config: StudyConfig) -> dict[str, Any]:
 
 
 def directions_of(config: StudyConfig, lm: LanguageModel) -> Iterator[Named]:
-    """Of every kind at every site; features where the dictionary reads. Raises `InputError` for sites that are not the stream's."""
+    """Directions of every kind at every site; features at the dictionary's site. Raises `InputError` for sites that are not of the
+    stream."""
     sites = list(config.sites or dict.fromkeys(f"resid_post.{max(0, min(int(depth * lm.n_layers), lm.n_layers - 2))}" for depth in DEPTHS))
     of_features = None
     if config.dictionary is not None:
@@ -130,7 +131,7 @@ def directions_of(config: StudyConfig, lm: LanguageModel) -> Iterator[Named]:
 
 
 def measured(config: StudyConfig, lm: LanguageModel, one: Named, number: int) -> dict[str, Any]:
-    """What `diagnose_breakdown` would measure of it, but the strengths of all arms; read if its file was made with the same settings."""
+    """The measurements of `diagnose_breakdown`, without the strengths of all arms; read from its file if that has the same settings."""
     settings = jsonable(
         {name: getattr(config, name) for name in ("model", "dictionary", "strengths", "prompts")}
         | {"sampling": asdict(config.sampling), "model_fingerprint": lm.fingerprint(), "number": number}

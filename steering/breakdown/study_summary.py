@@ -1,4 +1,4 @@
-"""What many directions of one model show together: numbers with intervals over directions and texts, and tables of them.
+"""The joint results of many directions of one model: numbers with intervals over directions and texts, and tables of them.
 
 n directions · s texts · r rounds of the bootstrap
 """
@@ -90,7 +90,7 @@ def restored_by(results: Sequence[Result], arm: str) -> dict[str, Any] | None:
 
 
 def signs(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
-    """For every sign: of how many directions it crosses its limit, at which rho, and how often ahead of the KL of the predictions."""
+    """For every sign: the number of directions that cross its limit, the rho, and how often before the KL of the predictions."""
     found = {}
     for sign in SIGNS:
         rho_n = [(result["crossings"].get(sign.name), result["crossings"].get(KL)) for result in results]
@@ -105,7 +105,7 @@ def signs(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
 
 
 def held(results: Sequence[Result]) -> dict[str, dict[str, int]]:
-    """How many directions each prediction of the null model holds for, of those that decide it."""
+    """The number of directions for which each prediction of the null model holds, of those that decide it."""
     found: dict[str, dict[str, int]] = {}
     for one in (prediction for result in results for prediction in predictions(result)):
         counts = found.setdefault(one.prediction, {"held": 0, "failed": 0, "not_decided": 0})

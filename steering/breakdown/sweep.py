@@ -1,4 +1,4 @@
-"""One direction at several strengths in every arm: what the predictions, the stream, the norms, attention and the text become.
+"""One direction at several strengths in every arm: the predictions, the stream, the norms, attention and the text.
 
 s texts · p positions · n tokens · d width · v vocabulary
 """
@@ -52,18 +52,18 @@ INSIDE = ("added", "front")  # arms whose passes are looked into; of the others 
 
 
 class Setup(NamedTuple):
-    """What every arm is measured with."""
+    """Shared data for the measurements of all arms."""
 
     lm: LanguageModel
     vector: SteeringVector
     ids_sp: Tensor
     mask_sp: Tensor
     parts: tuple[str, ...]
-    """that can be frozen, and so seen"""
+    """parts that can be frozen, and so observed"""
     norm: float
     """typical norm of the stream at the site"""
     rho_of_1: float
-    """rho of coefficient 1; of several directions, that of the longest"""
+    """rho of coefficient 1; for several directions, that of the longest"""
     lens_v: Tensor
     """what the vector, or its longest direction, adds to the logits when it is read as the final stream"""
     neutral: dict[str, Neutral]
@@ -71,7 +71,7 @@ class Setup(NamedTuple):
     dictionary: Dictionary | None = None
     feature: int | None = None
     resumed: Resumed | None = None
-    """the texts, where passes are to begin at the vector's block"""
+    """the texts, for passes that start at the vector's block"""
 
     @property
     def everywhere(self) -> bool:
@@ -140,7 +140,7 @@ def _streams(lm: LanguageModel, site: str) -> list[str]:
 
 @torch.no_grad()
 def run_pass(setup: Setup, sites: Sequence[str] = (), arm: Arm | None = None, c: float = 0.0, at: Internals | None = None) -> Pass:
-    """Of the unsteered model, or of an arm at a coefficient, with the parts of `at` where it freezes any."""
+    """A pass of the unsteered model, or of an arm at a coefficient, with the parts of `at` if the arm freezes any."""
     lm, values = setup.lm, dict[str, Tensor]()
 
     def keeping(site: str) -> Callable[[Tensor], Tensor]:
@@ -162,7 +162,7 @@ def changes_of_texts(setup: Setup, before: Pass, after: Pass) -> list[LogitChang
 
 
 def first_norm(lm: LanguageModel, site: str) -> str | None:
-    """The site right after the first norm that reads the stream from `site` on; None where only the final norm does, or it is unclear."""
+    """The site right after the first norm that reads the stream from `site` on; None if only the final norm does, or it is unclear."""
     kind, layer = parse_site(site)
     found = {"resid_pre": f"attn_in.{layer}", "resid_mid": f"mlp_in.{layer}", "resid_post": f"attn_in.{layer + 1}"}[kind]
     return found if found in lm.sites() else None
@@ -239,7 +239,8 @@ def by_token(scale: Tensor, p: int) -> Tensor | None:
 
 
 def text_at(lm: LanguageModel, arm: Arm, c: float, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
-    """Continuations by an arm at a coefficient, and how broken they are; a prompt shorter than a vector's rows gets only the first ones."""
+    """Continuations by an arm at a coefficient, and measures of how broken they are; a prompt shorter than a vector's rows gets only the
+    first ones."""
     ids_sp, mask_sp = lm.encode(prompts)
     try:
         with applied(lm, arm, c, None, ids_sp.shape[1]):
@@ -333,7 +334,7 @@ def sweep_passes(arms: int, strengths: int) -> int:
 
 
 def measured_row(setup: Setup, before: Pass, arm: Arm, size: float, *, look: bool = True) -> dict[str, Any]:
-    """The arm at a rho; what it is inside too where `look`."""
+    """The row of an arm at a rho; with `look`, also its inner diagnostics."""
     c = size / setup.rho_of_1
     row: dict[str, Any] = {"arm": arm.name, "rho": size, "coefficient": c}
     try:
@@ -361,7 +362,7 @@ def _kl_of_texts(setup: Setup, before: Pass, arm: Arm, c: float) -> np.ndarray:
 
 
 def _wall(setup: Setup, before: Pass, arm: Arm, rhos: Sequence[float]) -> dict[str, Any]:
-    """The strength at which the arm's KL is the wall: all arms at equal KL."""
+    """The strength at which the arm's KL is that of the wall: all arms at equal KL."""
     found = coefficient_for_kl(
         lambda c: float(_kl_of_texts(setup, before, arm, c).mean()),
         WALL,

@@ -17,34 +17,34 @@ from steering.strength.neutral import MEASURED, OTHERS
 from steering.vector import SteeringVector
 
 RHOS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
-"""lengths of what is added that are tried, in units of the stream, up to the first whose predictions are broken"""
+"""lengths of the added vector that are tried, in units of the stream, up to the first whose predictions are broken"""
 BREAKING = tuple(sign for sign in SIGNS if not sign.of_text and sign.name != UNUSUAL)
-"""the signs that end a range; tokens unlike those of neutral text come long before the text breaks, so they are reported apart"""
+"""the signs that end a range; tokens unlike those of neutral text appear long before the text breaks, so they are reported separately"""
 
 
 class WorkingRange(NamedTuple):
-    """Coefficients of the vector, above 0. None where nothing was crossed up to the largest that was tried."""
+    """Coefficients of the vector, above 0. None if no sign appeared up to the largest that was tried."""
 
     coefficient: float | None
     """the largest before the first sign of breaking crosses its limit (steering/breakdown/findings.py)"""
     sign: str | None
-    """its name"""
+    """the name of that sign"""
     beyond: str | None
-    """what holds after it, in plain words"""
+    """a sentence about strengths beyond it"""
     unusual: float | None
-    """where half of the tokens are further from neutral text than 99 % of its own: much earlier, as a rule"""
+    """the coefficient at which half of the tokens are further from neutral text than 99 % of its own: usually much smaller"""
     tried: float
     """the largest that was tried"""
     rho_of_1: float
     """rho of coefficient 1"""
 
     def excludes(self, coefficient: float) -> bool:
-        """Whether a strength lies beyond the range."""
+        """Whether a strength is outside the range."""
         return self.coefficient is not None and coefficient > self.coefficient
 
 
 class RangeFinder:
-    """Working ranges of vectors at one site of the residual stream; what does not depend on the vector is measured once."""
+    """Working ranges of vectors at one site of the residual stream; everything that does not depend on the vector is measured once."""
 
     def __init__(self, lm: LanguageModel, site: str):
         """Raises `InputError` for a site that is not of the residual stream."""
@@ -91,7 +91,7 @@ class RangeFinder:
         )
 
     def of(self, vector: SteeringVector, rhos: Sequence[float] = RHOS) -> WorkingRange:
-        """All of `passes` at once."""
+        """Runs all of `passes`."""
         passes = self.passes(vector, rhos)
         while True:
             try:
@@ -101,12 +101,13 @@ class RangeFinder:
 
 
 def working_range(lm: LanguageModel, vector: SteeringVector) -> WorkingRange:
-    """Added everywhere (or at its own positions) on neutral sentences; for −v give `-vector`. Raises `InputError` as `RangeFinder` does."""
+    """The range of a vector added everywhere (or at its own positions) on neutral sentences; for −v pass `-vector`. Raises `InputError` as
+    `RangeFinder` does."""
     return RangeFinder(lm, vector.site).of(vector)
 
 
 def _seen(lm: LanguageModel) -> tuple[str, ...]:
-    """What signs look at inside a pass, as far as the model shows it."""
+    """The values that signs need from a pass, as far as the model shows them."""
     seen = []
     for part in PARTS:
         try:

@@ -19,12 +19,12 @@ from steering.circuits.model_graph.graph import EMBED, LOGITS, Graph
 
 FORMAT = "circuit-1"
 CUTS = 10
-"""of a deep model, whose completeness is listed"""
+"""number of cuts of a deep model whose completeness is listed"""
 
 
 @dataclass(frozen=True)
 class Circuit:
-    """Edges of a model's graph that do a task, and what every edge scored."""
+    """Edges of a model's graph that do a task, and the score of every edge."""
 
     model: str
     fingerprint: str
@@ -32,7 +32,7 @@ class Circuit:
     edges_rw: Tensor
     """bool"""
     score_rw: Tensor | None = None
-    """how much the mean metric falls when the edge alone is cut, or a method's estimate of that; None where the method gives no scores"""
+    """how much the mean metric falls when only this edge is cut, or a method's estimate of that; None if the method has no scores"""
     task: dict[str, Any] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Circuit:
         self.graph.checked(self.edges_rw)
 
     def require_model(self, lm: LanguageModel) -> None:
-        """Raises `InputError` for a model that the circuit is not of."""
+        """Raises `InputError` for a model other than the circuit's."""
         if (found := lm.fingerprint()) != self.fingerprint:
             raise InputError(
                 f"expected the model of the circuit, {self.model!r} with the fingerprint {self.fingerprint}, got {lm.name!r} with {found}; "
@@ -53,7 +53,7 @@ class Circuit:
         write_json(path, self.content())
 
     def content(self) -> dict[str, Any]:
-        """What is in the file."""
+        """The content of the file."""
         scores = None
         if self.score_rw is not None:
             places = self.graph.exists_rw.nonzero().tolist()
@@ -93,8 +93,8 @@ class CircuitFile(TypedDict):
 def open_circuit(path: Path, lm: LanguageModel | None = None) -> Circuit:
     """A circuit from its JSON.
 
-    Raises `InputError` for a file that is damaged, of another format or version, has edges or scores that its graph lacks, and for a model
-    that it is not of, where one is given.
+    Raises `InputError` for a file that is damaged, of another format or version, or has edges or scores that its graph lacks, and for a
+    model other than the circuit's, if one is given.
     """
     value: CircuitFile = read_json(path, "a circuit", CircuitFile)
     if value["format"] != FORMAT:

@@ -1,4 +1,4 @@
-"""What steering along a direction does to every feature of a dictionary, in the text that the model then writes.
+"""The effect of steering along a direction on every feature of a dictionary, in the text that the model then writes.
 
 r rollouts (texts) · p positions with the prompt · n new tokens · d width of the site · f features · k directions
 

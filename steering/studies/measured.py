@@ -1,6 +1,6 @@
-"""What studies measure of directions.
+"""Measures of directions.
 
-s prompts · r rounds of the bootstrap, the first of them the data as they are · k directions
+s prompts · r rounds of the bootstrap, the first being the original data · k directions
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class OneSign(NamedTuple):
     rho: float
     """coefficient over the median norm at the site"""
     reached: bool
-    """whether the calibration's KL is the budget"""
+    """whether the calibration reached the budget's KL"""
     kl: float
     """nats per token, on the prompts"""
     cosine_ss: np.ndarray
@@ -58,7 +58,7 @@ class DirectionResult(NamedTuple):
 def consistency(cosine_ss: np.ndarray, weight_rs: np.ndarray) -> np.ndarray:
     """Mean of `cosine_ss` over pairs of different prompts, a prompt counting `weight_rs` times; [r].
 
-    Two copies of one prompt are no pair: their cosine would be high for any direction. NaN where only one prompt counts.
+    Two copies of one prompt are not a pair: their cosine would be high for any direction. NaN if only one prompt counts.
     """
     between_ss = cosine_ss - np.diag(np.diag(cosine_ss))
     pairs_r = weight_rs.sum(1) ** 2 - (weight_rs**2).sum(1)

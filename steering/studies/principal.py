@@ -106,7 +106,7 @@ class Prompts:
         self.texts, self._first = SteeredTexts(lm, sequences.ids_sp, torch.ones_like(sequences.ids_sp)), sequences.first
 
     def predictions(self, every_nv: Tensor) -> Tensor:
-        """Of the log-probabilities at all positions those at the columns that count, [s, p, v]."""
+        """The log-probabilities at the columns that count, [s, p, v]."""
         return every_nv.unflatten(0, self.texts.ids_sp.shape)[:, self._first :]
 
     @property
@@ -177,7 +177,7 @@ def principal_study(config: PrincipalConfig) -> dict[str, Any]:
 def all_directions(
     config: PrincipalConfig, fit: Sequences, fit_npd: Tensor, dictionary: Dictionary | None
 ) -> tuple[list[Direction], list[str]]:
-    """Every group's unit directions, and a sentence for each group that cannot be."""
+    """Every group's unit directions, and a sentence for each group that is not possible."""
     site, half, few = config.site, config.random // 2, []
     acts_nd = fit_npd.flatten(0, 1)
     components = principal_directions(acts_nd, site, config.components, seed=config.seed)

@@ -1,4 +1,4 @@
-"""What a feature does at several strengths: how often listed words come, and how readable the text still is, against a random direction.
+"""The effect of a feature at several strengths on the rate of listed words and on readability, compared with a random direction.
 
 s sequences · p positions of the prompt · n new tokens · d model width
 """
@@ -53,7 +53,7 @@ class StrengthRow(NamedTuple):
     interval: tuple[float, float]
     """95 % of the rate, bootstrap over continuations"""
     nats_per_token: float
-    """of the continuations under the unsteered model; NaN where there is no text"""
+    """of the continuations under the unsteered model; NaN if there is no text"""
     distinct_2: float
     """share of different pairs among all pairs of neighbouring tokens"""
     failed_prompts: int

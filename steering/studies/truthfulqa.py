@@ -1,6 +1,6 @@
 """TruthfulQA's multiple-choice scores MC1 and MC2 (Lin et al. 2021, arXiv 2109.07958).
 
-The prompt is "Q: {question}\\nA:", behind a primer if there is one (none by default; the published scores use six questions with their
+The prompt is "Q: {question}\\nA:", after a primer if there is one (none by default; the published scores use six questions with their
 answers), and each answer follows as " {answer}", ending in a full stop. An answer's score is the sum of its tokens' log-probabilities.
 
 s answers · p positions · v vocabulary
@@ -137,7 +137,7 @@ def _behind_shared(lm: LanguageModel, ids_sp: Tensor, shared: int) -> Tensor:
 
 
 def _shared(left: Sequence[int], right: Sequence[int]) -> int:
-    """Length of the common beginning."""
+    """Length of the common prefix."""
     return next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))
 
 

@@ -1,1 +1,1 @@
-"""Attribution graphs: what transcoders' features do to one another and to the next token's logits, at one prompt."""
+"""Attribution graphs: effects of transcoders' features on one another and on the next token's logits, at one prompt."""

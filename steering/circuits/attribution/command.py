@@ -144,7 +144,7 @@ def intervene(config: InterveneConfig) -> list[dict[str, Any]]:
 
 
 def opened(path: Path, device: str) -> tuple[GraphFile, Intervening]:
-    """A graph with its model and transcoders. Raises `InputError` where they are no longer those that it was made with."""
+    """A graph with its model and transcoders. Raises `InputError` if they are no longer those that it was made with."""
     content = open_graph(path)
     lm = LanguageModel.load(content["model"], device=device)
     if (found := lm.fingerprint()) != content["fingerprint"]:

@@ -26,30 +26,30 @@ class Features(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """Features, by their place among all active ones, or, without these, the tokens of logits at the last position."""
+    """Features, by their index among all active ones; without features, the tokens of logits at the last position."""
 
     place_t: Tensor | None
     token_t: Tensor | None = None
 
 
 class Edges(NamedTuple):
-    """Into each target of a block."""
+    """The edges into each target of a block."""
 
     place_tm: Tensor
-    """of features among all active ones, those of the largest edges first; -1 where there are fewer"""
+    """of features among all active ones, those with the largest edges first; -1 if there are fewer"""
     value_tm: Tensor
     rest_te: Tensor
     """from the error of each layer and position, and from each token"""
     size_t: Tensor
-    """sum of all edges without their signs, those that are not kept too"""
+    """sum of the absolute values of all edges into a target, also those that are not kept"""
     reads_t: Tensor
     """what the target reads: a feature's pre-activation, a logit minus the mean logit"""
     bias_t: Tensor
-    """what it reads where every source is 0"""
+    """what the target reads if every source is 0"""
 
 
 class LinearModel:
-    """One pass of the linear model with gradients, held for all blocks."""
+    """One pass of the linear model with gradients, kept for all blocks."""
 
     def __init__(self, model: LocalReplacement):
         self.model = model
@@ -70,7 +70,7 @@ class LinearModel:
             self._of_nothing = model.linear(Sources(nothing_pd, [nothing_pd] * len(counts)))
 
     def top_logits(self, share: float, most: int) -> tuple[Tensor, Tensor]:
-        """The likeliest next tokens that together have this probability, at most so many; their probabilities."""
+        """The likeliest next tokens that together have this probability, with a maximum number; and their probabilities."""
         probability_v = self.model.own_logits_v.double().softmax(-1)
         value_k, token_k = probability_v.topk(min(most, len(probability_v)))
         n = int((value_k.cumsum(0) < share).sum()) + 1  # host sync
@@ -96,9 +96,10 @@ class LinearModel:
         return reads_t if not parts else torch.cat(parts)[torch.cat(order).argsort()]
 
     def into(self, targets: Targets, m: int) -> Edges:
-        """Raises `InputError` where the edges and the bias are not what a target reads, as in a model that is not linear between features.
+        """Raises `InputError` if the edges and the bias do not add up to what a target reads, as in a model that is not linear between
+        features.
 
-        Held are the gradients of the block, [t, p, d] for each layer, and what is returned.
+        In memory are the gradients of the block, [t, p, d] for each layer, and the result.
         """
         model = self.model
         with torch.enable_grad():
@@ -131,7 +132,8 @@ class LinearModel:
         return Edges(place_tm, value_tm, rest_te, size_t, reads_t.detach(), bias_t)
 
     def _decoder_biases(self, found: tuple[Tensor, ...]) -> Tensor:
-        """What the decoders' biases bring, [t]: constants that are written with the features, so no part of the pass without sources."""
+        """The contribution of the decoders' biases, [t]: constants that are written with the features, so they are missing in the pass
+        without sources."""
         total_t = found[0].new_zeros(len(found[0]))
         for layer, gradient_tpd in enumerate(found[1:]):
             if layer in self.model.transcoders:
@@ -150,7 +152,7 @@ class LinearModel:
 
 
 def _largest(place_tm: Tensor, value_tm: Tensor, m: int) -> tuple[Tensor, Tensor]:
-    """The m of each row that are largest without their signs."""
+    """The m entries of each row with the largest absolute value."""
     if value_tm.shape[1] <= m:
         return place_tm, value_tm
     at_tm = value_tm.abs().topk(m, dim=1).indices

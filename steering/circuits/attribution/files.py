@@ -21,14 +21,14 @@ class Node(TypedDict):
     id: str
     kind: Kind
     layer: int
-    """-1 of tokens, the number of layers of logits"""
+    """-1 for tokens, the number of layers for logits"""
     position: Count
     influence: Number
-    """on the logits over all paths; of a logit its probability"""
+    """on the logits over all paths; for a logit its probability"""
     feature: NotRequired[Count]
     activation: NotRequired[Number]
     token: NotRequired[Count]
-    """id in the vocabulary, of tokens and logits"""
+    """id in the vocabulary, for tokens and logits"""
     text: NotRequired[str]
     reads: NotRequired[Number]
     """a feature's pre-activation, a logit minus the mean logit: the sum of all edges into it, pruned ones too, and `bias`"""
@@ -40,7 +40,7 @@ class Edge(NamedTuple):
     """number of the node"""
     target: Count
     value: Number
-    """what the source adds to what the target reads"""
+    """the source's contribution to what the target reads"""
     score: Number
     """share of all that the target reads from nodes of the graph, times the target's influence"""
 
@@ -67,13 +67,13 @@ class GraphFile(TypedDict):
 
 @dataclass(frozen=True)
 class Place:
-    """A node by what is in its name."""
+    """A node, parsed from its name."""
 
     kind: Kind
     layer: int
     position: int
     number: int
-    """of a feature, or a logit's token"""
+    """of a feature; for a logit its token"""
 
 
 def feature_name(layer: int, position: int, feature: int) -> str:
@@ -103,7 +103,7 @@ def parse_node(name: str, n_layers: int, n_positions: int) -> Place:
 
 
 def pruned_nodes(graph: AttributionGraph, pruned: Pruned, ids: list[int], texts: list[str], spell: Any) -> tuple[list[Node], list[Edge]]:
-    """Nodes of the pruned graph by layer, and its edges, the highest score first; `spell` gives a token's text."""
+    """Nodes of the pruned graph by layer, and its edges, the highest score first; `spell` returns a token's text."""
     nodes: list[Node] = []
     number_c: dict[int, int] = {}
     n, p = graph.n_features, graph.n_positions
@@ -144,7 +144,7 @@ def save_graph(content: GraphFile, path: Path) -> None:
 
 
 def open_graph(path: Path) -> GraphFile:
-    """Raises `InputError` for a file that is damaged, of another format or version, or whose edges name nodes that are not there."""
+    """Raises `InputError` for a file that is damaged, of another format or version, or whose edges name nodes that do not exist."""
     content: GraphFile = read_json(path, "an attribution graph", GraphFile)
     if content["format"] != FORMAT:
         raise InputError(f"expected a graph of the format {FORMAT} at {path}, got {content['format']!r}; make it again with this version")

@@ -18,9 +18,9 @@ from steering.circuits.attribution.edges import Edges, Features, LinearModel, Ta
 
 SHARE, MOST_LOGITS = 0.95, 10
 RANK_EVERY = 128
-"""features between two rankings of those that are left, whatever the size of a block"""
+"""features between two rankings of the remaining ones, for any size of a block"""
 EDGES = 4096
-"""the largest from features that are kept of a target until all features are chosen"""
+"""number of a target's largest edges from features that are kept until all features are chosen"""
 HELD = 1 << 29
 """bytes of the gradients of a block"""
 MOST_AT_ONCE = 64
@@ -35,13 +35,13 @@ class AttributionGraph:
     """of the logits"""
     probability_t: Tensor
     edge_tc: Tensor
-    """0 too where a target has more than `EDGES` larger ones from features"""
+    """also 0 if a target has more than `EDGES` larger ones from features"""
     size_t: Tensor
-    """of all edges into a target, those from features that were not chosen too"""
+    """sum over all edges into a target, also from features that were not chosen"""
     reads_t: Tensor
     """a feature's pre-activation, a logit minus the mean logit"""
     bias_t: Tensor
-    """what is read where every source is 0, so that reads = sum of all edges + bias"""
+    """what is read if every source is 0, so that reads = sum of all edges + bias"""
     n_layers: int
     n_positions: int
     n_active: int
@@ -58,7 +58,7 @@ class AttributionGraph:
 
     @property
     def weight_t(self) -> Tensor:
-        """Of targets on their own: the probability of a logit."""
+        """The weight of each target itself: the probability of a logit."""
         return torch.cat([self.probability_t.new_zeros(self.n_features), self.probability_t])
 
 
@@ -115,7 +115,8 @@ def block_size(linear: LinearModel) -> int:
 
 
 def influence_of_all(rows: list[Row], n: int, n_layers: int) -> Tensor:
-    """Of every active feature on the logits through the rows there are, [n]: from the last layer to the first, since edges go up only."""
+    """The influence of every active feature on the logits through the current rows, [n]: from the last layer to the first, since edges only
+    go up."""
     influence_n = torch.zeros(n, dtype=torch.float64)
     by_layer: list[list[Row]] = [[] for _ in range(n_layers + 1)]
     for row in rows:
@@ -158,7 +159,7 @@ def _assembled(linear: LinearModel, rows: list[Row], place_k: Tensor, token_k: T
 
 
 def influence(graph: AttributionGraph, share_tc: Tensor) -> Tensor:
-    """Of each source on the logits over all paths, [c]; `share_tc` are rows divided by their sizes."""
+    """The influence of each source on the logits over all paths, [c]; `share_tc` are rows divided by their sums."""
     now_t, total_c = graph.weight_t, torch.zeros(share_tc.shape[1], dtype=torch.float64)
     for _ in range(graph.n_layers + 1):  # no path has more edges
         now_c = now_t @ share_tc
@@ -168,19 +169,20 @@ def influence(graph: AttributionGraph, share_tc: Tensor) -> Tensor:
 
 
 def shares(edge_tc: Tensor) -> Tensor:
-    """Rows of edges without signs, divided by their sums; a row of zeros stays."""
+    """Absolute values of the rows of edges, divided by their sums; a row of zeros stays."""
     size_tc = edge_tc.double().abs()
     return size_tc / size_tc.sum(1, keepdim=True).clamp(min=1e-10)
 
 
 class Scores(NamedTuple):
     completeness: float
-    """by the influence of nodes on the logits, the share of what they read that does not come from errors; errors and tokens, which read
-    nothing, count as complete"""
+    """weighted by the influence of nodes on the logits, the share of what they read that does not come from errors; errors and tokens,
+    which read nothing, count as complete"""
     replacement: float
     """of the influence of tokens and errors on the logits, the share of the tokens"""
     left_out: float
-    """of what nodes read, by their influence, the share from features that are not in the graph, which the other two do not count"""
+    """of what nodes read, weighted by their influence, the share from features that are not in the graph, which the other two do not
+    count"""
 
 
 def scores(graph: AttributionGraph) -> Scores:
@@ -209,9 +211,10 @@ class Pruned(NamedTuple):
 
 
 def prune(graph: AttributionGraph, node_threshold: float, edge_threshold: float) -> Pruned:
-    """The nodes, and then the edges among them, that together have these shares of the influence; what then leads nowhere goes too.
+    """The nodes, and then the edges between them, that together have these shares of the influence; nodes that then lead nowhere are
+    removed.
 
-    Raises `InputError` for thresholds that are no shares.
+    Raises `InputError` for thresholds that are not shares.
     """
     for name, value in (("node", node_threshold), ("edge", edge_threshold)):
         if not 0 <= value <= 1:
@@ -237,7 +240,7 @@ def prune(graph: AttributionGraph, node_threshold: float, edge_threshold: float)
 
 
 def _threshold(score: Tensor, share: float) -> Tensor:
-    """The score from which on the largest together have this share; never 0, which would keep what has none."""
+    """The score above which the largest together have this share; never 0, which would keep nodes without influence."""
     sorted_k = score.sort(descending=True).values
     at = int(torch.searchsorted(sorted_k.cumsum(0) / sorted_k.sum(), share))
     return sorted_k[min(at, max(int((sorted_k > 0).sum()) - 1, 0))]

@@ -1,4 +1,4 @@
-"""A node of a graph set to a multiple of its value: what the graph predicts of the nodes after it, and what a pass shows.
+"""Sets a node of a graph to a multiple of its value: the graph's prediction for the nodes after it, and the result of a pass.
 
 p positions · d width of the stream · t targets
 """
@@ -17,7 +17,7 @@ from steering.circuits.attribution.replacement import Read
 
 FACTORS = (0.0, -1.0, 2.0)
 SHOWN = 10
-"""features whose change is reported, beside all logits"""
+"""number of features whose change is reported, in addition to all logits"""
 
 
 class Intervening:
@@ -90,7 +90,7 @@ class Intervening:
         return self._number[name]
 
     def _added(self, node: Node, factor: float) -> tuple[int, Tensor]:
-        """The layer at which something is added to what is written, -1 for the stream's beginning; and what, [p, d]."""
+        """The layer at which something is added to the written output, -1 for the beginning of the stream; and the vector, [p, d]."""
         model, layer, position = self.linear.model, node["layer"], node["position"]
         added_pd = torch.zeros_like(model.embed_pd)
         if node["kind"] == "logit":

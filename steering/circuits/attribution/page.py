@@ -186,7 +186,7 @@ def _mark(n: int, node: Node, x: float, y: float, largest: float, tokens: list[s
 
 
 def _seen(text: str) -> str:
-    """What cannot be seen as its code, where no marks can stand."""
+    """Characters that cannot be seen as their code, for places without markup."""
     return "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in text)
 
 

@@ -33,12 +33,12 @@ class Active(NamedTuple):
 
 
 class Read(NamedTuple):
-    """What a pass comes to: where features and logits read."""
+    """The result of a pass: the inputs of features and logits."""
 
     input_lpd: Mapping[int, Tensor]
-    """by layer, what its transcoder encodes"""
+    """by layer, the input of its transcoder"""
     final_pd: Tensor
-    """what the unembedding gets"""
+    """the input of the unembedding"""
 
     def detached(self) -> "Read":
         return Read({layer: x_pd.detach() for layer, x_pd in self.input_lpd.items()}, self.final_pd.detach())
@@ -46,19 +46,19 @@ class Read(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """What the linear model is run on."""
+    """The inputs of the linear model."""
 
     embed_pd: Tensor
     """block 0's input"""
     written_lpd: Sequence[Tensor]
-    """of each layer what its features, their bias and its error add; a skip connection comes on top"""
+    """for each layer the sum of its features, their bias and its error; a skip connection is added to it"""
 
 
 class LocalReplacement:
-    """Raises `InputError` for a model whose norms or attention cannot be frozen, and for one without an unembedding to be seen."""
+    """Raises `InputError` for a model whose norms or attention cannot be frozen, and for one whose unembedding cannot be found."""
 
     def __init__(self, lm: LanguageModel, transcoders: Mapping[int, Transcoder], ids_sp: Tensor, skip_positions: int = 0):
-        """`ids_sp` is one prompt, [1, p]. Features are left to the error at the first `skip_positions`."""
+        """`ids_sp` is one prompt, [1, p]. At the first `skip_positions`, features count as error."""
         if ids_sp.shape[0] != 1 or ids_sp.shape[1] <= skip_positions:
             raise InputError(
                 f"expected one prompt of more than {skip_positions} tokens, at the first of which features are left out, got "
@@ -129,13 +129,13 @@ class LocalReplacement:
         return found
 
     def linear(self, sources: Sources) -> Read:
-        """A pass of the linear model, in which every activation and error is what `sources` holds; gradients flow to these."""
+        """A pass of the linear model, in which every activation and error is that of `sources`; gradients flow to these."""
         return self._frozen(sources.embed_pd, {layer: partial(self._written, layer, sources) for layer in range(self.lm.n_layers)})
 
     def responding(self, added: Mapping[int, Tensor], embed_pd: Tensor | None = None) -> Read:
-        """A pass in which features follow what they read, through their gates; errors, patterns and scales stay.
+        """A pass in which features respond to their inputs through their gates; errors, patterns and scales are fixed.
 
-        `added`: by layer what is added to what is written there, [p, d].
+        `added`: by layer the vector added to the written output, [p, d].
         """
 
         def written(layer: int, x_pd: Tensor | None) -> Tensor:
@@ -150,7 +150,7 @@ class LocalReplacement:
 
     @torch.no_grad()
     def real(self, added: Mapping[int, Tensor], embed_pd: Tensor | None = None) -> Read:
-        """A pass of the model itself, nothing frozen; `added`: by layer what is added to what its MLP adds, [p, d]."""
+        """A pass of the model itself, nothing frozen; `added`: by layer the vector added to its MLP's output, [p, d]."""
         edits: dict[str, Any] = {f"mlp_out.{layer}": lambda value, more=more_pd: value + more for layer, more_pd in added.items()}
         if embed_pd is not None:
             edits[STREAM] = lambda value: embed_pd[None].to(value)
@@ -159,7 +159,7 @@ class LocalReplacement:
         return read()
 
     def logits(self, final: Tensor) -> Tensor:
-        """What the unembedding makes of it, [..., v], before a soft cap or factor of the model's."""
+        """The unembedding's output, [..., v], before a soft cap or factor of the model."""
         return self.unembedding.forward(final)
 
     def _written(self, layer: int, sources: Sources, x_pd: Tensor | None) -> Tensor:
@@ -169,7 +169,7 @@ class LocalReplacement:
         return self.transcoders[layer].dictionary.completed(written_pd, x_pd)
 
     def _frozen(self, embed_pd: Tensor, written: Mapping[int, Any]) -> Read:
-        """`written` gives what each MLP adds instead, of what its transcoder reads."""
+        """`written` returns each MLP's replaced output, from the input of its transcoder."""
         reads: dict[int, Tensor] = {}
 
         def write(layer: int, value_spd: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class LocalReplacement:
 
     @contextmanager
     def _watched(self, edits: dict[str, Any], reads: dict[int, Tensor] | None = None) -> Iterator[Any]:
-        """Yields what gives the latest pass inside; with `reads`, no gradient flows into MLPs."""
+        """Yields a function that returns the latest pass inside; with `reads`, no gradient flows into MLPs."""
         kept, final, cut = dict[int, Tensor]() if reads is None else reads, Latest(), reads is not None
 
         def read_at(layer: int, value_spd: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def browse_graph(config: BrowseGraphConfig) -> None:
 
 
 def create_app(content: GraphFile, intervening: Intervening, path: Path) -> Any:
-    """The ASGI application: the page at /, and POST /intervene, which gives what `Intervening.set` gives."""
+    """The ASGI application: the page at /, and POST /intervene, which returns the result of `Intervening.set`."""
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException

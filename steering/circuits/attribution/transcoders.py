@@ -1,4 +1,4 @@
-"""A set of per-layer transcoders as an attribution graph needs it: each reads ahead of its block's MLP and stands in for what that adds.
+"""A set of per-layer transcoders for an attribution graph: each reads before its block's MLP and replaces the MLP's output.
 
 d width of the stream
 """
@@ -23,12 +23,12 @@ READS = ("mlp_in", "mlp_in_nogain", "resid_mid")
 class Transcoder(NamedTuple):
     dictionary: Dictionary
     site: str
-    """that is looked at in the model"""
+    """the site that is recorded in the model"""
     gain_and_bias_d: tuple[Tensor, Tensor] | None
-    """of the norm before the MLP where the dictionary reads what it makes ahead of these, else None"""
+    """of the norm before the MLP, if the dictionary reads the norm's output before these; else None"""
 
     def read(self, value_pd: Tensor) -> Tensor:
-        """What the dictionary encodes, of the value at `site`."""
+        """The dictionary's input, from the value at `site`."""
         value_pd = value_pd.to(self.dictionary.dtype)
         if self.gain_and_bias_d is None:
             return value_pd
@@ -39,7 +39,7 @@ class Transcoder(NamedTuple):
 def open_transcoders(lm: LanguageModel, source: str) -> dict[int, Transcoder]:
     """By layer, from a folder, file or name on the hub in any of the formats; a single transcoder is a set of one layer.
 
-    A line on stderr says which blocks have none. Raises `InputError` for what is no such set, and for one of another model.
+    A line on stderr says which blocks have none. Raises `InputError` for anything else, and for a set of another model.
     """
     found = load(source, lm.device)
     return checked(lm, found if isinstance(found, Bundle) else {0: found}, source)

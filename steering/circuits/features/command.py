@@ -32,7 +32,7 @@ from steering.circuits.tasks.presence import presence, require_present, task_fac
 from steering.circuits.tasks.prompts import Prompts
 
 MOST_EDGES = 500
-"""that are kept, the strongest"""
+"""number of the strongest edges that are kept"""
 OF_BOTH = {"model", "task", "pairs", "corruption", "examples", "seed", "out", "device", "dry_run", "features"}
 """flags of circuits of edges and of features"""
 
@@ -130,7 +130,7 @@ def find_feature_circuit(config: FindCircuitConfig) -> FeatureCircuit | None:
 def _scored(
     config: FindCircuitConfig, lm: LanguageModel, sites: list[FeatureSite], prompts: Prompts, what: str
 ) -> tuple[Nodes, list[dict[str, Any]]]:
-    """Of each site, scores of every pair [s, n] (of masks, which belong to all pairs, one row), and the completeness of the sites."""
+    """For each site, scores of every pair [s, n] (for masks, which belong to all pairs, one row), and the completeness of the sites."""
     if config.node_method == "mask":
         with progress(f"learning gates of {what}", ROUNDS, "rounds") as bar:
             masks = learned_masks(lm, sites, prompts, config.penalty, mean_of=mean_of(config, prompts), seed=config.seed, bar=bar)
@@ -163,17 +163,17 @@ def _measured(
 
 
 def mean_of(config: FindCircuitConfig, found_on: Prompts) -> Prompts | None:
-    """The pairs whose means stand outside, where means do."""
+    """The pairs whose means are the values outside, if means are used."""
     return found_on if config.outside == "mean" else None
 
 
 def measuring_runs() -> int:
-    """At most: two for each number of nodes, the random features and the other bases; the circuit's own."""
+    """Maximum number of runs: two for each number of nodes, the random features and the other bases; the circuit's own."""
     return (len(COUNTS) + 2) * (2 + DRAWS + len(BASES)) + 3 + DRAWS
 
 
 def _announce(config: FindCircuitConfig, lm: LanguageModel, sites: list[FeatureSite], prompts: Prompts) -> None:
-    """How long it takes, by one run."""
+    """Prints how long it takes, from one run."""
     patching = NodePatching(lm, sites, prompts)
     begun = time.monotonic()
     patching([torch.zeros(site.n_nodes, dtype=torch.bool) for site in sites])

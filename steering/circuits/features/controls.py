@@ -1,4 +1,4 @@
-"""What circuits of features are held against: other directions of the same sites, and random features that fire as often.
+"""Comparisons for circuits of features: other directions of the same sites, and random features that fire as often.
 
 n nodes of a site · s sequences · p positions · d, o widths of a site · f features
 """
@@ -16,12 +16,12 @@ from steering.circuits.features.sites import FeatureSite, basis_site, changed
 from steering.circuits.tasks.prompts import Prompts
 
 NEAREST = 10
-"""features of the nearest frequency, one of which stands for a feature of the circuit"""
+"""number of features with the nearest frequency, one of which replaces a feature of the circuit"""
 BASES = ("neurons", "principal directions", "random directions")
 
 
 def other_bases(lm: LanguageModel, sites: Sequence[FeatureSite], prompts: Prompts, seed: int) -> dict[str, list[FeatureSite]]:
-    """By name, for each site the dimensions of its vectors, their principal directions over all tokens of the pairs, random directions."""
+    """By name, for each site: the dimensions of its vectors, their principal directions over all tokens of the pairs, random directions."""
     found: dict[str, list[FeatureSite]] = {name: [] for name in BASES}
     generator = torch.Generator().manual_seed(seed)
     for site, covariance_oo in zip(sites, _covariances(lm, sites, prompts)):
@@ -67,9 +67,9 @@ def frequencies(lm: LanguageModel, sites: Sequence[FeatureSite], prompts: Prompt
 
 
 def matched_nodes(sites: Sequence[FeatureSite], inside: Nodes, frequency: Sequence[Tensor], rng: np.random.Generator) -> Nodes | None:
-    """Random features of the circuit's frequencies: for each one inside, one of the `NEAREST` in frequency that are outside and active.
+    """Random features of the circuit's frequencies: for each feature inside, one of the `NEAREST` in frequency that are outside and active.
 
-    None where too few are left to draw from. Skips and errors stay as they are.
+    None if too few are left to draw from. Skips and errors stay as they are.
     """
     drawn = []
     for site, one_n, one_f in zip(sites, inside, frequency):

@@ -1,7 +1,7 @@
-"""How faithful circuits of features are, beside circuits of other directions of the same sites, on pairs that none was chosen on.
+"""How faithful circuits of features are, compared with circuits of other directions of the same sites, on held-out pairs.
 
-All of them are ranked by the scores of one method on the same pairs, and cut in the same way: what is left out has its value of the corrupt
-prompt, or its mean. Other bases have no error, so that features stand twice: with the errors in every circuit, and with them out.
+All of them are ranked by the scores of one method on the same pairs, and cut in the same way: nodes outside have their value of the corrupt
+prompt, or their mean. Other bases have no error, so features appear twice: with the errors in every circuit, and without.
 
 n nodes of a site · f features · b rounds of the bootstrap, the data themselves first
 """
@@ -23,9 +23,9 @@ from steering.circuits.features.sites import FeatureSite
 from steering.circuits.finding.metrics import Bounds, jaccard
 
 COUNTS = (1, 3, 10, 30, 100, 300)
-"""nodes of circuits"""
+"""numbers of nodes of the circuits"""
 DRAWS = 10
-"""of random features"""
+"""number of draws of random features"""
 
 
 def top_nodes(sites: Sequence[FeatureSite], score_n: Nodes, count: int, *, errors: bool) -> Nodes:
@@ -37,7 +37,7 @@ def top_nodes(sites: Sequence[FeatureSite], score_n: Nodes, count: int, *, error
 
 
 def with_errors(sites: Sequence[FeatureSite], inside: Nodes, errors: bool) -> Nodes:
-    """The same nodes, with all errors or none. That of a complete basis is rounding, and always in."""
+    """The same nodes, with all errors or none. The error of a complete basis is rounding, and always in."""
     found = []
     for site, one_n in zip(sites, inside):
         one_n = one_n.clone()
@@ -58,7 +58,7 @@ def everything(sites: Sequence[FeatureSite], inside: bool) -> Nodes:
 
 
 def node_bounds(patching: NodePatching, seed: int) -> Bounds:
-    """The metric with every node inside and with none. Raises `InputError` where that changes nothing."""
+    """The metric with every node inside and with none. Raises `InputError` if the two are equal."""
     full_n, empty_n = (np.asarray(patching(everything(patching.sites, inside)), dtype=np.float64) for inside in (True, False))
     if not np.isfinite(full_n.mean() - empty_n.mean()) or full_n.mean() == empty_n.mean():
         raise InputError(
@@ -76,7 +76,7 @@ class Curve:
 
     @property
     def ranked(self) -> int:
-        """Nodes that a circuit can choose from: those whose score is not 0."""
+        """Nodes that a circuit can choose from: those with a score other than 0."""
         return sum(int((one_n * candidates(site) != 0).sum()) for site, one_n in zip(self.sites, self.score_n))
 
     def top(self, count: int, *, errors: bool) -> Nodes:

@@ -1,4 +1,4 @@
-"""Edges between nodes of dictionaries that follow one another: what a node behind carries of the metric because of a node before it.
+"""Edges between nodes of consecutive dictionaries: the part of the metric that a later node carries because of an earlier one.
 
 The change of node i before, taken through the model between the two sites to the value of node j behind, times what j is worth to the
 metric. All of it by gradients at points of the line between the prompts: Σ over positions q of (∂v_j(q) / ∂y) · W_dec_i Δv_i · worth_j(q).
@@ -26,7 +26,7 @@ from steering.circuits.tasks.prompts import Prompts
 
 
 class _Reached(Exception):
-    """Ends a pass at the site behind."""
+    """Ends a pass at the later site."""
 
 
 class Between(NamedTuple):
@@ -66,7 +66,7 @@ def edge_scores(
 
 
 def passes_of(sites: Sequence[FeatureSite], prompts: Prompts, inside: Nodes, method: str, steps: int) -> int:
-    """How often `edge_scores` advances its bar: nodes behind, parts of the pairs and steps."""
+    """How often `edge_scores` advances its bar: later nodes, parts of the pairs and steps."""
     behind = sum(int((one_n | special(site)).sum()) for site, one_n in zip(sites[1:], inside[1:]))
     return behind * len(list(parts_of(sites, prompts))) * len(steps_of(method, steps))
 

@@ -38,7 +38,7 @@ class NodeRow(TypedDict):
     """of a feature: the mean over the pairs of the largest value in the clean prompt, in the model's units"""
     corrupt: Number
     weight: Number
-    """of a feature: what to steer with, in the same units; 0 of other nodes"""
+    """of a feature: how strongly to steer with it, in the same units; 0 for other nodes"""
     frequency: Number
     """share of the pairs' tokens on which it is active"""
 
@@ -63,7 +63,7 @@ class CircuitFile(TypedDict):
 
 @dataclass(frozen=True)
 class FeatureCircuit:
-    """Features of a model's dictionaries that do a task, and what every node that matters scored."""
+    """Features of a model's dictionaries that do a task, and the scores of all nodes."""
 
     model: str
     fingerprint: str
@@ -86,7 +86,7 @@ class FeatureCircuit:
         return [row for row in self.nodes if row["node"].partition("/")[0] == site and row["node"].partition("/")[2].isdigit()]
 
     def require_model(self, lm: LanguageModel) -> None:
-        """Raises `InputError` for a model that the circuit is not of."""
+        """Raises `InputError` for a model other than the circuit's."""
         if (found := lm.fingerprint()) != self.fingerprint:
             raise InputError(
                 f"expected the model of the circuit, {self.model!r} with the fingerprint {self.fingerprint}, got {lm.name!r} with {found}; "
@@ -94,7 +94,7 @@ class FeatureCircuit:
             )
 
     def inside(self, sites: Sequence[FeatureSite]) -> Nodes:
-        """The circuit's nodes as bool [n] of each site. Raises `InputError` for other dictionaries than the circuit's."""
+        """The circuit's nodes as bool [n] for each site. Raises `InputError` for other dictionaries than the circuit's."""
         if [row_of(site) | {"source": ""} for site in sites] != [{**row, "source": ""} for row in self.dictionaries]:
             there = ", ".join(f"{row['source']} ({row['crc32']})" for row in self.dictionaries)
             got = ", ".join(f"{site.source} ({site.crc32})" for site in sites)

@@ -1,4 +1,4 @@
-"""Which nodes a task needs together, learned: a gate on every node, few of which stay open, so that the predictions stay the model's.
+"""Learned masks: a gate on every node, few of which stay open while the predictions stay those of the model.
 
 m nodes that may differ · n nodes of a site · s sequences · v vocabulary
 """
@@ -19,7 +19,7 @@ from steering.circuits.tasks.prompts import Prompts
 ROUNDS = 150
 LEARNING_RATE = 0.1
 BEGIN = 2.0
-"""log α of every gate at the beginning: open with a probability of 0.97"""
+"""initial log α of every gate: open with a probability of 0.97"""
 
 
 def learned_masks(

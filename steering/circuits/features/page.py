@@ -41,11 +41,11 @@ td.words{white-space:normal;max-width:22rem}td.words code{margin-right:.4rem}
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of one dictionary's features."""
+    """Data about one dictionary's features."""
 
     index: FeatureIndex | None = None
     port: int = 0
-    """where `sae browse` is to serve the index"""
+    """port on which `sae browse` will serve the index"""
     export: Path | None = None
     """a folder that `sae export` wrote"""
 
@@ -57,10 +57,10 @@ class Known:
 
 
 def known_of(sites: Sequence[FeatureSite], indexes: Sequence[Path], exports: Sequence[Path]) -> dict[str, Known]:
-    """By site, what the folders hold of its features.
+    """By site, the folders' data about its features.
 
-    Indexes are recognised by their dictionary; exports stand in the order of the model. Raises `InputError` for an index of another
-    dictionary, and for exports that are none or not as many as dictionaries.
+    Indexes are recognised by their dictionary; exports are in the order of the model. Raises `InputError` for an index of another
+    dictionary, for folders that are not exports, and if there are not as many as dictionaries.
     """
     if exports and len(exports) != len(sites):
         raise InputError(f"expected as many folders of --export as dictionaries, {len(sites)}, got {len(exports)}; give one for each")

@@ -19,12 +19,12 @@ from steering.circuits.tasks.prompts import Prompts
 
 START = "resid_pre.0"
 HELD = 1 << 28
-"""bytes of activations that a pass may hold"""
+"""bytes of activations that a pass may keep"""
 BATCH = 64
-"""sequences of a pass"""
+"""sequences per pass"""
 
 Nodes = list[Tensor]
-"""of each site, a number or a bool for each of its nodes, [n]"""
+"""for each site, a number or a bool for each of its nodes, [n]"""
 
 
 def rows_of_pass(sites: Sequence[FeatureSite], positions: int) -> int:
@@ -60,7 +60,7 @@ class Line:
 
     @torch.no_grad()
     def splits(self, share: float) -> list[Split]:
-        """What each site has at this point. Those of the two points asked for last are kept."""
+        """The parts of each site at this point. Those of the last two points are kept."""
         if share not in self._splits:
             found: dict[int, Split] = {}
 
@@ -75,7 +75,7 @@ class Line:
         return self._splits[share]
 
     def gradients(self, share: float) -> tuple[Tensor, list[Tensor]]:
-        """The metric of each pair [s], and its gradient with respect to what flows at each site, [s, p, o]."""
+        """The metric of each pair [s], and its gradient with respect to the value at each site, [s, p, o]."""
         seen: dict[int, Tensor] = {}
 
         def keep(number: int, x_spd: Tensor, y_spo: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class Line:
 
 
 class Outside(NamedTuple):
-    """What a site's nodes carry outside the circuit."""
+    """The values of a site's nodes outside the circuit."""
 
     features_k: Tensor
     """those that are active somewhere; all others are 0"""

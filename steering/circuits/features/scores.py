@@ -1,4 +1,4 @@
-"""How much every node of the sites matters: estimates of how far the metric falls when the node alone has its corrupt value.
+"""How much every node of the sites matters: estimates of how far the metric falls when only this node has its corrupt value.
 
 A node's part of the vector at its site times the metric's gradient there; what a site has is a sum of its nodes, so the scores of a site's
 nodes add up to what the site's whole change is worth.
@@ -24,10 +24,10 @@ STEPS = 5
 
 
 class Step(NamedTuple):
-    """A gradient, and the change that it is multiplied with."""
+    """A gradient, and the change that it is multiplied by."""
 
     gradient: float
-    """where on the line it is taken"""
+    """the point of the line at which it is taken"""
     begin: float
     end: float
     weight: float = 1.0
@@ -65,7 +65,7 @@ def node_scores(
     steps: int = STEPS,
     bar: Progress | None = None,
 ) -> NodeScores:
-    """Of every pair. A step is a pass and a pass with its gradient; the dictionaries encode each site once for each point.
+    """Scores of every pair. A step is a pass and a pass with its gradient; the dictionaries encode each site once for each point.
 
     Raises `InputError` as `steps_of` does and for pairs whose sides have different lengths.
     """
@@ -93,7 +93,7 @@ def parts_of(sites: Sequence[FeatureSite], prompts: Prompts) -> Iterator[Prompts
 
 
 def contributions(line: Line, step: Step) -> Nodes:
-    """Of each site, what each node's change in the step adds to the metric of each pair, [s, n], to first order."""
+    """For each site, the contribution of each node's change in the step to the metric of each pair, [s, n], to first order."""
     before, after = line.splits(step.begin), line.splits(step.end)
     _, gradients = line.gradients(step.gradient)
     return [along(*one) for one in zip(line.sites, before, after, gradients)]

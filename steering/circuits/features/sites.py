@@ -1,7 +1,8 @@
-"""Dictionaries at sites of a model: what a run has there as features, skip and error, which add up to it exactly.
+"""Dictionaries at sites of a model: the value at a site as features, skip and error, which add up to it exactly.
 
-y = Σ_j v_j W_dec_j + skip + error. v is the activation in the model's own units; the skip is all else that the dictionary writes (of most
-kinds a constant, with the skip matrix of a transcoder or in a frame a function of the token); the error is what the dictionary misses.
+y = Σ_j v_j W_dec_j + skip + error. v is the activation in the model's own units; the skip is everything else that the dictionary writes
+(for most kinds a constant, with the skip matrix of a transcoder or in a frame a function of the token); the error is what the dictionary
+misses.
 
 s sequences · p positions · d width that is read · o width that is written · f features · k some features · n nodes of a site
 """
@@ -27,7 +28,7 @@ from sae.model.sites import EMBED, KINDS, parse_site
 
 SKIP, ERROR = "skip", "error"
 RESIDUAL = ("resid_pre", "resid_mid", "resid_post")
-"""kinds of sites that all of the model's work goes through"""
+"""kinds of sites through which everything in the model passes"""
 
 
 class Split(NamedTuple):
@@ -39,14 +40,14 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class FeatureSite:
-    """One dictionary where it writes. Its nodes are the features, the skip and the error, in this order."""
+    """One dictionary at its output site. Its nodes are the features, the skip and the error, in this order."""
 
     dictionary: Dictionary
     reads: str
     writes: str
     source: str = ""
     has_error: bool = True
-    """not of a complete basis, whose error is rounding"""
+    """False for a complete basis, whose error is rounding"""
 
     @property
     def d_sae(self) -> int:
@@ -85,7 +86,7 @@ class FeatureSite:
         return f"{self.writes}/{kind}"
 
     def node(self, kind: str) -> int:
-        """The number of what stands after the slash. Raises `InputError` for none of this site's nodes."""
+        """The number of the part after the slash. Raises `InputError` for a name that is not one of this site's nodes."""
         named = {SKIP: self.skip, ERROR: self.error}
         found = named.get(kind, int(kind) if kind.isascii() and kind.isdigit() else -1)
         if not (0 <= found < self.d_sae or kind in named):
@@ -93,7 +94,7 @@ class FeatureSite:
         return found
 
     def split(self, x_spd: Tensor, y_spo: Tensor) -> Split:
-        """What is there (y) where the dictionary read x, in the dictionary's dtype; gradients flow to both."""
+        """The parts of y at the output site for the input x, in the dictionary's dtype; gradients flow to both."""
         dictionary = self.dictionary
         x_spd, y_spo = (t.to(dictionary.W_dec_fo.device, dictionary.dtype) for t in (x_spd, y_spo))
         acts_spf = dictionary.encode(x_spd)
@@ -101,7 +102,7 @@ class FeatureSite:
         return Split(acts_spf * dictionary.unit(x_spd), dictionary.baseline(x_spd).expand_as(error_spo), error_spo)
 
     def joined(self, split: Split, features_k: Tensor) -> Tensor:
-        """The vector of which these are the parts, [s, p, o]; all features but `features_k` are 0."""
+        """The vector with these parts, [s, p, o]; all features except `features_k` are 0."""
         return split.value_spf[..., features_k] @ self.rows(features_k) + split.skip_spo + split.error_spo
 
     def rows(self, features_k: Tensor) -> Tensor:
@@ -134,7 +135,7 @@ def open_sites(lm: LanguageModel, sources: Sequence[str]) -> list[FeatureSite]:
 
 
 def in_order(sites: Sequence[FeatureSite]) -> list[FeatureSite]:
-    """As a model comes to them. Raises `InputError` for two at one site and for two that lie within one another."""
+    """In the order of the model. Raises `InputError` for two at one site and for two that overlap."""
 
     def order(name: str) -> tuple[int, int]:
         kind, layer = parse_site(name)
@@ -175,7 +176,7 @@ def changed(lm: LanguageModel, sites: Sequence[FeatureSite], change: Change) -> 
 
 
 class Linear(Gate):
-    """Activations are the pre-activations: of the directions of a basis."""
+    """Activations equal the pre-activations: for the directions of a basis."""
 
     signed = True
 

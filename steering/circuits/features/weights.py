@@ -23,7 +23,7 @@ from steering.intervention import steered
 from steering.vector import SteeringVector
 
 RANDOM = 10
-"""random directions that a vector is held against"""
+"""number of random directions that a vector is compared with"""
 
 
 def node_rows(
@@ -91,9 +91,9 @@ def circuit_vector(
 
 @torch.no_grad()
 def steering_effect(lm: LanguageModel, vector: SteeringVector, prompts: Prompts, answer: Sequence[str], seed: int) -> dict[str, Any] | None:
-    """What adding the vector everywhere in the corrupt prompts does to the metric of the held-out pairs with its answer, as goes into JSON.
+    """The effect of adding the vector everywhere in the corrupt prompts on the metric of the held-out pairs with its answer, for the JSON.
 
-    "random" is the same with random directions as long, `RANDOM` of them. None where no held-out pair has the answer.
+    "random" is the same with `RANDOM` random directions of the same length. None if no held-out pair has the answer.
     """
     numbers = [number for number, pair in enumerate(prompts.pairs) if list(pair.right) == list(answer)]
     if not numbers:

@@ -1,4 +1,5 @@
-"""The command that finds a task's circuit: is the task there, what every edge scores, which edges do it, and how well on other pairs."""
+"""The command that finds a task's circuit: whether the model does the task, the score of every edge, the circuit, and its quality on
+held-out pairs."""
 
 import shlex
 import sys
@@ -42,13 +43,13 @@ from steering.circuits.tasks.presence import presence, require_present, task_fac
 from steering.circuits.tasks.prompts import Prompts, make_prompts, own_prompts
 
 HELD = 1 << 30
-"""bytes of what all writers write that a pass may hold"""
+"""limit in bytes for the writers' output that a pass may keep"""
 SHORT_LIST = 0.2
 """of all edges, by score: what elimination starts with"""
 WHOLE_PROMPTS = ("exact", "first-hop")
 """methods whose scores have no parts by position"""
 LEAST = 4
-"""pairs, two of which to find the circuit on; of fewer, even if all are right, no interval is above a half"""
+"""minimum number of pairs, two of which to find the circuit on; with fewer, even if all are right, no interval is above a half"""
 DRAWS = 20
 """random circuits of the circuit's size, and of random heads instead of its heads"""
 
@@ -206,7 +207,7 @@ def found_change(engine: Engine, prompts: Prompts, patching: Patching) -> float:
 
 
 def searched(config: CircuitConfig, patching: Patching, score_rw: Tensor) -> tuple[Tensor, dict[str, Any]]:
-    """The circuit and what is to be said about the search."""
+    """The circuit, and a description of the search."""
     graph = patching.graph
     if config.search == "top":
         return top_edges(graph, score_rw, config.edges, absolute=True), {"edges": config.edges}

@@ -1,11 +1,11 @@
-"""First-hop scores: what cutting an edge does to its own reader exactly, and from there on by the gradient.
+"""First-hop scores: the exact effect of cutting an edge on its own reader, and from there on an estimate by the gradient.
 
 score = [f_r(x_r + Δ_u) − f_r(x_r)] · ∂m/∂f_r
 
-f_r is the reader's own module on what it reads: for a head's query, key or value the norm, the projection, the rotation, the softmax and
-the mixing, up to that head's output before the output projection; for an MLP its norm and the MLP; for the logits all that follows, which
-makes those edges exact. It sees what a saturated softmax does, which no gradient at the reader's input does; saturation after the reader
-stays unseen. AtP* (arXiv 2403.00745) does this for queries and keys of single nodes.
+f_r is the reader's own module on its input: for a head's query, key or value the norm, the projection, the rotation, the softmax and the
+mixing, up to that head's output before the output projection; for an MLP its norm and the MLP; for the logits everything that follows,
+which makes those edges exact. It captures a saturated softmax, which a gradient at the reader's input misses; it misses saturation after
+the reader. AtP* (arXiv 2403.00745) does this for queries and keys of single nodes.
 
 s sequences · p positions · d width of the stream · v vocabulary · n some writers · h heads · z width of a head · r readers · w writers
 """
@@ -68,9 +68,9 @@ class _BlockAlone:
         self.stream_behind_spd = self._clean.pop("resid_post")
 
     def changes(self, change_nspd: Tensor, kind: str, sites: list[str]) -> dict[str, Tensor]:
-        """How what is at `sites` changes, each [n, s, p, width]; the heads' outputs where only "q", "k" or "v", `kind`, reads the change.
+        """The change of the values at `sites`, each [n, s, p, width]; the heads' outputs if only "q", "k" or "v", `kind`, reads the change.
 
-        The MLP reads the stream with the change and what attention adds in the clean run.
+        The MLP reads the stream with the change and the attention's output of the clean run.
         """
         n, layer, lm = len(change_nspd), self._layer, self._engine.lm
         held = [one for one in (*HEAD_INPUTS, "attn_out") if one != kind]
@@ -90,7 +90,7 @@ def _with_gradient(embedding_spd: Tensor) -> Tensor:
 
 
 def _gradients(engine: Engine, ids_sp: Tensor, mask_sp: Tensor | None, metric: Metric) -> dict[str, Tensor]:
-    """Of the metric with respect to what every block's heads and MLP give, by site."""
+    """The metric's gradients with respect to the outputs of every block's heads and MLP, by site."""
     seen: dict[str, Tensor] = {}
 
     def keep(site: str, value: Tensor) -> Tensor:
@@ -126,6 +126,6 @@ def _repeated(prompts: tuple[Tensor, Tensor | None], n: int) -> tuple[Tensor, Te
 
 
 def _parts(writers: range, sequences: int) -> list[slice]:
-    """As many together as a pass takes."""
+    """Groups of as many as fit into a pass."""
     together = max(1, BATCH // sequences)
     return [slice(first, min(first + together, writers.stop)) for first in range(writers.start, writers.stop, together)]

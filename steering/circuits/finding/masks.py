@@ -20,15 +20,15 @@ from steering.circuits.finding.searches import Patching
 
 STEPS = 600
 PAIRS = 16
-"""of a step"""
+"""pairs of a step"""
 LEARNING_RATE = 0.1
 MULTIPLIER_RATE = 0.05
 SHRINKING = 0.5
-"""share of the steps in which the number of edges aimed at falls to the one asked for"""
+"""share of the steps in which the target number of edges falls to the requested one"""
 SHORT_LIST = 4
-"""times the edges asked for: where in the order of scores a gate begins at log α = 0"""
+"""multiple of the requested edges: the rank in the order of scores at which a gate starts at log α = 0"""
 BEGIN = 3.0
-"""log α of the largest scores at the beginning, and minus that of the smallest"""
+"""initial log α of the largest scores, and minus that of the smallest"""
 
 
 class Learned(NamedTuple):
@@ -36,7 +36,7 @@ class Learned(NamedTuple):
     gate_rw: Tensor
     """log α of every edge"""
     expected: float
-    """edges that were open at the end, by the gates' probabilities"""
+    """expected number of open edges at the end, by the gates' probabilities"""
     kl: float
     """mean KL of the circuit's predictions to the model's, in nats"""
 
@@ -74,7 +74,7 @@ def learn_masks(patching: Patching, score_rw: Tensor, n: int, *, steps: int = ST
 
 
 def _begun(score_rw: Tensor, exists_rw: Tensor, n: int) -> Tensor:
-    """log α: the logarithm of the score over that of the edge at which a short list would end."""
+    """Initial log α: the logarithm of the score over that of the edge at the end of the short list."""
     size_rw = score_rw.detach().cpu().float().abs()
     sizes = size_rw[exists_rw].sort(descending=True).values
     if not sizes[0] > 0:

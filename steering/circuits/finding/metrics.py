@@ -1,6 +1,6 @@
-"""How good a circuit is: MIB's curve with CPR and CMD, bounded measures beside it, completeness, minimality, stability, controls.
+"""How good a circuit is: MIB's curve with CPR and CMD, bounded measures, completeness, minimality, stability, controls.
 
-Everything takes `run`, which gives the metric of every pair when only a circuit's edges carry the clean run and all others the corrupt one.
+`run` always returns the metric of every pair when only a circuit's edges carry the clean run and all others the corrupt one.
 
 r readers · w writers · n pairs · k sizes of circuits · b rounds of the bootstrap, the data themselves first
 """
@@ -20,12 +20,12 @@ from sae.statistics import Estimate, data_and_resamples, estimate, mean_estimate
 from steering.circuits.model_graph.graph import HEAD_INPUTS, Graph
 
 Run = Callable[[Tensor], np.ndarray]
-"""of a circuit, bool [r, w], the metric of every pair, [n]"""
+"""from a circuit, bool [r, w], to the metric of every pair, [n]"""
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-"""of the graph's edges, as MIB has them"""
+"""of the graph's edges, as in MIB"""
 COUNTS = (10, 30, 100)
-"""edges of circuits that somebody could read"""
+"""numbers of edges of circuits small enough to read"""
 
 
 TRIES = 50
@@ -33,10 +33,10 @@ TRIES = 50
 
 
 class Bounds(NamedTuple):
-    """The two runs that every circuit is measured against."""
+    """The two runs with which every circuit is compared."""
 
     full_n: np.ndarray
-    """the model as it is"""
+    """the whole model"""
     empty_n: np.ndarray
     """every edge cut"""
     weight_bn: np.ndarray
@@ -53,14 +53,14 @@ class Bounds(NamedTuple):
 
 class Size(NamedTuple):
     asked: int
-    """edges taken by score"""
+    """number of edges chosen by score"""
     kept: int
-    """of them, on a path from "embed" to "logits": the others are pruned"""
+    """number of these on a path from "embed" to "logits": the others are pruned"""
     metric_n: np.ndarray
 
 
 def bounds(run: Run, graph: Graph, seed: int = 0) -> Bounds:
-    """Raises `InputError` where cutting every edge leaves the mean metric as it is: nothing can be a share of no difference."""
+    """Raises `InputError` if cutting every edge does not change the mean metric: shares of it are then undefined."""
     full_n, empty_n = (np.asarray(run(circuit), dtype=np.float64) for circuit in (graph.exists_rw, torch.zeros_like(graph.exists_rw)))
     if not math.isfinite(full_n.mean() - empty_n.mean()) or full_n.mean() == empty_n.mean():
         raise InputError(
@@ -86,7 +86,7 @@ def top_edges(graph: Graph, score_rw: Tensor, n: int, *, absolute: bool) -> Tens
 
 
 def sizes_of(graph: Graph, score_rw: Tensor, asked: Sequence[int], run: Run, *, absolute: bool) -> list[Size]:
-    """A circuit of each size, run."""
+    """Runs a circuit of each size."""
     found = []
     for n in asked:
         circuit_rw = top_edges(graph, score_rw, n, absolute=absolute)
@@ -177,12 +177,13 @@ def _control(run: Run, ends: Bounds, circuits: Sequence[Tensor]) -> dict[str, An
 
 
 def completeness(run: Run, graph: Graph, circuit_rw: Tensor, ends: Bounds) -> Estimate:
-    """Faithfulness of the model without the circuit's edges: 0 where the circuit is all that does the task, above 0 where others can."""
+    """Faithfulness of the model without the circuit's edges: 0 if only the circuit does the task, above 0 if other parts can."""
     return ends.faithfulness_estimate(run(graph.exists_rw & ~graph.checked(circuit_rw).cpu()))
 
 
 def minimality(run: Run, graph: Graph, circuit_rw: Tensor, ends: Bounds) -> list[tuple[str, Estimate]]:
-    """What each edge is worth: how much faithfulness falls when it alone is cut from the circuit; the edges that matter least first."""
+    """The value of each edge: how much faithfulness falls when only this edge is cut from the circuit; the edges that matter least
+    first."""
     whole_b = ends.faithfulness(run(circuit_rw))
     found = []
     for r, w in graph.checked(circuit_rw).nonzero().tolist():

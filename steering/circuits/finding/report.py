@@ -5,7 +5,7 @@ from typing import Any
 from steering.circuits.files import Circuit, some_cuts
 
 STRONGEST = 15
-"""edges that are listed"""
+"""number of edges that are listed"""
 
 
 def print_tables(circuit: Circuit) -> None:

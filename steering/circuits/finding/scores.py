@@ -26,7 +26,7 @@ STEPS = 5
 STREAM = "resid_pre.0"
 
 Path: TypeAlias = Callable[[float], AbstractContextManager[None]]
-"""gives the context in which passes are those at a point between 0, clean, and 1, corrupt"""
+"""returns the context in which passes are those at a point between 0, clean, and 1, corrupt"""
 
 
 class Scores(NamedTuple):
@@ -35,9 +35,9 @@ class Scores(NamedTuple):
     clean_s: Tensor
     """the metric"""
     corrupt_s: Tensor
-    """the metric of the corrupt run; NaN where none was made"""
+    """the metric of the corrupt run; NaN if there is none"""
     span_srwk: Tensor | None = None
-    """what of a score comes from each span of positions, where spans were given"""
+    """the part of a score from each span of positions, if spans were given"""
 
 
 def edge_scores(
@@ -145,7 +145,7 @@ def _run_at(engine: Engine, ids_sp: Tensor, mask_sp: Tensor | None, point: Abstr
 
 
 def completeness(graph: Graph, score_rw: Tensor, change: float) -> dict[str, float]:
-    """The sum of the scores across each cut of the graph over the metric's change: 1 where they account for all of it."""
+    """The sum of the scores across each cut of the graph over the metric's change: 1 if they account for all of it."""
     return {place: float(score_rw.cpu()[across_rw].sum()) / change for place, across_rw in graph.cuts().items()}
 
 
@@ -173,7 +173,7 @@ class _Sums:
 
 
 def _between(engine: Engine, clean_spd: Tensor, corrupt_spd: Tensor) -> Path:
-    """The line from one input of block 0 to another; at its ends they are those inputs to the bit."""
+    """The line from one input of block 0 to another; at its ends it equals those inputs to the bit."""
 
     def at(share: float) -> AbstractContextManager[None]:
         return engine.lm.edited({STREAM: lambda _: torch.lerp(clean_spd, corrupt_spd.expand_as(clean_spd), share)})

@@ -1,4 +1,4 @@
-"""Circuits by running them: exact patching of single edges, and edges taken away one after the other while the predictions stay.
+"""Circuits by running them: exact patching of single edges, and edges removed one after the other while the predictions stay the same.
 
 s sequences of a batch · p positions · v vocabulary · n pairs · r readers · w writers · c circuits of a batch
 """
@@ -66,7 +66,7 @@ class Patching:
 
     @cached_property
     def _clean_nv(self) -> Tensor:
-        """Log-probabilities of the model as it is."""
+        """Log-probabilities of the unchanged model."""
         return torch.cat([last_nv for _, last_nv in self._passes([self.graph.exists_rw])]).log_softmax(-1)
 
     def __call__(self, circuit_rw: Tensor) -> np.ndarray:
@@ -82,7 +82,7 @@ class Patching:
         return found_cn.numpy()
 
     def kls(self, circuits: Sequence[Tensor]) -> list[float]:
-        """Of each circuit, the mean KL of its predictions at the last position to the model's: Σ p log(p / p of the circuit)."""
+        """For each circuit, the mean KL of its predictions at the last position to the model's: Σ p log(p / p of the circuit)."""
         total_c = torch.zeros(len(circuits), dtype=torch.float64)
         for places, last_sv in self._passes(circuits):
             kl_s = _kl(self._clean_nv[[n for _, n in places]], last_sv)
@@ -90,7 +90,7 @@ class Patching:
         return (total_c / len(self.prompts)).tolist()
 
     def kl_of_cut(self, rows_s: Tensor, cut_srw: Tensor) -> Tensor:
-        """Of some pairs, by number, the KL of the predictions under a cut to the model's, [s]; gradients flow to the cut."""
+        """For some pairs, by number, the KL of the predictions under a cut to the model's, [s]; gradients flow to the cut."""
         prompts, rows_s = self.prompts, rows_s.to(self.prompts.clean_np.device)
         with self.engine.patched(self._corrupt_wspd, cut_srw, rows_s=rows_s):
             last_sv = self.engine.lm.logits(prompts.clean_np[rows_s], prompts.clean_mask_np[rows_s])[:, -1]
@@ -144,7 +144,7 @@ def exact_scores(patching: Patching, edges: Sequence[tuple[int, int]], bar: Prog
 
 
 def acdc(patching: Patching, tau: float, bar: Progress | None = None) -> Found:
-    """ACDC (Conmy et al. 2023): every edge from the logits backwards is cut for good if that raises the KL by less than `tau` nats.
+    """ACDC (Conmy et al. 2023): every edge from the logits backwards is cut permanently if that raises the KL by less than `tau` nats.
 
     Raises `InputError` for a `tau` that is not above 0.
     """
@@ -153,7 +153,7 @@ def acdc(patching: Patching, tau: float, bar: Progress | None = None) -> Found:
 
 
 def eliminate(patching: Patching, score_rw: Tensor, n: int, tau: float, bar: Progress | None = None) -> Found:
-    """Of the `n` edges of the largest absolute score, the weakest first: cut for good if that raises the KL by less than `tau` nats.
+    """Of the `n` edges with the largest absolute scores, the weakest first: cut permanently if that raises the KL by less than `tau` nats.
 
     Raises `InputError` for a `tau` that is not above 0, and as `top_edges` does.
     """
@@ -163,9 +163,9 @@ def eliminate(patching: Patching, score_rw: Tensor, n: int, tau: float, bar: Pro
 
 
 def _taken_away(patching: Patching, circuit_rw: Tensor, order: list[list[int]], tau: float, bar: Progress | None) -> Found:
-    """What trying one edge after the other gives, though a pass tries several cuts on top of one another.
+    """The result of trying one edge after the other, although a pass tries several cuts on top of one another.
 
-    What follows a refused one is tried again. Edges into a part that nothing reads any more go without a run.
+    Edges after a refused one are tried again. Edges into a part that nothing reads any more are cut without a run.
     """
     if not tau > 0:
         raise InputError(f"expected tau above 0, the rise of the KL that one edge may cost, got {tau:g}")

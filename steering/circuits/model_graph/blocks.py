@@ -1,4 +1,4 @@
-"""What the engine needs to know of each block: the weights of every head, the norms it reads through, and the modules to hook.
+"""Data about each block for the engine: the weights of every head, the norms it reads through, and the modules to hook.
 
 Found from a model's sites, so no family needs a table; what the graph cannot describe is refused by name.
 
@@ -24,18 +24,18 @@ class HeadInput(NamedTuple):
     """The queries, keys or values of a block, head by head."""
 
     module: nn.Module
-    """the projection that gives them"""
+    """the projection that computes them"""
     weight_gzd: Tensor
-    """of each group of heads that share theirs"""
+    """for each group of heads that share theirs"""
     bias_gz: Tensor | None
     shared: int
     """heads of a group"""
     columns_hz: Tensor
-    """where they are in what the projection gives, once `Widened` has given each query head a key and value of its own"""
+    """their columns in the projection's output, after `Widened` has given each query head its own key and value"""
 
 
 class Widened(NamedTuple):
-    """How a block whose query heads share keys and values is run with a key and value for each."""
+    """How a block whose query heads share keys and values is run with a separate key and value for each."""
 
     columns: Mapping[nn.Module, Tensor]
     """of each projection, the outputs [c] that stand one after the other in what it gives then"""
@@ -56,13 +56,13 @@ class Block(NamedTuple):
     heads_out: Place
     """the input of the output projection"""
     output_hzd: Tensor
-    """by which each head writes to the stream"""
+    """the matrix by which each head writes to the stream"""
     bias_d: Tensor
-    """what the output projection adds to the stream beside the heads"""
+    """the output projection's bias, added to the stream in addition to the heads"""
     post: Norm | None
     """the norm after the output projection, as Gemma 2 has"""
     factor: float
-    """times which the attention's output is added to the stream"""
+    """factor of the attention's output in the stream"""
     mlp_out: Place
 
 

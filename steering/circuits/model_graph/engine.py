@@ -1,7 +1,7 @@
-"""Passes of a model seen as a graph: what its parts write, passes in which readers read something else, gradients at every reader.
+"""Passes of a model as a graph: the outputs of its parts, passes in which readers read something else, gradients at every reader.
 
-All of it by hooks on the model as it is. What lies after the projections (rotation, norms of queries and keys, soft caps, windows, the
-attention itself) stays the model's own code.
+Everything is done by hooks on the unchanged model. The code after the projections (rotation, norms of queries and keys, soft caps,
+windows, the attention itself) is the model's own.
 
 s sequences · p positions · d width of the stream · v vocabulary · n some readers · r readers · w writers · h heads · z width of a head
 """
@@ -38,26 +38,26 @@ from steering.circuits.model_graph.restarting import Outputs, begun_at, find_out
 from steering.circuits.model_graph.rules import Neurons, find_neurons, gradient_rules, with_constant_scale
 
 Metric: TypeAlias = Callable[[Tensor], Tensor]
-"""of logits [s, p, v], one number for each sequence [s], which depends on that sequence's logits alone"""
+"""from logits [s, p, v] to one number for each sequence [s], which depends only on that sequence's logits"""
 
 Added: TypeAlias = Callable[[Sequence[int]], Tensor]
 """gets the numbers of readers that read at one place and returns what is added to the stream as each of them reads it, [n, s, p, d]"""
 
 CHECKED_TOKENS = 4
 ROUNDING = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
-"""of the largest number, by which a pass may differ from the graph's account of it"""
+"""relative to the largest number, by which a pass may differ from the sum of the graph's parts"""
 
 
 class Run(NamedTuple):
     logits_spv: Tensor
     written_wspd: Tensor
-    """what every writer writes"""
+    """the output of every writer"""
     stream_lspd: Tensor | None = None
-    """the stream before every block and after the last, where it was asked for"""
+    """the stream before every block and after the last, if requested"""
 
 
 class Gradient(NamedTuple):
-    """At readers that follow one another in the graph."""
+    """At consecutive readers of the graph."""
 
     readers: slice
     gradient_nspd: Tensor
@@ -81,7 +81,7 @@ class Engine:
 
     @property
     def restarts(self) -> bool:
-        """Whether passes can begin at a later block, as `begun_at` has it."""
+        """Whether passes can start at a later block, as in `begun_at`."""
         return self._outputs is not None
 
     def begun_at(self, layer: int, stream_spd: Tensor) -> AbstractContextManager[None]:
@@ -116,11 +116,11 @@ class Engine:
         return Run(logits_spv, written[0], torch.stack(stream) if streams else None)
 
     def writers(self, ids_sp: Tensor, mask_sp: Tensor | None = None) -> Tensor:
-        """What every writer writes in a pass, [w, s, p, d], as `run` gives it."""
+        """The output of every writer in a pass, [w, s, p, d], as in `run`."""
         return self.run(ids_sp, mask_sp).written_wspd
 
     def mean_writers(self, ids_sp: Tensor, mask_sp: Tensor | None = None) -> Tensor:
-        """The mean of what each writer writes over all real tokens, [w, 1, 1, d]."""
+        """The mean output of each writer over all real tokens, [w, 1, 1, d]."""
         real_sp = torch.ones_like(ids_sp) if mask_sp is None else mask_sp
         written_wnd = self.writers(ids_sp, mask_sp)[:, real_sp.bool()]
         return written_wnd.mean(1)[:, None, None]
@@ -301,7 +301,7 @@ class Engine:
         return find_neurons(self.lm)
 
     def _norms_run(self, constant: bool) -> list[tuple[Callable[[Tensor], Tensor] | None, ...]]:
-        """Of each block, how the norms of attention and MLP are run without the hooks on them; `constant` is the rule "norms"."""
+        """For each block, how the norms of attention and MLP are run without the hooks on them; `constant` is the rule "norms"."""
         formulas = {norm.module: norm for norm in self.lm.norms.values() if isinstance(norm, Norm)} if constant else {}
 
         def run_of(norm: nn.Module | None) -> Callable[[Tensor], Tensor] | None:
@@ -313,7 +313,7 @@ class Engine:
 
     @contextmanager
     def _begun(self) -> Iterator[ExitStack]:
-        """Takes note of the shape of every pass inside."""
+        """Records the shape of every pass inside."""
 
         def note(raw: Tensor) -> None:
             self._shape = (raw.shape[0], raw.shape[1])
@@ -358,7 +358,8 @@ class Engine:
 
     @torch.no_grad()
     def _refuse_other_models(self) -> None:
-        """The last stream has to be the sum of what is written, and every reader has to read what its norm and projection make of it."""
+        """Raises `InputError` unless the last stream is the sum of all outputs, and every reader reads the output of its norm and
+        projection."""
         lm, graph, stream = self.lm, self.graph, Latest()
         ids_sp = self._few_tokens()
         with lm.unedited(), ExitStack() as stack:

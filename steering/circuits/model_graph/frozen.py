@@ -2,8 +2,8 @@
 
 "norms" freezes the scale by which every norm divides, at each token: the value itself, not only its gradient. Norms behind a branch
 (Gemma's), the final norm and the norms of queries and keys (Qwen 3's, one scale per token and head) are among them; a LayerNorm's mean,
-which is linear, is not. "patterns" freezes where each head looks, "values" what it finds there; with both, attention adds what it added
-in the other pass.
+which is linear, is not. "patterns" freezes where each head attends, "values" what it reads there; with both, attention has the output
+of the other pass.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -22,10 +22,10 @@ PARTS = ("norms", "patterns", "values")
 
 @dataclass(eq=False)
 class Internals:
-    """Of one pass."""
+    """Parts of one pass."""
 
     scales: dict[str, Tensor] = field(default_factory=dict)
-    """norm -> what it divided by, [s, p, 1], or with one number for each head"""
+    """norm -> its divisor, [s, p, 1], or with one number for each head"""
     patterns: dict[int, Tensor] = field(default_factory=dict)
     """layer -> [s, heads, p, columns]"""
     values: dict[int, Tensor] = field(default_factory=dict)
@@ -34,10 +34,10 @@ class Internals:
 
 @contextmanager
 def internals(lm: LanguageModel, parts: Collection[str] = PARTS) -> Iterator[Internals]:
-    """Yields what the latest pass inside had of `parts`; inside `steered`, that of the steered pass.
+    """Yields the `parts` of the latest pass inside; inside `steered`, those of the steered pass.
 
-    A pass that keeps patterns or values runs the model's eager attention: compare frozen passes with one that kept the same parts, whose
-    bits they then share at coefficient 0. Raises `InputError` as `frozen` does.
+    A pass that records patterns or values uses the model's eager attention: compare frozen passes with one that recorded the same parts; at
+    coefficient 0 their bits are then equal. Raises `InputError` as `frozen` does.
     """
     kept = Internals()
 

@@ -1,4 +1,4 @@
-"""Which parts of a model write to the residual stream, which read it, and which of them see one another.
+"""Which parts of a model write to the residual stream, which read it, and which writers each reader reads.
 
 Scores, cuts and circuits are tensors over it: r readers · w writers
 """
@@ -27,7 +27,7 @@ class Graph:
     n_layers: int
     n_heads: int
     parallel: bool = False
-    """the MLP reads the stream that its block's attention reads, so it does not see that block's heads"""
+    """the MLP reads the same stream as its block's attention, so it does not read that block's heads"""
 
     def __post_init__(self) -> None:
         if self.n_layers < 1 or self.n_heads < 1:
@@ -84,7 +84,7 @@ class Graph:
 
     @cached_property
     def seen_r(self) -> Tensor:
-        """How many writers each reader sees, [r]; they are the first ones."""
+        """The number of writers that each reader reads, [r]; they are the first ones."""
         blocks = []
         for layer in range(self.n_layers):
             before = self.heads(layer).start
@@ -93,7 +93,7 @@ class Graph:
 
     @cached_property
     def exists_rw(self) -> Tensor:
-        """Whose output each reader sees, bool."""
+        """Whether a reader reads a writer, bool."""
         return torch.arange(len(self.writers)) < self.seen_r[:, None]
 
     @property
@@ -136,7 +136,8 @@ class Graph:
         return circuit_rw
 
     def checked(self, circuit_rw: Tensor) -> Tensor:
-        """As it is. Raises `InputError` for a tensor that is not a circuit of this graph: bool [r, w] of edges that exist."""
+        """Returns the tensor unchanged. Raises `InputError` for a tensor that is not a circuit of this graph: bool [r, w] of edges that
+        exist."""
         shape = tuple(self.exists_rw.shape)
         if circuit_rw.dtype != torch.bool or tuple(circuit_rw.shape) != shape:
             raise InputError(f"expected a circuit as bool of shape {shape}, got {circuit_rw.dtype} of shape {tuple(circuit_rw.shape)}")
@@ -156,7 +157,7 @@ class Graph:
         return torch.tensor([*blocks, -1])
 
     def first_behind(self, site: str) -> int:
-        """The first reader that sees a change of the stream at `site`. Raises `InputError` for a site that is not the stream's."""
+        """The first reader that reads a change of the stream at `site`. Raises `InputError` for a site that is not of the stream."""
         kind, layer = parse_site(site, self.n_layers)
         if kind not in STREAM:
             raise InputError(f"expected a site of the residual stream ({', '.join(STREAM)}), got {site}")
@@ -165,7 +166,7 @@ class Graph:
         return self.head_inputs("q", layer + (kind == "resid_post")).start
 
     def cuts(self) -> dict[str, Tensor]:
-        """By the name of a place of the stream, the edges across it, bool [r, w]: all that the model does goes along them."""
+        """By the name of a point of the stream, the edges across it, bool [r, w]: everything in the model passes along them."""
         found = {}
         for layer in range(self.n_layers):
             found[f"resid_pre.{layer}"] = self._across(self.heads(layer).start, self.head_inputs("q", layer).start)

@@ -1,4 +1,4 @@
-"""The hooks and products of which the engine's passes are made.
+"""Hooks and products used by the engine's passes.
 
 s sequences · p positions · d width of the stream · n some readers · m some writers · h heads · z width of a head
 """
@@ -18,7 +18,7 @@ from steering.circuits.model_graph.blocks import Block, HeadInput
 
 
 class Latest:
-    """What was seen last."""
+    """The value that was recorded last."""
 
     value: Tensor
 
@@ -26,13 +26,13 @@ class Latest:
         self.value = value
 
     def unchanged(self, value: Tensor) -> Tensor:
-        """An edit that only looks."""
+        """An edit that only records."""
         self.value = value
         return value
 
 
 def change_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-    """The module is run on what `change` makes of its first input; returns the function that ends this."""
+    """Runs the module on `change` of its first input; returns the function that ends this."""
 
     def hook(_module: nn.Module, args: tuple, kwargs: dict) -> tuple:
         key, value = first_tensor(args, kwargs)
@@ -44,12 +44,12 @@ def change_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Calla
 
 
 def change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-    """What `change` makes of its output takes the output's place; returns the function that ends this."""
+    """Replaces the module's output by `change` of it; returns the function that ends this."""
     return module.register_forward_hook(lambda _module, _args, output: change(output)).remove
 
 
 def see(place: Place, look: Callable[[Tensor], Any]) -> Callable[[], None]:
-    """`look` gets what flows at the place."""
+    """`look` gets the value at the place."""
 
     def change(raw: Tensor, received: Tensor) -> Tensor:
         look(raw if place.view is None else place.view.read(raw, received))
@@ -71,7 +71,7 @@ def see_stream(norm: nn.Module | None, place: Place, look: Callable[[Tensor], An
 
 
 def see_heads(block: Block, look: Callable[[Tensor], Any]) -> Callable[[], None]:
-    """`look` gets what every head of the block writes to the stream, [h, s, p, d]."""
+    """`look` gets the output of every head of the block to the stream, [h, s, p, d]."""
     key = block.heads_out.argument
 
     def hook(_module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
@@ -104,12 +104,12 @@ def _select(columns: Tensor, output: Tensor) -> Tensor:
 
 
 def normed(norm: nn.Module | None, x: Tensor) -> Tensor:
-    """Without the hooks on the norm."""
+    """The norm without the hooks on it."""
     return x if norm is None else norm.forward(x)
 
 
 def through_norm(run_norm: Callable[[Tensor], Tensor] | None, x_spd: Tensor, gradient_nspd: Tensor) -> Tensor:
-    """The gradients with respect to what the norm gives, taken back to what it takes."""
+    """The gradients with respect to the norm's output, propagated to its input."""
     if run_norm is None:
         return gradient_nspd
     with torch.enable_grad():
@@ -118,7 +118,7 @@ def through_norm(run_norm: Callable[[Tensor], Tensor] | None, x_spd: Tensor, gra
 
 
 def back_through(one: HeadInput, gradient: Tensor) -> Tensor:
-    """The gradient of what the projection gives, taken back to what it would take of each head, [h, s, p, d]."""
+    """The gradient of the projection's output, propagated to the input of each head, [h, s, p, d]."""
     gradient_sphz = gradient.index_select(-1, one.columns_hz.flatten()).unflatten(-1, one.columns_hz.shape)
     weight_hzd = one.weight_gzd.repeat_interleave(one.shared, dim=0)
     return torch.einsum("sphz,hzd->hspd", gradient_sphz, weight_hzd)

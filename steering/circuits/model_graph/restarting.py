@@ -1,6 +1,6 @@
-"""Passes that begin at a later block with a stream that is given, so that the blocks before it need not run again.
+"""Passes that start at a later block with a given stream, so that the blocks before it need not run again.
 
-The model's own code still embeds the tokens and makes masks and rotations; a block that is left out only hands the stream on.
+The model's own code still embeds the tokens and makes masks and rotations; a block that is left out only returns the stream.
 
 s sequences · p positions · d width of the stream
 """
@@ -18,7 +18,7 @@ from sae.model.language_model import LanguageModel
 from steering.circuits.model_graph.hooking import Latest, see
 
 Outputs = Sequence[int]
-"""of each block, how many things it gives beside the stream; -1 where it gives the stream alone, not in a tuple"""
+"""for each block, the number of its outputs in addition to the stream; -1 if it returns only the stream, not in a tuple"""
 
 
 def find_outputs(lm: LanguageModel, ids_sp: Tensor, rounding: float) -> Outputs | None:

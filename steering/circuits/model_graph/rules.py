@@ -30,15 +30,15 @@ RULES = {
     "products": "queries and keys get a quarter of their gradient, values half",
 }
 RULES_OF = {"relp": ("norms", "patterns", "activations", "gates"), "gim": ("norms", "softmax", "products", "gates")}
-"""by the method of `steering.circuits.finding.scores`"""
+"""rules by method of `steering.circuits.finding.scores`"""
 
 
 class Neurons(NamedTuple):
-    """Of one MLP: activation(x), or activation(x) times something else."""
+    """The neurons of one MLP: activation(x), or activation(x) times something else."""
 
     activation: nn.Module
     place: Place
-    """of what the last projection receives"""
+    """the place where the last projection's input is recorded"""
     gated: bool
 
 
@@ -105,7 +105,7 @@ def find_neurons(lm: LanguageModel) -> list[Neurons]:
 
 
 def with_constant_scale(norm: Norm, x: Tensor) -> Tensor:
-    """What the norm makes of x under the rule "norms", without the hooks on the norm."""
+    """The norm's output for x under the rule "norms", without the hooks on the norm."""
     scale = norm.scale(x)
     return norm.rescaled(norm.module.forward(x), scale, scale.detach())
 

@@ -16,9 +16,9 @@ from steering.circuits.files import Circuit
 from steering.circuits.model_graph.graph import EMBED, HEAD_INPUTS, LOGITS, Graph
 
 MOST = 2000
-"""edges outside the circuit, by absolute score, that a page holds"""
+"""number of edges outside the circuit, by absolute score, on a page"""
 KINDS = {"q": "queries", "k": "keys", "v": "values", "mlp_in": "MLPs", "logits": "logits"}
-"""of readers, by the beginning of their names"""
+"""kinds of readers, by the beginning of their names"""
 LEFT, SIDE, TOP = 40.0, 190.0, 14.0
 """room for the layers' numbers, for the MLPs and their edges, and above the logits"""
 HEIGHT_OF_NODE = 15.0
@@ -47,7 +47,7 @@ def edges_of(circuit: Circuit, most: int = MOST) -> list[Edge]:
 
 
 class Layout:
-    """Where the parts of a graph are."""
+    """The places of the parts of a graph."""
 
     def __init__(self, graph: Graph):
         self.graph = graph
@@ -77,7 +77,7 @@ class Layout:
         return self.height - 2 * HEIGHT_OF_NODE - (layer + 0.75) * self.row
 
     def reader_xy(self, r: int) -> tuple[float, float]:
-        """Where edges into it end."""
+        """The point where edges into each reader end."""
         fed = int(self.graph.fed_r[r])
         x, y = self.logits_xy if fed < 0 else self.writer_xy[fed]
         kind = self.graph.readers[r].partition(".")[0]

@@ -1,6 +1,6 @@
-"""Steering at some readers of a model alone: the same direction in what a circuit's heads read, what others read, or the whole stream.
+"""Steering only at some readers of a model: the same direction in the inputs of a circuit's heads, of others, or in the whole stream.
 
-Behind the direction's site every part of the model reads the stream through a reader of the graph, so steering the whole stream there is
+After the direction's site every part of the model reads the stream through a reader of the graph, so steering the whole stream there is
 steering at all readers after it, and most arms are a subset of these.
 
 n pairs · r readers · w writers · d width of the stream · v vocabulary
@@ -26,17 +26,17 @@ from steering.strength.calibration import coefficient_for_kl, divergence, log_pr
 from steering.vector import SteeringVector
 
 LEAST_PAIRS = 4
-"""of one answer, that a task's own direction is made from"""
+"""minimum number of pairs with one answer for a task's own direction"""
 
 
 class Arm(NamedTuple):
     name: str
     readers: tuple[int, ...] = ()
-    """that read the stream plus the direction"""
+    """readers that get the stream plus the direction"""
     mlps: tuple[int, ...] = ()
-    """layers whose MLP writes the direction besides"""
+    """layers whose MLP also writes the direction"""
     direction_d: Tensor | None = None
-    """its own, which stands for the one that is steered along; None: that one"""
+    """its own direction instead of the studied one; None: the studied one"""
 
     @property
     def places(self) -> int:
@@ -154,7 +154,7 @@ def random_edges(graph: Graph, circuit_rw: Tensor, change_wd: Tensor, draws: int
 
 @torch.no_grad()
 def writers_change(engine: Engine, prompts: Prompts, rows: int) -> Tensor:
-    """What each writer writes more at the last token of the clean prompts than of the corrupt ones, mean over pairs, [w, d].
+    """The difference of each writer's output at the last token between clean and corrupt prompts, mean over pairs, [w, d].
 
     `rows` are sequences of a pass.
     """

@@ -46,7 +46,7 @@ RANDOM, VALUES, EDGE, DIRECTION = "random heads", "values of random heads", "ran
 DIRECTIONS = 5
 """random directions of the whole stream"""
 STEPS = 6
-"""of the path along which the effect is taken apart"""
+"""number of steps of the path along which the effect is divided among readers"""
 
 
 @dataclass(kw_only=True)
@@ -156,7 +156,7 @@ def steer_circuit(config: SteerCircuitConfig) -> dict[str, Any]:
 
 
 def _edges(config: SteerCircuitConfig, circuit: Circuit, engine: Engine, found_on: Prompts, site: str) -> list[Arm]:
-    """Arms of single edges: those asked for, the circuit's strongest, and random ones beside these."""
+    """Arms of single edges: the given ones, the circuit's strongest, and random ones."""
     if not config.edge and not config.edges:
         return []
     if config.edges and circuit.score_rw is None:
@@ -172,7 +172,7 @@ def _edges(config: SteerCircuitConfig, circuit: Circuit, engine: Engine, found_o
 
 
 def _others(config: SteerCircuitConfig, circuit: Circuit, lm: LanguageModel) -> Prompts:
-    """Pairs none of whose prompts the circuit was found on. Raises `InputError` where none is left."""
+    """Pairs that the circuit was not found on. Raises `InputError` if none is left."""
     asked = _task(config, circuit)
     prompts = prompts_of(asked, lm)
     settings = circuit.method["settings"]
@@ -227,7 +227,7 @@ def _full_effect(engine: Engine, prompts: Prompts) -> float:
 
 
 def _task(config: SteerCircuitConfig, circuit: Circuit) -> CircuitConfig:
-    """What find-circuit was asked for, with pairs of this command's own number and seed."""
+    """The settings of find-circuit, with this command's number of pairs and seed."""
     settings = circuit.method.get("settings", {})
     if not (settings.get("task") or settings.get("pairs")):
         raise InputError(f"expected a circuit with its task, as find-circuit writes it, got {config.circuit} without; find it again")

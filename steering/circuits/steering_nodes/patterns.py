@@ -1,4 +1,4 @@
-"""Steering where heads look: chosen heads attend more, or less, to chosen columns.
+"""Steering attention patterns: chosen heads attend more, or less, to chosen columns.
 
 s sequences · h heads · q positions of the pass · k columns
 """

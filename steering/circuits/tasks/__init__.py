@@ -1,1 +1,1 @@
-"""Tasks whose circuits can be looked for."""
+"""Tasks for finding circuits."""

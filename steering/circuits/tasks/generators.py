@@ -1,4 +1,4 @@
-"""Tasks whose circuits can be looked for: pairs of prompts that differ in what decides the answer, drawn with a seed.
+"""Tasks for finding circuits: pairs of prompts that differ in the part that decides the answer, drawn with a seed.
 
 The words of the tasks are in `steering/circuits/tasks/data/`; docs/circuit_tasks.md says what each task asks.
 """
@@ -22,7 +22,7 @@ MetricName = Literal["logit_difference", "probability_difference"]
 
 
 class Pair(NamedTuple):
-    """Two prompts, and the continuations that the clean one asks for and the ones it does not."""
+    """Two prompts, and right and wrong continuations of the clean one."""
 
     clean: tuple[str, ...]
     """the prompt; in several pieces where the corrupt one has other numbers of tokens, piece n standing where its piece n does"""
@@ -35,9 +35,9 @@ class Pair(NamedTuple):
 class Task(NamedTuple):
     asks: str
     make: Callable[[Random, str, Sequence[str]], Pair | None]
-    """of a random generator, a corruption and the model's one-token words, a pair; None for a draw that makes no pair"""
+    """from a random generator, a corruption and the model's one-token words to a pair; None for a draw that makes no pair"""
     corruptions: dict[str, str]
-    """what the corrupt prompt is, by name; the first is the default"""
+    """descriptions of the corrupt prompts, by name; the first is the default"""
     metric: MetricName = "logit_difference"
 
 
@@ -85,7 +85,7 @@ def _texts(value: str | list[str]) -> tuple[str, ...]:
 
 
 def corruption_of(task: str, corruption: str | None) -> str:
-    """The corruption, or the task's default for None. Raises `InputError` for a task or a corruption that there is not."""
+    """The corruption, or the task's default for None. Raises `InputError` for a task or a corruption that does not exist."""
     if task not in TASKS:
         raise InputError(f"expected a task, one of {', '.join(TASKS)}, got {task!r}")
     known = TASKS[task].corruptions
