@@ -1,6 +1,6 @@
 """What to steer towards: a concept's contrast texts, words, prompt pairs and label, read from its file.
 
-A concept is a JSON file, see docs/concepts.md; `steering/concepts/` has those that come with the package.
+A concept is a JSON file, see docs/concepts.md; `steering/concepts/` has those of the package.
 """
 
 import sys
@@ -24,13 +24,13 @@ class Concept:
     positive: tuple[str, ...] = ()
     """texts that show the concept"""
     negative: tuple[str, ...] = ()
-    """texts that do not; the n-th is about what the n-th positive one is about, where there are as many"""
+    """texts that do not; if there are as many, the n-th has the same subject as the n-th positive one"""
     words: tuple[str, ...] = ()
-    """words and phrases that are counted, every inflected form by itself"""
+    """words and phrases that are counted, with every inflected form listed"""
     prompt_pairs: tuple[tuple[str, str], ...] = ()
-    """what ActAdd subtracts: with and without"""
+    """pairs of prompts for ActAdd: with and without the concept"""
     prompt: str | None = None
-    """what plain prompting puts before a prompt"""
+    """the text that plain prompting puts before a prompt"""
     label: str | None = None
     """label of a corpus whose documents show the concept"""
 

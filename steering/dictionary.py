@@ -1,4 +1,4 @@
-"""A dictionary, opened for a model that is already there."""
+"""Opens a dictionary for a loaded model."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ def load_dictionary(source: str | Path, lm: LanguageModel, site: str | None = No
     """The dictionary on the model's device, and its site, or `site` where it does not name its own.
 
     For comparing directions at one site. Raises `InputError` for a dictionary of another site, width or model, for a transcoder, and for
-    one whose rows mean another vector at every token.
+    one whose vectors differ from token to token.
     """
     dictionary = Dictionary.load(source, lm.device)
     if dictionary.is_transcoder or (dictionary.frame is not None and dictionary.frame.kind != "centred"):

@@ -1,6 +1,6 @@
 """Several dictionaries of one model, one for each of its layers, whose outputs at one site add up.
 
-A set of transcoders has one that reads and writes at each layer. Of a cross-layer transcoder, what reads at layer i writes at all later
+A set of transcoders has one that reads and writes at each layer. In a cross-layer transcoder, layer i writes at all later
 layers too, so that ŷ at layer l is the sum over i ≤ l. A weakly causal crosscoder is the same in the residual stream.
 """
 
@@ -17,9 +17,9 @@ from sae.dictionaries.source import read
 
 
 class Bundle(Mapping[int, Dictionary]):
-    """From a layer to the dictionary that reads there, which is opened when it is first asked for and then kept.
+    """A mapping from layer to the dictionary that reads there, which is opened at first use and then kept.
 
-    On a CPU the weights stay on the disk until they are used, where the format allows that, so that a set may be larger than memory.
+    On a CPU the weights stay on the disk until they are used, if the format allows that, so that a set may be larger than memory.
     """
 
     def __init__(self, layers: Mapping[int, Callable[[], Dictionary]]):
@@ -37,11 +37,11 @@ class Bundle(Mapping[int, Dictionary]):
         return len(self._open)
 
     def encode(self, values: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        """Activations [..., f] by layer; `values` has what is at each site that is read, [..., d]."""
+        """Activations [..., f] by layer; `values` has the value at each input site, [..., d]."""
         return {layer: dictionary.encode(dictionary.joined(values)) for layer, dictionary in self.items()}
 
     def decode(self, acts: Mapping[int, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What all layers together write, [..., o] by site. `values` are those that were encoded."""
+        """The sum of what all layers write, [..., o] by site. `values` are those that were encoded."""
         outputs: dict[str, Tensor] = {}
         for layer, dictionary in self.items():
             for site, y_bo in dictionary.split(dictionary.decode(acts[layer], dictionary.joined(values))).items():

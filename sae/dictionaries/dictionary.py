@@ -1,13 +1,13 @@
-"""A dictionary: what reads activations at one site and writes a sparse combination of its rows at the same site or another.
+"""A dictionary: it reads activations at one site and writes a sparse combination of its rows at the same site or another.
 
 b rows (tokens) · d model width · f features · o width of what is written · k chosen features
 
     z = (x − b_in) W_encᵀ + b_enc      acts = gate(z)      y = acts W_dec + b_dec (+ x W_skipᵀ)
 
-Every kind is this formula with its own gate (gates.py). A sparse autoencoder writes where it reads and has b_in = b_dec or none; a
+Every kind is this formula with its own gate (gates.py). A sparse autoencoder writes at its input site and has b_in = b_dec or none; a
 transcoder writes elsewhere and may skip. Both weight matrices are feature-major in memory, so that one feature is one row of each.
 A saved dictionary takes the model's raw activations; the formats are in sae/dictionaries/formats. Weights in half precision and those
-that stay on the disk are used a block of features at a time (rows.py), and what is computed is float32.
+that stay on the disk are used a block of features at a time (rows.py), and results are float32.
 """
 
 import sys
@@ -32,7 +32,7 @@ from sae.objective.choice import SAMPLE, above_of, first_of_rows, top_of_rows
 
 
 class Dictionary(nn.Module):
-    """Use its methods, not its tensors: they hold for every kind."""
+    """Use its methods, not its tensors: only the methods are right for every kind."""
 
     def __init__(
         self,
@@ -47,9 +47,8 @@ class Dictionary(nn.Module):
         frame: Frame | None = None,
         metadata: dict[str, Any] | None = None,
     ):
-        """`gate`: ReLU by default. `metadata`: facts about where it comes from, as they stand in its file; "site" is where it reads and,
-        of a transcoder, "site_out" where it writes.
-        """
+        """`gate`: ReLU by default. `metadata`: facts about its origin, as in its file; "site" is its input site and, for a transcoder,
+        "site_out" its output site."""
         super().__init__()
         self.W_enc_fd, self.b_enc_f = nn.Parameter(W_enc_fd), nn.Parameter(b_enc_f)
         self.W_dec_fo, self.b_dec_o = nn.Parameter(W_dec_fo), nn.Parameter(b_dec_o)
@@ -62,12 +61,13 @@ class Dictionary(nn.Module):
     def autoencoder(
         cls, W_enc_fd: Tensor, b_enc_f: Tensor, W_dec_fd: Tensor, b_dec_d: Tensor, metadata: dict[str, Any] | None = None
     ) -> "Dictionary":
-        """acts = relu((x − b_dec) W_encᵀ + b_enc), x̂ = acts W_dec + b_dec: one bias in memory serves for both ends."""
+        """acts = relu((x − b_dec) W_encᵀ + b_enc), x̂ = acts W_dec + b_dec: one bias in memory is used at both ends."""
         return cls(W_enc_fd, b_enc_f, W_dec_fd, b_dec_d, b_in_d=b_dec_d, metadata=metadata)
 
     @classmethod
     def initial(cls, d_in: int, d_sae: int, *, seed: int, decoder_norm: float = 0.1, features: slice = slice(None)) -> "Dictionary":
-        """Before training: random rows of one norm, W_enc = W_dec (Anthropic, April 2024 update), zero biases; these `features` alone."""
+        """An untrained dictionary: random rows of one norm, W_enc = W_dec (Anthropic, April 2024 update), zero biases; only these
+        `features`."""
         W_dec_fd = random_rows(d_in, d_sae, seed, features).mul_(decoder_norm)
         return cls.autoencoder(W_dec_fd.clone(), torch.zeros(len(W_dec_fd)), W_dec_fd, torch.zeros(d_in))
 
@@ -89,12 +89,12 @@ class Dictionary(nn.Module):
 
     @property
     def site(self) -> str | None:
-        """Where in the model it reads, for example "resid_post.2"; None when unknown."""
+        """The site that it reads, for example "resid_post.2"; None if unknown."""
         return self.parts().site
 
     @property
     def site_out(self) -> str | None:
-        """Where it writes: for all but transcoders where it reads."""
+        """The site that it writes: equal to `site` except for transcoders."""
         return self.parts().site_out
 
     @property
@@ -107,11 +107,11 @@ class Dictionary(nn.Module):
 
     @property
     def is_transcoder(self) -> bool:
-        """It writes elsewhere than it reads."""
+        """Whether it writes at another site than it reads."""
         return self.parts().is_transcoder
 
     def require_site(self, site: str | None = None) -> str:
-        """The site to use it at: its own, or `site` where it knows none. Raises `InputError` where they differ, or neither is known."""
+        """The site to use it at: its own, or `site` if it names none. Raises `InputError` if they differ, or neither is known."""
         if site is None and self.site is None:
             raise InputError("expected the dictionary's metadata to name its site, such as resid_post.2, found none; give the site")
         if None not in (site, self.site) and site != self.site:
@@ -121,8 +121,8 @@ class Dictionary(nn.Module):
     def require_model(self, name: str | None, fingerprint: str | None, *, named: bool, second: str | None = None) -> None:
         """Raises `InputError` unless it was made with the model of this name and fingerprint; `second`: as its second model.
 
-        Without both fingerprints, differing names prove nothing: when a person `named` the model, a line on stderr says that it is taken
-        on trust, otherwise that person is asked.
+        Without both fingerprints, differing names prove nothing: if the user `named` the model, a line on stderr says that it is trusted,
+        otherwise the error asks the user to name it.
         """
         made, by = (self.metadata.get(f"model_{key}") for key in ("name", "fingerprint"))
         if second is not None:
@@ -145,7 +145,7 @@ class Dictionary(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in: float32 for weights in half precision, else the weights' own."""
+        """The dtype of computations: float32 for weights in half precision, else that of the weights."""
         return computing_dtype(self.W_enc_fd)
 
     @property
@@ -154,18 +154,19 @@ class Dictionary(nn.Module):
         return min(at_once(self.W_enc_fd), at_once(self.W_dec_fo))
 
     def encoder_input(self, x_bd: Tensor) -> Tensor:
-        """What the encoder's rows are multiplied with, [..., d], in the dictionary's dtype."""
+        """The factor of the encoder's rows, [..., d], in the dictionary's dtype."""
         x_bd = x_bd.to(self.dtype)
         x_bd = x_bd if self.frame is None else self.frame.enter(x_bd).x_bd
         return x_bd if self.b_in_d is None else x_bd - self.b_in_d
 
     def pre_activations(self, x_bd: Tensor) -> Tensor:
-        """Before the gate, [..., f]."""
+        """The gate's input, [..., f]."""
         parts = [z_bf for _, z_bf in self.blocks(x_bd)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def blocks(self, x_bd: Tensor, out: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-        """Pre-activations [..., features] of one range of features after another; with `out`, of rows [b, d], in that memory [b, f]."""
+        """Yields pre-activations [..., features] of one range of features after another; with `out`, those of rows [b, d] in that memory
+        [b, f]."""
         input_bd = self.encoder_input(x_bd)
         for part in ranges(self.d_sae, self.features_at_once):
             W_fd, b_f = rows_of(self.W_enc_fd, part), self.b_enc_f[part].to(self.dtype)
@@ -175,7 +176,7 @@ class Dictionary(nn.Module):
                 yield part, torch.addmm(b_f, input_bd, W_fd.T, out=out[:, part])
 
     def chosen(self, x_bd: Tensor, gate: Choice) -> Chosen:
-        """What a gate that needs all features chooses, a block of them at a time."""
+        """The choice of a gate that needs all features, computed a block of them at a time."""
         return gate.choose(((part.start, z_bf) for part, z_bf in self.blocks(x_bd)), self.d_sae)
 
     def encode(self, x_bd: Tensor, buffers: Buffers | None = None) -> Tensor:
@@ -197,10 +198,10 @@ class Dictionary(nn.Module):
         return gate
 
     def encoder(self, x_bd: Tensor, method: Method | Literal["auto"] = "auto", rows: int | None = None) -> Encoder | None:
-        """A faster way to the entries of rows such as `x_bd` [b, d], of `rows` in all, for `entries`; None: the float32 product.
+        """A faster way to the entries of rows such as `x_bd` [b, d], of `rows` in total, for `entries`; None: the float32 product.
 
-        It holds while the weights do not change. "auto" measures (`sae.encoding.fastest`). Any other method but the product is for ReLU,
-        JumpReLU and TopK with float32 weights in memory; `InputError` where one is named and cannot be used.
+        It is valid while the weights do not change. "auto" measures (`sae.encoding.fastest`). Any method other than the product is for
+        ReLU, JumpReLU and TopK with float32 weights in memory; `InputError` if one is named and cannot be used.
         """
         whole = self.features_at_once >= self.d_sae and self.W_enc_fd.dtype == torch.float32
         if not whole or type(self.gate) not in (Threshold, TopK):
@@ -218,7 +219,7 @@ class Dictionary(nn.Module):
     def entries(self, x_bd: Tensor, buffers: Buffers, encoder: Encoder | None = None) -> Entries:
         """The activations of rows [b, d] that are not 0, row after row; `encoder`: made by the method of that name.
 
-        The one [b, `features_at_once`] that there is lies in the buffers, so give it a chunk of rows at a time.
+        The only tensor [b, `features_at_once`] is in the buffers, so pass a chunk of rows at a time.
         """
         if encoder is not None:
             input_bd = self.encoder_input(x_bd)
@@ -241,7 +242,7 @@ class Dictionary(nn.Module):
         return Entries(row_n[order_n], feature_n[order_n], value_n[order_n])
 
     def activations(self, x_bd: Tensor, features: Sequence[int] | Tensor) -> Tensor:
-        """Of the chosen features alone, [..., k]: one row of the encoder each, unless the gate must see all features (TopK)."""
+        """Activations of the chosen features alone, [..., k]: one row of the encoder each, unless the gate needs all features (TopK)."""
         features = torch.as_tensor(features, dtype=torch.int64, device=self.W_enc_fd.device)
         if not isinstance(self.gate, Choice):
             z_bk = nn.functional.linear(self.encoder_input(x_bd), rows_of(self.W_enc_fd, features), self.b_enc_f[features].to(self.dtype))
@@ -252,12 +253,12 @@ class Dictionary(nn.Module):
         return torch.stack([torch.where(feature_bk == j, value_bk, 0).sum(-1) for j in features.tolist()], dim=-1)  # host sync
 
     def decode(self, acts_bf: Tensor, x_bd: Tensor | None = None) -> Tensor:
-        """What is written for these activations, [..., o]; `x_bd`, what was encoded, is needed where `decodes_with_input`."""
+        """The output for these activations, [..., o]; `x_bd`, the encoded input, is needed if `decodes_with_input`."""
         y_bo = self._written(acts_bf) + self.b_dec_o
         return y_bo if not self.decodes_with_input else self.completed(y_bo, x_bd)
 
     def decode_entries(self, entries: Entries, x_bd: Tensor) -> Tensor:
-        """What is written for the activations of rows `x_bd` [b, d], as `entries` gives them: `decode` without their zeros."""
+        """The output for the activations of rows `x_bd` [b, d], as `entries` returns them: `decode` without their zeros."""
         if self.features_at_once < self.d_sae:
             acts_bf = x_bd.new_zeros(len(x_bd), self.d_sae, dtype=self.dtype)
             acts_bf[entries.row_n.long(), entries.feature_n.long()] = entries.value_n
@@ -268,7 +269,7 @@ class Dictionary(nn.Module):
         return y_bo if not self.decodes_with_input else self.completed(y_bo, x_bd)
 
     def _written(self, acts_bf: Tensor) -> Tensor:
-        """acts W_dec, [..., o]. Of weights that are used in blocks, only rows of features that are active somewhere are read."""
+        """acts W_dec, [..., o]. For weights that are used in blocks, only rows of features that are active somewhere are read."""
         if self.features_at_once >= self.d_sae:
             return acts_bf.to(self.dtype) @ rows_of(self.W_dec_fo, slice(0, self.d_sae))
         y_bo = acts_bf.new_zeros((*acts_bf.shape[:-1], self.d_out), dtype=self.dtype)
@@ -282,7 +283,7 @@ class Dictionary(nn.Module):
         return self.W_skip_od is not None or (self.frame is not None and self.frame.restores)
 
     def completed(self, y_bo: Tensor, x_bd: Tensor | None) -> Tensor:
-        """acts W_dec + b_dec brought out of the frame, and the skip added."""
+        """acts W_dec + b_dec, transformed back from the frame, with the skip added."""
         if x_bd is None:
             raise InputError(
                 "expected the tokens that were encoded too, because this dictionary's output depends on them; give decode both"
@@ -294,7 +295,7 @@ class Dictionary(nn.Module):
         return y_bo + nn.functional.pad(x_bd @ self.W_skip_od.T.to(x_bd.dtype), (0, self.d_out - len(self.W_skip_od)))
 
     def baseline(self, x_bd: Tensor) -> Tensor:
-        """What is written for these tokens when no feature is active, [..., o]; [o] where that is the same for all."""
+        """The output for these tokens if no feature is active, [..., o]; [o] if that is the same for all."""
         b_dec_o = self.b_dec_o.to(self.dtype)
         return self.completed(b_dec_o, x_bd) if self.decodes_with_input else b_dec_o
 
@@ -302,26 +303,26 @@ class Dictionary(nn.Module):
         return self.decode(self.encode(x_bd), x_bd)
 
     def rows(self, features: Sequence[int] | Tensor) -> Tensor:
-        """What one unit of each chosen feature adds where the dictionary writes, [k, o]; in a frame, times `unit`."""
+        """What one unit of each chosen feature adds at the output site, [k, o]; in a frame, times `unit`."""
         return rows_of(self.W_dec_fo, torch.as_tensor(features, dtype=torch.int64, device=self.W_dec_fo.device))
 
     def encoder_rows(self, features: Sequence[int] | Tensor) -> Tensor:
-        """What each chosen feature reads, [k, d]."""
+        """The encoder row of each chosen feature, [k, d]."""
         return rows_of(self.W_enc_fd, torch.as_tensor(features, dtype=torch.int64, device=self.W_enc_fd.device))
 
     def unit(self, x_bd: Tensor) -> Tensor | float:
-        """What one unit of the decoder's output is worth for each token, [..., 1]; 1 without a frame."""
+        """The size of one unit of the decoder's output for each token, [..., 1]; 1 without a frame."""
         return 1.0 if self.frame is None or not self.frame.restores else self.frame.enter(x_bd.to(self.dtype)).unit_b1
 
     def joined(self, values: Mapping[str, Tensor]) -> Tensor:
-        """What it encodes, [..., d], out of the values at each of the sites where it reads."""
+        """Its input, [..., d], from the values at each of its input sites."""
         sites = [str(port.site) for port in self.reads]
         if len(set(sites)) < len(sites):
             raise InputError(f"the dictionary reads {', '.join(sites)} of several models; give it what they have there, side by side")
         return torch.cat([values[site] for site in sites], dim=-1)
 
     def split(self, y_bo: Tensor) -> dict[str, Tensor]:
-        """What it writes, [..., o], by site."""
+        """Its output, [..., o], by site."""
         parts = y_bo.split([port.width for port in self.writes], dim=-1)
         return {str(port.site): part for port, part in zip(self.writes, parts)}
 
@@ -330,7 +331,7 @@ class Dictionary(nn.Module):
         return self._of_rows(lambda rows_fo: rows_fo.norm(dim=-1))
 
     def port_norms(self) -> Tensor:
-        """Lengths of what the decoder's rows write at each port, [p, f]: of a crosscoder they tell where a feature belongs."""
+        """Lengths of the decoder rows' parts at each port, [p, f]: for a crosscoder they show where a feature belongs."""
         return self._of_rows(lambda rows_fo: rows_fo.unflatten(-1, (len(self.writes), -1)).norm(dim=-1)).T
 
     def _of_rows(self, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -347,8 +348,8 @@ class Dictionary(nn.Module):
         """The same function for inputs that are not yet multiplied by `scale_in` and outputs divided by `scale_out` (the same by
         default), with decoder rows of length 1 where the gate allows it. A factor is a number, or [d] or [o], one for each dimension.
 
-        An activation is then the length that its feature adds, in the model's own units. Exact: a gate that allows it commutes with
-        positive factors. Of a plain TopK the rows keep their lengths, because others would choose other features. Rows of zero length
+        An activation is then the length of its feature's vector, in the model's own units. Exact: a gate that allows it commutes with
+        positive factors. In a plain TopK rows keep their lengths, because other lengths would choose other features. Rows of zero length
         are left as they are.
         """
         scale_out = scale_in if scale_out is None else scale_out

@@ -1,6 +1,6 @@
-"""Frames: what some dictionaries do to every token before they encode it, and undo after they decode.
+"""Frames: normalisations that some dictionaries apply to every token before encoding and undo after decoding.
 
-A frame is x' = (x − shift) · scale, with a scale and a shift of each token's own. What a feature adds then depends on the token:
+A frame is x' = (x − shift) · scale, with a separate scale and shift for each token. What a feature adds then depends on the token:
 its activation times its decoder row, divided by the token's scale.
 
 d width
@@ -16,9 +16,9 @@ EPSILON = 1e-5
 
 class Entered(NamedTuple):
     x_bd: Tensor
-    """the token as the encoder sees it"""
+    """the token as the encoder reads it"""
     unit_b1: Tensor
-    """what one unit of the decoder's output is worth in the token's own units"""
+    """the size of one unit of the decoder's output in the token's own units"""
     shift_b1: Tensor | None
     """what is added after that"""
 
@@ -30,7 +30,7 @@ class Frame(NamedTuple):
 
     kind: Literal["constant_norm_rescale", "layer_norm", "centred"]
     restores: bool = True
-    """the output is brought back into the token's units; not so for a transcoder, whose output lies elsewhere"""
+    """whether the output is transformed back to the token's units; not for a transcoder, whose output is at another site"""
 
     def enter(self, x_bd: Tensor) -> Entered:
         if self.kind == "constant_norm_rescale":

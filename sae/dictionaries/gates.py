@@ -1,4 +1,4 @@
-"""Gates: which pre-activations become activations. All kinds of dictionaries differ, at inference, only here.
+"""Gates: which pre-activations become activations. At inference, all kinds of dictionaries differ only in the gate.
 
 b rows (tokens) · f features
 
@@ -28,7 +28,7 @@ from sae.errors import InputError
 
 
 class Gate(nn.Module, ABC):
-    """What all gates have. A new kind is a subclass with `forward`, and `of` and `scaled` where they are possible.
+    """The interface of gates. A new kind is a subclass with `forward`, and `of` and `scaled` if they are possible.
 
     Tensors are parameters: they are saved, cast and part of a dictionary's checksum. Without `scaled`, g(c z) = c g(z) must hold for one
     common factor c above 0.
@@ -42,11 +42,11 @@ class Gate(nn.Module, ABC):
         """Activations [..., f], perhaps in the memory of `z_bf`."""
 
     def of(self, features: Sequence[int] | Tensor | slice) -> "Gate | None":
-        """The gate of these features alone, or None where an activation depends on the others too."""
+        """The gate of these features alone, or None if an activation also depends on the others."""
         return None
 
     def scaled(self, factor_f: Tensor) -> "Gate | None":
-        """The gate g' with g'(factor · z) = factor · g(z) for factors above 0, or None where there is no such gate."""
+        """The gate g' with g'(factor · z) = factor · g(z) for factors above 0, or None if there is no such gate."""
         return None
 
 
@@ -78,14 +78,14 @@ def gated(W_enc_fd: Tensor, r_mag_f: Tensor, b_mag_f: Tensor, b_gate_f: Tensor) 
 
 
 class Chosen(NamedTuple):
-    """What a gate chose of each row: at most k features, their numbers ascending, and their activations, which may be 0."""
+    """The choice of a gate for each row: at most k features, their numbers ascending, and their activations, which may be 0."""
 
     feature_bk: Tensor
     value_bk: Tensor
 
 
 class Choice(Gate):
-    """Keeps k features of a row, so that an activation depends on the others too."""
+    """Keeps k features of a row, so that an activation also depends on the other features."""
 
     def __init__(self, k: int):
         super().__init__()
@@ -95,7 +95,7 @@ class Choice(Gate):
 
     @abstractmethod
     def choose(self, blocks: Iterable[tuple[int, Tensor]], f: int) -> Chosen:
-        """`blocks`: of one after another the number of its first feature, and pre-activations [..., features]; `f` features in all."""
+        """`blocks` yields the number of each block's first feature, and pre-activations [..., features]; `f` features in total."""
 
     def forward(self, z_bf: Tensor) -> Tensor:
         feature_bk, value_bk = self.choose([(0, z_bf)], z_bf.shape[-1])
@@ -107,7 +107,7 @@ class Choice(Gate):
 
 
 class TopK(Choice):
-    """The k largest of a row, those of them that are above 0."""
+    """The k largest of a row that are above 0."""
 
     def choose(self, blocks: Iterable[tuple[int, Tensor]], f: int) -> Chosen:
         best: Chosen | None = None
@@ -123,7 +123,7 @@ class TopK(Choice):
         return Chosen(best.feature_bk, self.kept(best.value_bk))
 
     def size(self, z_bf: Tensor) -> Tensor:
-        """By what features are compared."""
+        """The values by which features are compared."""
         return z_bf
 
     def kept(self, value_bk: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ class TopK(Choice):
 
 
 class AbsTopK(TopK):
-    """The k of a row that are largest without their signs, with their signs (arXiv 2510.00404)."""
+    """The k of a row with the largest absolute value, with their signs (arXiv 2510.00404)."""
 
     signed = True
 
@@ -144,7 +144,7 @@ class AbsTopK(TopK):
 
 
 class BareTopK(TopK):
-    """The k largest of a row as they are, those below 0 too: circuit-tracer's TopK, which has no ReLU."""
+    """The k largest of a row, also those below 0: circuit-tracer's TopK, which has no ReLU."""
 
     signed = True
 
@@ -153,7 +153,7 @@ class BareTopK(TopK):
 
 
 class GroupMax(Choice):
-    """The largest of each of k equal groups of neighbouring features, those of them that are above 0."""
+    """The largest of each of k equal groups of neighbouring features, if it is above 0."""
 
     def choose(self, blocks: Iterable[tuple[int, Tensor]], f: int) -> Chosen:
         if f % self.k:

@@ -1,4 +1,4 @@
-"""A dictionary of any format, or a set of them, copied into folders of SAELens' layout, which is the one that is written here."""
+"""Copies a dictionary of any format, or a set of them, into folders of SAELens' layout, the only layout that is written."""
 
 import copy
 import sys
@@ -34,7 +34,7 @@ class ImportConfig:
 
 
 def import_dictionary(config: ImportConfig) -> None:
-    """Raises `InputError` for a source that cannot be read, or holds what the layout has no place for."""
+    """Raises `InputError` for a source that cannot be read, or that the layout cannot hold."""
     if config.out is None and not config.dry_run:
         raise InputError("expected --out, the folder to write, or --dry-run; give one of them")
     if config.out is not None:
@@ -56,7 +56,7 @@ def import_dictionary(config: ImportConfig) -> None:
 
 
 def converted(config: ImportConfig, parts: Parts) -> Parts:
-    """In the number format that is asked for, and with a note of where it comes from."""
+    """In the requested number format, and with a note of its source."""
     path, _ = locate(config.source)
     came_from = {"source": config.source, "format": format_of(path).name, "weights_crc32": weights_crc32(config.source, [parts])}
     parts = parts._replace(metadata=parts.metadata | {"imported": came_from})
@@ -71,7 +71,7 @@ def converted(config: ImportConfig, parts: Parts) -> Parts:
 
 
 def describe(source: str, parts: Parts, layers: list[int] | None) -> dict[str, str]:
-    """What was found, row by row; of a set, its first layer."""
+    """A description of the dictionary, row by row; for a set, of its first layer."""
     (f, d), o, gate = parts.W_enc_fd.shape, parts.W_dec_fo.shape[1], parts.gate
     path, _ = locate(source)
     kind = type(gate).__name__ + (f"({gate.extra_repr()})" if gate.extra_repr() else "")

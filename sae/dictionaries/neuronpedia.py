@@ -1,6 +1,6 @@
-"""Neuronpedia's names of models, dictionaries ("sources") and features, as they stand in its URLs, and what they are on the hub.
+"""Neuronpedia's names of models, dictionaries ("sources") and features, as in its URLs, and their names on the hub.
 
-https://www.neuronpedia.org/gemma-2-2b/12-gemmascope-res-16k/10004        feature 10004 of a source; gemma-2-2b/… is its short form
+https://www.neuronpedia.org/gemma-2-2b/12-gemmascope-res-16k/10004 feature 10004 of a source; gemma-2-2b/… is its short form
 """
 
 import json
@@ -24,7 +24,7 @@ class Posted(NamedTuple):
 
 
 def posted(name: str) -> Posted:
-    """What a URL of Neuronpedia, or model/source or model/source/feature, stands for.
+    """Model, dictionary and feature of a URL of Neuronpedia, or of model/source or model/source/feature.
 
     Raises `InputError` for another name, a source of neurons, and a source that is not in the list of this package.
     """

@@ -1,4 +1,4 @@
-"""What a dictionary is made of: what formats read and write, and what `Dictionary` computes with.
+"""The parts of a dictionary: what formats read and write, and what `Dictionary` computes with.
 
 d width that is read · f features · o width that is written
 """
@@ -20,7 +20,7 @@ class Parts(NamedTuple):
     b_dec_o: Tensor
     gate: Gate
     metadata: dict[str, Any]
-    """facts about where it comes from: "site" and, of a transcoder, "site_out" under our names, "model_name", others as in its file"""
+    """facts about its origin: "site" and, for a transcoder, "site_out" with our names, "model_name", others as in its file"""
     b_in_d: Tensor | None = None
     """subtracted from the input"""
     W_skip_od: Tensor | None = None
@@ -29,40 +29,40 @@ class Parts(NamedTuple):
 
     @property
     def reads(self) -> "tuple[Port, ...]":
-        """Where it reads: one site, or several of equal width side by side (a crosscoder)."""
+        """Its input: one site, or several of equal width, concatenated (a crosscoder)."""
         return ports(self.metadata.get("site"), self.W_enc_fd.shape[1])
 
     @property
     def writes(self) -> "tuple[Port, ...]":
-        """Where it writes: for all but transcoders where it reads."""
+        """Its output: equal to `reads` except for transcoders."""
         return ports(self.metadata.get("site_out", self.metadata.get("site")), self.W_dec_fo.shape[1])
 
     @property
     def site(self) -> str | None:
-        """The one site where it reads, for example "resid_post.2"; None when unknown. Raises `InputError` for several."""
+        """The only input site, for example "resid_post.2"; None if unknown. Raises `InputError` for several."""
         return only(self.reads, "reads")
 
     @property
     def site_out(self) -> str | None:
-        """The one site where it writes. Raises `InputError` for several."""
+        """The only output site. Raises `InputError` for several."""
         return only(self.writes, "writes")
 
     @property
     def is_transcoder(self) -> bool:
-        """It writes elsewhere than it reads."""
+        """Whether it writes at another site than it reads."""
         return self.reads != self.writes
 
 
 class Port(NamedTuple):
-    """Where a dictionary reads or writes."""
+    """An input or output of a dictionary."""
 
     site: str | None
-    """for example "resid_post.2"; None when unknown"""
+    """for example "resid_post.2"; None if unknown"""
     width: int
 
 
 def ports(sites: str | list[str] | None, width: int) -> tuple[Port, ...]:
-    """The sites that `width` columns are for, each as wide as the others. Raises `InputError` where that does not divide."""
+    """The sites of `width` columns, all of one width. Raises `InputError` if the width does not divide."""
     sites = sites if isinstance(sites, list) else [sites]  # type: ignore[list-item]
     if width % max(1, len(sites)):
         raise InputError(f"expected a width that {len(sites)} sites share, {', '.join(map(str, sites))}, got {width}")
@@ -80,11 +80,11 @@ def only(ports: tuple[Port, ...], does: str) -> str | None:
 
 
 Layers = Mapping[int, Callable[[], Parts]]
-"""A set of dictionaries, one for each of several layers of a model, each of which is read when it is asked for."""
+"""A set of dictionaries, one for each of several layers of a model; each is read at first use."""
 
 
 class Choice(dict[int, Callable[[], Parts]]):
     """Dictionaries of one site in one file, by number, of which one is to be chosen."""
 
     facts: tuple[str, ...] = ()
-    """what tells each from the others"""
+    """what distinguishes each from the others"""

@@ -1,4 +1,4 @@
-"""Rows of a weight matrix as they are computed with: in float32 at least, checked where they lie on the disk, a block of them at a time.
+"""Rows of a weight matrix for computations: in float32 at least, checked if they are on the disk, a block of them at a time.
 
 Weights in half precision stay so in memory and on the disk; a product of them is of float32 copies of a block, which is exact but for
 float32's own rounding of the sum. f features · w width of a row
@@ -14,7 +14,7 @@ from sae.disk.mapped import fetch, is_mapped, let_go, read_ahead
 from sae.errors import InputError
 
 BLOCK_BYTES = 1 << 26
-"""of the float32 copy of one block"""
+"""size of the float32 copy of one block"""
 RUNS, FEW = 64, 16
 DRAWN = 1 << 14
 """random rows made at a time; torch draws sixteen numbers together, so that a multiple of that gives the rows of one drawing"""
@@ -25,7 +25,7 @@ def computing_dtype(W_fw: Tensor) -> torch.dtype:
 
 
 def at_once(W_fw: Tensor) -> int:
-    """Rows of a block: all of a matrix that is in memory as it is computed with."""
+    """Rows of a block: all rows of a matrix that needs no conversion or loading."""
     if W_fw.dtype == computing_dtype(W_fw) and not is_mapped(W_fw):
         return len(W_fw)
     return max(1, BLOCK_BYTES // (4 * W_fw.shape[1]))
@@ -37,7 +37,7 @@ def ranges(f: int, size: int) -> Iterator[slice]:
 
 
 def rows_of(W_fw: Tensor, which: slice | Tensor) -> Tensor:
-    """Some rows, [k, w], in the dtype that is computed in. Raises `InputError` for NaN or infinity in rows that stayed on the disk."""
+    """Some rows, [k, w], in the dtype of computations. Raises `InputError` for NaN or infinity in rows that stayed on the disk."""
     if not is_mapped(W_fw):
         return W_fw[which].to(computing_dtype(W_fw))
     rows_kw = _copied(W_fw, which)

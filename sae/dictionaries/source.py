@@ -37,13 +37,13 @@ ENDINGS = (".safetensors", ".npz", ".pt", ".pth")
 SETTINGS = (".json", ".yaml", ".yml")
 LARGEST_SETTINGS = 1 << 20
 MOST_FILES = 4
-"""weights in one folder, beside those of a set"""
+"""maximum number of weight files in one folder, except for a set"""
 OF_LAYER = re.compile(r"(?:(?:.*_)?(?:layer|W_enc|W_dec)_(?=[0-9]+\.safetensors)|layer(?=[0-9]+\.sae\.pt))([0-9]+)\..*")
-"""files of a set that has one for each layer"""
+"""files of a set with one for each layer"""
 CANONICAL = "canonical"
 SHOWN = 12
 ROWS = 4096
-"""that are copied at a time"""
+"""number of rows copied at a time"""
 SAMPLES = 64
 
 
@@ -51,11 +51,11 @@ class Source(NamedTuple):
     path: Path
     """the folder or file"""
     layer: int | None
-    """of a set, or of several in one file, the one that was asked for"""
+    """of a set, or of several in one file, the requested one"""
 
 
 def locate(source: str | Path) -> Source:
-    """The dictionary on this machine, downloaded if need be. Raises `InputError` for what is neither here nor in reach."""
+    """The local path of the dictionary, downloaded if necessary. Raises `InputError` if it is neither local nor reachable."""
     text = str(source)
     if not text:  # from an unset variable of the shell; as a path it would be the present folder
         raise InputError("expected a folder, a file or a name on the hub, got an empty text")
@@ -114,7 +114,7 @@ def _on_hub(repo: str, inside: str, revision: str | None) -> Source:
 
 
 def _is_whole(source: Source) -> bool:
-    """Whether the cache holds all that is needed. Of a set nobody knows how many layers there are without asking the hub."""
+    """Whether the cache has all needed files. The number of layers of a set is unknown without asking the hub."""
     if source.path.is_file():
         return _is_known(source.path)
     layers = [found[1] for path in source.path.glob("*") if (found := OF_LAYER.fullmatch(path.name))]
@@ -206,7 +206,7 @@ def canonical_l0() -> dict[str, dict[str, dict[str, int]]]:
 
 
 def read(source: str | Path, device: Device = "cpu") -> Parts | Layers:
-    """What the dictionary, or each of a set, is made of. Raises `InputError` like `locate`, and for none of the formats."""
+    """The parts of the dictionary, or of each of a set. Raises `InputError` like `locate`, and for none of the formats."""
     path, layer = locate(source)
     found = load(path, device)
     if isinstance(found, Choice) and layer not in found:
@@ -223,9 +223,9 @@ def read(source: str | Path, device: Device = "cpu") -> Parts | Layers:
 
 
 def weights_crc32(source: str | Path, parts: Iterable[Parts]) -> str:
-    """Eight hexadecimal digits, by which the same weights are known elsewhere; `parts` are what was read from the source.
+    """Eight hexadecimal digits that identify the weights; `parts` were read from the source.
 
-    Of a folder of SAELens' layout its file's checksum, otherwise of all tensors.
+    For a folder of SAELens' layout its file's checksum, otherwise a checksum of all tensors.
     """
     path, layer = locate(source)
     if layer is None and (path / WEIGHTS).is_file():
@@ -239,9 +239,9 @@ def weights_crc32(source: str | Path, parts: Iterable[Parts]) -> str:
 
 
 def sampled_crc32(parts: Parts) -> str:
-    """Like `weights_crc32`, but of all vectors, and of each matrix the values where `SAMPLES` evenly spread rows and columns cross.
+    """Like `weights_crc32`, but of all vectors, and of each matrix only the values where `SAMPLES` evenly spread rows and columns cross.
 
-    Known without reading all of a dictionary that stays on the disk; any training changes it.
+    Computed without reading all of a dictionary that stays on the disk; any training changes it.
     """
     value = 0
     for tensor in _tensors_of(parts):

@@ -19,7 +19,7 @@ _COUNTING = threading.Lock()  # for a moment, while a thread begins or ends; not
 
 
 class Hooks:
-    """Of one model. They run whatever `torch.compile` made of it: while there are any, it is run as it was before compilation."""
+    """The hooks of one model. While there are any, a model compiled by `torch.compile` is run uncompiled."""
 
     def __init__(self, model: Any, decoder: Any):
         self.past_length = 0
@@ -34,7 +34,7 @@ class Hooks:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, passes of this thread are neither seen nor changed."""
+        """Inside, passes of this thread are neither recorded nor changed."""
         with self._one_thread(), torch.compiler.set_stance("force_eager"):
             before, self._paused = self._paused, True
             try:
@@ -57,9 +57,9 @@ class Hooks:
 
     @contextmanager
     def attached(self, edits: Mapping[str, Edit], places: Mapping[str, Place]) -> Iterator[None]:
-        """Inside, the result of each site's edit takes the place of the value there.
+        """Inside, the result of each site's edit replaces the value there.
 
-        Raises `InputError` while another thread has its own attached, and from a pass that another thread makes or that did not show all
+        Raises `InputError` while another thread has attached hooks, and from a pass that another thread makes or that did not reach all
         sites.
         """
         seen: set[str] = set()

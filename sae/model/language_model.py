@@ -1,4 +1,4 @@
-"""A Hugging Face causal language model with named places: record what flows there, or replace it, in any forward pass.
+"""A Hugging Face causal language model with named sites: record the values there, or replace them, in any forward pass.
 
 s sequences · p positions · d model width · v vocabulary · for the names of places see sae/model/sites.py
 """
@@ -34,11 +34,11 @@ class NonFiniteLogits(ArithmeticError):
 
 
 class _AllRecorded(Exception):
-    """Unwinds the forward pass once every wanted site has been seen."""
+    """Unwinds the forward pass after every wanted site was recorded."""
 
 
 class LanguageModel:
-    """A causal LM in evaluation mode, without gradients for its weights; `load` gets one by name, the constructor wraps a loaded one."""
+    """A causal LM in evaluation mode, without gradients for its weights; `load` loads one by name, the constructor wraps a loaded one."""
 
     def __init__(self, model: Any, tokenizer: Any = None, name: str = "", revision: str | None = None):
         self.model = model.eval().requires_grad_(False)
@@ -88,7 +88,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go (with `device_map`, later blocks may live elsewhere)."""
+        """The device of token ids (with `device_map`, later blocks may be on other devices)."""
         return device_of(self.model.get_input_embeddings())
 
     @property
@@ -112,14 +112,14 @@ class LanguageModel:
 
     @cached_property
     def _projected(self) -> dict[str, Place | str]:
-        """q, k and v: where they are, or why they are not there."""
+        """q, k and v: their places, or why they do not exist."""
         with self._hooks.paused(), torch.inference_mode(False):
             found = find_heads(self._inspection.attentions, partial(short_pass, self.model, self._decoder, self.name))
         return {f"{kind}.{layer}": place for layer, own in enumerate(found) for kind, place in own.items()}
 
     @cached_property
     def norms(self) -> dict[str, Norm | str]:
-        """By name, every norm that a pass goes through; a reason where its formula is not known."""
+        """By name, every norm of a pass; a reason if its formula is not known."""
         with self._hooks.paused(), torch.inference_mode(False), torch.no_grad():
             return find_norms(self._decoder, partial(short_pass, self.model, self._decoder, self.name))
 
@@ -134,16 +134,16 @@ class LanguageModel:
         return self._inspection.final_norm
 
     def norm_before(self, site: str) -> nn.Module | None:
-        """Of attn_in.L or mlp_in.L, the norm that made it of the stream; None where it is the stream itself. Raises as `place` does."""
+        """For attn_in.L or mlp_in.L, the norm that computes it from the stream; None if it is the stream itself. Raises as `place` does."""
         self.place(site)
         return self._inspection.norms[str(parse_site(site))]
 
     def sites(self) -> list[str]:
-        """Those that the model has, in the order in which they are computed."""
+        """The sites of this model, in the order in which they are computed."""
         return [site for site in self._all_sites() if isinstance(self._found(site), Place)]
 
     def refused_sites(self) -> dict[str, str]:
-        """The other sites that models have, and why this one has not got them."""
+        """The other sites, with the reasons why this model does not have them."""
         return {site: found for site in self._all_sites() if isinstance(found := self._found(site), str)}
 
     def width(self, site: str) -> int:
@@ -151,7 +151,7 @@ class LanguageModel:
         return self.place(site).width
 
     def place(self, site: str) -> Place:
-        """Where the site lies. Raises `InputError` listing the sites of models, or saying why this one has not got it."""
+        """The place of the site. Raises `InputError` listing the known sites, or with the reason why this model does not have it."""
         site = str(parse_site(site, self.n_layers))
         found = self._found(site)
         if isinstance(found, str):
@@ -210,7 +210,7 @@ class LanguageModel:
 
     @property
     def pad_id(self) -> int:
-        """Fills rows; masked out, so any token does that the model has an embedding of, as a tokenizer's own pad token need not."""
+        """Fills rows; masked out, so it can be any token with an embedding, which a tokenizer's own pad token may lack."""
         pad = None if self.tokenizer is None else self.tokenizer.pad_token_id
         choices = [*([] if pad is None else [pad]), *self.eos_ids, 0]
         return next(token for token in choices if 0 <= token < self._vocabulary)
@@ -345,7 +345,7 @@ class LanguageModel:
             step_sp, mask_sp = next_s[:, None], torch.cat([mask_sp, mask_sp.new_ones(len(mask_sp), 1)], dim=1)
 
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits that recognise the whole model in any float dtype; see sae/model/opening/fingerprint.py."""
+        """Twelve hexadecimal digits that identify the whole model in any float dtype; see sae/model/opening/fingerprint.py."""
         return self._fingerprint or fingerprint(self.model)
 
     def _refuse_virtual_tokens(self) -> None:

@@ -1,4 +1,4 @@
-"""Passes of one batch that begin at a block: the blocks below run once.
+"""Passes of one batch that start at a later block: the blocks below run only once.
 
 s sequences · p positions · v vocabulary
 """
@@ -38,7 +38,7 @@ class Resumed:
 
 
 def first_block(lm: LanguageModel, sites: Sequence[str]) -> int:
-    """How many blocks lie below every edit at the sites, and need not run again. Raises `InputError` as `place` does."""
+    """The number of blocks below every edit at the sites, which need not run again. Raises `InputError` as `place` does."""
     first = lm.n_layers
     for site in sites:
         place = lm.place(site)
@@ -53,7 +53,7 @@ def first_block(lm: LanguageModel, sites: Sequence[str]) -> int:
 
 @torch.no_grad()
 def can_resume(lm: LanguageModel, count: int, ids_sp: Tensor) -> bool:
-    """Whether passes that do without the first `count` blocks are the same to the bit, tried on a few tokens."""
+    """Whether passes without the first `count` blocks are the same to the bit, tried on a few tokens."""
     with lm.unedited():
         outputs, whole_spv = _outputs(lm, count, ids_sp, None), lm.logits(ids_sp)
         lm.logits(ids_sp[:, :1])  # what blocks leave for one another is now of another pass
@@ -66,7 +66,7 @@ def can_resume(lm: LanguageModel, count: int, ids_sp: Tensor) -> bool:
 
 @torch.no_grad()
 def _outputs(lm: LanguageModel, count: int, ids_sp: Tensor, mask_sp: Tensor | None) -> list[Any]:
-    """What each of the first `count` blocks gives in an unedited pass."""
+    """The outputs of the first `count` blocks in an unedited pass."""
     outputs: list[Any] = []
 
     def keep(_module: nn.Module, _args: tuple, output: Any) -> None:
@@ -85,7 +85,7 @@ def _outputs(lm: LanguageModel, count: int, ids_sp: Tensor, mask_sp: Tensor | No
 
 @contextmanager
 def _giving(lm: LanguageModel, outputs: Sequence[Any]) -> Iterator[None]:
-    """Inside, the first blocks give these outputs without computing anything; hooks on them run as ever."""
+    """Inside, the first blocks return these outputs without computing anything; hooks on them still run."""
     with ExitStack() as stack:
         stack.enter_context(lm.edited({}))  # compiled code would not see it, and other threads should not
         for block, output in zip(lm.blocks, outputs):

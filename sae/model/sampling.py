@@ -1,4 +1,4 @@
-"""How text is drawn: the settings, the next token from logits without sorting the vocabulary, and what a token costs.
+"""Sampling of text: the settings, the next token from logits without sorting the vocabulary, and the loss of a token.
 
 s sequences · v vocabulary
 """

@@ -28,15 +28,15 @@ KINDS = (
     *("resid_pre", "attn_in", "q", "k", "v", "head_out", "attn_out", "resid_mid"),
     *("mlp_in_nogain", "mlp_in", "mlp_act", "mlp_out", "resid_post"),
 )
-"""those of each block"""
+"""sites of each block"""
 MODEL = r"[A-Za-z][A-Za-z0-9_-]{0,31}"
-"""what a second model may be called"""
+"""allowed names of a second model"""
 
 
 class Site(NamedTuple):
     kind: str
     layer: int
-    """-1 of `embed`, which comes before all blocks"""
+    """-1 for `embed`, which precedes all blocks"""
 
     def __str__(self) -> str:
         return self.kind if self.kind == EMBED else f"{self.kind}.{self.layer}"
@@ -61,7 +61,7 @@ def parse_site(text: str | Site, n_layers: int | None = None) -> Site:
 
 
 def split_model(site: str) -> tuple[str | None, str]:
-    """`"chat/resid_post.2"` -> `("chat", "resid_post.2")`; None in front of a site of the only or the first model."""
+    """`"chat/resid_post.2"` -> `("chat", "resid_post.2")`; None instead of the name for a site of the only or the first model."""
     match = re.fullmatch(rf"({MODEL})/(.*)", site)
     return (match[1], match[2]) if match else (None, site)
 

@@ -1,4 +1,4 @@
-"""Tokens as bytes and as text, whatever the tokenizer's kind."""
+"""Tokens as bytes and as text, for any kind of tokenizer."""
 
 import codecs
 import json
@@ -13,7 +13,7 @@ from sae.errors import InputError
 
 
 class Vocabulary(NamedTuple):
-    """What each token id stands for."""
+    """The text of each token id."""
 
     pieces: list[bytes]
     """bytes of every id, [v]; the pieces of a text, joined, are the text"""

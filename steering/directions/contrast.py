@@ -1,4 +1,4 @@
-"""Two sets that are contrasted: what is refused, what is warned about, and how sure the direction between them is.
+"""Two contrast sets: checks, warnings, and the uncertainty of the direction between them.
 
 n rows of a set (activations or texts) · d width of the site
 """
@@ -29,7 +29,7 @@ def activations(acts_nd: Tensor, what: str = "activations") -> Tensor:
 
 
 def contrast_sets(pos_nd: Tensor, neg_nd: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sets as `activations` gives them. Raises `InputError` for an empty one or different widths."""
+    """Both sets as `activations` returns them. Raises `InputError` for an empty one or different widths."""
     pos_nd, neg_nd = activations(pos_nd, "positive activations"), activations(neg_nd, "negative activations")
     if pos_nd.shape[1] != neg_nd.shape[1]:
         raise InputError(f"expected both sets of activations to have one width, got {pos_nd.shape[1]} and {neg_nd.shape[1]}")
@@ -37,7 +37,7 @@ def contrast_sets(pos_nd: Tensor, neg_nd: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def digest(*data: Tensor | Sequence[str]) -> str:
-    """Twelve hexadecimal digits that recognise texts or activations."""
+    """Twelve hexadecimal digits that identify texts or activations."""
     total = hashlib.sha256()
     for part in data:
         if isinstance(part, Tensor):

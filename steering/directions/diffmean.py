@@ -44,8 +44,8 @@ def diffmean_of_texts(
 ) -> SteeringVector:
     """`diffmean` of the activations of texts: every token counts once ("all", as in AxBench), or only each text's last ("last").
 
-    CAA is "last" with texts that end in the answer's letter. The beginning-of-text token never counts. How sure the direction is, is
-    judged by drawing whole texts again, since tokens of one text are not independent.
+    CAA is "last" with texts that end in the answer's letter. The beginning-of-text token never counts. The direction's uncertainty is
+    estimated by resampling whole texts, since tokens of one text are not independent.
     """
     positive_texts, negative_texts = text_list(positive_texts, "positive_texts"), text_list(negative_texts, "negative_texts")
     if not positive_texts or not negative_texts:

@@ -1,4 +1,4 @@
-"""The direction of one dictionary feature: given by number, found by a word, or chosen by what it does to the output.
+"""The direction of one dictionary feature: by number, found by a word, or chosen by its effect on the output.
 
 s sequences · p positions · d model width · f features · v vocabulary
 """

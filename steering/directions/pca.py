@@ -26,7 +26,7 @@ def pca_of_differences(
 ) -> SteeringVector:
     """v = u · √mean((dᵢ·u)²), u the first component of [d; −d] for the differences dᵢ = posᵢ − negᵢ of paired rows.
 
-    Stacking both signs makes the mean zero, so that centring takes nothing of what the differences have in common (as
+    Stacking both signs makes the mean zero, so that centring does not remove what the differences have in common (as
     steering-vectors' `pca_aggregator`; after Zou et al. 2023, arXiv 2310.01405). u points to where the mean difference does, and
     coefficient 1 is the root mean square of the differences along it. Rows without a partner are left out, with a warning; warns as
     well when pairs are few. `seed` is that of scikit-learn's solver for large inputs.
@@ -78,7 +78,7 @@ def principal_directions(
 ) -> list[SteeringVector]:
     """v_i = u_i · √λ_i for the first `k` components of the centred rows: u_i of norm 1, λ_i the variance along it (n − 1 below).
 
-    Coefficient 1 is one standard deviation of the activations. A component has no sign of its own: here its loading of largest size is
+    Coefficient 1 is one standard deviation of the activations. A component has no natural sign: here its largest loading by size is
     positive. Drop each text's first tokens before (`principal_directions_of_texts` does): a few of them are so long that they are the
     first component. The variance and its share are in each provenance. Raises `InputError` for more components than there can be.
     """

@@ -1,4 +1,4 @@
-"""Controls: directions that know nothing of the concept.
+"""Controls: directions that are independent of the concept.
 
 n rows of activations · d width of the site
 """
@@ -32,7 +32,7 @@ def random_in_span(acts_nd: Tensor, site: str, seed: int, norm: float = 1.0) -> 
 
 
 def shuffled_labels(pos_nd: Tensor, neg_nd: Tensor, site: str, seed: int) -> SteeringVector:
-    """The difference of means of a random half of both sets, and the rest: `diffmean` of labels that say nothing.
+    """The difference of means of a random half of both sets, and the rest: `diffmean` of random labels.
 
     Half of each set, because labels dealt out without this balance leave some of the difference between the sets in it, with either
     sign: of 20 rows a side that lie far apart, a cosine of 0.8 with `diffmean` is common. Raises `InputError` for sets that cannot be

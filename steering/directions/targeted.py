@@ -22,11 +22,11 @@ RIDGES = np.logspace(-6, 3, 19)  # in units of the mean variance of the directio
 
 
 class Effects(NamedTuple):
-    """y = x M + b: by how much adding x changes the mean activation of each feature in what the model then says."""
+    """y = x M + b: the change of each feature's mean activation in the text that the model writes with x added."""
 
     M_df: Tensor
     b_f: Tensor
-    """what steering at that budget does on average over directions"""
+    """average effect of steering at that budget over directions"""
     site: str
     provenance: dict[str, Any]
 
@@ -37,7 +37,7 @@ class Effects(NamedTuple):
 
     @classmethod
     def load(cls, path: str | Path) -> "Effects":
-        """Raises `InputError` unless `path` is a whole file that `save` wrote."""
+        """Raises `InputError` unless `path` is a complete file that `save` wrote."""
         then = "fit them with --fit"
         tensors, metadata = read_tensors(Path(path), "effects", {"M": ("F32", "d f"), "b": ("F32", "f")}, then=then)
         if metadata.get("format") != FORMAT or not {"site", "provenance"} <= metadata.keys():

@@ -1,6 +1,6 @@
 """Formats of dictionaries on disk, one row each. `load` finds the row of a folder or file; `saelens/` is the one that is written too.
 
-`trainers/` has what training programs write, `releases/` published dictionaries in layouts of their own, tensors.py what the rows share.
+`trainers/` has the formats of training programs, `releases/` published dictionaries with special layouts, tensors.py shared code.
 """
 
 from collections.abc import Callable

@@ -12,7 +12,7 @@ NORM_BEHIND = re.compile(r"gemma-?[234]|olmo-?[23]|glm-?4", re.IGNORECASE)
 
 
 def ends_of_module(module: str, model: str | None) -> tuple[str | None, str | None]:
-    """Our names of what a module takes and of what it puts out; None for what is no site. `model` is its name on the hub."""
+    """Our names of a module's input and output; None for an end that is not a site. `model` is its name on the hub."""
     match = re.fullmatch(r"(?:.*\.)?(?:layers|h|blocks)\.(0|[1-9][0-9]*)(?:\.(.+))?", module)
     kind = match and (match[2] or "")
     if not match or kind not in ENDS:

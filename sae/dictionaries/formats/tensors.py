@@ -1,4 +1,4 @@
-"""What the rows of the table share: the tensors of a file held against their shapes, and facts out of a path's names."""
+"""Shared code of the formats: the tensors of a file checked against their shapes, and facts from a path's names."""
 
 import re
 import sys
@@ -22,16 +22,16 @@ FLOATS = "F64 F32 F16 BF16"
 """for schemas of safetensors files"""
 NUMPY_NAMES = {"<f8": "F64", "<f4": "F32", "<f2": "F16"}
 WIDE = 2 << 30
-"""bytes of a file (2 GiB) from which on its matrices stay on the disk, where a CPU computes"""
+"""bytes of a file (2 GiB) from which its matrices stay on the disk, if a CPU computes"""
 
 
 def has(*files: str) -> Callable[[Path], bool]:
-    """For `Format.recognises`: a folder in which there is a file for each of these patterns."""
+    """For `Format.recognises`: a folder with a file for each of these patterns."""
     return lambda path: path.is_dir() and all(any(path.glob(pattern)) for pattern in files)
 
 
 def file_at(path: Path, name: str) -> Path | None:
-    """The file `name`, where `path` is its folder or the file itself; None where it is neither."""
+    """The file `name`, if `path` is its folder or the file itself; None if it is neither."""
     file = path if path.name == name else path / name
     return file if file.is_file() else None
 
@@ -55,9 +55,9 @@ def read_weights(path: Path, device: Device = "cpu", then: str = AGAIN) -> dict[
 
 
 def wide_weights(path: Path, device: Device, then: str = AGAIN) -> dict[str, Tensor] | None:
-    """The tensors of a file of at least `WIDE` bytes, left on the disk; None for others, and for what cannot stay there.
+    """The tensors of a file of at least `WIDE` bytes, left on the disk; None for others, and for tensors that cannot stay there.
 
-    Says so, because neither the file's checksum is compared nor are all weights looked at when it is opened.
+    Prints a line, because neither the file's checksum nor all weights are checked when it is opened.
     """
     if torch.device(device).type != "cpu" or path.suffix not in (".safetensors", ".npz") or not path.is_file():
         return None
@@ -88,7 +88,7 @@ def wide_weights(path: Path, device: Device, then: str = AGAIN) -> dict[str, Ten
 
 
 def require_finite(where: Path, name: str, tensor: Tensor, then: str = AGAIN) -> None:
-    """Raises `InputError` for NaN or infinity. Matrices that stay on the disk are looked at when they are used (rows.py)."""
+    """Raises `InputError` for NaN or infinity. Matrices that stay on the disk are checked when they are used (rows.py)."""
     if is_mapped(tensor) and tensor.ndim > 1:
         return
     if tensor.numel() and not all(bool(end.isfinite()) for end in tensor.aminmax()):  # host sync; NaN is both ends
@@ -144,7 +144,7 @@ def require_value(where: Path, key: str, value: object, known: Sequence[object])
 
 
 def name_of(path: Path) -> str:
-    """The path as names tell of it: "google/gemma-scope-2b-pt-res/layer_12/…" inside of a hub's cache, else its absolute self, with "/"."""
+    """The path for recognising names: "google/gemma-scope-2b-pt-res/layer_12/…" inside a hub's cache, else the absolute path, with "/"."""
     text = path.absolute().as_posix()
     found = re.search(r".*/models--([^/]+?)--([^/]+)/snapshots/[^/]+/?(.*)", text)
     return "/".join(part for part in found.groups() if part) if found else text
@@ -169,13 +169,13 @@ def require_k(where: object, key: str, k: object, d_sae: int) -> int:
 
 
 def row_norms(W_dec_fo: Tensor) -> Tensor:
-    """Lengths of the rows, [f], in float32 at least; 1 for rows of zeros, so that one may divide by it."""
+    """Lengths of the rows, [f], in float32 at least; 1 for rows of zeros, so that one may divide by them."""
     norm_f = torch.linalg.vector_norm(W_dec_fo, dim=-1, dtype=torch.promote_types(W_dec_fo.dtype, torch.float32))
     return torch.where(norm_f > 0, norm_f, torch.ones_like(norm_f))
 
 
 def unit_rows(W_enc_fd: Tensor, b_enc_f: Tensor, W_dec_fo: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """With decoder rows of length 1, whose lengths the encoder takes over: pre-activations are multiplied by them. Dtypes stay."""
+    """With decoder rows of length 1; pre-activations are multiplied by the old lengths. Dtypes stay."""
     norm_f = row_norms(W_dec_fo)
     scaled = W_enc_fd * norm_f[:, None], b_enc_f * norm_f, W_dec_fo / norm_f[:, None]
     return scaled[0].to(W_enc_fd), scaled[1].to(b_enc_f), scaled[2].to(W_dec_fo)

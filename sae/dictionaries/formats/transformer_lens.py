@@ -33,7 +33,7 @@ FOLDED = "fold_value_biases"  # what the bias of the values adds to the heads' o
 
 
 def tell_folded(where: object, site: object) -> None:
-    """Says on stderr that a dictionary reads the heads' outputs without a part of them, which only the model knows."""
+    """Prints on stderr that a dictionary reads the heads' outputs without a part of them that only the model has."""
     print(
         f"{where} takes {site} without what the bias of the values adds to it, as TransformerLens has it ({FOLDED}); where the model has "
         "such a bias, `sae check-dictionary --write DIR` writes the dictionary for the model as it is",
@@ -42,7 +42,7 @@ def tell_folded(where: object, site: object) -> None:
 
 
 def site_of_hook(hook: str) -> str | None:
-    """Our name of one of TransformerLens' hooks; None for a hook that is none of our sites."""
+    """Our name of one of TransformerLens' hooks; None for a hook that is not one of our sites."""
     for kind, pattern in (*HOOK_NAMES.items(), *((kind, pattern) for pattern, kind in ALIASES.items())):
         if pattern == hook:
             return kind

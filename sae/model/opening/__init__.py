@@ -1,1 +1,1 @@
-"""A model from the hub, a folder or a file: weights, where they lie, and their fingerprint."""
+"""A model from the hub, a folder or a file: its weights, their place, and their fingerprint."""

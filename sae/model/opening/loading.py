@@ -20,9 +20,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 class Loaded(NamedTuple):
     model: Any
     fingerprint: str | None
-    """of the whole model, where not all of its weights are in memory as they are in its files"""
+    """of the whole model, if not all of its weights are in memory as in its files"""
     cut_off: bool
-    """blocks after the deepest site are not there"""
+    """blocks after the deepest site are not loaded"""
 
 
 def load_model(
@@ -84,7 +84,7 @@ def _depth(config: Any, sites: Sequence[str]) -> int | None:
 
 
 def _shorten(text: Any, depth: int) -> None:
-    """Makes a configuration that of the first blocks alone, so that Hugging Face passes over the weights of the others."""
+    """Changes a configuration to that of the first blocks, so that Hugging Face skips the weights of the others."""
     blocks = text.num_hidden_layers
     for key, value in vars(text).items():
         if isinstance(value, list) and len(value) == blocks and ("layer" in key or "attention" in key):  # one entry a block

@@ -1,4 +1,4 @@
-"""Weights that `device_map` left on disk or on the host: in between passes they are not there (on torch's device "meta")."""
+"""Weights that `device_map` left on disk or on the host: between passes they are not in memory (on torch's device "meta")."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 
 
 def device_of(module: Any) -> torch.device:
-    """Where the module computes."""
+    """The device on which the module computes."""
     if module.weight.is_meta:  # accelerate brings it there for each pass
         return torch.device(module._hf_hook.execution_device)
     return module.weight.device

@@ -1,1 +1,1 @@
-"""How a model is put together: where its sites are, its norms, heads and attention, found by running it on a few tokens."""
+"""The structure of a model: its sites, norms, heads and attention, found by running it on a few tokens."""

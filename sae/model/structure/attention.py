@@ -1,4 +1,4 @@
-"""Attention patterns and values of a model, seen and replaced by one attention function that is registered with transformers.
+"""Attention patterns and values of a model, recorded and replaced by one attention function that is registered with transformers.
 
 The function runs the model's own eager attention, so soft caps, sinks, windows and masks stay its own.
 
@@ -28,7 +28,7 @@ _STEPS: dict[nn.Module, list[Step]] = {}  # of the attention modules of all mode
 
 
 def mixed(pattern_shqk: Tensor, value_sgkz: Tensor) -> Tensor:
-    """What the heads give, [s, q, h, z]: each pattern times the values of its group."""
+    """The heads' output, [s, q, h, z]: each pattern times the values of its group."""
     value_shkz = value_sgkz.repeat_interleave(pattern_shqk.shape[1] // value_sgkz.shape[1], dim=1)
     return torch.matmul(pattern_shqk, value_shkz).transpose(1, 2).contiguous()
 

@@ -16,22 +16,22 @@ SIDE_BY_SIDE = "nothing lies between the block's attention and MLP, which read t
 
 
 class Branch(NamedTuple):
-    """Attention, or what stands in its place, or MLP."""
+    """Attention (or its replacement) or MLP."""
 
     call: Call | None
-    """of the module whose output is added; None: of several"""
+    """of the module whose output is added; None: of several modules"""
     factor: float | None
-    """times which it is added; None: not just that is"""
+    """factor of the output in the sum; None: more than that is added"""
     streams: Sequence[Tensor]
-    """what may be the stream that it reads"""
+    """candidates for the stream that it reads"""
     calls: Sequence[Call]
-    """among which its modules are"""
+    """the calls that contain its modules"""
     reason: str = UNEXPLAINED
     """why there is no factor"""
 
 
 class Branches(NamedTuple):
-    """Each, or why it is not there."""
+    """Each branch, or why it does not exist."""
 
     attention: Branch | str
     mlp: Branch | str
@@ -98,7 +98,7 @@ def _last(block: Block) -> Branch | None:
 
 
 def _named(block: Block, words: Sequence[str]) -> Branch | str:
-    """By the names of modules, where no sum tells."""
+    """By the names of modules, if no sum shows it."""
     call = next((call for call in _outputs(block, block.calls) if call.named(words) and not call.is_norm), None)
     streams = [block.pre, *(norm.x for norm in block.calls if norm.is_norm)]
     return Branch(call, None, streams, block.calls) if call else UNEXPLAINED

@@ -1,7 +1,7 @@
-"""Which modules of a model its sites are, found by looking at one pass of three tokens (trace.py), so no family needs a table.
+"""Finds the modules of a model's sites by inspecting one pass of three tokens (trace.py), so no family needs a table.
 
-A site is there only if it is in that pass what its name says: the stream grows by `attn_out` and by `mlp_out`, and `attn_in` and `mlp_in`
-are what the norms gave. Otherwise the reason is kept.
+A site exists only if its value in that pass is as defined: the stream grows by `attn_out` and by `mlp_out`, and `attn_in` and `mlp_in`
+are the norms' outputs. Otherwise the reason is stored.
 
 t tokens · d width of the stream
 """
@@ -161,7 +161,7 @@ def _added(branch: Branch) -> Found | str:
 
 
 class Received(NamedTuple):
-    """What a branch reads."""
+    """The input of a branch."""
 
     found: Found
     x: Tensor
@@ -191,13 +191,13 @@ def _received(branch: Branch) -> Received | None:
 
 
 def _takers(branch: Branch, sources: Sequence[Tensor]) -> list[Call]:
-    """The outermost modules that take one of the values."""
+    """The outermost modules whose input is one of the values."""
     takers = [call for call in branch.calls if not call.is_norm and not call.passes_on and any(same(call.x, x) for x in sources)]
     return [call for call in takers if not any(call is not other and call.within(other) for other in takers)]
 
 
 def _projection(branch: Branch) -> Call | None:
-    """The last linear map of a branch, ahead of the norm that may follow it."""
+    """The last linear map of a branch, before the norm that may follow it."""
     if branch.call is None:
         return None
     result = branch.call.x if branch.call.is_norm else branch.call.y

@@ -1,4 +1,4 @@
-"""The norms of a model, found by looking at one pass of three tokens, and the scales by which they divide.
+"""The norms of a model, found by inspecting one pass of three tokens, and the scales by which they divide.
 
 d width of what a norm takes · x its input [..., d] · scale [..., 1]
 """

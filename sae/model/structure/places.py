@@ -1,4 +1,4 @@
-"""Where a site lies in the modules of one model, and how its value is read from what flows there and written back.
+"""The place of a site in the modules of one model, and how its value is read from the module's value and written back.
 
 s sequences · p positions · t tokens · d width
 """
@@ -15,7 +15,7 @@ USUAL_EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)  # of a norm that keeps it to itself,
 
 
 class View(Protocol):
-    """A site that is not simply what a module takes or gives; `received` is the module's first input."""
+    """A site that is not simply a module's input or output; `received` is the module's first input."""
 
     def read(self, raw: Tensor, received: Tensor) -> Tensor: ...
 
@@ -27,7 +27,7 @@ class Place(NamedTuple):
 
     module: nn.Module
     is_output: bool
-    """what flows at the site is the module's output, else an input of it"""
+    """the site's value is in the module's output, else in an input"""
     width: int
     argument: int | str = 0
     """which input: its position, or its name where it is given by name"""
@@ -36,7 +36,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """A tensor that the model overwrites later in the pass, so it gets one of its own and we keep ours."""
+    """A tensor that the model overwrites later in the pass: the model gets a copy and we keep the original."""
 
     def read(self, raw: Tensor, received: Tensor) -> Tensor:
         return raw.clone()
@@ -87,7 +87,7 @@ class Ungained:
     """A norm's output x̂ · gain + bias before gain and bias."""
 
     centred: bool
-    """LayerNorm, which takes the mean over d off; else RMSNorm"""
+    """LayerNorm, which subtracts the mean over d; else RMSNorm"""
     eps: float
     gain_d: Tensor
     bias_d: Tensor

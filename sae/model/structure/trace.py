@@ -1,4 +1,4 @@
-"""What the modules of each block take and give in one pass of three tokens, every value distinct from every other.
+"""Inputs and outputs of the modules of each block in one pass of three tokens, every value distinct from every other.
 
 Noise on the output of each module without parts makes them so, whatever the weights. It is also added in place to the stream between
 attention and MLP, as soon as a module takes the stream plus an earlier output.
@@ -73,7 +73,7 @@ class Call:
 
     @property
     def passes_on(self) -> bool:
-        """It gives what it took, as dropout does."""
+        """Whether it returns its input, as dropout does."""
         return same(self.x, self.y)
 
     def within(self, other: "Call") -> bool:
@@ -89,7 +89,7 @@ class Added(NamedTuple):
 
 @dataclass(eq=False)
 class Block:
-    """What one block did with the stream, [t, d]."""
+    """The effect of one block on the stream, [t, d]."""
 
     module: nn.Module
     constants: Sequence[float]
@@ -168,13 +168,13 @@ def short_pass(model: Any, decoder: Any, name: str) -> None:
 
 
 def own(hook: Callable) -> Callable:
-    """The hook for passes of this thread alone: what it changes is no business of another thread's."""
+    """A hook for passes of this thread alone, so that other threads are not affected."""
     thread = threading.get_ident()
     return lambda *given: hook(*given) if threading.get_ident() == thread else None
 
 
 def trace(blocks: Sequence[nn.Module], constants: Sequence[float], run: Callable[[], Any]) -> list[Block]:
-    """Of the pass that `run` makes, without gradients."""
+    """Records the pass that `run` makes, without gradients."""
     traced = [Block(block, constants) for block in blocks]
     parts = [[(path, part) for path, part in block.named_modules() if path] for block in blocks]
     uses = Counter(id(part) for block in parts for _, part in block)

@@ -1,4 +1,4 @@
-"""Whether a model does a task at all, which comes before any circuit: how often it prefers the right answer, and what corrupting takes.
+"""Whether a model does a task at all, before any circuit: how often it prefers the right answer, and the effect of corrupting.
 
 n pairs · p positions · v vocabulary
 """
@@ -41,7 +41,7 @@ class Presence(NamedTuple):
 
 
 def task_facts(prompts: Prompts, found_on: Prompts, held_out: Prompts, there: Presence) -> dict[str, Any]:
-    """The task as a circuit's file has it."""
+    """The task's entry in a circuit's file."""
     return {
         "name": prompts.task,
         "corruption": prompts.corruption,
@@ -75,7 +75,7 @@ def presence(lm: LanguageModel, prompts: Prompts, seed: int = 0) -> Presence:
 
 
 def presence_of(clean_n: np.ndarray, corrupt_n: np.ndarray, seed: int = 0) -> Presence:
-    """Of the metric on both sides of each pair."""
+    """From the metric on both sides of each pair."""
     n, right = len(clean_n), int((clean_n > 0).sum())
     low, high = wilson_interval(right, n)
     accuracy = {"value": right / n, "low": low, "high": high}
@@ -83,7 +83,7 @@ def presence_of(clean_n: np.ndarray, corrupt_n: np.ndarray, seed: int = 0) -> Pr
 
 
 def require_present(found: Presence, task: str, model: str) -> None:
-    """Raises `InputError` with the numbers where the task is not there."""
+    """Raises `InputError` with the numbers if the model does not do the task."""
     if not found.there:
         raise InputError(
             f"expected {model!r} to do the task {task}, more than half right and an effect above 0 beyond their intervals, but got "

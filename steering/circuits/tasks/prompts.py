@@ -25,7 +25,7 @@ class Encoded(NamedTuple):
     clean: list[int]
     corrupt: list[int]
     aligned: list[int]
-    """for each position of clean, the position of corrupt that stands for it"""
+    """for each position of clean, the aligned position of corrupt"""
     right: list[int]
     wrong: list[int]
     pieces: list[int]
@@ -45,7 +45,7 @@ class Prompts:
     corrupt_np: Tensor
     corrupt_mask_np: Tensor
     aligned_np: Tensor
-    """the column of corrupt that stands for each column of clean: the same one, but for pieces of other numbers of tokens"""
+    """the column of corrupt that is aligned with each column of clean: the same one, except in pieces with different numbers of tokens"""
     pair_a: Tensor
     """which pair an answer belongs to"""
     token_a: Tensor
@@ -54,14 +54,14 @@ class Prompts:
     dropped: dict[str, int] = field(default_factory=dict)
     """how many pairs were left out, by reason"""
     piece_np: Tensor | None = None
-    """the number of the piece in which each column of clean stands, -1 for padding; None where every prompt is one piece"""
+    """the number of the piece of each column of clean, -1 for padding; None if every prompt is one piece"""
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     @property
     def aligned(self) -> bool:
-        """Whether every position stands for itself."""
+        """Whether every position is aligned with itself."""
         return bool((self.aligned_np == torch.arange(self.aligned_np.shape[1], device=self.aligned_np.device)).all())
 
     def measure(self, logits_nv: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def make_prompts(lm: LanguageModel, task: str, n: int, seed: int = 0, corruption
 
 
 def own_prompts(lm: LanguageModel, pairs: Sequence[Pair], metric: MetricName = "logit_difference") -> Prompts:
-    """Pairs as read from a file; those that do not fit the tokenizer are counted. Raises `InputError` where none fits."""
+    """Pairs read from a file; those that do not fit the tokenizer are counted. Raises `InputError` if none fits."""
     found: dict[Pair, Encoded] = {}
     dropped: Counter[str] = Counter()
     for pair in pairs:
@@ -147,7 +147,7 @@ def own_prompts(lm: LanguageModel, pairs: Sequence[Pair], metric: MetricName = "
 
 
 def encode_pair(lm: LanguageModel, pair: Pair) -> Encoded | str:
-    """Token ids of a pair; or why the tokenizer makes no pair of it."""
+    """Token ids of a pair; or the reason why the tokenizer cannot make a pair of it."""
     if len(pair.clean) == 1:
         clean, corrupt = (lm.token_ids(side[0]) for side in pair[:2])
         if len(clean) != len(corrupt):
@@ -185,7 +185,7 @@ def _answers(lm: LanguageModel, prompt: Sequence[str], texts: Sequence[str], ids
 
 
 def _pieces(lm: LanguageModel, pieces: Sequence[str]) -> tuple[list[int], list[int]] | None:
-    """Ids of the joined pieces and where each ends; None where a token lies in two of them."""
+    """Ids of the joined pieces and the end of each; None if a token crosses two of them."""
     whole, ends = lm.token_ids("".join(pieces)), list[int]()
     for number in range(1, len(pieces) + 1):
         ids = lm.token_ids("".join(pieces[:number]))
@@ -196,7 +196,7 @@ def _pieces(lm: LanguageModel, pieces: Sequence[str]) -> tuple[list[int], list[i
 
 
 def _alignment(clean_ends: list[int], corrupt_ends: list[int]) -> list[int]:
-    """Pieces are laid on one another by their ends; what clean has more of stands on the piece's first token."""
+    """Pieces are aligned at their ends; extra tokens of clean are aligned with the corrupt piece's first token."""
     aligned, start, other = [], 0, 0
     for end, corrupt_end in zip(clean_ends, corrupt_ends):
         aligned += [max(other, corrupt_end - end + position) for position in range(start, end)]
@@ -205,7 +205,7 @@ def _alignment(clean_ends: list[int], corrupt_ends: list[int]) -> list[int]:
 
 
 def one_token_words(lm: LanguageModel) -> list[str]:
-    """Words of letters alone that are one token behind a space, as " cat"; what induction is made of."""
+    """Words of letters only that are one token after a space, such as " cat"; used for induction."""
     if lm.tokenizer is None:
         lm.token_ids("")  # raises
     found = []

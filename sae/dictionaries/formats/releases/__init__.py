@@ -1,1 +1,1 @@
-"""Published dictionaries in layouts of their own."""
+"""Published dictionaries with special layouts."""

@@ -2,9 +2,9 @@
 
     acts = relu(z) · 1[z > threshold],  z = x W_enc + b_enc;  y = acts W_dec + b_dec (+ x affine_skip_connection)
 
-Lieberum et al. 2024 (arXiv 2408.05147). Where a dictionary reads stands in the names of its folders alone, or in config.json of version 2.
+Lieberum et al. 2024 (arXiv 2408.05147). Only the names of its folders, or config.json of version 2, state which site a dictionary reads.
 Version 2 has dictionaries of several layers too, in one file for each layer: cross-layer transcoders and weakly causal crosscoders. Both
-read at their own layer i and write there and at all later ones, w_dec [f, n, o], of which the entries before i count for nothing.
+read at their own layer i and write there and at all later ones, w_dec [f, n, o], of which the entries before i are not used.
 d width that is read · f features · o width that is written at a site · n sites
 """
 
@@ -67,7 +67,7 @@ def recognises_1(path: Path) -> bool:
 
 
 def load_1(path: Path, device: Device = "cpu") -> Parts:
-    """Of version 1. The embeddings' dictionaries were trained before Gemma multiplies embeddings by √d, and read resid_pre.0 after it."""
+    """Version 1. The embeddings' dictionaries were trained before Gemma multiplies embeddings by √d, and read resid_pre.0 after it."""
     file = path if path.is_file() else path / PARAMS_1
     tensors = {name.lower(): tensor for name, tensor in read_weights(file, device).items()}
     if "scaling_factor" in tensors and not bool((tensors.pop("scaling_factor") == 1).all()):
@@ -94,7 +94,7 @@ def recognises_2(path: Path) -> bool:
 
 
 def load_2(path: Path, device: Device = "cpu") -> Parts:
-    """Of version 2, with or without its config.json."""
+    """Version 2, with or without its config.json."""
     file = path if path.is_file() else path / PARAMS_2
     w = checked(file, read_weights(file, device), SHAPES, {SKIP: "d o"})
     said, metadata = read_config(file.parent, SKIP in w), facts(file)
@@ -121,7 +121,7 @@ def read_config(folder: Path, affine: bool) -> Config | None:
 
 
 def facts(file: Path) -> dict[str, Any]:
-    """Out of the names of version 2."""
+    """Facts from the names of version 2."""
     model = re.search(r"gemma-scope-2-(\w+)-(pt|it)", name_of(file))
     return {"prepend_bos": True} | ({"model_name": model_of(f"gemma-3-{model[1]}-{model[2]}")} if model else {})
 
@@ -137,7 +137,7 @@ def promised(said: Config | None) -> dict[str, Any]:
 
 
 def load_layers(path: Path, device: Device = "cpu") -> Layers:
-    """A cross-layer transcoder or a weakly causal crosscoder, by the layers where they read."""
+    """A cross-layer transcoder or a weakly causal crosscoder, by its input layers."""
     files = {int(file.stem.rpartition("_")[2]): file for file in path.glob(LAYER_FILES)}
     first = next(iter(files.values()))
     places, _ = layout(first, WHAT, AGAIN)
@@ -157,7 +157,7 @@ def load_layers(path: Path, device: Device = "cpu") -> Layers:
 
 
 def load_layer(file: Path, i: int, layers: list[int], kinds: tuple[str, str], metadata: dict[str, Any], device: Device) -> Parts:
-    """What of them reads at layer `layers[i]`."""
+    """The part that reads at layer `layers[i]`."""
     n = len(layers)
     w = checked(file, read_weights(file, device), SHAPES | {"w_dec": "f n o"}, {SKIP: "d o"}, n=n)
     f, _, o = w["w_dec"].shape

@@ -67,7 +67,7 @@ def load(path: Path, device: Device = "cpu") -> Parts:
 
 
 def kept(file: Path, b_enc_f: Tensor) -> Gate:
-    """Raises `InputError` where no folder tells how many features are kept."""
+    """Raises `InputError` if no folder states how many features are kept."""
     name = file.absolute().parent.name
     if name not in KEPT:
         raise InputError(
@@ -80,7 +80,7 @@ def kept(file: Path, b_enc_f: Tensor) -> Gate:
 
 
 def facts_of(file: Path) -> dict[str, Any]:
-    """Site and model, as far as the name tells."""
+    """Site and model, as far as the name states them."""
     found = NAME.search(name_of(file))
     if found is None:
         return {}

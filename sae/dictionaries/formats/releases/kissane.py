@@ -3,8 +3,8 @@
     acts = relu(Σ_p x_p W_enc[p] + b_enc)      y_p = acts W_dec[:, p] + b_dec[p]
 
 The places are two models at one site (crosscoder-model-diff-replication), or all layers of one model (Crosscoders). Training multiplies
-what it reads at each place by √d / its mean norm there. The files lack these factors, so what they give takes activations that are
-multiplied already; `Dictionary.folded` takes the factors in. d width · f features
+its input at each place by √d / the mean norm there. The files lack these factors, so the dictionary takes activations that are
+multiplied already; `Dictionary.folded` applies the factors. d width · f features
 """
 
 import sys
@@ -46,7 +46,7 @@ def recognises(path: Path) -> bool:
 
 
 def dimensions(path: Path) -> int | None:
-    """How many the encoder has in a file `N.pt` that has its settings beside it; None for anything else."""
+    """Number of dimensions of the encoder in a file `N.pt` that has its settings beside it; None for anything else."""
     weights, cfg = files(path)
     if weights.name == WEIGHTS or weights.suffix != ".pt" or not cfg.is_file() or "W_enc" not in names_in(weights):
         return None

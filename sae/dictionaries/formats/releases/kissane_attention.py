@@ -5,7 +5,7 @@ They read z, the outputs of all heads side by side, which the output projection 
     acts = relu((z − b_dec) W_enc + b_enc)      y = acts W_dec + b_dec
 
 Training took z from TransformerLens, which folds what the bias of the values adds to z into a bias after it (fold_value_biases). The model
-as it is has that in z, and the files lack it. d width · f features
+itself has that in z, and the files lack it. d width · f features
 """
 
 from pathlib import Path

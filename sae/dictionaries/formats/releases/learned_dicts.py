@@ -1,6 +1,6 @@
 """Dictionaries of Cunningham et al. 2023 (arXiv 2309.08600; HoagyC/sparse_coding): `learned_dicts.pt`, or a `.pt` of one of its objects.
 
-The files hold objects of the tool's classes, whose attributes alone are read; nothing in them is run. With e the encoder's rows, made of
+The files hold objects of the tool's classes, of which only attributes are read; no code is run. With e the encoder's rows, made of
 length 1 where norm_encoder, and those of the decoder made of length 1:
 
     TiedSAE       x̄ = (R (x − t)) · s      acts = relu(e x̄ + b)      y = Rᵀ (acts E / s) + t, E the encoder's rows of length 1
@@ -32,7 +32,7 @@ SHAPES = {"encoder": "f d", "encoder_bias": "f"}
 CENTRING = {"center_trans": "d", "center_rot": "d d", "center_scale": "d"}
 FACTS = ("n_feats", "activation_size", "device")
 SITES = {"residual": "resid_post", "resid": "resid_post", "mlp": "mlp_act", "mlpout": "mlp_out"}
-"""of what the folders are named, such as tied_residual_l2_r4"""
+"""by the names of the folders, such as tied_residual_l2_r4"""
 CENTRED = ("resid_post", "mlp_out")
 
 
@@ -43,7 +43,7 @@ def recognises(path: Path) -> bool:
 
 
 def classes_in(file: Path) -> set[str]:
-    """What beside tensors the file holds, found without reading it; nothing of a damaged one."""
+    """The classes other than tensors in the file, found without reading it; none for a damaged one."""
     try:
         return set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
     except Exception:  # whatever torch's parts say of bytes that make no sense
@@ -96,6 +96,6 @@ def unit(rows_fd: Tensor) -> Tensor:
 
 
 def site_of(file: Path) -> dict[str, Any]:
-    """As far as the folders' names tell."""
+    """The site, as far as the folders' names state it."""
     found = re.search(rf"(?:^|[/_])({'|'.join(SITES)})_l([0-9]+)_r[0-9.]+/", name_of(file))
     return {"site": f"{SITES[found[1]]}.{int(found[2])}"} if found else {}

@@ -43,7 +43,7 @@ WEIGHTS = tuple(f"{name}.{end}" for name in ("sae_weights", "checkpoints/pruned"
 """in the order in which the tool looks for them"""
 SHAPES = {"encoder.weight": "f d", "encoder.bias": "f", "decoder.weight": "d f", "decoder.bias": "d"}
 MODELS = {"Llama3_1-8B-Base": "meta-llama/Llama-3.1-8B", "Llama-Scope-R1-Distill": "deepseek-ai/DeepSeek-R1-Distill-Llama-8B"}
-"""by what stands in the names of the folders"""
+"""by a part of the names of the folders"""
 KNOWN: dict[str, tuple[Any, ...]] = {
     "act_fn": ("relu", "topk", "jumprelu"),
     "use_decoder_bias": (True, False),
@@ -129,7 +129,7 @@ def read_state(folder: Path, path: Path, device: Device) -> tuple[Path, dict[str
 
 
 def scales(folder: Path, said: dict[str, Any]) -> tuple[float, float]:
-    """By what training multiplied the activations that are read and those that are written."""
+    """The factors by which training multiplied the input and output activations."""
     norms = said.get("dataset_average_activation_norm") or {}
     if not all(norms.get(end, 0) > 0 for end in ("in", "out")):
         raise InputError(f"expected dataset_average_activation_norm in {folder / CFG} with in and out above 0, found {norms}; {AGAIN}")
@@ -146,7 +146,7 @@ def gate_of(folder: Path, said: dict[str, Any], b_enc_f: Tensor) -> Gate:
 
 
 def model_of(folder: Path) -> dict[str, Any]:
-    """The model's name, out of the file beside it or the names of the folders."""
+    """The model's name, from the file beside it or the names of the folders."""
     if (folder / "lm_config.json").is_file():
         found: LanguageModel = read_json(folder / "lm_config.json", "the language model's lm_config.json", LanguageModel)
         return {"model_name": found["model_name"]}
@@ -154,7 +154,7 @@ def model_of(folder: Path) -> dict[str, Any]:
 
 
 def sites(where: Path, hook_in: str, hook_out: str) -> dict[str, Any]:
-    """Our names of where it reads and, of a transcoder, writes. Raises `InputError` for a hook that is none of our sites."""
+    """Our names of its input site and, for a transcoder, its output site. Raises `InputError` for a hook that is not one of our sites."""
     found = {hook: site_of_hook(hook) for hook in (hook_in, hook_out)}
     for hook, site in found.items():
         if site is None:

@@ -2,8 +2,8 @@
 
     acts = the k largest of W_enc x + b_enc, as they are      y = W_dec acts + b_dec
 
-x is the residual stream after block N; no bias is subtracted first. The model cards' code takes no ReLU. How many features are kept stands
-only in the name, as in SAE-Res-Qwen3-8B-Base-W64K-L0_50. d width · f features
+x is the residual stream after block N; no bias is subtracted first. The model cards' code takes no ReLU. The number of kept features is
+only in the name, such as SAE-Res-Qwen3-8B-Base-W64K-L0_50. d width · f features
 """
 
 import re
@@ -36,7 +36,7 @@ def load(path: Path, device: Device = "cpu") -> Parts | Layers:
 
 
 def load_one(file: Path, device: Device) -> Parts:
-    """Raises `InputError` for a file in a folder of another name than on the hub."""
+    """Raises `InputError` for a file in a folder whose name is not that on the hub."""
     name = re.search(r"SAE-Res-([\w.-]+?)-W[0-9]+K-L0_([0-9]+)(?:/|$)", name_of(file.parent))
     layer = FILE.fullmatch(file.name)
     if name is None or layer is None:

@@ -1,4 +1,4 @@
-"""What cfg.json of a folder of SAELens says, read strictly: what would change the function, or what the function reads, is understood or
+"""cfg.json of a folder of SAELens, read strictly: settings that change the function, or the site that it reads, are understood or
 refused by name.
 
 Since version 6 cfg.json is short, with facts on model and training under `metadata`; before, all keys stood side by side, in version 2 the
@@ -22,10 +22,10 @@ CFG = "cfg.json"
 
 
 class Architecture(NamedTuple):
-    """What SAELens calls a kind of dictionary, or, of one that SAELens has not, what it is called here."""
+    """SAELens' name of a kind of dictionary, or our name if SAELens does not have it."""
 
     tensors: tuple[str, ...] = ("b_enc",)
-    """beside W_enc, W_dec and b_dec"""
+    """in addition to W_enc, W_dec and b_dec"""
     transcoder: bool = False
     """it writes at another hook than it reads"""
     has_k: bool = False
@@ -33,7 +33,7 @@ class Architecture(NamedTuple):
 
     @property
     def compares(self) -> bool:
-        """It chooses activations by comparing them with those of other features, for which decoder norms may count."""
+        """Whether it chooses activations by comparing them with those of other features, for which decoder norms may count."""
         return self.has_k or "topk_threshold" in self.tensors
 
 
@@ -52,7 +52,7 @@ ARCHITECTURES = {
     "matryoshka_batchtopk": Architecture(("b_enc", "topk_threshold")),
 }
 KINDS = ARCHITECTURES | {name: Architecture(has_k=True) for name in ("bare_topk", "groupmax")}
-"""and those that SAELens has not: two gates, transcoders that keep k, autoencoders with a skip matrix"""
+"""including those that SAELens does not have: two gates, transcoders that keep k, autoencoders with a skip matrix"""
 for _gate in ("topk", "abstopk", "bare_topk", "groupmax"):
     KINDS[f"{_gate}_transcoder"] = Architecture(transcoder=True, has_k=True)
     KINDS[f"{_gate}_skip_transcoder"] = Architecture(("b_enc", "W_skip"), transcoder=True, has_k=True)
@@ -110,13 +110,13 @@ CENTRED_KINDS = ("embed", "resid_pre", "attn_out", "resid_mid", "mlp_out", "resi
 
 
 class Cfg(TypedDict):
-    """cfg.json as far as it has a form; what the keys may say is decided below."""
+    """cfg.json as far as its form is fixed; the meaning of the keys is checked below."""
 
     metadata: NotRequired[dict[str, Any] | None]
 
 
 class Settings(NamedTuple):
-    """What cfg.json says, understood."""
+    """The understood content of cfg.json."""
 
     architecture: str
     widths: dict[str, int]
@@ -182,7 +182,7 @@ def read_settings(folder: Path) -> Settings:
 
 
 def merge(folder: Path, cfg: dict[str, Any]) -> dict[str, Any]:
-    """All keys side by side under their newest names. Raises `InputError` where two places say different things."""
+    """All keys together under their newest names. Raises `InputError` if two places contradict each other."""
     values: dict[str, Any] = {}
     metadata = cfg.get("metadata") or {}
     for key, value in [*cfg.items(), *metadata.items()]:
@@ -202,7 +202,7 @@ def merge(folder: Path, cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def require_known(folder: Path, cfg: dict[str, Any], values: dict[str, Any]) -> None:
-    """Raises `InputError` naming a key whose value is not understood, or that nobody has decided about.
+    """Raises `InputError` naming a key whose value is not understood, or that is unknown.
 
     The many settings of an old run, with which cfg.json is open-ended, are named on stderr instead.
     """
@@ -237,7 +237,7 @@ def find_widths(folder: Path, values: dict[str, Any], kind: Architecture) -> dic
 
 
 def find_k(folder: Path, values: dict[str, Any], kind: Architecture) -> int | None:
-    """How many features a TopK keeps, which stands in one place since version 6 and in another before.
+    """How many features a TopK keeps; the key was renamed in version 6.
 
     The k of the BatchTopKs is a mean, and a fact of training.
     """
@@ -284,7 +284,7 @@ def find_frame(folder: Path, values: dict[str, Any], site: str | list[str] | Non
 
 
 def find_site(folder: Path, values: dict[str, Any], out: str) -> str | list[str] | None:
-    """Our name of where it reads (`out` "") or writes ("_out"), or names of several; None where the folder does not tell.
+    """Our name of its input (`out` "") or output ("_out") site, or names of several; None if the folder does not state it.
 
     Raises `InputError` for a hook or site that is not known here.
     """

@@ -1,6 +1,6 @@
-"""What SAELens estimates of the activations before it trains, and folds into the weights after: a factor, or a whitening.
+"""SAELens' estimates of the activations, made before training and folded into the weights afterwards: a factor, or a whitening.
 
-A checkpoint from between holds weights for activations that are normalised so, and the numbers in their own file.
+A checkpoint made in between has weights for normalised activations, and the numbers in a separate file.
 
 d model width · f features
 """
@@ -35,7 +35,7 @@ class Estimates(NamedTuple):
 
 
 def read_estimates(folder: Path, settings: Settings) -> Estimates:
-    """Raises `InputError` where cfg.json names a normalisation whose numbers are not there, or the numbers stand there without its name."""
+    """Raises `InputError` if cfg.json names a normalisation whose numbers are missing, or if the numbers exist without its name."""
     name = settings.estimated
     scaler: Scaler | None = read_json(folder / SCALER, "SAELens' estimates", Scaler) if (folder / SCALER).exists() else None
     if name is None:
@@ -71,14 +71,15 @@ def read_estimates(folder: Path, settings: Settings) -> Estimates:
 
 
 def fold_factor(w: dict[str, Tensor], factor: float, rescales: bool) -> None:
-    """For raw x instead of factor · x, and an output for raw x. A threshold in units of activation times decoder norm follows the norms."""
+    """Converts to raw x instead of factor · x, and to the output for raw x. A threshold in units of activation times decoder norm follows
+    the norms."""
     w["W_enc"], w["W_dec"], w["b_dec"] = w["W_enc"] * factor, w["W_dec"] / factor, w["b_dec"] / factor
     if "topk_threshold" in w and rescales:
         w["topk_threshold"] = w["topk_threshold"] / factor
 
 
 def fold_whitening(w: dict[str, Tensor], whitening: dict[str, Tensor], subtracts_b_dec: bool) -> None:
-    """For raw x instead of (x − mean) M, and an output for raw x (arXiv 2511.13981); computed in the whitening's dtype."""
+    """Converts to raw x instead of (x − mean) M, and to the output for raw x (arXiv 2511.13981); computed in the whitening's dtype."""
     mean_d, M_dd, inverse_dd = (whitening[name].to(w["W_enc"].device) for name in ("mean", "matrix", "inverse_matrix"))
     dtype = torch.promote_types(w["W_enc"].dtype, M_dd.dtype)
     mean_d, M_dd, inverse_dd = mean_d.to(dtype), M_dd.to(dtype), inverse_dd.to(dtype)

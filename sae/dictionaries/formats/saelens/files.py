@@ -36,7 +36,7 @@ def recognises(path: Path) -> bool:
 
 
 def load(folder: Path, device: str | torch.device = "cpu") -> Parts:
-    """Raises `InputError` naming the key or tensor for anything but a whole dictionary of a kind known here, on one of our sites."""
+    """Raises `InputError` naming the key or tensor for anything but a complete dictionary of a known kind, at one of our sites."""
     settings = read_settings(folder)
     w = read_weights(folder / WEIGHTS, device, TRAIN_AGAIN)
     if settings.architecture == "jumprelu" and "log_threshold" in w:  # in training, before version 6.48
@@ -122,8 +122,8 @@ def require_whole(folder: Path, settings: Settings, weights: dict[str, Tensor]) 
 def save(d: Parts, folder: Path) -> None:
     """Writes the folder that SAELens' `SAE.load_from_disk` opens; each file is written completely or not at all.
 
-    A bias of the input that is not the decoder's own is folded into the encoder's. What SAELens has not (some gates, a transcoder that
-    keeps k, an autoencoder with a skip matrix) is written in the same way under an architecture that it refuses.
+    An input bias that is not the decoder's bias is folded into the encoder's. What SAELens does not have (some gates, a transcoder that
+    keeps k, an autoencoder with a skip matrix) is written in the same way with an architecture that SAELens refuses.
     """
     gate, frame, transcoder = d.gate, d.frame, d.is_transcoder
     o, d_in = len(d.b_dec_o), d.W_enc_fd.shape[1]
@@ -170,7 +170,7 @@ def hook_of(ports: tuple[Port, ...]) -> str | None:
 
 
 def facts(d: Parts) -> dict[str, Any]:
-    """The metadata, those apart that are settings of another format under the names of SAELens' own."""
+    """The metadata; facts of another format whose names are settings of SAELens are kept separately."""
     sites = {"site_out"} if not d.is_transcoder else set()
     others = {key: value for key, value in d.metadata.items() if key in DECIDED - {"hook_name_out"}}
     rest = {key: value for key, value in d.metadata.items() if key not in others.keys() | sites}
@@ -178,7 +178,7 @@ def facts(d: Parts) -> dict[str, Any]:
 
 
 def loaded_with(frame: Frame | None, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """How TransformerLens must load the model for a dictionary that takes the mean over the width off its input."""
+    """How TransformerLens must load the model for a dictionary that subtracts the mean over the width from its input."""
     given = metadata.get("model_from_pretrained_kwargs") or {}
     if frame is None or frame.kind != "centred":
         return {}

@@ -1,6 +1,6 @@
-"""What SAELens' list of published dictionaries (pretrained_saes.yaml) says of some of them that their own folders do not say.
+"""Facts in SAELens' list of published dictionaries (pretrained_saes.yaml) that are missing in the dictionaries' own folders.
 
-Without it, their activations are normalised otherwise than in training, or not at all.
+Without them, activations would be normalised differently than in training, or not at all.
 """
 
 from pathlib import Path
@@ -37,13 +37,13 @@ FACTORS = {
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """Settings that count in place of those in cfg.json; a local copy is known by the repository's name above it."""
+    """Settings that replace those in cfg.json; a local copy is recognised by the repository's name above it."""
     repository, _ = split(folder)
     return SETTINGS.get(repository, {})
 
 
 def factor_of(folder: Path) -> float | None:
-    """By what activations are multiplied."""
+    """The factor of the activations."""
     repository, name = split(folder)
     return FACTORS.get(repository, {}).get(name)
 

@@ -1,1 +1,1 @@
-"""What programs that train dictionaries write."""
+"""Formats of programs that train dictionaries."""

@@ -49,7 +49,7 @@ def recognises(path: Path) -> bool:
 
 
 def load(path: Path, device: Device = "cpu") -> Layers:
-    """By layer. Of a layer whose file is not there, the error rises when it is asked for."""
+    """By layer. If the file of a layer is missing, the error is raised when the layer is first used."""
     said: Settings = read_yaml(path / CONFIG, "circuit-tracer's settings", Settings)
     hooks = said["feature_input_hook"], said["feature_output_hook"]
     if not HOOKS.keys() >= set(hooks) or (hooks[1] == "mlp.hook_out" and "gemma" in said["model_name"].lower()):
@@ -66,7 +66,7 @@ def load(path: Path, device: Device = "cpu") -> Layers:
 
 
 def numbered(path: Path, pattern: str) -> list[int]:
-    """The layers of which there are files. Raises `InputError` if there is none."""
+    """The layers with files. Raises `InputError` if there is none."""
     found = [int(file.stem.rpartition("_")[2]) for file in path.glob(pattern) if file.stem.rpartition("_")[2].isdecimal()]
     if not found:
         raise InputError(f"expected files {pattern} in {path}, or a list of transcoders in its {CONFIG}; {AGAIN}")
@@ -103,7 +103,7 @@ def load_one_layer(path: Path, name: str, i: int, kinds: tuple[str, str], facts:
 
 
 def gate_of(file: Path, facts: dict[str, Any], k: int | None, theta_f: Tensor | None) -> Gate:
-    """Raises `InputError` where config.yaml and the file say different things of it, and for thresholds below 0."""
+    """Raises `InputError` if config.yaml and the file contradict each other, and for thresholds below 0."""
     activation = facts.get("activation")
     ks = {one for one in (k, facts.get("k"), 128 if CRV in name_of(file) else None) if one is not None}
     if (activation is not None and theta_f is not None) or len(ks) != (activation == "topk"):

@@ -26,7 +26,7 @@ READS = ("resid_mid", "mlp_in_nogain", "mlp_in")
 def save_set(transcoders: Iterable[Parts], folder: Path, model_name: str | None = None) -> int:
     """Writes the transcoders, one for each of the layers 0 to n − 1 in any order, into the empty `folder`; returns n.
 
-    One is held in memory at a time if they are given one at a time. `model_name`: what TransformerLens calls the model; by default the
+    One is in memory at a time if `transcoders` yields one at a time. `model_name`: TransformerLens' name of the model; by default the
     name in the transcoders. Raises `InputError` for what circuit-tracer cannot compute, and where a set is not uniform or not whole.
     """
     shared: dict[str, Any] = {}

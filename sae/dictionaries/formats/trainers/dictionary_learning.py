@@ -10,7 +10,7 @@
 | BatchTopKSAE | W_e (x − b_dec) + b_e | z where z > one threshold | W_d acts + b_dec |
 | MatryoshkaBatchTopKSAE | (x − b_dec) W_enc + b_enc | z where z > one threshold | acts W_dec + b_dec |
 
-Their loader gives the decoder rows of an AutoEncoder length 1, and so does this one. A trained file takes raw activations; a backup of an
+Their loader scales the decoder rows of an AutoEncoder to length 1, as this one does. A trained file takes raw activations; a backup of an
 unfinished training takes them divided by its norm_factor, which is folded in here. d width · f features
 """
 
@@ -44,9 +44,9 @@ GATED = {"decoder_bias": "d", "encoder.weight": "f d", "decoder.weight": "d f", 
 class Class(NamedTuple):
     shapes: dict[str, str]
     trainers: tuple[str, ...]
-    """that train it, under the names of all versions"""
+    """trainers of this class, with the names of all versions"""
     buffers: frozenset[str] = frozenset()
-    """beside the weights"""
+    """in addition to the weights"""
 
 
 CLASSES = {
@@ -103,7 +103,7 @@ class Files(NamedTuple):
 
 
 def find(path: Path) -> Files | None:
-    """The weights in a folder, or the file itself, and what its config.json says; None where nothing tells that it is of this family."""
+    """The weights in a folder, or the file itself, and the content of its config.json; None if nothing shows that it is of this family."""
     names = ("ae.pt", "model_final.pt", "model.safetensors")
     alone = path.is_file() and path.suffix in (".pt", ".safetensors")
     weights = path if alone else next((path / name for name in names if (path / name).is_file()), None)
@@ -121,7 +121,7 @@ def find(path: Path) -> Files | None:
 
 
 def class_of(files: Files) -> str:
-    """By the settings, else by the tensors; "" where neither tells. Raises `InputError` where the settings contradict each other."""
+    """By the settings, else by the tensors; "" if neither shows it. Raises `InputError` if the settings contradict each other."""
     # Matryoshka was misspelt until January 2025
     named, trainer = (files.settings.get(key, "").replace("Matroyshka", "Matryoshka") for key in ("dict_class", "trainer_class"))
     trained = TRAINED.get(trainer, "")
@@ -238,7 +238,7 @@ def facts_of(files: Files) -> dict[str, Any]:
 
 
 def promised(path: Path) -> dict[str, Any]:
-    """What its authors measured of it."""
+    """The authors' measurements."""
     if not path.is_file():
         return {}
     found: Results = read_json(path, "a dictionary's eval_results.json", Results)

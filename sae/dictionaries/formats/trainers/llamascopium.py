@@ -6,7 +6,7 @@ of training in the file, s_in = √d / mean norm and s_out (1 where norm_activat
     z = s_in x W_E + b_E      acts = act(z |w_i|) / |w_i|, where sparsity_include_decoder_norm      y = (acts W_D + b_D) / s_out
 
 act is ReLU, z where z > exp(log_jumprelu_threshold), or the top_k largest. Of a TopK the rows w_i of W_D get length 1 here, and the
-activations are multiplied by what they were. d width · f features
+activations are multiplied by the old lengths. d width · f features
 """
 
 import sys
@@ -115,7 +115,7 @@ def load(path: Path, device: Device = "cpu") -> Parts:
 
 
 def weights_of(where: Path, state: dict[str, Tensor], said: dict[str, Any]) -> dict[str, Tensor]:
-    """Under today's names; without a bias of the decoder it is 0."""
+    """With today's names; a missing bias of the decoder is 0."""
     if "encoder.weight" in state:
         state = {EARLY.get(name, name): tensor.T if tensor.dim() == 2 else tensor for name, tensor in state.items()}
     shapes = {name: shape for name, shape in SHAPES.items() if name != "b_D" or said["use_decoder_bias"]}
@@ -125,7 +125,7 @@ def weights_of(where: Path, state: dict[str, Tensor], said: dict[str, Any]) -> d
 
 
 def scales(where: Path, said: dict[str, Any], norms: dict[str, Tensor]) -> tuple[float, float]:
-    """By what training multiplied the activations that are read and those that are written."""
+    """The factors by which training multiplied the input and output activations."""
     hooks = [said["hook_point_in"], said["hook_point_out"]]
     found = [float(norms[hook]) if hook in norms and norms[hook].numel() == 1 else 0.0 for hook in hooks]
     if not all(0 < norm < float("inf") for norm in found):
@@ -147,7 +147,7 @@ def gate_of(where: Path, said: dict[str, Any], w: dict[str, Tensor]) -> Gate:
 
 
 def frame_of(where: Path, said: dict[str, Any]) -> Frame | None:
-    """Raises `InputError` for a transcoder whose output is in units of the norm of what it should be."""
+    """Raises `InputError` for a transcoder whose output is in units of the norm of its target."""
     if said["norm_activation"] != "token-wise":
         return None
     if said["hook_point_in"] != said["hook_point_out"]:

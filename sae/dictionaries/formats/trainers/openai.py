@@ -73,7 +73,7 @@ def topk(path: Path, settings: object, d_sae: int) -> Gate:
 
 
 def facts_of(path: Path) -> dict[str, Any]:
-    """Site and model, as far as the path tells."""
+    """Site and model, as far as the path states them."""
     match = re.search(rf"(?:(gpt2)-small/)?({'|'.join(SITES)})(?:_v\w+)?/autoencoders/([0-9]+)\.pt$", name_of(path))
     if not match:
         return {}

@@ -1,12 +1,12 @@
 """EleutherAI's sparsify: a folder with `cfg.json` + `sae.safetensors` for each hookpoint, in the folder of a run with its `config.json`.
 
-A hookpoint is a module of the model. An autoencoder reads what the module puts out; a transcoder reads what it takes and writes what it
-puts out. With x̄ = x − b_dec for an autoencoder and x̄ = x for a transcoder (sparsify 1.3.3, sparse_coder.py and fused_encoder.py):
+A hookpoint is a module of the model. An autoencoder reads the module's output; a transcoder reads its input and predicts what it
+outputs. With x̄ = x − b_dec for an autoencoder and x̄ = x for a transcoder (sparsify 1.3.3, sparse_coder.py and fused_encoder.py):
 
     z = relu(x̄ W_encᵀ + b_enc)      acts = the k largest z, or of groupmax the largest z in each of k equal blocks
     y = acts W_dec + b_dec (+ x W_skipᵀ)
 
-Transcoders of before February 2025 do take b_dec off; theirs is the cfg.json that says nothing of transcoding, and the run's says it.
+Transcoders of before February 2025 do subtract b_dec; their cfg.json does not mention transcoding, and the run's does.
 d width · f features
 """
 
@@ -37,7 +37,7 @@ class Cfg(TypedDict):
     expansion_factor: NotRequired[Count]
     activation: NotRequired[str]
     signed: NotRequired[bool]
-    """of 2024: the k largest without their signs"""
+    """of 2024: the k largest by absolute value"""
     transcode: NotRequired[bool]
     skip_connection: NotRequired[bool]
     normalize_decoder: NotRequired[bool]
@@ -45,7 +45,7 @@ class Cfg(TypedDict):
 
 
 class Run(TypedDict):
-    """The run's settings; one with neither key is somebody else's config.json."""
+    """The run's settings; a file with neither key belongs to another tool."""
 
     model: NotRequired[str]
     sae: NotRequired[dict[str, Any]]
