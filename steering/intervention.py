@@ -33,7 +33,7 @@ class DictionaryFeature:
     dictionary: Dictionary
     feature: int
     site: str | None = None
-    """where it reads; by default the dictionary's own site"""
+    """its input site; by default the dictionary's own site"""
 
     def __post_init__(self) -> None:
         self.dictionary.require_feature(self.feature)
@@ -41,7 +41,7 @@ class DictionaryFeature:
 
     @property
     def site_out(self) -> str:
-        """where it writes"""
+        """its output site"""
         return str(self.dictionary.site_out or self.site)
 
 
@@ -61,25 +61,25 @@ def steered(
     """Inside, every forward pass of the model is steered: `lm.logits`, `lm.generate`, or Hugging Face's own `lm.model.generate`.
 
     Each vector has a coefficient c, by default 1: a number, or one per sequence of the batch (the beams and the several returned
-    texts of a sequence share its own). All that happens at a site is computed from one value h there:
+    texts of a sequence share it). All changes at a site are computed from one value h there:
 
     - "add": h + Σ c·v.
     - "rotate": the same direction as h + Σ c·v, at the length of h.
-    - "clamp": a `DictionaryFeature`'s activation a_j becomes c, what the dictionary cannot express stays: h + (c − a_j)·W_dec[j]
-      (Templeton et al. 2024). A transcoder's is read where it reads and changes the value where it writes. A vector's component along v
+    - "clamp": a `DictionaryFeature`'s activation a_j becomes c, the reconstruction error stays: h + (c − a_j)·W_dec[j]
+      (Templeton et al. 2024). A transcoder's activation is read at its input site and changes its output site. A vector's component along v
       becomes c·‖v‖.
     - "ablate": a feature's activation becomes 0, h − a_j·W_dec[j]; of vectors, h loses its projection on all they span (Arditi et al.
       2024). c is the share that is removed.
 
     `positions` counts in a sequence's own tokens, without padding, from 0; beginning-of-text is one of them:
-    "all", padding too; "prompt"; "generated", the last position of the prompt and all after it, which choose the generated tokens; "last",
+    "all", padding too; "prompt"; "generated", the last position of the prompt and all after it, which predict the generated tokens; "last",
     that last position alone; ("first", n); or a list of positions. A vector with one direction per position has its first at position
     0, or at those of a list of its length. `prompt_length` is the prompt's columns with its padding, `ids_sp.shape[1]`: "prompt",
     "generated" and "last" need it; the others, "all" excepted, then end with the prompt. Every choice is the same with a KV cache.
 
-    Raises `InputError` for a site the model lacks, another width, what an operation or positions cannot mean, and (in the pass) for more
-    positions than the model's context; `OverflowError` where the sum's norm overflows, because a model would then not fail but say anything
-    at all; `NonFiniteLogits` at the end if a generation inside met logits that were not finite.
+    Raises `InputError` for a site the model lacks, another width, an impossible operation or positions, and (in the pass) for more
+    positions than the model's context; `OverflowError` if the sum's norm overflows, because a model would then not fail but write arbitrary
+    text; `NonFiniteLogits` at the end if a generation inside met logits that were not finite.
     """
     if not isinstance(lm, LanguageModel):
         raise InputError(f"expected a LanguageModel to steer, got {type(lm).__name__}; wrap it: LanguageModel(model, tokenizer)")
@@ -100,7 +100,7 @@ def steered(
 
 
 class _Own:
-    """A feature whose dictionary must be asked for its activation: a TopK, one with a frame, or a transcoder, which reads elsewhere."""
+    """A feature whose dictionary must compute its activation: a TopK, one with a frame, or a transcoder, which reads at another site."""
 
     def __init__(self, item: DictionaryFeature):
         self.dictionary, self.feature, self.site = item.dictionary, item.feature, item.site
@@ -120,7 +120,7 @@ class _Own:
 
 
 def _notes(owns: list[_Own]) -> dict[str, Edit]:
-    """Edits that change nothing, but give every transcoder's feature what flows where it reads; several may read at one site."""
+    """Edits that change nothing, but pass the value at the input site to every transcoder's feature; several may read at one site."""
 
     def noting(readers: list[_Own]) -> Edit:
         def note(value_rpd: Tensor) -> Tensor:
@@ -279,7 +279,7 @@ def _table(site: str, terms: list[_Term], mask: PositionMask) -> tuple[Tensor, P
 
 
 def _rotated(value_rpd: Tensor, delta: Tensor) -> Tensor:
-    """Toward where adding `delta`, float32, would bring it, at its own length; where delta is zero the factor is exactly 1."""
+    """Rotates h towards h + `delta`, float32, at its own length; where delta is zero the factor is exactly 1."""
     wide = value_rpd.float()
     moved = wide + delta
     length, new_length = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) for x in (wide, moved))
@@ -331,7 +331,7 @@ def _setting(site: str, terms: list[_Term], mask: PositionMask, ablate: bool) ->
 
 
 def _orthonormal(directions: list[Tensor], together: bool) -> list[Tensor]:
-    """Each at length 1; `together`, each without what those before it span. Zero where nothing is left."""
+    """Each row at length 1; `together`: each without its projection on the earlier ones. Zero if nothing is left."""
     units: list[Tensor] = []
     for direction_d in directions:
         rest_d = direction_d.double()

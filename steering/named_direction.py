@@ -22,7 +22,7 @@ SPELLINGS = "a vector file, a feature's number, actadd:POSITIVE|NEGATIVE, diffme
 class NamedDirection(NamedTuple):
     vector: SteeringVector
     dictionary: Dictionary | None
-    """where one was given; it reads at the vector's place in the stream"""
+    """if one was given; it reads at the vector's place in the stream"""
     feature: int | None
     """if the direction is one of the dictionary"""
 

@@ -64,7 +64,7 @@ def make_steering(
 def make_ranges(
     lm: LanguageModel, dictionary: Dictionary, index: FeatureIndex
 ) -> Callable[[int], Generator[dict[str, Any] | None, None, None]]:
-    """The function that finds up to which strengths a feature works, for one model and dictionary; it remembers what it found."""
+    """Returns a function that finds up to which strengths a feature works, for one model and dictionary; it caches its results."""
     finder: RangeFinder | None = None
     known: dict[int, dict[str, Any]] = {}
 

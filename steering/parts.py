@@ -1,4 +1,4 @@
-"""What steering with one dictionary feature needs: the model, the direction, and the activation that counts as strength 1.
+"""The parts for steering with one dictionary feature: the model, the direction, and the activation that counts as strength 1.
 
 n rows (tokens of a text) · d width of a site
 """
@@ -54,9 +54,9 @@ class SteeringParts(NamedTuple):
     lm: LanguageModel
     feature: int
     max_activation: float | None
-    """None where it is unknown and an absolute activation was given"""
+    """None if it is unknown and an absolute activation was given"""
     vector: SteeringVector
-    """at strength 1: the maximum activation, or an activation of 1 where that is None"""
+    """at strength 1: the maximum activation, or an activation of 1 if that is None"""
 
 
 def load_steering_parts(config: PartsConfig, *, absolute: bool = False) -> SteeringParts:
@@ -119,9 +119,9 @@ def _number(feature: str | int) -> int | None:
 
 @torch.no_grad()
 def found_maximum(lm: LanguageModel, dictionary: Dictionary, feature: int, site: str, text: tuple[str, ...] = ()) -> float:
-    """The feature's highest activation on a text, without beginning-of-text tokens and massive rows; a line on stderr says what was read.
+    """The feature's highest activation on a text, without beginning-of-text tokens and massive rows; a line on stderr describes the text.
 
-    Raises `InputError` where it does not fire.
+    Raises `InputError` if it does not fire.
     """
     name = ", ".join(text) or "the package's own text"
     recorder = Recorder(lm, read_sequences(lm, TextConfig(text=text or (str(TEXT),)), CALIBRATION_TOKENS))

@@ -1,4 +1,4 @@
-"""Which positions of a pass are steered, with a KV cache as without, for padded batches as for single prompts.
+"""Which positions of a pass are steered, the same with and without a KV cache, for padded batches and single prompts.
 
 s sequences · r rows of a pass (s, or s times beams) · p positions · c columns so far · t positions that a list covers · d width
 """
@@ -19,7 +19,7 @@ Positions: TypeAlias = str | tuple[str, int] | Sequence[int]
 
 
 def listed_positions(positions: Positions, prompt_length: int | None) -> list[int] | None:
-    """The chosen positions, None for a place that has a name. Raises `InputError` for what is no place or does not fit the prompt."""
+    """The chosen positions; None for a named choice. Raises `InputError` for an invalid choice or one that does not fit the prompt."""
     if prompt_length is not None and not (_is_whole(prompt_length) and prompt_length >= 1):
         raise InputError(f"expected prompt_length, columns of the prompt, of at least 1, got {prompt_length!r}")
     if isinstance(positions, str) and positions in PLACES:

@@ -86,7 +86,7 @@ def _of_file(config: SteerConfig, path: Path) -> tuple[LanguageModel, SteeringVe
 
 
 def compare_texts(lm: LanguageModel, vector: SteeringVector, coefficient: float, config: SteerConfig) -> dict[str, Any]:
-    """Continuations without and with `coefficient` times the vector, and what can be measured of both."""
+    """Continuations without and with `coefficient` times the vector, and measures of both."""
     ids_sp, mask_sp = lm.encode([config.prompt])
     ids_sp, mask_sp = (x.expand(config.samples, -1) for x in (ids_sp, mask_sp))
     prompt_length = ids_sp.shape[1]
@@ -122,7 +122,7 @@ def typical_norm(lm: LanguageModel, site: str, whole_sp: Tensor, prompt_length: 
 
 
 def measured_side(lm: LanguageModel, prompt_sp: Tensor, whole_sp: Tensor, word: str | None) -> dict[str, Any]:
-    """Continuations as text, their loss under the unsteered model, and, if a word was searched for, how often it comes."""
+    """Continuations as text, their loss under the unsteered model, and, if a word was searched for, how often it occurs."""
     from sae.features.index.words import words_of
 
     start = len(lm.tokenizer.decode(prompt_sp[0], skip_special_tokens=True))

@@ -1,1 +1,1 @@
-"""How strongly to steer, and what a strength does to the text."""
+"""How strongly to steer, and the effect of a strength on the text."""

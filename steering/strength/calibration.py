@@ -31,11 +31,11 @@ EVALUATIONS = 30
 
 
 class KLSearch(NamedTuple):
-    """What `coefficient_for_kl` gives."""
+    """The result of `coefficient_for_kl`."""
 
     coefficient: float
     kl: float
-    """there; `inf` if nowhere finite"""
+    """at this coefficient; `inf` if it is finite nowhere"""
     reached: bool
     """whether `kl` is the budget within the tolerance; else it is the nearest that was found, from below if there is one"""
     monotone: bool
@@ -55,7 +55,7 @@ class Calibration(NamedTuple):
     rho: float
     """coefficient · ‖v‖ / median ‖h‖ at the site, the largest over sites and positions of the vector"""
     max_activations: float | None
-    """coefficient · ‖v‖ in units of the direction's own highest occurrence; None where it has none (several sites or positions)"""
+    """coefficient · ‖v‖ in units of the direction's own highest occurrence; None if it has none (several sites or positions)"""
     reached: bool
     monotone: bool
 
@@ -117,7 +117,7 @@ def coefficient_for_kl(
 
 
 def _between(low: tuple[float, float], high: tuple[float, float]) -> float:
-    """Where the line through both points is 0; their middle where there is no such line. Never at an end."""
+    """The zero of the line through both points; their middle if there is no such line. Never at an end."""
     (x0, y0), (x1, y1) = low, high
     share = y0 / (y0 - y1) if math.isfinite(y0) and math.isfinite(y1) else 0.5
     return x0 + min(max(share, 0.02), 0.98) * (x1 - x0)
@@ -129,7 +129,7 @@ def _monotone(tried: list[tuple[float, float]], budget: float) -> bool:
 
 
 def typical_norm(h_nd: Tensor) -> float:
-    """Median ‖h‖ of the rows that are not massive; give none of beginning-of-text. Raises `InputError` for no or zero rows."""
+    """Median ‖h‖ of the rows that are not massive; pass none of beginning-of-text. Raises `InputError` for no or zero rows."""
     norm_n = h_nd.double().norm(dim=-1)
     norm_n = norm_n[~is_massive(norm_n)]
     median = float(norm_n.median()) if len(norm_n) else 0.0  # host sync

@@ -1,4 +1,4 @@
-"""What steering did to text: how often words come, and how readable the text still is.
+"""Effects of steering on text: how often words occur, and how readable the text is.
 
 s sequences · p positions of the prompt · n new tokens · v vocabulary
 """
@@ -57,7 +57,7 @@ def read_words(path: Path) -> list[str]:
 def word_rate(texts: Iterable[str], words: Sequence[str]) -> WordRate:
     """Counts the matches of `listed_words` in `texts`, and all words.
 
-    Inflected forms count when the list has them: "damn" alone does not count "damned".
+    Inflected forms count only if they are listed: "damn" alone does not count "damned".
     """
     texts, any_listed = text_list(texts), listed_words(words)
     found = sum(len(any_listed.findall(text)) for text in texts)
@@ -95,7 +95,7 @@ def distinct_2(rows: Sequence[Sequence[int]]) -> float | None:
 
 
 def longest_repeat(row: Sequence[int]) -> int:
-    """Tokens of the longest run that comes twice in the row (the two may overlap): n − 1 for n times one token, 0 if none comes twice."""
+    """Tokens of the longest run that occurs twice in the row (the two may overlap): n − 1 for n times one token, 0 if none occurs twice."""
     length = 0
     while length < len(row) and _comes_twice(row, length + 1):
         length += 1

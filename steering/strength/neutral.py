@@ -1,4 +1,4 @@
-"""Text that is about nothing in particular: prompts to continue, and sentences on which a coefficient's side effects are measured."""
+"""Neutral text: prompts to continue, and sentences on which a coefficient's side effects are measured."""
 
 PROMPTS = (
     "I think",

@@ -1,4 +1,4 @@
-"""Sequences of one length from a text, with their labels, and how far to steer on them.
+"""Sequences of one length from a text, with their labels, and coefficients for steering on them.
 
 s sequences · p positions · n positions of all sequences · d width of the site · v vocabulary
 """
@@ -24,7 +24,7 @@ READ_FACTOR = 20  # documents that are looked at for each one that is taken
 
 class Sequences(NamedTuple):
     ids_sp: Tensor
-    """one document's beginning each, behind a beginning-of-text token where the model has one"""
+    """the beginning of one document each, after a beginning-of-text token if the model has one"""
     label_s: np.ndarray
     """int64, index into `labels`; -1 for none"""
     labels: list[str]

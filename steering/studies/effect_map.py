@@ -1,4 +1,4 @@
-"""The command that shows what else steering with a feature moves, and aims a direction at that feature alone."""
+"""The command that measures what else steering with a feature changes, and finds a direction that changes this feature alone."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ class MappedDirection(NamedTuple):
 
     name: str
     feature: int | None
-    """the one it is meant to move"""
+    """the feature it should change"""
     effect: Effect
     reached: bool
 
