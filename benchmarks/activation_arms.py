@@ -1,6 +1,6 @@
-"""One arm of activations.py in a process of its own: it gets ready, then works once for each line on its standard input.
+"""One arm of activations.py in its own process: it gets ready, then works once for each line on its standard input.
 
-It answers in lines of JSON on its standard output, and {"error"} when it cannot go on. Needs Linux (memory from /proc).
+It answers in lines of JSON on its standard output, and {"error"} when it cannot continue. Needs Linux (memory from /proc).
 """
 
 import json

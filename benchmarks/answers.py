@@ -1,4 +1,4 @@
-"""An arm's side of `rounds.started`: settings as its argument, answers as lines of JSON, {"error"} when it cannot go on."""
+"""An arm's side of `rounds.started`: settings as its argument, answers as lines of JSON, {"error"} when it cannot continue."""
 
 import json
 import os

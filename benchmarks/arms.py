@@ -1,7 +1,7 @@
-"""One arm of objective.py in a process of its own: it builds a training step, then does one whenever its standard input says so.
+"""One arm of objective.py in its own process: it builds a training step, then does one whenever its standard input says so.
 
 Runs in this project's environment or in the peers' one. It answers in lines of JSON on its standard output: {"ready"}, {"seconds"} for
-each line "step", the peak memory and numbers to compare for "finish", {"error"} when it cannot go on. All steps have learning rate 0: the
+each line "step", the peak memory and numbers to compare for "finish", {"error"} if it fails. All steps have learning rate 0: the
 work of a step without its effect, so that every step has the same sparsity. Adam's moments exist from the start. With precision bfloat16
 the rivals run under autocast, our step with bfloat16 operands. Needs Linux (memory from /proc, glibc).
 

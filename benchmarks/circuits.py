@@ -53,7 +53,7 @@ class BenchmarkConfig:
 
 
 def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
-    """Measures, prints a table and writes the numbers; gives what is in the file."""
+    """Measures, prints a table and writes the numbers; returns what is in the file."""
     if min(config.pairs, config.rounds, config.threads or 1) < 1:
         raise InputError("expected pairs, rounds and threads of at least 1")
     if config.device == "cuda" and not torch.cuda.is_available():

@@ -5,7 +5,7 @@ ours: the index of all features from a cache of the text, then its export in SAE
 SAEDashboard: its Neuronpedia runner with its own settings, in the environment that `make bench-peers` creates, 128 features a batch; a
     round is one batch. The first batch runs the model too and stores its activations; it is told apart and not counted.
 
-Each in a process of its own, one at a time, models and libraries loaded beforehand; ratios are taken within a round. What both say of the
+Each in its own process, one at a time, models and libraries loaded beforehand; ratios are taken within a round. What both say of the
 same features is compared: how often they fire, their maxima. Then our reader reads SAEDashboard's folder and writes it again.
 """
 
@@ -103,7 +103,7 @@ def benchmark(config: BenchmarkConfig) -> None:
 
 
 def prepare(config: BenchmarkConfig, folder: Path) -> float:
-    """Writes the contexts for both, and a cache of them; gives the seconds of the harvest, loading of the model included."""
+    """Writes the contexts for both, and a cache of them; returns the seconds of the harvest, loading of the model included."""
     lm, site = LanguageModel.load(str(config.model)), Dictionary.load(config.dictionary).site
     if lm.bos_id is None or site is None:
         raise InputError("expected a model with a beginning of text and a dictionary that names its site")

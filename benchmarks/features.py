@@ -1,7 +1,7 @@
 """The feature index measured: building it against encoding alone, reading one feature of a million, its page at the server, its export.
 
 build: the whole build beside the encoder alone on the same tokens (the build's own loop over chunks, with its reused memory, and nothing
-    done with the result), each in a process of its own, in interleaved rounds; the time is that of the work, without imports.
+    done with the result), each in its own process, in interleaved rounds; the time is that of the work, without imports.
 read: a synthetic index of `--features` features, some of them dense; a read is all that a feature's page needs. Cold: before every read
     the index is closed and all its files are put out of the page cache. Warm: read once before.
 page: the time of a request for a random feature's page to browse_features.py without a model, one client on one connection.
@@ -248,7 +248,7 @@ def index_config(config: BenchmarkConfig, out: Path) -> IndexConfig:
 
 
 def write_index(folder: Path, config: BenchmarkConfig, rng: np.random.Generator) -> np.ndarray:
-    """An index of random numbers, every page of it really on the disk; gives its dense features."""
+    """An index of random numbers, every page of it really on the disk; returns its dense features."""
     f, n, vocabulary = config.features, config.corpus, 50_000
     counts = np.minimum(rng.lognormal(np.log(config.mean_count) - 0.5, 1, f).astype(np.int64), n)
     dense = rng.choice(f, min(config.dense, f), replace=False)

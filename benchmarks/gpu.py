@@ -1,6 +1,6 @@
 """What to run first on a machine with a GPU: all that has to be known about the CUDA path, in six minutes, into one folder.
 
-Every part runs in a process of its own with its own time limit, so that one that fails or hangs does not stop the others, and
+Every part runs in its own process with its own time limit, so that one that fails or hangs does not stop the others, and
 results.json is written after every number. First come, side by side, the parts in which nothing is timed: the kernels against float64,
 their tests, NVIDIA's memory and race checkers. Then one part after another has the machine to itself, the most important ones first;
 what no longer fits into the time is left out and said to be. Needs only torch and triton; with the packages of `make gpu-wheels` the
@@ -55,7 +55,7 @@ class Part:
 
 
 class Results:
-    """results.json, written anew at every change; its parts in the order in which they began."""
+    """results.json, written again at every change; its parts in the order in which they started."""
 
     def __init__(self, out: Path, about: dict[str, Any]) -> None:
         self.out, self.record, self._lock = out, {**about, "parts": {}}, threading.Lock()

@@ -1,4 +1,4 @@
-"""The parts of gpu.py that measure, each in a process of its own: every number is answered at once, so that no later fault loses it.
+"""The parts of gpu.py that measure, each in its own process: every number is answered at once, so that no later fault loses it.
 
 Without a GPU the same code runs at tiny sizes in Triton's interpreter, for which the clocks are the host's.
 

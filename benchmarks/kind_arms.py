@@ -1,4 +1,4 @@
-"""One arm of kinds.py in a process of its own: a whole training step of one kind by one tool, done whenever its standard input says so.
+"""One arm of kinds.py in its own process: a whole training step of one kind by one tool, done whenever its standard input says so.
 
 As arms.py, in ours or the peers' environment, with learning rate 0. The auxiliary loss for dead features is not part of a step: none is
 dead in so few. L0 is that of the problem's bias, or k.

@@ -1,6 +1,6 @@
 """Time of a whole training step of every kind, Adam included, beside other tools' steps, as multiples of the encoder product alone.
 
-Every arm runs in a process of its own on the same batch and weights; one computes at a time, in interleaved rounds. Medians and ranges are
+Every arm runs in its own process on the same batch and weights; one computes at a time, in interleaved rounds. Medians and ranges are
 over rounds, those of ratios over ratios within a round. All but ours have glibc's allocator tuned to keep freed memory.
 """
 

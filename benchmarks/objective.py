@@ -1,6 +1,6 @@
 """Time and memory of a whole training step, Adam included, beside other tools' steps, as multiples of the encoder product alone.
 
-Every arm runs in a process of its own on the same batch and weights; one computes at a time, in interleaved rounds, so that a slow spell
+Every arm runs in its own process on the same batch and weights; one computes at a time, in interleaved rounds, so that a slow spell
 of the machine hits all alike. Medians and ranges are over rounds, those of ratios over ratios within a round. Rivals have glibc's
 allocator tuned to keep freed memory (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_) unless their name says otherwise; our step has the
 default, so that no gain is the allocator's. Peak memory is what the step needs beyond weights, Adam's moments and the batch.

@@ -3,7 +3,7 @@
 Same batches in the same order, same steps, width, dead-feature window and values of sparsity (k, target L0, or the L1 coefficient for
 activations of mean squared norm d_in); each tool keeps its own initialisation, normalisation, schedules and auxiliary losses. Every
 trainer, ours too, is tried with every learning rate at the middle sparsity and the first seed, the others also with their own default,
-and goes on with the rate of the lowest FVU · √L0, which hardly changes along a curve. All dictionaries are opened from their files by our
+and continues with the rate of the lowest FVU · √L0, which hardly changes along a curve. All dictionaries are opened from their files by our
 readers and measured on held-out rows and, with --sequences, spliced into the model. A point that is already in --out is not run again.
 The others run in the environment that `make bench-peers` creates, and are left out, with a word, where it is absent.
 """

@@ -99,7 +99,7 @@ def label(tool: str, kind: str) -> str:
 
 
 def number(p: dict[str, Any], name: str, digits: int) -> str:
-    """With half the range over seeds, or with one seed the interval over sequences where there is one."""
+    """With half the range over seeds, or with one seed the interval over sequences if there is one."""
     text = f"{p[name]:.{digits}f}"
     if p["seeds"] > 1:
         return f"{text} ± {p[f'{name}_spread']:.{digits}f}"

@@ -2,7 +2,7 @@
 
     python benchmarks/remote.py --out runs/remote
 
-The server, moto, is written in Python and runs in a process of its own on the same processor; "server alone" is how fast it gives the same
+The server, moto, is written in Python and runs in its own process on the same processor; "server alone" is how fast it gives the same
 ranges to sixteen threads that do nothing with them. "30 ms away" is a first epoch from memory that answers after so long, as a
 store in the same region does. Rounds are interleaved, and every number is from all of them.
 """

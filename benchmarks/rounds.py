@@ -46,7 +46,7 @@ class Worker(NamedTuple):
     log: IO[str]
 
     def ask(self, question: str) -> dict[str, Any]:
-        """Raises `ArmFailed` with the reason when the arm cannot go on."""
+        """Raises `ArmFailed` with the reason when the arm cannot continue."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             print(question, file=self.process.stdin, flush=True)

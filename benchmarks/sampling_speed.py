@@ -49,7 +49,7 @@ class BenchmarkConfig:
 
 
 def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
-    """Measures, prints a table and writes the numbers; gives what is in the file."""
+    """Measures, prints a table and writes the numbers; returns what is in the file."""
     if min(config.rows, config.prompt_tokens, config.new_tokens, config.rounds, config.threads) < 1:
         raise InputError("expected rows, tokens, rounds and threads of at least 1")
     torch.set_num_threads(config.threads)

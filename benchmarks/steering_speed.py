@@ -61,7 +61,7 @@ class BenchmarkConfig:
     """Also print them as a markdown table."""
 
     def check(self) -> None:
-        """Raises `InputError` for values that cannot be meant."""
+        """Raises `InputError` for values that make no sense."""
         if min(*self.batches, self.prompt_tokens, self.new_tokens, self.rounds, self.threads or 1) < 1 or not self.models:
             raise InputError("expected a model, and batches, tokens, rounds and threads of at least 1")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -69,7 +69,7 @@ class BenchmarkConfig:
 
 
 def benchmark(config: BenchmarkConfig) -> dict[str, Any]:
-    """Measures, prints a table and writes the numbers; gives what is in the file."""
+    """Measures, prints a table and writes the numbers; returns what is in the file."""
     config.check()
     torch.set_num_threads(config.threads or torch.get_num_threads())
     record = read_json(config.out, "this benchmark's numbers") if config.out.exists() else {}

@@ -1,10 +1,10 @@
 """A wide dictionary on a small machine: opening it and steering with one feature, one feature's page, an index of a small cache.
 
-A random JumpReLU dictionary in bfloat16, of which about `--l0` features fire on a token, is written into a folder of its own in `--work`
+A random JumpReLU dictionary in bfloat16, of which about `--l0` features fire on a token, is written into its own folder in `--work`
 and removed at the end, with a random model of its width (one layer, 512 tokens) and a cache of that model's activations.
 `--features 1048576 --width 2304` needs 10 GB of disk, and 3 GB more for its index.
 
-Every part is measured in a process of its own, with the dictionary's file and the index out of the page cache:
+Every part is measured in its own process, with the dictionary's file and the index out of the page cache:
 steer: `Dictionary.load`, the feature's direction, and a pass of the model over a few tokens while the feature is clamped.
 index: `build_index` of all tokens of the cache.
 page: the index opened, its dictionary found to be the same, and the HTML of one feature, then of 20 others.
@@ -171,7 +171,7 @@ class Watch:
 
     @staticmethod
     def status() -> dict[str, int]:
-        """MB; VmHWM is the peak of this program, which that of getrusage is not: it begins with the starting process's."""
+        """MB; VmHWM is the peak of this program, which that of getrusage is not: it starts with the starting process's."""
         lines = (line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
         return {name: int(value.split()[0]) * 1024 / 1e6 for name, value in lines if value.endswith("kB")}
 

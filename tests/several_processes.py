@@ -15,7 +15,7 @@ from sae.errors import InputError
 
 
 def forked(work: Callable[[], Any], processes: int, log: Path, kill: tuple[int, int] | None = None) -> list[int]:
-    """Does the work in forked processes; gives their exit codes, -9 if killed."""
+    """Does the work in forked processes; returns their exit codes, -9 if killed."""
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in fork(work, processes, log, kill)]
 
 

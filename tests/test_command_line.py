@@ -21,7 +21,7 @@ def run(*command, cwd=ROOT):
 
 
 def run_here(script, *flags, monkeypatch, capsys):
-    """A script in this process, which has the libraries loaded already; gives exit code, standard output and standard error."""
+    """A script in this process, which has the libraries loaded already; returns exit code, standard output and standard error."""
     monkeypatch.setattr(sys, "argv", [str(script), *flags])
     monkeypatch.syspath_prepend(str(script.parent))  # as Python does for a script
     code = 0
@@ -126,7 +126,7 @@ def test_bash_completes_commands_flags_choices_and_files(typed, offered, bash_co
 )
 def test_unusable_input_is_one_sentence_and_exit_code_2(script, flags, message, tmp_path, monkeypatch, capsys):
     path, words = ROOT / "scripts" / f"{script}.py", flags.format(tmp=tmp_path).split()
-    if script == "train_sae":  # one of them as a process of its own
+    if script == "train_sae":  # one of them as its own process
         done = run(path, *words)
         code, complained = done.returncode, done.stderr
     else:

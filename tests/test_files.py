@@ -1,4 +1,4 @@
-"""Files are whole or absent, and errors are sentences."""
+"""Files are complete or absent, and errors are sentences."""
 
 import json
 import resource

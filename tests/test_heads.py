@@ -16,7 +16,7 @@ from sae.model.language_model import LanguageModel
 
 def parts(family: str, layer: int, attention: torch.nn.Module) -> dict[str, tuple[str, torch.Tensor]] | None:
     """By q, k and v: the module that makes it and which of its outputs it is, as the family's source splits them. 4 heads of 8."""
-    if family in ("gpt2", "phi3"):  # one behind the other
+    if family in ("gpt2", "phi3"):  # one after the other
         width = 32 if family == "gpt2" else 16
         starts = {"q": (0, 32), "k": (32, 32 + width), "v": (32 + width, 32 + 2 * width)}
         name = "c_attn" if family == "gpt2" else "qkv_proj"

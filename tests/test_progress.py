@@ -9,7 +9,7 @@ from sae.progress import Progress, duration, progress
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock at `now`, and a stderr that is no terminal."""
+    """A clock at `now`, and a stderr that is not a terminal."""
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr("sae.progress.time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock

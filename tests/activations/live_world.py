@@ -10,7 +10,7 @@ SITE = "resid_post.0"
 
 
 def make_world(folder: Path, documents: int = 60) -> dict:
-    """Writes model and text into the folder; gives the options that name them."""
+    """Writes model and text into the folder; returns the options that name them."""
     torch.manual_seed(0)
     size = dict(vocab_size=50, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(GPT2Config(**size)).save_pretrained(folder / "lm")

@@ -17,7 +17,7 @@ WIDTH = 32
 
 
 def fill(folder, shard_rows: list[int]) -> torch.Tensor:
-    """Normal rows in a cache of one sequence; dimensions 3 (its mean) and 17 (its spread) and rows 5 and 40 stand out. Gives all rows."""
+    """Normal rows in a cache of one sequence; dimensions 3 (its mean) and 17 (its spread) and rows 5 and 40 stand out. Returns all rows."""
     write_cache(folder, shard_rows, WIDTH)
     x = torch.randn(sum(shard_rows), WIDTH, generator=torch.Generator().manual_seed(0))
     x[:, 3] += 9

@@ -55,7 +55,7 @@ def test_the_quality_of_a_cache_is_that_of_the_rows_its_batches_hold(tmp_path, d
     expected = []
     for number in (0, 2, 4, 6):  # of the epoch's eight
         reader.seek(number)
-        expected.append(by_hand(next(reader)[cache.site][:, 0]))  # a row begins with its own token position
+        expected.append(by_hand(next(reader)[cache.site][:, 0]))  # a row starts with its own token position
     assert found.measured == pytest.approx(np.mean(expected, axis=0))
     assert found.perfect == pytest.approx(perfect_mixing(np.array([1, 5, 30, 4, 7, 33]), 10))
     assert found.ratio.pairs == pytest.approx(found.measured.pairs / found.perfect.pairs)

@@ -1,4 +1,4 @@
-"""An attribution graph's page with its model behind it, in a real browser: an edge is run, and says what the model says."""
+"""An attribution graph's page, served with its model, in a real browser: an edge is run, and says what the model says."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""The server under load, as a process of its own: memory, waiting, fairness, connections that never end, and nothing lost.
+"""The server under load, as its own process: memory, waiting, fairness, connections that never end, and nothing lost.
 
 All traffic goes to 127.0.0.1 and ends by itself. Run it with -s to see the figures.
 """

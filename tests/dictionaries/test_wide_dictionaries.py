@@ -117,7 +117,7 @@ def test_every_method_is_the_formula(tmp_path, wide, gate, where, size):
     rounding = torch.finfo(folded.W_dec_fo.dtype).eps
     if gate in ("relu", "jumprelu"):
         np.testing.assert_allclose(folded.norms(), 1, atol=2 * rounding)
-    if gate == "relu":  # rounded anew; of the others a rounding may change what fires
+    if gate == "relu":  # rounded again; of the others a rounding may change what fires
         np.testing.assert_allclose(folded(x), sae(2 * x) / 2, atol=100 * rounding)
 
 

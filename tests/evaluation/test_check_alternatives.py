@@ -242,7 +242,7 @@ def test_the_near_side_of_a_post_norm_is_named(byte_lm):
 
 
 def test_what_transformer_lens_makes_of_a_model_is_named(byte_lm):
-    """GPT-2's weights processed as TransformerLens does, written here anew: writing weights centred, value biases folded."""
+    """GPT-2's weights processed as TransformerLens does, written here again: writing weights centred, value biases folded."""
     lm = gpt2(byte_lm.tokenizer)
     recorder = recorder_of(lm)
     processed = processed_gpt2(lm.model)

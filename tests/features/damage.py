@@ -91,7 +91,7 @@ def remove_key(content: bytes, rng: random.Random) -> bytes:
 
 
 def _change_json(content: bytes, rng: random.Random, change: Any) -> bytes:
-    """One value, anywhere: every key of every object on the way down is as likely as going on."""
+    """One value, anywhere: every key of every object on the way down is as likely as continuing."""
     lines = content.split(b"\n")
     try:
         whole: list[Any] = [json.loads(content)]

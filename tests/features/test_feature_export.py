@@ -38,7 +38,7 @@ def folder(world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
-    """Opens index.html with an address and some script, and gives the document, the requests it made and what its console said."""
+    """Opens index.html with an address and some script, and returns the document, the requests it made and what its console said."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium on this machine")

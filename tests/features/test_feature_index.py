@@ -101,7 +101,7 @@ def test_logit_lens_is_the_change_of_the_logits(world):
     row_d = world.dictionary.W_dec_fo[7].double()
     step = 1e-5
     change_v = (head(x_d + step * row_d) - head(x_d))[: len(world.tokenizer)] / step
-    # moving along x itself changes nothing after the norm, so that part of the row is taken off on both sides
+    # moving along x itself changes nothing after the norm, so that part of the row is subtracted on both sides
     centred_d = x_d - x_d.mean()
     sigma = centred_d.pow(2).mean().sqrt()
     along = (row_d @ centred_d) / (centred_d @ centred_d)

@@ -101,7 +101,7 @@ def world(tmp_path_factory) -> Path:
             model.transformer.wte.weight[:, :V] = torch.eye(V)
             model.transformer.wte.weight[7, 7] = 0
             if name == "new":
-                model.transformer.ln_f.bias.fill_(-1)  # behind the site: it tells the models' fingerprints apart
+                model.transformer.ln_f.bias.fill_(-1)  # after the site: it tells the models' fingerprints apart
                 model.transformer.wte.weight[7, 23] = 1
             model.transformer.wte.weight.mul_(4)
         model.save_pretrained(home / name)

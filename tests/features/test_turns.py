@@ -23,7 +23,7 @@ class Client:
 
 
 def run(coroutine):
-    """In a thread of its own: the driver of the browser tests leaves a loop running in this one."""
+    """In its own thread: the driver of the browser tests leaves a loop running in this one."""
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(asyncio.run, coroutine).result()
 
@@ -65,7 +65,7 @@ def test_a_full_queue_and_a_long_wait_are_sentences(monkeypatch):
         await settle()
         with pytest.raises(Busy, match="the model is busy and 2 others wait"):
             await turns.wait_for("prompt", Client())
-        with pytest.raises(Busy, match="still at work for others"):  # the other kind has a queue of its own
+        with pytest.raises(Busy, match="still at work for others"):  # the other kind has its own queue
             await turns.wait_for("steer", Client())
         assert {type(result) for result in await asyncio.gather(*waiting, return_exceptions=True)} == {Busy}
         turns.release("prompt")

@@ -21,7 +21,7 @@ from sae.objective.update import adam_state
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cuda":
-    cuda.encode.configs = cuda.BLOCKS[-1:]  # the others have a test of their own; tuning anew for every small shape would take minutes
+    cuda.encode.configs = cuda.BLOCKS[-1:]  # the others have their own test; tuning again for every small shape would take minutes
 
 
 def on_device(x_bd, weights):

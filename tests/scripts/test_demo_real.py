@@ -1,4 +1,4 @@
-"""The demo of the real model without the model: its commands, what it leaves out when it goes on, what it refuses; all of it: `-m real`."""
+"""The demo of the real model without the model: its commands, what a resumed demo leaves out, what it refuses; all of it: `-m real`."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The scripts behind the bundled model, on a corpus of two tiny domains: train, resume, measure, sample, harvest the sample."""
+"""The scripts that make the bundled model, on a corpus of two tiny domains: train, resume, measure, sample, harvest the sample."""
 
 import gzip
 import json
@@ -92,7 +92,7 @@ def test_sampled_text_carries_its_label_and_can_be_harvested(model, tmp_path):
     with safe_open(out, "pt") as file:
         names = json.loads(file.metadata()["label_names"])
     ids, starts = sampled["ids"].int(), sampled["document_starts"]
-    assert (ids[starts[:-1]] == ids[0]).all()  # every document begins with beginning-of-text
+    assert (ids[starts[:-1]] == ids[0]).all()  # every document starts with beginning-of-text
     assert (ids == ids[0]).sum() == len(starts) - 1  # and has it nowhere else
     for label in (0, 1):
         assert (starts[1:] - starts[:-1])[sampled["document_label"] == label].sum() >= 300

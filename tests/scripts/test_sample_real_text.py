@@ -1,4 +1,4 @@
-"""Text sampled with labels: fast decoding beside transformers' own, rounds that go on, equal shares, what is refused."""
+"""Text sampled with labels: fast decoding beside transformers' own, rounds that continue, equal shares, what is refused."""
 
 import json
 from collections import Counter

@@ -29,7 +29,7 @@ def written(lm: LanguageModel, positions, prompt_length: int | None, **way) -> l
         ).tolist()
 
 
-# GPT-Neo's own static cache writes other text than its growing one, without steering too; Mistral's hides columns behind its window
+# GPT-Neo's own static cache writes other text than its growing one, without steering too; Mistral's hides columns after its window
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in ("gpt_neo", "mistral")])
 def test_several_passes_and_static_caches_write_the_same(family):
     lm = tiny(family)

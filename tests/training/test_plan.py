@@ -1,4 +1,4 @@
-"""Dictionaries that train together from a plan: each as if alone, one checkpoint, one sentence for plans that cannot be meant."""
+"""Dictionaries that train together from a plan: each as if alone, one checkpoint, one sentence for plans that make no sense."""
 
 import json
 
@@ -61,7 +61,7 @@ def test_runs_that_differ_in_seed_start_and_value_are_one_sweep(sites, tmp_path,
         assert contents(alone) == contents(folder)
     weights = [contents(folder)[0] for folder in found]
     assert weights[0] != weights[1]
-    assert sum(line["resampled"] for line in contents(found[1])[1]) > 0  # from a seed of its own
+    assert sum(line["resampled"] for line in contents(found[1])[1]) > 0  # from its own seed
 
 
 def test_one_checkpoint_resumes_them_all(sites, tmp_path, monkeypatch):  # noqa: F811

@@ -1,4 +1,4 @@
-"""Runs that go on from a dictionary: the same function at the start, what training made of it, and what is refused."""
+"""Runs that continue from a dictionary: the same function at the start, what training made of it, and what is refused."""
 
 import json
 import shutil

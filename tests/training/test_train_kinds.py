@@ -1,4 +1,4 @@
-"""Training of every kind from a cache: exact resume, what is saved, transcoders and crosscoders, going on from a dictionary."""
+"""Training of every kind from a cache: exact resume, what is saved, transcoders and crosscoders, continuing from a dictionary."""
 
 import json
 from dataclasses import fields, replace

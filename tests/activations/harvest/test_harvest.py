@@ -387,7 +387,7 @@ def test_token_files_give_what_their_text_gives(config, text, tmp_path):
     tokens = ActivationCache.open(from_text, SITES[0]).tokens
     contents_ = [
         tokens.ids[a + 1 : b] for a, b in zip(tokens.sequence_starts, tokens.sequence_starts[1:])
-    ]  # the text again, document by document, each behind one beginning of text
+    ]  # the text again, document by document, each after one beginning of text
     per_document = [
         np.concatenate([[0], *(c for c, d in zip(contents_, tokens.sequence_document) if d == n)])
         for n in range(len(tokens.document_label))

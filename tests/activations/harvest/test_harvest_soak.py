@@ -46,7 +46,7 @@ def files(config: HarvestConfig) -> int:
 
 
 def one_life_forked(config: HarvestConfig, processes: int, moments: random.Random, log: Path) -> bool:
-    """Starts the harvest and kills its processes one after another; gives whether it was killed before its end."""
+    """Starts the harvest and kills its processes one after another; returns whether it was killed before its end."""
     children = fork(partial(harvest, config), processes, log) if processes > 1 else [fork_alone(config)]
     wait_for_moment(config, moments, lambda: os.waitid(os.P_PID, children[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None)
     for child in moments.sample(children, processes):

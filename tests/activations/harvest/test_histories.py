@@ -1,5 +1,5 @@
 """The store as a whole: whatever is done to a harvest on its way, the finished cache has the bytes of one that nothing was done to,
-gives the rows of a plain in-memory model, and gives none before it is finished."""
+returns the rows of a plain in-memory model, and none before it is finished."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A pool that was interrupted goes on where it was kept, and the cache has the bytes of one that was left alone."""
+"""A pool that was interrupted continues where it was kept, and the cache has the bytes of one that was left alone."""
 
 from functools import partial
 from pathlib import Path

@@ -46,7 +46,7 @@ def rows_of(cache: ActivationCache) -> dict[int, list[float]]:
 
 
 def saelens_folder(folder: Path, sequences: int = 60, dtype: str = "float32", ids: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """In the schema of CacheActivationsRunner: a column named by the hook, Array2D a row, and token_ids. Gives both, end to end."""
+    """In the schema of CacheActivationsRunner: a column named by the hook, Array2D a row, and token_ids. Returns both, end to end."""
     from datasets import Array2D, Dataset, Features, Sequence, Value
 
     rng = np.random.default_rng(0)

@@ -11,7 +11,7 @@ from sae.disk import blocks, server
 
 @pytest.fixture(autouse=True)
 def block_cache(tmp_path, monkeypatch) -> Iterator[Callable[[float | None], Path]]:
-    """Call it to begin as a new process would, with so many bytes for blocks; gives the folder."""
+    """Call it to begin as a new process would, with so many bytes for blocks; returns the folder."""
 
     def begin(limit: float | None = None) -> Path:
         monkeypatch.setenv("SAE_BLOCK_CACHE_GB", "1" if limit is None else repr(limit / 1e9))

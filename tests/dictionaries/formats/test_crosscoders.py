@@ -23,7 +23,7 @@ def x_of(places):
 
 
 def check(dictionary, x, acts, out):
-    """Ours reads and writes the places one behind the other."""
+    """Ours reads and writes the places one after the other."""
     torch.testing.assert_close(dictionary.encode(x.flatten(1)), acts, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(dictionary(x.flatten(1)), out.flatten(1), rtol=1e-11, atol=1e-11)
 

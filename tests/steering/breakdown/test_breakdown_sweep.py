@@ -235,7 +235,7 @@ def test_directions_by_name_and_from_files(tmp_path, byte_lm):
 
 
 def test_two_prompts_by_name(byte_lm):
-    """At the input of the block behind the site; spaces count."""
+    """At the input of the block after the site; spaces count."""
     found, by_hand = named_direction(byte_lm, "actadd: Love|Hate", site=SITE).vector, actadd(byte_lm, " Love", "Hate", "resid_pre.1")
     assert found.site == "resid_pre.1"
     assert torch.equal(found.directions["resid_pre.1"], by_hand.directions["resid_pre.1"])

@@ -53,7 +53,7 @@ def planted() -> tuple[LanguageModel, FeatureSite, Prompts]:
         sides = [clean[row].copy(), corrupt[row].copy()]
         for side, answer in zip(sides, (SHE, HE)):
             at = side[:-1].tolist().index(side[-1]) + 1
-            if answer in side:  # the answer changes places with what stood behind the repeated token
+            if answer in side:  # the answer changes places with what stood after the repeated token
                 side[side == answer] = side[at]
             side[at] = answer
         if all(side[-1] not in (SHE, HE) for side in sides):

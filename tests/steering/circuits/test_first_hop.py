@@ -1,4 +1,4 @@
-"""First-hop scores against passes of the whole model in which one edge is cut, and a finite difference behind the reader.
+"""First-hop scores against passes of the whole model in which one edge is cut, and a finite difference after the reader.
 
 e edges · s sequences · p positions · c numbers at a site · h heads · r readers · w writers
 """

@@ -167,7 +167,7 @@ def test_generation_with_a_cache_equals_frozen_passes_over_the_whole_text(family
         text_sp = lm.generate(prompt_sp, max_new_tokens=5, temperature=0)
         hook.remove()
         whole = lm.logits(text_sp)
-    steered_steps = torch.stack(steps[1::2], dim=1)  # each is behind one of the unsteered model
+    steered_steps = torch.stack(steps[1::2], dim=1)  # each is after one of the unsteered model
     kept, plain = unsteered(lm, text_sp, parts)
     by_hand, _ = arm(lm, text_sp, parts, kept, C)
     assert_near(whole, by_hand)

@@ -152,7 +152,7 @@ def test_an_edge_is_its_reader_and_its_writers_change(demo):
     assert all(torch.equal(before[site], after[site]) for site in sites[1:])
     assert torch.equal(before["q.2"][..., ~own], after["q.2"][..., ~own])
     assert (before["q.2"][..., own] != after["q.2"][..., own]).any()
-    # along an edge with a length of its own the strength is still that of the direction
+    # along an edge with its own length the strength is still that of the direction
     neutral = engine.lm.encode(["The old man said that it was late."])
     arms = [first, first._replace(direction_d=100 * change_wd[graph.writer("head.0.1")])]
     one, other = (measure_arm(engine, arm, torch.ones(engine.lm.d_model), prompts, neutral, [0.001])[0] for arm in arms)

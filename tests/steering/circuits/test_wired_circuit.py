@@ -69,7 +69,7 @@ def wired(beta: float) -> LanguageModel:
                 attention.c_attn.weight.data[where, start : start + weight.shape[1]] = weight.double() * scale
         write(attention.c_proj.weight.data[head * size : head * size + V], target, torch.eye(V))
     body.h[0].attn.c_proj.bias.data[-2:] = torch.tensor([M, -M], dtype=torch.float64)
-    for block in body.h:  # an MLP writes where nobody reads
+    for block in body.h:  # an MLP writes where no one reads
         block.mlp.c_fc.weight.data[tok, :V] = torch.eye(V).double()
         write(block.mlp.c_proj.weight.data[:V], spare, torch.linspace(0.1, 1, V)[:, None])
     of_constant = M * math.sqrt(2 / d)

@@ -1,6 +1,6 @@
 """Edge scores, and the metric of a circuit, by the code of EAP-IG's authors (github.com/hannamw/EAP-IG, commit 795f560).
 
-It needs an environment of its own, with TransformerLens before its version 4, and a checkout:
+It needs its own environment, with TransformerLens before its version 4, and a checkout:
 
     pip install torch==2.13.0 transformer-lens==3.8.0 transformers==5.24.0 pandas pygraphviz matplotlib
     PYTHONPATH=EAP-IG/src python tests/steering/circuits/oracles/eap_ig.py [--seconds]

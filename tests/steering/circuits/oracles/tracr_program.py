@@ -1,6 +1,6 @@
 """The weights that Tracr compiles from a program of ours: after a token, what followed it where it stood before (induction).
 
-In an environment of its own (`pip install tracr-pypi==1.0.0 safetensors`), from the project's folder:
+In its own environment (`pip install tracr-pypi==1.0.0 safetensors`), from the project's folder:
 python tests/steering/circuits/oracles/tracr_program.py
 """
 

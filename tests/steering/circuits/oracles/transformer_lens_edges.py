@@ -1,6 +1,6 @@
 """Edge scores of TransformerLens 4.3, an implementation that shares nothing with ours: the gradient at the corrupt run.
 
-In an environment of its own (`pip install torch==2.13.0 transformer-lens==4.3.0 transformers==5.24.0`), from the project's folder:
+In its own environment (`pip install torch==2.13.0 transformer-lens==4.3.0 transformers==5.24.0`), from the project's folder:
 python tests/steering/circuits/oracles/transformer_lens_edges.py
 """
 
