@@ -114,7 +114,7 @@ def _child(family: str, pipe: Any) -> None:
             answer: Result | str = look_at(family)
         except InputError as error:
             answer = str(error)
-        except Exception as error:  # whatever a family's own code does
+        except Exception as error:  # a family's own code may fail in any way
             answer = " ".join(f"{type(error).__name__}: {error}".split())[:200].strip()
     pipe.send(answer)
 

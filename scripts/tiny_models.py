@@ -83,7 +83,7 @@ def text_family(family: str) -> str:
 
     try:
         text = CONFIG_MAPPING[family]().get_text_config().model_type
-    except Exception:  # whatever a configuration does that has several texts
+    except Exception:  # a configuration with several texts may fail in any way
         return family
     return text if text in families() else family
 

@@ -42,7 +42,7 @@ def read_torch(path: Path, what: str, classes: Sequence[str] = ()) -> Any:
         records = [(type(name.rpartition(".")[2], (Record,), {}), name) for name in classes]
         with torch.serialization.safe_globals(records):  # type: ignore[arg-type]
             value = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # whatever torch's parts say of bytes that make no sense
+    except Exception as error:  # torch raises many kinds of errors for invalid bytes
         if isinstance(error, UnpicklingError) and (found := re.search(r"(?:Trying to.*)?GLOBAL ([\w.]+)|Can only|Trying to", str(error))):
             raise InputError(
                 f"{path} holds more than tensors, numbers and texts{f' ({found[1]})' if found[1] else ''}, and reading that would run code "

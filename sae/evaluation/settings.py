@@ -128,7 +128,7 @@ def held_out_text(config: EvaluationConfig, cache: "ActivationCache", device: to
     if len(candidates) < config.sequences:
         print(f"note: {len(candidates)} held-out sequences are all there are, {config.sequences} were asked for", file=sys.stderr)
     chosen = np.random.default_rng(config.seed).permutation(candidates)[: config.sequences]
-    stored_n = np.zeros(len(tokens.ids), dtype=bool)  # whatever a token was left out for, it has no row
+    stored_n = np.zeros(len(tokens.ids), dtype=bool)  # a token that was left out for any reason has no row
     for shard in cache.shards("held_out"):
         stored_n[cache.positions(shard)] = True
     spans = [slice(*tokens.sequence_starts[[i, i + 1]]) for i in chosen]

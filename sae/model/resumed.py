@@ -60,7 +60,7 @@ def can_resume(lm: LanguageModel, count: int, ids_sp: Tensor) -> bool:
         try:
             with _giving(lm, outputs):
                 return torch.equal(lm.logits(ids_sp), whole_spv)
-        except Exception:  # whatever a model's own code does without its blocks
+        except Exception:  # a model's own code may fail in any way without its blocks
             return False
 
 

@@ -38,7 +38,7 @@ def sample(logits_sv: Tensor, temperature: float, top_p: float, generator: torch
     drawn_s = _draw(probs_sv, generator)
     if top_p == 1:
         return drawn_s
-    # A token that holds more than the rest may lack is in the set, whatever is ahead of it: so are most, and the others are looked at.
+    # A token with more than 1 - top_p is in the set for any tokens ahead of it: so are most; the others are checked.
     rows_s = (probs_sv.gather(-1, drawn_s[:, None])[:, 0] <= 1 - top_p).nonzero()[:, 0]  # host sync
     probs_sv = probs_sv[rows_s]
     while len(rows_s):

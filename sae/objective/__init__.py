@@ -81,7 +81,7 @@ def objective(
 
         l1_k = torch.stack([rule.price.l1 for rule in rules if rule is not None and isinstance(rule.price, Linear)])
         state = adam_state(optimizer, weights) if optimizer is not None and not largest_norm else None
-        with torch.cuda.device_of(x_bd):  # Triton launches on the current device, whatever the tensors' is
+        with torch.cuda.device_of(x_bd):  # Triton launches on the current device, not on the tensors' device
             step = triton_step(x_bd, swept, l1_k, workspace, state.stacked() if state and one else state)
     else:
         with matmul_precision(x_bd, workspace.precision):

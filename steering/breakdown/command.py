@@ -159,7 +159,7 @@ def print_tables(result: dict[str, Any]) -> None:
         out.add_row(f"{row['rho']:g}", *map(_figure, [*shown, text.get("distinct_2")]))
     console.print(out)
     first = result["first_norm"]
-    title = f"inside: the stream behind the vector and after the last block; what {first or 'no norm'} puts out; in brackets the null"
+    title = f"inside: the stream right after the vector and after the last block; the output of {first or 'no norm'}; in brackets the null"
     heads = ("rho", "norm ratio", "last", "cos to v", "last", "token share", "eff. rank")
     inner = Table(*heads, title=title, caption="null: tokens without any structure")
     for row, null in zip(added, result["null"]):

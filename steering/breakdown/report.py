@@ -68,8 +68,8 @@ MAPS: tuple[tuple[str, Cell], ...] = (
     ("MLP's write over the stream's norm, steered over unsteered", _share("mlp_out")),
     ("share of v that attention takes back", lambda layer: (layer.get("attn_out") or {}).get("taken_back")),
     ("share of v that the MLP takes back", lambda layer: (layer.get("mlp_out") or {}).get("taken_back")),
-    ("token share behind attention's norm, steered over unsteered", _behind("attn_in", "token_share")),
-    ("effective rank behind attention's norm, steered over unsteered", _behind("attn_in", "effective_rank")),
+    ("token share after attention's norm, steered over unsteered", _behind("attn_in", "token_share")),
+    ("effective rank after attention's norm, steered over unsteered", _behind("attn_in", "effective_rank")),
     ("KL of attention patterns to the unsteered ones, nats, mean of heads", _attention_kl),
     ("share of tokens beyond 99 % of neutral ones (Mahalanobis)", lambda layer: layer["beyond_p99"]),
 )
@@ -221,7 +221,7 @@ def _carried(result: Result) -> str:
     note = (
         f"Shares of the KL of “added” at rho {figure(carried['rho'])}, {figure(carried['kl'])} nat, by conductance along the coefficient "
         f"in {carried['steps']} steps. What all parts write to the logits adds up to {figure(carried['sum'])} of it (heads "
-        f"{figure(carried['heads'])}, MLPs {figure(carried['mlps'])}); the edges across the other places of the stream behind the vector "
+        f"{figure(carried['heads'])}, MLPs {figure(carried['mlps'])}); the edges across the other places of the stream after the vector "
         f"to {figure(carried['least_across'])} to {figure(carried['most_across'])}. Through: what a part writes to any reader. Intervals "
         "(95 %) over texts."
     )

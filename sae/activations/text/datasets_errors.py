@@ -23,7 +23,7 @@ def told_plainly(expected: str) -> Iterator[None]:
             yield
         except InputError:
             raise
-        except Exception as error:  # of pyarrow, pandas, fsspec, huggingface_hub ...: whatever reads the kind of file
+        except Exception as error:  # of pyarrow, pandas, fsspec, huggingface_hub or another reader of this kind of file
             cause = _cause(error)
             _refuse_cache(cause)
             file = _file_read(cause)

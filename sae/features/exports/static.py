@@ -98,7 +98,7 @@ def _rendered(index: FeatureIndex, shards: list[PageShard], processes: int) -> I
     if processes <= 1:
         yield from ((shard, _render(index, linked, shard)) for shard in shards)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in whatever state they are
+    context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads in any state
     try:
         with ProcessPoolExecutor(processes, context, _open, (index.folder.resolve(), linked)) as pool:
             yield from zip(shards, pool.map(_render_here, shards))

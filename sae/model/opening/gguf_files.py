@@ -52,7 +52,7 @@ def require_packages(packages: tuple[str, ...], what: str) -> None:
 
 
 def unpacked() -> dict[str, Any]:
-    """What makes transformers unpack the weights whatever kernels are there; older releases always do."""
+    """Settings that make transformers unpack the weights with any installed kernels; older releases always do."""
     try:
         from transformers import GgufConfig
     except ImportError:

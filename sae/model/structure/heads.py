@@ -62,7 +62,7 @@ def find_heads(attentions: Sequence[Attention | str], run: Callable[[], Any]) ->
     noise = torch.Generator().manual_seed(0)
 
     def cut(module: nn.Module, _args: tuple, out: Any) -> Any:
-        """Returns noise of sizes 0.5 to 1.5, so that no gate is closed, no value is 0 and no softmax is certain, whatever the weights."""
+        """Returns noise of sizes 0.5 to 1.5, so that with any weights no gate is closed, no value is 0 and no softmax is certain."""
         if not isinstance(out, Tensor):
             return out
         signed = 2 * torch.rand(out.shape, generator=noise) - 1

@@ -52,7 +52,7 @@ def find_norms(decoder: nn.Module, run: Callable[[], Any]) -> dict[str, Norm | s
                 found[name] = "it does not take one tensor and give one of its shape"
             else:
                 x_nd, y_nd = (t.detach().reshape(-1, t.shape[-1]).cpu().double() for t in (x, y))  # host sync
-                # some norms compute in float32 whatever they are given
+                # some norms compute in float32 for any input
                 precision = max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
                 with on_hand(module):
                     formula, bias = ungained(module, x_nd, y_nd, precision), getattr(module, "bias", None)

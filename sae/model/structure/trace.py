@@ -162,7 +162,7 @@ def short_pass(model: Any, decoder: Any, name: str) -> None:
     ids = [*(token for token in range(known // 2, known) if token != pad), *[0] * TOKENS][:TOKENS]
     try:
         decoder(input_ids=torch.tensor([ids], device=device_of(embedding)), use_cache=False)
-    except Exception as error:  # whatever a model's own code does
+    except Exception as error:  # a model's own code may fail in any way
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"expected {name!r} to run on {TOKENS} tokens, but it failed ({reason:.300})") from error
 

@@ -207,7 +207,7 @@ def _measures(circuit: FeatureCircuit) -> list[str]:
     rows = [[f"{row['nodes']:,}", *(escape(cell(name, row[name])) for name in COLUMNS)] for row in found["curve"]]
     note = (
         f"Faithfulness on {found['n_pairs']} held-out pairs, with 95 % intervals: 1 as the whole model, 0 as with no node inside. "
-        "Nodes of the largest scores by the same method. Errors in: what the dictionaries miss stays, whatever the number of nodes. Random "
+        "Nodes of the largest scores by the same method. Errors in: what the dictionaries miss stays, for any number of nodes. Random "
         "features: mean and highest of draws of features that fire as often, errors in."
     )
     parts = [_section("How good it is, beside other directions", note, _table(["nodes", *COLUMNS.values()], rows))]

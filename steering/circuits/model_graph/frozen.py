@@ -55,7 +55,7 @@ def internals(lm: LanguageModel, parts: Collection[str] = PARTS) -> Iterator[Int
 
 @contextmanager
 def frozen(lm: LanguageModel, parts: Collection[str], at: Internals) -> Iterator[None]:
-    """Inside, `parts` of every pass are those of `at`, whatever the edits; the tokens must be the ones of the pass that `at` was kept from.
+    """Inside, `parts` of every pass are those of `at`, under any edits; the tokens must be the ones of the pass that `at` was kept from.
 
     Raises `InputError` for other parts than "norms", "patterns" and "values", for a model with a norm whose formula is not known or an
     attention that cannot be frozen, and (in the pass) for tokens of another shape or parts that `at` lacks.

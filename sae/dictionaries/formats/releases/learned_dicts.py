@@ -46,7 +46,7 @@ def classes_in(file: Path) -> set[str]:
     """The classes other than tensors in the file, found without reading it; none for a damaged one."""
     try:
         return set(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    except Exception:  # whatever torch's parts say of bytes that make no sense
+    except Exception:  # torch raises many kinds of errors for invalid bytes
         return set()
 
 
