@@ -80,7 +80,7 @@ def train_plan(config: PlanConfig) -> list[Path]:
     """Trains all runs of a plan together and gives their folders. Each run has a checkpoint of its own, from which it is resumed.
 
     Called in every process that torchrun started, they share the runs (see deal.py); each run has the bits that it has in one process,
-    on a CPU with as many threads and with `--encoder` named. With `--shard` all processes share every run, in the place of dealing them
+    on a CPU with as many threads and with `--encoder` named. With `--shard` all processes share every run instead of dealing them
     out, and a run has the bits of that split. When one process fails, so do the others, with SystemExit. Started again,
     with any number of processes, the runs go on from their checkpoints. Raises `InputError` as `train` does, and in a process that has
     another plan, other settings, another cache or other code than the first.
