@@ -40,7 +40,7 @@ class Progress:
             self._print(self._left())
 
     def _print(self, end: str = "") -> None:
-        with suppress(OSError):  # the work continues when nobody can read of it any more
+        with suppress(OSError):  # the work continues even if its progress cannot be printed
             print(f"{self.what}: {self.line()}{end}", file=sys.stderr, flush=True)
 
     def line(self) -> str:

@@ -88,7 +88,7 @@ class LiveSource(PoolSource):
         super().__init__(facts(config, self.recorder.models), self.recorder.widths, sizes, config.max_norm_ratio)
 
     def pool(self, number: int, after: Iterable[int] = ()) -> tuple[dict[str, Tensor], PoolRows]:
-        """What `make` gives."""
+        """The result of `make`."""
         if self._held is None or self._held[0] != number:
             self._held = None  # so that there are never two
             self._held = (number, *self.make(number))
@@ -109,8 +109,8 @@ class LiveSource(PoolSource):
 class PoolEpochs:
     """The `Epochs` of a `PoolSource`: each pool is a group.
 
-    The first epoch visits the pools in their own order, which the harvest's plan made random; later ones shuffle them anew. Rows are
-    shuffled within a pool, anew in every epoch.
+    The first epoch visits the pools in their own order, which the harvest's plan made random; later ones shuffle them again. Rows are
+    shuffled within a pool, differently in every epoch.
     """
 
     def __init__(self, source: PoolSource, seed: int):

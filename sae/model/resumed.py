@@ -22,7 +22,7 @@ class Resumed:
     """A batch, with the unedited outputs of the blocks below the lowest of `sites`.
 
     `logits` runs the other blocks alone, under the edits of the moment, which must be at those sites or above them, and returns every bit
-    that `lm.logits` gives. A model whose blocks hand on more than their outputs runs whole.
+    of `lm.logits`. A model whose blocks pass on more than their outputs is run completely.
     """
 
     def __init__(self, lm: LanguageModel, ids_sp: Tensor, mask_sp: Tensor | None, sites: Sequence[str]):

@@ -52,7 +52,7 @@ def _whole(piece: bytes) -> str | None:
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Text of every token of `ids`, as `Vocabulary.texts` gives it, straight from a Hugging Face tokenizer."""
+    """Text of every token of `ids`, as in `Vocabulary.texts`, directly from a Hugging Face tokenizer."""
     return vocabulary(tokenizer).texts(ids)
 
 
@@ -60,7 +60,7 @@ def vocabulary(tokenizer: Any, size: int = 0) -> Vocabulary:
     """Pieces of a Hugging Face tokenizer, padded with empty ones to `size` (models round their vocabulary up).
 
     Byte-level BPE (GPT-2, Llama 3, Qwen) and SentencePiece with byte fallback (Llama 2, Gemma) are taken to their bytes; any other
-    tokenizer gives the text that its own `decode` has for the single token.
+    tokenizer gets the text that its own `decode` returns for the single token.
     """
     if tokenizer is None:
         raise InputError("expected a model with a tokenizer, but this one has none; token ids cannot be shown as text without it")

@@ -131,7 +131,7 @@ def train_into(source: Source, config: RunConfig, settings: dict[str, Any], devi
 def prepared(checkpoint: Checkpoint, config: RunConfig) -> bool:
     """Removes outdated files; returns whether the run is already complete."""
     folders = config.folders()
-    if config.restart and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:  # torchrun's own restarts go on
+    if config.restart and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:  # torchrun's own restarts resume
         checkpoint.remove()
         for folder in folders:
             (folder / "training.json").unlink(missing_ok=True)

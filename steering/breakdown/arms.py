@@ -52,7 +52,7 @@ class Arms(NamedTuple):
 def make_arms(lm: LanguageModel, vector: SteeringVector, seed: int = 0) -> Arms:
     """The arms of one direction of the residual stream.
 
-    "rotated" has the cosine to v that adding gives, at the old length: that is also what adding and rescaling to the old length gives.
+    "rotated" has the same cosine to v as adding, at the old length; adding and rescaling to the old length has the same result.
     "lengthened" is its counterpart. "all layers" adds v/L at each of L layers. "norms frozen" to "norms, patterns, values frozen" add v as
     "added" does. A direction for each of the first positions (ActAdd's, [p, d]) has no "lengthened", "front" and "last"; its random
     counterparts have the length of each row. Raises `InputError` for a zero vector and for one that is not of the residual stream.

@@ -231,7 +231,7 @@ def inside(setup: Setup, before: Pass, after: Pass, arm: Arm, c: float) -> dict[
 
 
 def by_token(scale: Tensor, p: int) -> Tensor | None:
-    """A norm's scale as [s, p, ...], where a norm of each head may have it as [s, heads, p, 1]; None where its layout cannot be told."""
+    """A norm's scale as [s, p, ...], where a norm of each head may have it as [s, heads, p, 1]; None if its layout is unclear."""
     as_it_is, transposed = scale.shape[1] == p, scale.ndim == 4 and scale.shape[2] == p
     if as_it_is == transposed:
         return None

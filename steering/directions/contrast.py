@@ -74,7 +74,7 @@ def warn_if_uncertain(
 ) -> None:
     """Warns in one sentence when a set has under `TINY` rows or more than `at_most` times those of the other.
 
-    The sentence gives `cosine_interval`, which a single row does not have.
+    The sentence has `cosine_interval`, which a single row does not have.
     """
     few, many = sorted((n_pos, n_neg))
     if few >= TINY and many <= at_most * few:

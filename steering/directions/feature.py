@@ -22,7 +22,7 @@ PROMPT, FACTOR, TOKENS = "From my experience,", 10.0, 20
 def feature_direction(dictionary: Dictionary, feature: int, max_activation: float, site: str | None = None) -> SteeringVector:
     """v = a_max · W_dec[feature], so that coefficient 1 adds what the feature adds to a reconstruction at its highest activation.
 
-    `max_activation` is in the dictionary's own units (activations times decoder rows), whatever the norm of its rows. `site` is needed
+    `max_activation` is in the dictionary's own units (activations times decoder rows), for any norm of its rows. `site` is needed
     only if the dictionary does not say where it was trained. (Templeton et al. 2024 steer in the same unit, but clamp: they set the
     activation instead of adding to it.) Raises `InputError` for a feature that does not exist or never fires.
     """

@@ -1,2 +1,2 @@
-"""What lies in a cache's folder: number_formats.py writes and reads shards, manifest.py says what is there and whether it is whole,
+"""The files of a cache: number_formats.py writes and reads shards, manifest.py lists and checks all files,
 ledger.py remembers what an unfinished harvest has done."""

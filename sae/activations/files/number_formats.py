@@ -52,7 +52,7 @@ def row_bytes(dtype: str, width: int) -> int:
 
 
 def empty(dtype: str, rows: int, width: int, *, pinned: bool = False) -> dict[str, Tensor]:
-    """Host memory for what `encode` gives."""
+    """Host memory for the result of `encode`."""
     stored = {"activations": torch.empty(rows, width, dtype=FORMATS[dtype].stored, pin_memory=pinned)}
     return stored if dtype != "int8" else {**stored, "scale": torch.empty(rows, pin_memory=pinned)}
 

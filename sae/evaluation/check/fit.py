@@ -18,7 +18,7 @@ RANDOM_FEATURES = 16384
 
 
 class Fit(NamedTuple):
-    """Weights of sequences [r, s] give values of each round [r]."""
+    """Its methods map weights of sequences [r, s] to values of each round [r]."""
 
     sums_sc: np.ndarray
     """over the rows of each sequence: 1, squared error, cosine, ‖y‖, ‖ŷ‖, features that fire, ‖y − ȳ‖² with ȳ the mean of all rows"""

@@ -37,7 +37,7 @@ def judge(steps: list[Trial], promises: Promises, measures: dict[str, Any]) -> V
 
 
 def broken(promises: Promises, measures: dict[str, Any]) -> list[str]:
-    """Measures that differ from what the source promises, or from what working dictionaries give."""
+    """Measures that differ from what the source promises, or from those of working dictionaries."""
     reasons = []
     l0, fvu = promises.of("l0"), promises.of("fvu")
     if l0 and (measures["l0"]["high"] < l0.low / FACTOR or measures["l0"]["low"] > l0.high * FACTOR):

@@ -75,7 +75,7 @@ class Guard:
         if refusal is None:
             try:
                 return await self.app(scope, bounded, guarded)
-            except ClientDisconnect:  # nobody is there to be told, and it is not a fault of the server
+            except ClientDisconnect:  # the client has left, and it is not an error of the server
                 return
         status, sentence = refusal
         body = json.dumps({"error": sentence}).encode()

@@ -79,7 +79,7 @@ def write_saedashboard(
 ) -> None:
     """Writes `features` into the empty `folder`; those that never fire are listed in skipped_indexes.json, like SAEDashboard's dead ones.
 
-    `W_dec_fd` [f, d] gives the decoder rows, as steering vectors and for the neuron alignment.
+    `W_dec_fd` [f, d] are the decoder rows, as steering vectors and for the neuron alignment.
     """
     starts = index.tokens["sequence_starts"]
     prompts, longest = len(starts) - 1, int(np.diff(starts).max())

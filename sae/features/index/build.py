@@ -143,7 +143,7 @@ def write_index(
     known: dict[str, str],
     spooled: Spooled,
 ) -> None:
-    """Writes the files of an index into the empty `folder`; `known`: what `checksum` gives."""
+    """Writes the files of an index into the empty `folder`; `known`: the result of `checksum`."""
     from sae.model.vocabulary import vocabulary
 
     tokens = cache.tokens

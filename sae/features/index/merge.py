@@ -29,7 +29,7 @@ class MergeConfig:
 def merge_indexes(config: MergeConfig) -> Path:
     """Builds the joined index completely or not at all, and returns its path.
 
-    Parts of one cache give the same bytes as one pass over all their tokens; indexes of different caches are laid end to end. Raises
+    Parts of one cache have the same bytes as one pass over all their tokens; indexes of different caches are concatenated. Raises
     `InputError` for parts that do not belong together and for tokens that are in two of them.
     """
     if len(config.parts) < 2:

@@ -40,7 +40,7 @@ def _spellings_of(letter: str) -> str:
 
 
 class Occurrences(NamedTuple):
-    """Where words stand in a corpus, in order and not overlapping."""
+    """The places of words in a corpus, in order and not overlapping."""
 
     first: np.ndarray
     """token with the first piece of each occurrence, int64"""

@@ -68,7 +68,7 @@ def feature_html(
 ) -> str:
     """Everything about one feature, as a fragment. Raises `InputError` if it does not exist.
 
-    `notes` gives its label, star and note; `explanations` are those of this feature; `link` gives the address of another feature's
+    `notes` has its label, star and note; `explanations` are those of this feature; `link` returns the URL of another feature's
     page, or None; if `link` is None, other features are named but not linked.
     """
     index.prefetch(j)

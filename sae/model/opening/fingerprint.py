@@ -37,7 +37,7 @@ def fingerprint(model: Any) -> str:
 
 
 def fingerprint_of_files(config: Any, name: str, revision: str | None) -> str | None:
-    """What `fingerprint` gives for the whole model, without loading it: only the sampled pages of its safetensors files are read.
+    """The result of `fingerprint` for the whole model, without loading it: only the sampled pages of its safetensors files are read.
 
     None where there are no such files, or where they keep weights in other shapes than the model (the experts of Mixtral).
     """

@@ -1,7 +1,7 @@
 """Which outputs of an attention's projections are queries, keys and values, found by what depends on them in a pass of three tokens.
 
 A query reaches the heads' output at its own token alone, a key that of later tokens alone (the first token can attend to nothing but
-itself, whatever query and key), a value both. So the layout of a fused projection needs no table, and a gate that a projection gives
+itself, for any query and key), a value both. So the layout of a fused projection needs no table, and a gate that a projection outputs
 beside the queries, which acts on the first token too, is not taken for a query.
 
 t tokens · c outputs of a projection · z width of the heads' output

@@ -1,6 +1,6 @@
 """Inputs and outputs of the modules of each block in one pass of three tokens, every value distinct from every other.
 
-Noise on the output of each module without parts makes them so, whatever the weights. It is also added in place to the stream between
+Noise on the output of each module without parts makes them so, for any weights. It is also added in place to the stream between
 attention and MLP, as soon as a module takes the stream plus an earlier output.
 
 t tokens · d width of the stream

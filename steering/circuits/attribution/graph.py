@@ -76,7 +76,7 @@ class Row(NamedTuple):
 
 
 def find_graph(linear: LinearModel, max_features: int, *, edges: int = EDGES, at_once: int | None = None) -> AttributionGraph:
-    """The logits, and features one after another by their influence through what is there already, up to `max_features`.
+    """The logits, and features one after another by their influence through the current graph, up to `max_features`.
 
     Neither `edges`, if it is larger than what features have, nor `at_once`, the targets of a block, changes the result. Held are
     (targets) × (errors + tokens + edges) numbers and the gradients of a block, `HELD` bytes by default. Raises `InputError` as

@@ -2,7 +2,7 @@
 
 The change of node i before, taken through the model between the two sites to the value of node j behind, times what j is worth to the
 metric. All of it by gradients at points of the line between the prompts: Σ over positions q of (∂v_j(q) / ∂y) · W_dec_i Δv_i · worth_j(q).
-What lies between is the model's own; the metric's gradient stops at j, so that a path around the second site is no part of the edge. At a
+The model between is unchanged; the metric's gradient stops at j, so that a path around the second site is not part of the edge. At a
 site of the stream there is none: the edges from a node to all nodes behind add up to the node's own score.
 
 n pairs · c copies of them, one for each node behind · p positions · o, e widths of the sites · u nodes before · j nodes behind

@@ -101,9 +101,9 @@ class Outside(NamedTuple):
 
 
 class NodePatching:
-    """Pairs run with only some nodes as they are; called with the nodes inside, bool [n] of each site, it gives the metric of every pair.
+    """Pairs run with only some nodes unchanged; called with the nodes inside, bool [n] of each site, it returns the metric of every pair.
 
-    A node inside the circuit has the value that the run gives it, which started with the clean prompt; one outside has its value of the
+    A node inside the circuit has the value that the run computes from the clean prompt; one outside has its value of the
     corrupt prompt, or with `mean_of` its mean over all tokens of both sides of those pairs. So the first site's nodes inside have their
     clean values, and those of later sites what the circuit before makes of them. With every node inside the run keeps every bit. Raises
     `InputError` for pairs whose sides have different lengths.

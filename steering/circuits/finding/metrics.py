@@ -204,7 +204,7 @@ def stability(
 ) -> list[dict[str, Any]]:
     """How far the edges depend on the pairs: for each size, Jaccard of the circuits of resampled pairs, as it goes into JSON.
 
-    `score` gives the scores [r, w] of some pairs, by number, repeats among them; each round draws as many pairs as there are, with
+    `score` returns the scores [r, w] of some pairs, by number, repeats among them; each round draws as many pairs as there are, with
     replacement. Raises `InputError` for fewer than two rounds.
     """
     if rounds < 2:

@@ -19,7 +19,7 @@ def ioi_heads() -> dict[str, list[str]]:
 
 
 def is_gpt2_small(lm: LanguageModel) -> bool:
-    """By its configuration: weights of another training give the same answer."""
+    """Decided by its configuration: weights of another training are not distinguished."""
     config = lm.model.config
     return config.model_type == "gpt2" and (config.n_layer, config.n_head, config.n_embd) == (12, 12, 768)
 

@@ -30,7 +30,7 @@ class Found(NamedTuple):
 
 
 class Patching:
-    """Pairs run with only some edges of the model left as they are; called with a circuit it gives the metric of every pair, [n].
+    """Pairs run with only some edges of the model unchanged; called with a circuit it returns the metric of every pair, [n].
 
     Every other edge carries what it does on the corrupt prompt. Passes begin at the block of the first reader with a cut edge, where the
     model can be run so (`engine.restarts`). Kept for all pairs is what writers write on the corrupt prompts, writers × tokens × width

@@ -38,7 +38,7 @@ class Widened(NamedTuple):
     """How a block whose query heads share keys and values is run with a separate key and value for each."""
 
     columns: Mapping[nn.Module, Tensor]
-    """of each projection, the outputs [c] that stand one after the other in what it gives then"""
+    """of each projection, the outputs [c] in the order in which it then returns them"""
     settings: Mapping[str, int]
     attention: nn.Module
     """the module whose settings they are"""

@@ -241,7 +241,7 @@ class Engine:
         """The metric of a pass [s], and its gradients at the readers from `first_layer` on; inside an edit, those of the edited pass.
 
         With `rules`, some of `RULES` of the module `rules`, the gradients follow them. Held until the last is taken are the stream as each
-        norm reads it and the gradient of what each projection gives; of the gradients at readers, only those that are being taken. Raises
+        norm reads it and the gradient of each projection's output; of the gradients at readers, only those that are being taken. Raises
         `InputError` for a metric that is not one number for each sequence, and for rules that cannot be in force in this model.
         """
         streams: dict[tuple[int, str], Tensor] = {}

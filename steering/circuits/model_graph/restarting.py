@@ -22,7 +22,7 @@ Outputs = Sequence[int]
 
 
 def find_outputs(lm: LanguageModel, ids_sp: Tensor, rounding: float) -> Outputs | None:
-    """By passes over a few tokens; None where the last block and what follows give other logits without the blocks before them."""
+    """By passes over a few tokens; None if the logits differ without the blocks before the last one."""
     found: list[int] = []
     stream, last = Latest(), lm.n_layers - 1
 

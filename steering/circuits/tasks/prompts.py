@@ -106,7 +106,7 @@ class Prompts:
 
 
 def make_prompts(lm: LanguageModel, task: str, n: int, seed: int = 0, corruption: str | None = None) -> Prompts:
-    """Up to `n` different pairs of a task, those that the model's tokenizer gives as many tokens on both sides; the others are counted.
+    """Up to `n` different pairs of a task with equal numbers of tokens on both sides; the others are counted.
 
     Raises `InputError` for a task or corruption that there is not, for `n` below 1, and where no pair fits.
     """

@@ -72,7 +72,7 @@ OLDER_NAMES = {
     "activation_fn_str": "activation_fn",
 }
 
-# Values of each key that are understood; what they mean stands in the functions below
+# Values of each key that are understood; their meaning is in the functions below
 KNOWN: dict[str, tuple[Any, ...]] = {
     "architecture": tuple(KINDS),
     "activation_fn": ("relu", "topk", None),
