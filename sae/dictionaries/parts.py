@@ -74,7 +74,7 @@ def only(ports: tuple[Port, ...], does: str) -> str | None:
         sites = ", ".join(str(port.site) for port in ports)
         raise InputError(
             f"expected a dictionary of one site, but this one {does} {len(ports)} of them ({sites}); give another, or look at this one "
-            "with sae evaluate, sae index and sae diff-models"
+            "with sae evaluate, sae index, sae browse --model none and sae diff-models"
         )
     return ports[0].site
 

@@ -12,9 +12,12 @@ from sae.activations.harvest.command import HarvestConfig, harvest
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.reading import read_json
 from sae.errors import InputError
+from sae.features.browser.app import create_app
+from sae.features.browser.serve import BrowseConfig, serve
 from sae.features.exports.command import ExportConfig, export_features
 from sae.features.index.build import IndexConfig, build_index
 from sae.features.index.reader import FeatureIndex
+from sae.features.notes import Notes
 from sae.features.pages.feature import write_pages
 
 D, F = 32, 12
@@ -36,7 +39,7 @@ def home(tmp_path_factory, byte_lm) -> Path:
     known = {"model_name": manifest["model"]["name"], "model_fingerprint": manifest["model"]["fingerprint"], "models": manifest["models"]}
     g = torch.Generator().manual_seed(2)
     W_enc, W_dec = (torch.randn(F, 2 * D, generator=g) for _ in range(2))
-    Dictionary(W_enc, -torch.ones(F), W_dec, torch.zeros(2 * D), metadata={"site": SITES} | known).save(home / "dictionary")
+    Dictionary(W_enc, -0.1 * torch.ones(F), W_dec, torch.zeros(2 * D), metadata={"site": SITES} | known).save(home / "dictionary")
     build_index(IndexConfig(dictionary=str(home / "dictionary"), cache=home / "cache", out=home / "index", device="cpu"))
     return home
 
@@ -54,6 +57,7 @@ def test_every_activation_is_that_of_both_models_together(home):
         acts_bf = (x_bd @ dictionary.W_enc_fd.double().T + dictionary.b_enc_f.double()).relu()
         np.testing.assert_allclose(found[first["rows"].numpy()], acts_bf.numpy(), rtol=2e-3, atol=1e-3)
         seen += len(x_bd)
+    assert 0.05 < (found > 0).mean() < 0.95
     assert seen == index.info["tokens_scanned"]
     assert index.info["site"] == SITES
     assert index.info["logit_lens"] == "none: the dictionary writes at several sites"
@@ -64,6 +68,57 @@ def test_its_features_have_pages(home, tmp_path):
     assert index.place == "resid_post.0 and tuned/resid_post.1"
     write_pages(index, [0, 1], tmp_path)
     assert index.place in (tmp_path / "0.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def client(home, tmp_path):
+    """What `sae browse --model none` serves."""
+    from starlette.testclient import TestClient
+
+    index = FeatureIndex.open(home / "index")
+    notes = Notes.open(tmp_path / "notes.sqlite", index)
+    yield TestClient(create_app(index, notes), base_url="http://127.0.0.1:8765", follow_redirects=False)
+    notes.close()
+
+
+def test_it_can_be_browsed_without_a_model(home, client):
+    index = FeatureIndex.open(home / "index")
+    for path in (
+        "/",
+        "/?sort=fvu_contribution&density_min=0.001",
+        "/?q=number",
+        "/?q=number|rows&how=fires",
+        "/f/0?sort=density",
+        "/lists",
+    ):
+        reply = client.get(path)
+        assert reply.status_code == 200, path
+    assert index.place in client.get("/").text
+    page = client.get("/f/3").text
+    assert index.place in page
+    assert "logit" not in page.split("<body")[1]
+    assert client.get("/random").status_code == 303
+    changed = client.post("/f/3", data={"label": "digits"}, headers={"origin": "http://127.0.0.1:8765"})
+    assert changed.status_code == 303
+    assert "digits" in client.get("/?q=digits").text
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("/prompt?text=number", "started without a model to read a text with"),
+        ("/steer?feature=1&strength=1&prompt=a", "started without a model to steer"),
+        ("/?q=number&how=promotes", "logit"),
+    ],
+)
+def test_what_a_page_of_it_cannot_show_is_said(client, path, sentence):
+    reply = client.get(path)
+    assert sentence in reply.text
+
+
+def test_browsing_it_with_a_model_is_refused_in_a_sentence(home):
+    with pytest.raises(InputError, match=r"expected a dictionary of one site, .*sae browse --model none"):
+        serve(BrowseConfig(index=home / "index", port=0, open=False))
 
 
 def test_what_needs_one_site_refuses_it(home, tmp_path):
