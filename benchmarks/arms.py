@@ -82,10 +82,10 @@ def encoder_product(p: Problem) -> Arm:
 
 def ours(p: Problem) -> Arm:
     from sae.encoding import fastest
-    from sae.objective import Weights, Workspace, objective
+    from sae.objective import Adam, Weights, Workspace, objective
 
     weights = Weights(*p.parameters())
-    optimizer = adam(weights)
+    optimizer = Adam(weights, lr=0.0)
     method = fastest(p.x_bd - p.b_dec_d, p.W_enc_fd, p.b_enc_f, 0.0) if p.encoder == "auto" else p.encoder
     workspace = Workspace(p.precision, p.deterministic, encoder=method)
 

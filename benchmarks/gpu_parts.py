@@ -105,13 +105,13 @@ def against(truth: Any, x_bd: Tensor, weights: Any, workspace: Any) -> dict[str,
 
 def small(s: Settings, answer: Answer) -> None:
     """Every kind of step once, small enough for the memory and race checkers."""
-    from sae.objective import Weights, Workspace, cuda, objective
+    from sae.objective import Adam, Weights, Workspace, cuda, objective
 
     cuda.encode.configs = cuda.BLOCKS[-1:]
     x_bd, weights = separated(s, 24, 72, rows=40) if s.device == "cuda" else separated(s, *s.sizes[0])
     for precision, deterministic, capacity in (("bfloat16", True, 64), ("tf32", False, 64), ("float32", True, 1), ("float32", False, 1)):
         own = Weights(*(w.clone() for w in weights))
-        workspace, adam = Workspace(precision, deterministic, capacity), torch.optim.Adam(own, fused=True)
+        workspace, adam = Workspace(precision, deterministic, capacity), Adam(own)
         for optimizer, clip in ((None, 0.0), (adam, 0.0), (adam, 1.0)):
             step = objective(x_bd, own, 1.0, "triton", workspace, optimizer, clip)
         answer(precision=precision, deterministic=deterministic, capacity=capacity, loss=float(step.loss))

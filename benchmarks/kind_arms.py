@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from answers import Answer, answering
-from arms import Arm, Problem, adam, copy, encoder_product, forget_peak, held_now, load, memory, set_products, sparsify, timed, with_moments
+from arms import Arm, Problem, copy, encoder_product, forget_peak, held_now, load, memory, set_products, sparsify, timed, with_moments
 
 STEPS = 1_000_000  # never reached
 WARM_UP = 2
@@ -22,7 +22,7 @@ def ours(p: Problem, kind: str, k: int) -> Arm:
     """What a step of `sae train` does, clipping included; p-annealing at its last power."""
     from sae.encoding import fastest
     from sae.kinds import KINDS, Now
-    from sae.objective import Weights, Workspace, objective, screens
+    from sae.objective import Adam, Weights, Workspace, objective, screens
 
     d, d_sae = p.x_bd.shape[1], len(p.b_enc_f)
     options = {"l1": {"l1": (p.l1,)}, "k": {"k": (k,)}, "target_l0": {"target_l0": (float(k),)}}
@@ -33,7 +33,7 @@ def ours(p: Problem, kind: str, k: int) -> Arm:
     if kind == "gated":
         copy((own["b_mag_f"], p.b_enc_f))
     weights = Weights(*p.parameters())
-    optimizer = adam([*weights, *own.values()])
+    optimizer = Adam([*weights, *own.values()], lr=0.0)
     now = Now(STEPS - 1, STEPS, d, torch.zeros(d_sae, dtype=torch.bool), made.state())
     rule = made.goal(made.values[0], now).rule(weights, own)
     method = fastest(p.x_bd - p.b_dec_d, p.W_enc_fd, p.b_enc_f) if screens(rule) else "product"

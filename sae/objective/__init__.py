@@ -16,11 +16,11 @@ from sae.objective.fast import fast_step
 from sae.objective.formula import L1, formula_step
 from sae.objective.rule import Linear, Rule
 from sae.objective.step import WHOLE, Goal, Own, Step, Terms, Weights, of
-from sae.objective.update import adam_state, apply, clip
+from sae.objective.update import Adam, AdamState, clip
 from sae.objective.workspace import DECIDE_EVERY, Precision, Workspace
 
 Backend = Literal["auto", "dense", "sparse", "triton", "reference"]
-__all__ = ["Backend", "Goal", "Own", "Precision", "Step", "Terms", "Weights", "Workspace", "objective"]
+__all__ = ["Adam", "Backend", "Goal", "Own", "Precision", "Step", "Terms", "Weights", "Workspace", "objective"]
 
 TRITON_BELOW = 1 / 128
 """share of active entries below which `auto` chooses the Triton path on CUDA: an estimate from bytes and operations, not measured"""
@@ -33,7 +33,7 @@ def objective(
     goal: float | Tensor | Goal | Sequence[Goal],
     backend: Backend = "auto",
     workspace: Workspace | None = None,
-    optimizer: torch.optim.Adam | None = None,
+    optimizer: Adam | None = None,
     largest_norm: float = 0.0,
     *,
     y_bo: Tensor | None = None,
@@ -50,7 +50,7 @@ def objective(
     same to rounding. "auto" picks on a CPU by the share of active entries of each chunk of rows; on CUDA every 32 calls, at the cost of a
     host sync, between dense and triton by that share at the last call, dense at first. "triton" never syncs. Goals that keep the k largest
     always use a sparse path, and a goal without a rule uses autograd.
-    `optimizer`, a fused torch.optim.Adam over exactly these weights and then `own`, is applied directly, after clipping each dictionary's
+    `optimizer`, an `Adam` over exactly these weights and then `own`, is applied directly, after clipping each dictionary's
     whole gradient to `largest_norm` if that is not 0. With `unit_rows` decoder rows keep length 1: gradients lose the part along
     them, and they are rescaled to it after the update. Without `optimizer` the gradients are returned; if they are in `workspace`, the
     next call with it overwrites them.
@@ -80,7 +80,7 @@ def objective(
         from sae.objective.cuda import triton_step
 
         l1_k = torch.stack([rule.price.l1 for rule in rules if rule is not None and isinstance(rule.price, Linear)])
-        state = adam_state(optimizer, weights) if optimizer is not None and not largest_norm else None
+        state = AdamState.of(optimizer, weights) if optimizer is not None and not largest_norm else None
         with torch.cuda.device_of(x_bd):  # Triton launches on the current device, not on the tensors' device
             step = triton_step(x_bd, swept, l1_k, workspace, state.stacked() if state and one else state)
     else:
@@ -95,14 +95,15 @@ def objective(
     gradients = [g.to(w.dtype) for g, w in zip([*step.gradients, *step.own_gradients.values()], whole)]
     parameters, rows, along = whole, workspace.mesh.rows, 0 if one else 1
     if not rows.alone:
-        parameters = optimizer.param_groups[0]["params"]
+        parameters = optimizer.parameters
         gradients = [rows.sum_of_part(g, along) if is_split else g for g, is_split in zip(gradients, split)]
     if unit_rows:
         W_dec_fd, dW_dec_fd = parameters[2], gradients[2]
         dW_dec_fd.addcmul_(W_dec_fd, torch.linalg.vecdot(dW_dec_fd, W_dec_fd)[..., None], value=-1)
     if largest_norm:
         clip([g[None] for g in gradients] if one else gradients, largest_norm, split, workspace.mesh)
-    apply(optimizer, parameters, gradients, ~step.loss.isfinite().all())
+    optimizer.require(parameters)
+    optimizer.step(gradients, ~step.loss.isfinite().all())
     if unit_rows:
         parameters[2].div_(parameters[2].norm(dim=-1, keepdim=True))
     for one_whole, part, is_split in zip(whole, parameters, split):

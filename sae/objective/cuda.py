@@ -124,7 +124,7 @@ def scatter(active_ptr, column_ptr, value_ptr, place_ptr, start_ptr, entry_row_p
 
 @triton.jit
 def write(gradient, W_ptr, out_ptr, square_ptr, at, mask, rates_ptr, beta1, beta2, eps, ADAM: tl.constexpr):
-    """Writes the gradient itself, or applies Adam's update as torch.optim.Adam does."""
+    """Writes the gradient itself, or applies Adam's update as `Adam` does."""
     if ADAM:
         step_size, root_correction = tl.load(rates_ptr), tl.load(rates_ptr + 1)
         moment = tl.load(out_ptr + at, mask=mask, other=0.0)
@@ -362,7 +362,7 @@ def learn_features(
     db_dec_kgd = batch.take("db_dec", k, groups, d)
     if adam:
         gradients, out, square, rates = None, adam.exp_avg, adam.exp_avg_sq, adam_rates(adam, bad)
-        (beta1, beta2), eps = adam.options["betas"], adam.options["eps"]
+        (beta1, beta2), eps = adam.optimizer.betas, adam.optimizer.eps
     else:
         gradients = out = square = Weights(*(batch.take(f"d{name}", *w.shape) for name, w in zip(Weights._fields, weights)))
         rates, beta1, beta2, eps = penalty_kf, 0.0, 0.0, 0.0  # not read
@@ -383,18 +383,18 @@ def learn_features(
 
 def adam_rates(adam: AdamState, bad: Tensor) -> Tensor:
     """Counts the step unless it is bad; returns [lr / (1 − β1ᵗ), √(1 − β2ᵗ)], without a host sync."""
-    for step in adam.steps:
+    for step in adam.optimizer.steps:
         step += ~bad
-    beta1, beta2 = adam.options["betas"]
-    t = adam.steps[0].double()
-    return torch.stack([adam.options["lr"] / (1 - beta1**t), (1 - beta2**t).sqrt()]).float()
+    beta1, beta2 = adam.optimizer.betas
+    t = adam.optimizer.steps[0].double()
+    return torch.stack([adam.optimizer.lr / (1 - beta1**t), (1 - beta2**t).sqrt()]).float()
 
 
 def adam_bias(adam: AdamState, b_kd: Tensor, gradient_kd: Tensor, rates: Tensor, bad: Tensor) -> None:
     """Adam on the decoder bias, whose gradient is complete only after all features' programs."""
-    (beta1, beta2), moment_kd, square_kd = adam.options["betas"], adam.exp_avg.b_dec_d, adam.exp_avg_sq.b_dec_d
+    (beta1, beta2), moment_kd, square_kd = adam.optimizer.betas, adam.exp_avg.b_dec_d, adam.exp_avg_sq.b_dec_d
     new_moment_kd = moment_kd.lerp(gradient_kd, 1 - beta1)
     new_square_kd = beta2 * square_kd + (1 - beta2) * gradient_kd.square()
-    new_b_kd = b_kd - rates[0] * new_moment_kd / (new_square_kd.sqrt() / rates[1] + adam.options["eps"])
+    new_b_kd = b_kd - rates[0] * new_moment_kd / (new_square_kd.sqrt() / rates[1] + adam.optimizer.eps)
     for old, new in ((moment_kd, new_moment_kd), (square_kd, new_square_kd), (b_kd, new_b_kd)):
         old.copy_(torch.where(bad, old, new))

@@ -1,10 +1,10 @@
-"""Applying gradients: clipping by each dictionary's whole gradient, then Adam. The state is that of the given torch.optim.Adam.
+"""Applying gradients: clipping by each dictionary's whole gradient, then Adam.
 
 k dictionaries of a sweep · b rows (tokens)
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,47 +14,67 @@ from sae.mesh import Mesh
 from sae.objective.step import Weights
 
 
+class Adam:
+    """Adam (Kingma and Ba 2015) over some tensors, with the state and the bits of torch.optim.Adam(fused=True).
+
+    torch's own class imports torch's compiler when the first one is made, which takes longer than all other imports.
+    """
+
+    def __init__(
+        self, parameters: Iterable[Tensor], lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ):
+        """`lr` may be a tensor on the parameters' device, for a CUDA graph."""
+        self.parameters, self.lr, self.betas, self.eps = list(parameters), lr, betas, eps
+        self.exp_avg, self.exp_avg_sq = ([torch.zeros_like(p) for p in self.parameters] for _ in range(2))
+        self.steps = [torch.zeros((), device=p.device) for p in self.parameters]
+
+    def require(self, parameters: Sequence[Tensor]) -> None:
+        """Raises `InputError` unless it is over exactly these tensors: applying it would not be what was asked for."""
+        if len(self.parameters) != len(parameters) or not all(p is q for p, q in zip(self.parameters, parameters)):
+            raise InputError(
+                f"expected optimizer=Adam(...) over exactly the weights, then their own parameters, got one over {len(self.parameters)} "
+                "tensors that are not these; make it of the tensors that are given"
+            )
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor], bad: Tensor) -> None:
+        """One step, or none if `bad` is true, decided on the device."""
+        found_inf = bad.float()
+        torch._foreach_add_(self.steps, 1)
+        torch._fused_adam_(
+            self.parameters,
+            list(gradients),
+            self.exp_avg,
+            self.exp_avg_sq,
+            [],
+            self.steps,
+            lr=self.lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=0.0,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+            found_inf=found_inf,
+        )
+        torch._foreach_sub_(self.steps, [found_inf] * len(self.steps))
+
+
 class AdamState(NamedTuple):
-    """The state of a torch.optim.Adam for the four parameters, without a copy."""
+    """Of an `Adam` over the four weights, without a copy."""
 
     exp_avg: Weights
     exp_avg_sq: Weights
-    steps: tuple[Tensor, ...]
-    options: dict[str, Any]
-    """lr, betas, eps"""
+    optimizer: Adam
+
+    @classmethod
+    def of(cls, optimizer: Adam, weights: Weights) -> "AdamState":
+        optimizer.require(weights)
+        return cls(Weights(*optimizer.exp_avg), Weights(*optimizer.exp_avg_sq), optimizer)
 
     def stacked(self) -> "AdamState":
         """Views of one dictionary's as those of a sweep of one."""
         return self._replace(exp_avg=self.exp_avg.stacked(), exp_avg_sq=self.exp_avg_sq.stacked())
-
-
-def adam_state(optimizer: torch.optim.Adam, weights: Weights) -> AdamState:
-    """The optimizer's state for exactly these weights, as `moments` returns it."""
-    states = moments(optimizer, weights)
-    exp_avg, exp_avg_sq = (Weights(*(s[name] for s in states)) for name in ("exp_avg", "exp_avg_sq"))
-    return AdamState(exp_avg, exp_avg_sq, tuple(s["step"] for s in states), optimizer.param_groups[0])
-
-
-def moments(optimizer: torch.optim.Adam, parameters: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-    """The optimizer's state for exactly these tensors, created if it does not exist yet.
-
-    Raises `InputError` for another kind of optimizer, or one over other tensors: applying it would not do what was requested.
-    """
-    options = optimizer.param_groups[0]
-    held = [p for g in optimizer.param_groups for p in g["params"]]
-    same = len(held) == len(parameters) and all(p is w for p, w in zip(held, parameters))
-    plain = type(optimizer) is torch.optim.Adam and not (options["weight_decay"] or options["amsgrad"] or options["maximize"])
-    if not (same and plain and options["fused"]):
-        raise InputError(
-            "expected optimizer=torch.optim.Adam(weights, fused=True) over exactly the weights, without weight decay, amsgrad or "
-            f"maximize; got {type(optimizer).__name__} over {len(held)} tensors{'' if same else ' that are not the weights'}"
-        )
-    for parameter in parameters:
-        state = optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-    return [optimizer.state[parameter] for parameter in parameters]
 
 
 def clip(gradients: Sequence[Tensor], largest: float, split: Sequence[bool], mesh: Mesh) -> None:
@@ -70,14 +90,3 @@ def clip(gradients: Sequence[Tensor], largest: float, split: Sequence[bool], mes
     factor_k = (largest / (norm_k + 1e-6)).clamp(max=1)
     for g in gradients:
         g.mul_(factor_k.view(-1, *[1] * (g.ndim - 1)))
-
-
-def apply(optimizer: torch.optim.Adam, parameters: Sequence[Tensor], gradients: Sequence[Tensor], bad: Tensor) -> None:
-    """One step of the optimizer, or none if `bad` is true, decided on the device."""
-    moments(optimizer, parameters)
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.grad = gradient
-    optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # torch's fused step asks it before it writes
-    optimizer.step()
-    for parameter in parameters:
-        parameter.grad = None

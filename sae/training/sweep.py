@@ -16,10 +16,9 @@ from torch import Tensor
 from sae.dictionaries.dictionary import Dictionary
 from sae.entries import largest
 from sae.kinds import Kind, Now
-from sae.objective import Backend, Own, Step, Weights, Workspace, objective
+from sae.objective import Adam, Backend, Own, Step, Weights, Workspace, objective
 from sae.objective.choice import kept_of_rows
 from sae.objective.step import WHOLE, of
-from sae.objective.update import moments
 from sae.training.config import Recipe
 
 
@@ -63,8 +62,7 @@ class Sweep:
         self.kept = {name: stacked([tensor] * k) for name, tensor in kind.state().items()}
         self.parameters = {name: tensor if name in WHOLE else self._mine(tensor) for name, tensor in self._whole().items()}
         """the tensors that this process updates: if rows are split too, an equal part of its features"""
-        self.adam = torch.optim.Adam(list(self.parameters.values()), lr=recipe.lr, betas=recipe.betas, fused=True)
-        moments(self.adam, list(self.parameters.values()))  # from the start, so that a checkpoint always has it
+        self.adam = Adam(self.parameters.values(), recipe.lr, recipe.betas)
         self.silent_steps_kf = torch.zeros(k, first.d_sae, dtype=torch.int64, device=device)
         self.fired_kf = torch.zeros_like(self.silent_steps_kf)
         self.rows_counted = torch.zeros((), dtype=torch.int64)
@@ -124,7 +122,7 @@ class Sweep:
         """
         rows, mine = len(x_bd), self.mesh.rows.part(len(x_bd))
         x_bd, y_bo = x_bd[mine], None if y_bo is None else y_bo[mine]
-        self.adam.param_groups[0]["lr"] = self.recipe.learning_rate(step)
+        self.adam.lr = self.recipe.learning_rate(step)
         nows = [self.now(k, step) for k in range(len(self.values))]
         for k, (value, now) in enumerate(zip(self.values, nows)):
             self.kind.before(x_bd, y_bo, self.weights.of(k), of(self.own, k), value, now)
@@ -188,10 +186,10 @@ class Sweep:
             self.own[name][k][dead_f] = tensor.to(dead_f.device)[dead_f]
         self._take_over()
         mine_f = dead_f[self.mesh.rows.part(len(dead_f))]
-        for name, parameter in self.parameters.items():
+        for name, *moments in zip(self.parameters, self.adam.exp_avg, self.adam.exp_avg_sq):
             if name not in WHOLE:
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    self.adam.state[parameter][moment][k][mine_f] = 0
+                for moment in moments:
+                    moment[k][mine_f] = 0
         self.silent_steps_kf[k, dead_f] = 0
         self.resampled_k[k] += count
         return count
@@ -230,11 +228,15 @@ class Sweep:
         whole = {name: tensor for name, tensor in self.counts().items() if name not in split}
         whole |= {"plan": self.workspace.plan, "encoder": self.workspace.encoder_number}
         whole |= {f"kept.{name}": tensor for name, tensor in self.kept.items()}
-        for name, parameter in self.parameters.items():
-            shown, state = name if name in Weights._fields else f"own.{name}", self.adam.state[parameter]
-            of_parameter = {shown: parameter} | {f"adam.{shown}.{moment}": state[moment] for moment in ("exp_avg", "exp_avg_sq")}
+        for i, (name, parameter) in enumerate(self.parameters.items()):
+            shown = name if name in Weights._fields else f"own.{name}"
+            of_parameter = {
+                shown: parameter,
+                f"adam.{shown}.exp_avg": self.adam.exp_avg[i],
+                f"adam.{shown}.exp_avg_sq": self.adam.exp_avg_sq[i],
+            }
             (whole if name in WHOLE else split).update(of_parameter)
-            whole[f"adam.{shown}.step"] = state["step"]
+            whole[f"adam.{shown}.step"] = self.adam.steps[i]
         return split, whole
 
     def gather(self) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sae.errors import InputError
 from sae.kinds import KINDS, JumpReLU, Matryoshka, Now, PAnnealing
-from sae.objective import Weights, Workspace, fast, objective
+from sae.objective import Adam, Weights, Workspace, fast, objective
 
 D, F, B = 12, 48, 40
 NAMES = [*KINDS, "jumprelu-step", "jumprelu-tanh", "p-annealing-early"]
@@ -94,7 +94,7 @@ def test_a_hundred_steps_equal_those_of_the_formula(name):
     for path in ("auto", "reference"):
         x_bd, _, weights, dead_f = problem(1, dtype=torch.float64)
         own = own_of(kind, weights, None)
-        adam = torch.optim.Adam([*weights, *own.values()], lr=1e-3, fused=True)
+        adam = Adam([*weights, *own.values()])
         workspace, losses = Workspace(), []
         for number in range(100):
             batch = torch.randn(B, D, generator=torch.Generator().manual_seed(number), dtype=torch.float64) + x_bd[:1]

@@ -15,9 +15,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 from test_objective import assert_applied_as_by_hand, assert_equals_formula, formula, random_problem
 
 from sae.errors import InputError
-from sae.objective import Weights, Workspace, cuda, objective
+from sae.objective import Adam, Weights, Workspace, cuda, objective
 from sae.objective.step import TENSORS
-from sae.objective.update import adam_state
+from sae.objective.update import AdamState
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cuda":
@@ -103,14 +103,14 @@ def test_an_applied_step_is_adam_on_the_exact_gradient(largest_norm):
 def test_a_row_that_is_not_finite_leaves_weights_and_moments_alone_and_is_noted():
     x_bd, weights = random_problem(9, 8, 12, 0.5, 7)
     x_bd, weights = on_device(x_bd, weights)
-    adam, workspace = torch.optim.Adam(weights, fused=True), Workspace()
+    adam, workspace = Adam(weights), Workspace()
     objective(x_bd, weights, 1.0, "triton", workspace, adam)
-    before = [w.clone() for w in weights] + [adam.state[w][name].clone() for w in weights for name in ("exp_avg", "exp_avg_sq", "step")]
+    before = [w.clone() for w in weights] + [tensor.clone() for tensor in (*adam.exp_avg, *adam.exp_avg_sq, *adam.steps)]
     bad = x_bd.clone()
     bad[4, 2] = float("nan")
     # not through `objective`, which asks before the step where that is free: on a CPU
-    cuda.triton_step(bad, weights.stacked(), torch.ones(1, device=DEVICE), workspace, adam_state(adam, weights).stacked())
-    after = [*weights, *(adam.state[w][name] for w in weights for name in ("exp_avg", "exp_avg_sq", "step"))]
+    cuda.triton_step(bad, weights.stacked(), torch.ones(1, device=DEVICE), workspace, AdamState.of(adam, weights).stacked())
+    after = [*weights, *adam.exp_avg, *adam.exp_avg_sq, *adam.steps]
     assert all(torch.equal(a, b) for a, b in zip(before, after))
     assert int(workspace.bad_steps) == 1
     assert workspace.bad_rows_b.nonzero().flatten().tolist() == [4]
@@ -129,7 +129,7 @@ def test_eight_steps_follow_the_dense_path():
         generator = torch.Generator().manual_seed(0)
         _, weights = random_problem(4, 8, 30, 0.3, 8)
         weights = Weights(*(w.to(DEVICE) for w in weights))
-        adam, workspace = torch.optim.Adam(weights, lr=1e-2, fused=True), Workspace()
+        adam, workspace = Adam(weights, 1e-2), Workspace()
         batches = [torch.randn(24, 8, generator=generator).to(DEVICE) for _ in range(8)]
         curves[path] = [float(objective(x_bd, weights, 1.0, path, workspace, adam).loss) for x_bd in batches]
     assert curves["triton"] == pytest.approx(curves["dense"], rel=1e-4)
@@ -192,7 +192,7 @@ def test_entries_left_by_another_block_shape_count_for_nothing(deterministic, mo
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_no_host_sync_inside_a_step(deterministic):
     x_bd, weights = on_device(*random_problem(256, 64, 512, 0.02, 9))
-    adam, workspace = torch.optim.Adam(weights, fused=True), Workspace("tf32", deterministic)
+    adam, workspace = Adam(weights), Workspace("tf32", deterministic)
     objective(x_bd, weights, 1.0, "triton", workspace, adam)  # compiles and tunes
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -209,7 +209,7 @@ def test_a_cuda_graph_of_a_step_equals_the_step():
     for captured in (False, True):
         x_bd, weights = on_device(*random_problem(256, 64, 512, 0.02, 9))
         lr = torch.tensor(1e-3, device=DEVICE)
-        adam, workspace = torch.optim.Adam(weights, lr=lr, fused=True, capturable=True), Workspace("tf32")
+        adam, workspace = Adam(weights, lr), Workspace("tf32")
         for _ in range(3):
             objective(x_bd, weights, 1.0, "triton", workspace, adam)
         if captured:
