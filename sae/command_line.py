@@ -3,8 +3,10 @@
 import io
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from types import NoneType
+from typing import Any, NoReturn, get_args
 
 from sae.disk.places import refusal_sentence
 from sae.disk.remote import Place, RemotePath, is_url
@@ -61,6 +63,25 @@ def parse(config_class: type, description: str) -> Any:
             return _path(arguments)
 
         return PrimitiveConstructorSpec(1, "PATH", local, lambda value: isinstance(value, Path), lambda value: [str(value)])
+
+    asked: list[type] = []
+
+    @registry.primitive_rule
+    def optional(info: Any) -> Any:
+        """Where tyro's help would say {None}|STR and (default: None), or (default: ) of a list."""
+        if info.type in asked or not (NoneType in get_args(info.type) or info.type_origin is tuple):
+            return None
+        asked.append(info.type)
+        spec = ConstructorRegistry.get_primitive_spec(info)  # tyro's own
+        asked.pop()
+        if not isinstance(spec, PrimitiveConstructorSpec):
+            return spec
+        words = spec.str_from_instance
+        return replace(
+            spec,
+            metavar=spec.metavar.replace("{None}|", ""),
+            str_from_instance=lambda value: (value is not None and words(value)) or ["not", "given"],
+        )
 
     with registry:
         config: Any = tyro.cli(config_class, description=description)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from sae.activations.harvest.command import HarvestConfig
+from sae.command_line import parse
 from steering.command_line import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +46,17 @@ def test_every_command_prints_help(name, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert f"usage: sae {name}" in said
     assert " ".join(COMMANDS[name].summary.split()[:3]) in said
+    assert not re.search(r"default: (None)?\)|\{None\}", re.sub(r"[\s│]+", " ", said))
+
+
+def test_what_is_not_given_by_default_may_be_given_as_none(monkeypatch):
+    given = "--sites resid_post.2 --out runs/cache --max-norm-ratio None --context None --label-field domain --quantize None"
+    monkeypatch.setattr(sys, "argv", ["sae", *given.split()])
+    settings = parse(HarvestConfig, "")
+    assert (settings.max_norm_ratio, settings.context, settings.label_field, settings.quantize) == (None, None, "domain", None)
+    monkeypatch.setattr(sys, "argv", ["sae", "--out", "runs/cache", "--context", "many"])
+    with pytest.raises(SystemExit):
+        parse(HarvestConfig, "")
 
 
 @pytest.mark.parametrize("script", OTHERS, ids=lambda p: p.stem)
