@@ -91,7 +91,7 @@ def parse(config_class: type, description: str) -> Any:
 
 
 def _check_encoding(arguments: list[str]) -> None:
-    """Bytes that Python could not decode would fail only where they are printed or written, hours later perhaps."""
+    """Refuses bytes that Python could not decode: otherwise they would fail only when printed or written, perhaps hours later."""
     for argument in arguments:
         if replace_surrogates(argument)[1]:
             raise InputError(

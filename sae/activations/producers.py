@@ -1,8 +1,8 @@
-"""Live activations in several processes: the first ones train, the others run the model and give them pool after pool.
+"""Live activations in several processes: the first ones train, the others run the model and send them pool after pool.
 
-The processes that train need the same pools in the same order. The one that leads asks for them by number, some ahead. The n-th that it
-asks for is made by producer n modulo their number. A finished pool waits at its producer until it is wanted, and the producer with it, so
-that there are never more pools than one for each producer and two where they are used, however much faster one side is. Words go through
+The processes that train need the same pools in the same order. Their leader requests them by number, some ahead. The n-th requested
+pool is made by producer n modulo their number. A finished pool waits at its producer until it is needed, and the producer waits too, so
+that there are never more than one pool in each producer and two in each trainer, for any speed of the two sides. Messages go through
 torchrun's store, pools through gloo. Rows and their order are those of one process.
 """
 
@@ -24,7 +24,7 @@ from sae.processes import Processes
 
 
 def produce(source: LiveSource, processes: Processes, trainers: int) -> None:
-    """Makes pools as long as they are wanted. Raises `InputError` where the model or text differ from the first producer's."""
+    """Makes pools until none is requested any more. Raises `InputError` if the model or text differ from the first producer's."""
     import torch.distributed as dist
 
     facts = {"manifest": source.manifest, "widths": source.widths, "sizes": source.sizes, "max_norm_ratio": source.max_norm_ratio}
@@ -56,7 +56,7 @@ class Asked(NamedTuple):
 
 
 class FedSource(PoolSource):
-    """A `PoolSource` in a process that trains: its pools are made by those that do not. Memory: two pools.
+    """A `PoolSource` in a process that trains: other processes make its pools. Memory: two pools.
 
     All that train call the same methods in the same order.
     """
@@ -71,7 +71,7 @@ class FedSource(PoolSource):
         self._thread = ThreadPoolExecutor(1)
 
     def pool(self, number: int, after: Iterable[int] = ()) -> tuple[dict[str, Tensor], PoolRows]:
-        """What the producer's `make` gives; as many of `after` as there are producers are asked for ahead."""
+        """A pool made by a producer's `make`; as many of `after` as there are producers are requested ahead."""
         if self._held is None or self._held[0] != number:
             self._held = None
             while self._asked and self._asked[0].pool != number:
@@ -91,14 +91,14 @@ class FedSource(PoolSource):
         return self._held[1:]
 
     def close(self) -> None:
-        """Lets the producers go."""
+        """Ends the producers."""
         while self._asked:
             self._drop()
         for number in range(self._requests, self._requests + self.producers):
             self._tell(f"ask{number}", None)
 
     def _tell(self, key: str, value: Any) -> None:
-        """What all that train would say."""
+        """Sends a message once for all that train."""
         if self.processes.leads:
             self.processes.tell(key, value)
 
@@ -108,13 +108,13 @@ class FedSource(PoolSource):
         self._requests += 1
 
     def _first(self) -> Future[tuple[dict[str, Tensor], PoolRows]]:
-        """The first pool that was asked for, on its way."""
+        """The first requested pool, as it arrives."""
         if self._coming is None:
             self._coming = self._thread.submit(self._receive, self._asked[0])
         return self._coming
 
     def _drop(self) -> None:
-        """The first pool that was asked for is not wanted any more, as after a `seek`."""
+        """The first requested pool is not needed any more, as after a `seek`."""
         if self._coming is not None:
             self._coming.result()
             self._coming = None

@@ -1,4 +1,4 @@
-"""Which process trains which runs of a plan: by estimated cost, the largest first, each to the process with the least to do."""
+"""Distributes the runs of a plan over processes: by estimated cost, the largest first, each to the process with the least work."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,27 +17,27 @@ PRODUCTS = {
     "jumprelu": 1.5,
     "gated": 3.0,
 }
-"""about how many encoder products a step of a kind takes (benchmarks/README.md); only ratios matter"""
+"""approximate number of encoder products in a step of each kind (benchmarks/README.md); only ratios matter"""
 
 
 class Load(NamedTuple):
-    """What a run costs, in any unit, and which sites it reads and writes."""
+    """The cost of a run, in any unit, and the sites that it reads and writes."""
 
     cost: float
     sites: tuple[str, ...]
 
 
 def load_of(config: RunConfig, ends: Ends, first: int) -> Load:
-    """Of the steps from `first` on: multiply-adds of encoder and decoder, times what the kind does beside them."""
+    """The cost from step `first`: multiply-adds of encoder and decoder, times the kind's additional work."""
     widths = (ends.d_in + ends.d_out) / 2
     products = PRODUCTS[name_of(config.kind)] * len(config.kind.values)
     return Load((config.steps - first) * config.batch_size * config.d_sae * widths * products, ends.sites)
 
 
 def deal(loads: Sequence[Load], world: int) -> list[int]:
-    """The process that trains each run, the same for the same loads.
+    """The process that trains each run; a function of the loads alone.
 
-    Runs of equal cost change places so that those of one site are together, as far as that leaves every process its share.
+    Runs of equal cost change places so that those of one site are together, as far as every process keeps its share.
     """
     ranks, busy = [0] * len(loads), [0.0] * world
     for number in sorted(range(len(loads)), key=lambda number: (-loads[number].cost, number)):

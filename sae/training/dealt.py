@@ -1,6 +1,6 @@
-"""The runs of a plan in one process or several: dealt by cost, each with a checkpoint of its own, so that any number goes on with them.
+"""The runs of a plan in one process or several: distributed by cost, each with its own checkpoint, so that any number can resume.
 
-What a run becomes depends on the plan alone: the rows of a step are the same for all runs, whichever process reads them.
+A run's result depends only on the plan: the rows of a step are the same for all runs, in any process.
 """
 
 import os
@@ -31,17 +31,17 @@ from sae.training.trainer import loop
 
 
 class Left(NamedTuple):
-    """Where a run that is not complete goes on."""
+    """The point from which an incomplete run continues."""
 
     run: int
     first: int
     """steps done"""
     encoder: int
-    """its number in the checkpoint: runs that found their entries in different ways are not one sweep; -1 at the start"""
+    """number of its encoder in the checkpoint: runs with different encoders are not one sweep; -1 at the start"""
 
 
 class RunOf:
-    """Of a sweep the dictionaries of one run, for its checkpoint."""
+    """The dictionaries of one run in a sweep, for its checkpoint."""
 
     def __init__(self, sweep: Sweep, ks: slice):
         self.sweep, self.ks, self.recipe, self.mesh = sweep, ks, sweep.recipe, sweep.mesh
@@ -57,7 +57,7 @@ class RunOf:
 
 
 class DealtPart(Part):
-    """A part whose runs have checkpoints of their own, and who reports."""
+    """A part whose runs have separate checkpoints, and which reports their status."""
 
     def __init__(
         self, runs: Sequence[RunConfig], first: int, source: CachedSource, device: torch.device, settings: dict[str, Any], mesh: Mesh
@@ -89,7 +89,7 @@ class DealtPart(Part):
 
 
 class Checkpoints:
-    """Those of several parts, in the place of one `Checkpoint`."""
+    """The checkpoints of several parts, used instead of one `Checkpoint`."""
 
     def __init__(self, parts: Sequence[DealtPart]):
         self.parts = parts
@@ -100,12 +100,12 @@ class Checkpoints:
                 checkpoint.save([run], step)
 
     def kept(self) -> str:
-        """What a failure leaves, for its sentence."""
+        """The part of an error message that says what is left after a failure."""
         return "the runs' last checkpoints are untouched"
 
 
 def slices(runs: Sequence[RunConfig]) -> list[slice]:
-    """Which of a sweep's dictionaries are each run's."""
+    """The dictionaries of each run in a sweep."""
     found, begin = [], 0
     for run in runs:
         found.append(slice(begin, begin + len(run.kind.values)))
@@ -141,7 +141,7 @@ def train_dealt(
 
 
 def clear(plan: RunConfig, runs: list[RunConfig], settings: dict[str, Any]) -> None:
-    """Removes what is not wanted any more."""
+    """Removes outdated files."""
     for run in runs:
         if run.out.exists():
             remove_leftovers(run.out)
@@ -152,7 +152,7 @@ def clear(plan: RunConfig, runs: list[RunConfig], settings: dict[str, Any]) -> N
 
 
 def what_is_left(runs: list[RunConfig], settings: dict[str, Any]) -> list[Left]:
-    """Raises `InputError` for runs with other settings."""
+    """The incomplete runs. Raises `InputError` for runs with other settings."""
     left = []
     for number, run in enumerate(runs):
         checkpoint, folders = Checkpoint(run.out, settings), run.folders()
@@ -165,7 +165,7 @@ def what_is_left(runs: list[RunConfig], settings: dict[str, Any]) -> list[Left]:
 
 
 def state_of(path: Path) -> tuple[int, int]:
-    """Steps done and the encoder's number; whether the checkpoint can be used is seen when it is restored."""
+    """Steps done and the encoder's number; the checkpoint is checked when it is restored."""
     if not path.exists():
         return 0, -1
     metadata = layout(path, "a checkpoint", THEN)[1]
@@ -192,7 +192,7 @@ def train_mine(
     status: Status,
     mesh: Mesh,
 ) -> None:
-    """The runs of this process, on one stream of batches; those that are behind go first, until they are level with the next."""
+    """Trains the runs of this process, on one stream of batches; runs that are behind train first, until they are level with the next."""
     parts: list[DealtPart] = []
     for first, encoder in sorted({(one.first, one.encoder) for one in mine}):
         for group in together([runs[one.run] for one in mine if (one.first, one.encoder) == (first, encoder)]):

@@ -22,7 +22,7 @@ from sae.training.trainer import train_on
 
 @dataclass(kw_only=True)
 class LiveTrainingConfig(RunConfig):
-    """A training run on what the model computes."""
+    """A training run on activations that the model computes."""
 
     live: RecordingConfig
 
@@ -30,7 +30,7 @@ class LiveTrainingConfig(RunConfig):
 def train_live(config: LiveTrainingConfig) -> list[Path]:
     """`train` on activations that are computed as they are needed, from the settings in `config.live`.
 
-    With the same text, settings, machine and device, a run that was interrupted goes on bit for bit as if it had not been. Called in every
+    With the same text, settings, machine and device, an interrupted run continues bit for bit as if uninterrupted. Called in every
     process that torchrun started, the first one trains, or as many as `--shard` says, and the others run the model (see
     sae/activations/producers.py); when one of them fails, so do the others.
     """

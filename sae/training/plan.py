@@ -22,12 +22,12 @@ SHARED = (
     *("kind", "out", "cache", "verify", "steps", "batch_size", "device", "backend", "precision", "deterministic"),
     *("log_every", "checkpoint_every", "wandb", "wandb_project", "restart", "dry_run", "shard"),
 )
-"""settings that all runs of a plan have in common, or that are said in another way"""
+"""settings that all runs of a plan share, or that a plan sets in another way"""
 
 
 @dataclass(kw_only=True)
 class PlanConfig(TrainingConfig):
-    """All flags but those of one kind; what a run of the plan does not say is as it is here."""
+    """All flags except those of one kind; they apply to every run of the plan that does not set them."""
 
     kind: Kind = field(default_factory=ReLU, init=False)  # said by each run
     plan: Path
@@ -36,7 +36,7 @@ class PlanConfig(TrainingConfig):
     and --seed."""
 
     def runs(self) -> list[RunConfig]:
-        """One for each run. Raises `InputError` for a plan that cannot be meant."""
+        """The configuration of each run. Raises `InputError` for a plan that makes no sense."""
         found = read_json(self.plan, "a plan", list[dict[str, Any]])
         if not found:
             raise InputError(f"expected runs in the plan {self.plan}, got an empty list; give at least one")
@@ -77,12 +77,12 @@ class PlanConfig(TrainingConfig):
 
 
 def train_plan(config: PlanConfig) -> list[Path]:
-    """Trains all runs of a plan together and gives their folders. Each run has a checkpoint of its own, from which it is resumed.
+    """Trains all runs of a plan together and returns their folders. Each run has its own checkpoint, from which it is resumed.
 
-    Called in every process that torchrun started, they share the runs (see deal.py); each run has the bits that it has in one process,
+    Called in every process that torchrun started, they share the runs (see deal.py); each run has the same bits as in one process,
     on a CPU with as many threads and with `--encoder` named. With `--shard` all processes share every run instead of dealing them
     out, and a run has the bits of that split. When one process fails, so do the others, with SystemExit. Started again,
-    with any number of processes, the runs go on from their checkpoints. Raises `InputError` as `train` does, and in a process that has
+    with any number of processes, the runs continue from their checkpoints. Raises `InputError` as `train` does, and in a process that has
     another plan, other settings, another cache or other code than the first.
     """
     if not config.dry_run:

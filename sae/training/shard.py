@@ -43,7 +43,7 @@ class Split(NamedTuple):
 
 
 def split_of_all(config: RunConfig, processes: Processes) -> Split:
-    """How all processes share a dictionary. Raises `InputError` for a number of them that `--shard` does not have."""
+    """How all processes share a dictionary. Raises `InputError` if their number does not fit `--shard`."""
     split = Split.of(config.shard or "features", processes.world)
     if processes.world > 1 and config.shard is None:
         raise InputError(
@@ -57,7 +57,7 @@ def split_of_all(config: RunConfig, processes: Processes) -> Split:
 def split_of_some(config: RunConfig, processes: Processes) -> Split:
     """How the first processes share a dictionary, by default one alone; the others have another task.
 
-    Raises `InputError` where there are no others.
+    Raises `InputError` if there are no others.
     """
     split = Split.of(config.shard or "features=1,rows=1", processes.world)
     alone = processes.world == 1 and (split.processes == 1 or config.dry_run)

@@ -1,1 +1,1 @@
-"""Ways to steer towards a concept compared at equal KL: command.py runs the protocol, arms.py has the ways, report.py the result."""
+"""Methods to steer towards a concept, compared at equal KL: command.py runs the protocol, arms.py has the methods, report.py the result."""

@@ -1,4 +1,4 @@
-"""The arms of a comparison: every way to steer towards one concept, made from the same texts, each as a unit vector.
+"""The arms of a comparison: every method to steer towards one concept, made from the same texts, each as a unit vector.
 
 n tokens of a text · t texts · d width of the site · f features
 """
@@ -46,26 +46,26 @@ Method = Literal[
     "principal-direction",
     "iti",
 ]
-"""the methods of `MAKERS`, as they are typed"""
+"""the methods of `MAKERS`, as on the command line"""
 
 
 class Arm(NamedTuple):
     method: str
     kind: Kind
     vector: SteeringVector | None = None
-    """of norm 1; None for the baselines and for what is left out"""
+    """of norm 1; None for the baselines and for arms that are left out"""
     strongest: float | None = None
-    """length of the direction's highest natural occurrence, where it is known better than by the largest projection on neutral text"""
+    """length of the direction's highest natural occurrence, if a better value than the largest projection on neutral text is known"""
     prefix: str = ""
     """text before every prompt"""
     note: str | None = None
     left_out: str | None = None
-    """why there is no such arm"""
+    """the reason why this arm is left out"""
 
 
 @dataclass(frozen=True)
 class ArmInputs:
-    """What directions are made of. No direction sees the texts that are held out or that the classifier learns from."""
+    """The inputs of the methods. No direction is made from the held-out texts or the classifier's texts."""
 
     lm: LanguageModel
     site: str
@@ -73,18 +73,18 @@ class ArmInputs:
     texts: Texts
     prompts: Sequence[str]
     max_new_tokens: int
-    """that are to follow the prompts"""
+    """number of new tokens after the prompts"""
     dictionary: Dictionary | None = None
     corpus: LabelledTexts | None = None
     effects: Effects | None = None
-    """of the dictionary's rows, fitted before"""
+    """of the dictionary's rows, fitted before the comparison"""
     feature: int | None = None
-    """of the dictionary, chosen by the person who compares"""
+    """of the dictionary, chosen by the user"""
     seed: int = 0
 
     @cached_property
     def fit(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Activations at the site of each text to fit on, positive and negative, [n, d] each."""
+        """Activations at the site of each training text, positive and negative, [n, d] each."""
         if not (self.texts.fit_positive and self.texts.fit_negative):
             raise InputError(f"the concept {self.concept.name} has no contrast texts")
         return tuple(activations_of_texts(self.lm, side, self.site) for side in (self.texts.fit_positive, self.texts.fit_negative))  # type: ignore[return-value]
@@ -119,7 +119,7 @@ class ArmInputs:
 def build_arms(material: ArmInputs, methods: Sequence[Method] = ()) -> list[Arm]:
     """Baselines, controls and the methods (all, by default); those whose inputs are missing say so in `left_out`.
 
-    What a method warns about is in its note, and is warned again.
+    A method's warnings are in its note, and are printed again.
     """
     arms = [Arm(NONE, "baseline"), _prompting(material)]
     for method, (kind, make) in MAKERS.items():
@@ -233,7 +233,7 @@ def _pca(m: ArmInputs) -> NewArm:
 
 
 def _principal(m: ArmInputs) -> NewArm:
-    """The component of a plain batch, with its sign, that tells the texts to fit apart best."""
+    """The component of a plain batch, with its sign, that separates the training texts best."""
     plain = [*m.texts.fit_positive, *m.texts.fit_negative]
     if m.corpus is not None:
         used = {text for part in m.texts[2:] for text in part}

@@ -46,7 +46,7 @@ PASSES = (7, 3)  # for each vector and for each of its budgets, in units of an u
 @dataclass(kw_only=True)
 class CompareConfig(TextConfig):
     concept: str
-    """A concept that comes with the package (curse_words, bible ...), a concept's .json file, or label:NAME for a label of the text."""
+    """A concept of the package (curse_words, bible ...), a concept's .json file, or label:NAME for a label of the text."""
     model: str
     """Model by hub name, folder or GGUF file."""
     dictionary: str | None = None
@@ -56,29 +56,29 @@ class CompareConfig(TextConfig):
     effects: Path | None = None
     """Effects of this dictionary's features, fitted by `sae effects --fit`. Default: the arm of SAE-TS is left out."""
     methods: tuple[Method, ...] = ()
-    """What to compare; baselines and controls are always beside them. Default: all that have what they need."""
+    """Methods to compare; baselines and controls are always included. Default: all whose inputs exist."""
     site: str | None = None
-    """Where to steer, such as resid_post.2. Default: the dictionary's own site."""
+    """Site to steer at, such as resid_post.2. Default: the dictionary's own site."""
     out: Path | None = None
-    """Folder for comparison.json and report.html; default "comparison-" and the concept's name. Given again with the same settings, an
-    interrupted comparison goes on with the arms that are left."""
+    """Folder for comparison.json and report.html; default "comparison-" and the concept's name. Run again with the same settings, an
+    interrupted comparison continues with the remaining arms."""
     budgets: tuple[float, ...] = (0.1, 0.3, 1.0)
     """KL budgets, nats per token of neutral text."""
     prompts: tuple[str, ...] = PROMPTS
     """Texts to continue; every second one chooses the budget, the others score it."""
     samples: int = 4
-    """Continuations of each prompt at each strength."""
+    """Number of continuations of each prompt at each strength."""
     sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
     device: str = "auto"
     """Device: auto, cpu, cuda or cuda:1; auto uses a GPU if there is one."""
     dry_run: bool = False
-    """Say what would be done and about how long it would take, and stop."""
+    """Print what would be done and about how long it would take, and stop."""
 
 
 def compare_directions(config: CompareConfig) -> dict[str, Any]:
-    """Writes comparison.json and report.html, prints the table and gives what is in the JSON (of a dry run, nothing).
+    """Writes comparison.json and report.html, prints the table and returns the content of the JSON (of a dry run, nothing).
 
-    Killed and started again, it goes on with the arms that were finished (see sae/pieces.py). Called in every process that torchrun
+    Killed and started again, it keeps the finished arms and measures the others (see sae/pieces.py). Called in every process that torchrun
     started, they share the arms; when one of them fails, so do the others, with SystemExit.
 
     Raises `InputError` for parts that do not belong together, an empty concept, and texts or prompts longer than the context.
@@ -136,7 +136,7 @@ def facts(
     entries: list[dict[str, Any]],
     broken: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """What is in comparison.json, but for the numbers that JSON cannot hold."""
+    """The content of comparison.json, before numbers that JSON cannot hold are replaced."""
     name, texts = inputs.concept.name, {name: len(part) for name, part in inputs.texts._asdict().items()}
     return {
         "format": FORMAT,
@@ -165,7 +165,7 @@ def write_files(result: dict[str, Any], out: Path) -> None:
 
 
 def decisive(config: CompareConfig, inputs: ArmInputs) -> dict[str, Any]:
-    """What decides the numbers of the arms: options, and the content of what they name."""
+    """Everything that decides the numbers of the arms: options, and the content of the files and folders that they name."""
     chosen = {name: value for name, value in asdict(config).items() if name not in ("out", "device", "dry_run")}
     dictionary, texts = inputs.dictionary, repr((inputs.concept, inputs.texts, inputs.corpus))
     return jsonable(
@@ -180,7 +180,7 @@ def decisive(config: CompareConfig, inputs: ArmInputs) -> dict[str, Any]:
 
 
 def refuse_unusable(config: CompareConfig) -> None:
-    """What can be said before anything is loaded."""
+    """Checks that need nothing loaded."""
     budgets, prompts = config.budgets, text_list(config.prompts, "prompts")
     if not budgets or not all(math.isfinite(budget) and budget > 0 for budget in budgets) or list(budgets) != sorted(set(budgets)):
         raise InputError(f"expected KL budgets above 0 in rising order, got {', '.join(map(str, budgets)) or 'none'}")
@@ -220,7 +220,7 @@ def fitting(lm: LanguageModel, text: str) -> str:
 
 
 def cosines(arms: Sequence[Arm], site: str) -> dict[str, Any]:
-    """Between the directions that are one at the site; the others have none with them."""
+    """Cosines between the directions that are one direction at the site; the others have none."""
     there = [(arm.method, d) for arm in arms if arm.vector and (d := arm.vector.directions.get(site)) is not None and d.ndim == 1]
     if not there:
         return {"methods": [], "matrix": []}
@@ -241,7 +241,8 @@ def score_facts(scorer: TextScore | None) -> dict[str, Any] | None:
 
 
 def announce(setup: ComparisonSetup, arms: Sequence[Arm], out: Path) -> None:
-    """What will be done; the time is guessed from short continuations and a pass of the neutral sentences, both without steering."""
+    """Prints what will be done; the time is estimated from short continuations and a pass of the neutral sentences, both without
+    steering."""
     for arm in arms:
         print(f"{arm.method}: " + (f"left out, {arm.left_out}" if arm.left_out else arm.note or "ready"))
     present = [arm for arm in arms if arm.left_out is None]
@@ -265,7 +266,7 @@ def announce(setup: ComparisonSetup, arms: Sequence[Arm], out: Path) -> None:
 
 
 def print_comparison(result: dict[str, Any], out: Path) -> None:
-    """The best strength of each arm, then the verdict."""
+    """Prints the best strength of each arm, then the verdict."""
     from rich.console import Console
     from rich.table import Table
 

@@ -17,7 +17,7 @@ from steering.directions.contrast import TINY
 from steering.strength.measure import word_rate
 
 SHARES = (0.4, 0.3)
-"""of the texts: those that directions are fitted on, those that the classifier learns from; the rest is held out"""
+"""shares of the texts for fitting directions and for training the classifier; the rest is held out"""
 LABEL_TEXTS = 240
 """documents of a label, and as many of the others"""
 LENGTH = 240
@@ -25,7 +25,7 @@ LENGTH = 240
 NAMED = 20
 """labels that a sentence names"""
 SHORTEST = 20
-"""characters under which a document says too little"""
+"""minimum number of characters of a document"""
 
 
 class LabelledTexts(NamedTuple):
@@ -53,7 +53,7 @@ class TextScore:
     kind: Literal["words", "classifier"]
     describe: str
     held_out_auroc: float | None
-    """of the held-out texts; None where there are none"""
+    """of the held-out texts; None if there are none"""
     score: Callable[[Sequence[str]], np.ndarray]
     """one number for each text, float64 [n]"""
 
@@ -107,7 +107,7 @@ def target_score(concept: Concept, texts: Texts, seed: int) -> TextScore:
 
 
 def second_score(concept: Concept, texts: Texts, seed: int) -> TextScore | None:
-    """The classifier of a concept whose target is its words, to see more than the list; None where there is no second score."""
+    """The classifier of a concept whose target is its words, as a check beyond the list; None if there is no second score."""
     return classifier_score(texts, seed) if concept.words and texts.classifier_positive and texts.classifier_negative else None
 
 

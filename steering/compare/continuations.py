@@ -1,4 +1,4 @@
-"""The measuring of a comparison: each arm's continuations at each strength, and what is counted in them.
+"""The measurements of a comparison: each arm's continuations at each strength, and the counts in them.
 
 s texts (prompts times samples) · p prompts, or positions of a batch of ids · n new tokens or real positions · v vocabulary · t texts
 """
@@ -49,7 +49,7 @@ BROKEN_PROMPTS = 3
 
 @dataclass(frozen=True)
 class ComparisonSetup:
-    """What every arm is measured with."""
+    """The shared inputs of all arms' measurements."""
 
     lm: LanguageModel
     prompts: Sequence[str]
@@ -72,7 +72,7 @@ class ComparisonSetup:
 
     @cached_property
     def off_topic(self) -> SteeredTexts:
-        """Sentences that nothing is calibrated on."""
+        """Sentences that are not used for calibration."""
         return SteeredTexts(self.lm, *encode_cut(self.lm, OFF_TOPIC_SENTENCES))
 
     @cached_property
@@ -84,7 +84,7 @@ class ComparisonSetup:
         return {}
 
     def working_range(self, vector: SteeringVector) -> WorkingRange:
-        """Raises `InputError` for a vector that has none."""
+        """Raises `InputError` for a vector without a working range."""
         if vector.site not in self._finders:
             self._finders[vector.site] = RangeFinder(self.lm, vector.site)
         return self._finders[vector.site].of(vector)
@@ -157,7 +157,7 @@ def measure_arm(setup: ComparisonSetup, arm: Arm, none_p: np.ndarray | None, adv
 
 
 def _blank(arm: Arm) -> dict[str, Any]:
-    """The entry of an arm of which nothing is measured."""
+    """The entry of an arm before anything is measured."""
     entry: dict[str, Any] = {"method": arm.method, "kind": arm.kind, "note": arm.note, "left_out": arm.left_out}
     return entry | {"detection_auroc": None, "levels": [], "best": None, "working_range": None, "no_working_range": None}
 
@@ -171,7 +171,8 @@ def _strengths(setup: ComparisonSetup, arm: Arm) -> tuple[list[Calibration], Cal
 
 
 def _written(setup: ComparisonSetup, arm: Arm, coefficient: float, prompts: Sequence[str], samples: int) -> Tensor | str:
-    """New ids of all prompts in one left-padded batch, [s, n], each prompt `samples` times; or the sentence why there is no text."""
+    """New ids of all prompts in one left-padded batch, [s, n], each prompt `samples` times; or a sentence that says why there is no
+    text."""
     lm = setup.lm
     bos = lm.tokenizer.bos_token or ""  # a prompt that brings its own has it before the prefix, as all have
     texts = [arm.prefix + prompt.removeprefix(bos) for prompt in prompts]
@@ -244,7 +245,7 @@ def _by_prompt(setup: ComparisonSetup, value_s: np.ndarray) -> np.ndarray:
 
 
 def off_topic(setup: ComparisonSetup, arm: Arm, coefficient: float) -> Divergence:
-    """On the sentences that nothing was calibrated on. Of a prompt put before, it is that on what it does to the text behind it."""
+    """Measures on the sentences that are not used for calibration. For plain prompting: the effect of the prompt on the text after it."""
     lm, texts = setup.lm, setup.off_topic
     if arm.vector is not None:
         return texts.divergence([(arm.vector, coefficient)])

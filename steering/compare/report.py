@@ -51,7 +51,7 @@ def estimate_cell(value: dict[str, float] | None, signed: bool = False) -> str:
 
 
 def best_level(arm: dict[str, Any]) -> dict[str, Any] | None:
-    """The level that was chosen on the one half of the prompts."""
+    """The level that was chosen on one half of the prompts."""
     if arm["best"] is None:
         return None
     return next((level for level in arm["levels"] if level["budget"] == arm["best"]["budget"]), None)
@@ -137,7 +137,7 @@ def _beyond(level: dict[str, Any]) -> str:
 
 
 def _ranges(arms: Sequence[dict[str, Any]]) -> str:
-    """Up to which strength each direction works, and what holds behind it."""
+    """Up to which strength each direction works, and the effect beyond it."""
     rows = []
     for arm in arms:
         works = arm["working_range"]

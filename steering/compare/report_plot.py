@@ -34,7 +34,7 @@ class Series(NamedTuple):
 
 
 def series_of(arms: Sequence[dict[str, Any]]) -> list[Series]:
-    """All arms with text, but for no steering, which is the zero line. Controls are grey, methods have a colour and shape each."""
+    """All arms with text, except for no steering, which is the zero line. Controls are grey, methods have a colour and shape each."""
     found: list[Series] = []
     hue = 0
     for arm in arms:
@@ -108,7 +108,7 @@ def _grid(x_low: float, x_high: float, y_low: float, y_high: float, x_of: Any, y
 
 
 def _band(series: Sequence[Series], y_of: Any) -> str:
-    """Lowest to highest end of the controls' intervals at any budget, so that a method's bar can be held against it."""
+    """Lowest to highest end of the controls' intervals at any budget, to compare a method's bar with."""
     gains = [p.gain for s in series if s.kind == "control" for p in s.points]
     if not gains:
         return ""

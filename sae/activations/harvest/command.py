@@ -44,8 +44,8 @@ class HarvestConfig(RecordingConfig):
     """Where to put what is recorded."""
 
     out: Place
-    """Folder or URL of the cache. Given again with the same settings, an interrupted harvest goes on where it stopped: what the
-    model has computed is kept every ten seconds."""
+    """Folder or URL of the cache. Run again with the same settings, an interrupted harvest continues: computed rows are kept every ten
+    seconds."""
     shard_tokens: int = 1 << 16
     """Rows per file at most."""
     dry_run: bool = False
@@ -59,7 +59,7 @@ def harvest(config: HarvestConfig) -> Place:
 
     Killed at any moment and started again, it ends with the same bytes as one that was not. Called in every process that torchrun
     started, they make one cache together, again with the same bytes; when one of them fails, so do the others, with SystemExit.
-    Raises `InputError` for unusable options or text, a folder begun with other settings or another model, activations that are not
+    Raises `InputError` for unusable options or text, a folder started with other settings or another model, activations that are not
     finite in the number format on disk, and a full disk.
     """
     processes = Processes.from_environment()
@@ -124,7 +124,7 @@ def _help(config: HarvestConfig, processes: Processes) -> None:
 
 
 def device_of(config: RecordingConfig, processes: Processes) -> str:
-    """Where this process computes, see `Processes.device`. Raises `InputError` for several that would each spread a model over all GPUs."""
+    """The device of this process, see `Processes.device`. Raises `InputError` for several that would each spread a model over all GPUs."""
     if processes.local_world > 1 and config.device_map is not None:
         raise InputError(f"--device-map spreads a model over all GPUs, but {processes.local_world} processes run here; start one a machine")
     return processes.device(config.device)
@@ -145,7 +145,7 @@ def _verify(config: HarvestConfig) -> Place:
 
 
 def _settings(config: HarvestConfig) -> dict[str, Any]:
-    """What decides the content of the cache. The device is not in it: a harvest may go on elsewhere."""
+    """The settings that decide the content of the cache. The device is not one of them: a harvest may continue on another."""
     settings = asdict(config)
     for name in ("out", "device", "device_map", "dry_run", "verify"):
         del settings[name]
@@ -175,7 +175,7 @@ def _write_tokens(config: HarvestConfig, models: Models, ledger: Ledger) -> None
 
 
 def _prepare(config: HarvestConfig, models: Models, work: dict[str, Any]) -> tuple[Recorder, list[Pool]]:
-    """From the tokens on disk: the same in every process."""
+    """Computed from the tokens on disk: the same in every process."""
     tokens = Tokens.read([config.out / entry["file"] for entry in work["tokens"]], work["counts"]["label_names"])
     return make_recorder(config, models, tokens), _plan(config, models, tokens)
 
@@ -250,7 +250,7 @@ def _path(config: HarvestConfig, site: str, name: str) -> Place:
 def _write_pools(config: HarvestConfig, processes: Processes, recorder: Recorder, left: list[Pool], ledger: Ledger) -> None:
     """Stage 2, the forward passes, shared by all processes; one pool is written while the next is recorded.
 
-    The leader comes back when all pools are written, and it alone shows progress.
+    The leader returns when all pools are written, and only it shows progress.
     """
     total = len(recorder.tokens.ids)
     lengths = recorder.tokens.sequence_starts[1:] - recorder.tokens.sequence_starts[:-1]
@@ -281,7 +281,7 @@ def _write_pools(config: HarvestConfig, processes: Processes, recorder: Recorder
 
 
 def _manifest(config: HarvestConfig, recorder: Recorder, pools: list[Pool], ledger: Ledger) -> dict[str, Any]:
-    """The same for every harvest of the same settings: no times, no names of machines."""
+    """Equal for every harvest of the same settings: no times, no names of machines."""
     tokens, counts = recorder.tokens, ledger.of("counts")[0]
     entries = {(entry["split"], entry["number"]): entry for entry in ledger.of("pool")}
     shards = [shard for pool in pools for shard in entries[pool.split, pool.number]["shards"]]

@@ -18,7 +18,7 @@ POSITIONS = 5  # that are named, of those where massive rows stand
 
 
 class PoolRows(NamedTuple):
-    """The massive rows of one pool; a plain dictionary of it goes into the ledger."""
+    """The massive rows of one pool; as a plain dictionary it is written into the ledger."""
 
     split: str
     rows: int
@@ -27,7 +27,7 @@ class PoolRows(NamedTuple):
     all_squared_norm: dict[str, float]
     """of these and all others"""
     positions: list[tuple[int, int]]
-    """position in the sequence, and how many of these rows stand there"""
+    """position in the sequence -> number of these rows"""
 
 
 def is_massive(norm_n: Tensor, ratio: float | None = None) -> Tensor:
@@ -40,7 +40,7 @@ def share(squared_norm: float, of: float) -> float:
 
 
 def summary(ratio: float | None, pools: Sequence[PoolRows]) -> dict[str, Any]:
-    """For a manifest: how many rows were massive, where they stood, what share of the training rows' squared norm they are or were."""
+    """For a manifest: the number of massive rows, their positions, and their share of the training rows' squared norm."""
     train = [pool for pool in pools if pool.split == "train"]
     shares = {
         site: share(*(sum(getattr(pool, name)[site] for pool in train) for name in ("squared_norm", "all_squared_norm")))
@@ -73,7 +73,7 @@ def sentence(found: dict[str, Any], site: str | None = None) -> str | None:
 
 
 def sampled(x_nd: Tensor) -> str | None:
-    """The same for rows of which nothing else is known; `x_nd` is a fair sample of them."""
+    """The same for rows without other information; `x_nd` is a fair sample of them."""
     norm_n = torch.cat([torch.linalg.vector_norm(part.float(), dim=-1) for part in x_nd.split(1 << 12)])
     massive_n, square_n = is_massive(norm_n), norm_n.double().square()
     if not massive_n.any():

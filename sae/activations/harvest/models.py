@@ -19,23 +19,23 @@ if TYPE_CHECKING:
     from sae.model.language_model import LanguageModel
 
 RESERVED = (EMBED, "tokens", FOLDER)
-"""no model's name: folders of a cache are called so"""
+"""names that a second model cannot have: folders of a cache use them"""
 
 
 class Models(NamedTuple):
     first: "LanguageModel"
-    """whose tokenizer and beginning of text all read"""
+    """the model whose tokenizer and beginning-of-text token are used for both"""
     second: "LanguageModel | None" = None
     name: str | None = None
-    """of the second, in front of its sites"""
+    """of the second, before its sites"""
 
     @property
     def all(self) -> "dict[str | None, LanguageModel]":
-        """By what stands in front of their sites: None of the first."""
+        """The models by the name before their sites: None for the first."""
         return {None: self.first} if self.second is None else {None: self.first, self.name: self.second}
 
     def width(self, site: str) -> int:
-        """Raises `InputError` for a site that its model has not got."""
+        """Raises `InputError` for a site that its model does not have."""
         name, own = split_model(site)
         return self.all[name].width(own)
 
@@ -49,12 +49,12 @@ class Models(NamedTuple):
 
     @property
     def context(self) -> int:
-        """Positions that all can read."""
+        """Number of positions that all can read."""
         return min(lm.context for lm in self.all.values())
 
     @property
     def vocabulary(self) -> int:
-        """Tokens that all have an embedding of."""
+        """Number of tokens for which all have an embedding."""
         return min(lm.model.get_input_embeddings().weight.shape[0] for lm in self.all.values())
 
     def records(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def facts_of(lm: "LanguageModel") -> dict[str, Any]:
 
 
 def second_name(sites: Iterable[str], second_model: str | None, second_revision: str | None) -> str | None:
-    """What the second model is called in front of its sites. Raises `InputError` where options and sites do not fit."""
+    """The name of the second model before its sites. Raises `InputError` if options and sites do not fit."""
     sites = list(sites)
     names = list(dict.fromkeys(split_model(site)[0] for site in sites))
     named = [name for name in names if name is not None]
@@ -94,7 +94,7 @@ def second_name(sites: Iterable[str], second_model: str | None, second_revision:
 
 
 def require_two(first: "LanguageModel", second: "LanguageModel") -> None:
-    """Raises `InputError` unless they are two models that make the same tokens of the same text, naming the first difference."""
+    """Raises `InputError` unless they are two models that tokenise text in the same way, naming the first difference."""
     if first.fingerprint() == second.fingerprint():
         if same_weights(first, second):
             raise InputError(
@@ -119,7 +119,7 @@ def require_two(first: "LanguageModel", second: "LanguageModel") -> None:
 
 
 def same_weights(first: "LanguageModel", second: "LanguageModel") -> bool:
-    """Of all that is in memory of both, number by number; a model may be loaded up to its deepest site alone."""
+    """Compares all weights that both have in memory; a model may be loaded only up to its deepest site."""
     others = dict(second.model.named_parameters())
     pairs = [(weight, others[name]) for name, weight in first.model.named_parameters() if name in others]
     return all(a.is_meta or b.is_meta or torch.equal(a, b.to(a.device)) for a, b in pairs)
@@ -145,9 +145,9 @@ def tokens_differ(first: "LanguageModel", second: "LanguageModel") -> str | None
 
 
 def rules_of(tokenizer: Any) -> Mapping[str, Any]:
-    """What decides how text is cut into tokens of the vocabulary, as far as the tokenizer shows it.
+    """The rules by which text is cut into tokens, as far as the tokenizer shows them.
 
-    Not which tokens count as special: chat models have more of those, and only text that spells one out is cut otherwise.
+    Special tokens are not compared: chat models have more of them, and only text that spells one out is cut differently.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:

@@ -1,6 +1,7 @@
-"""What is recorded of pools that are not finished: every few seconds a file with the rows since the last one, in visiting order.
+"""Rows of unfinished pools: every few seconds a file with the rows since the last one, in visiting order.
 
-A pool takes minutes where the model is slow, and a kill then costs seconds. A pool's files go once its shards are written and noted.
+A pool takes minutes with a slow model; with these files a kill costs only seconds. A pool's files are removed when its shards are written
+and recorded.
 """
 
 import re
@@ -19,9 +20,9 @@ from sae.errors import InputError
 
 FOLDER = "unfinished"
 EVERY = 10.0
-"""seconds after which what was recorded is kept"""
+"""seconds after which recorded rows are kept"""
 SHARE = 20
-"""times what keeping took last, which must have passed too: it costs at most a twentieth of the time"""
+"""multiple of the time of the last write that must also have passed: writing takes at most a twentieth of the time"""
 
 
 class Part(NamedTuple):
@@ -48,11 +49,11 @@ class Parts:
         self.restart()
 
     def tokens(self, pool: Pool) -> int:
-        """How many of the pool's tokens are kept."""
+        """Number of the pool's tokens that are kept."""
         return max((part.stop for part in self._of(pool)), default=0)
 
     def read(self, pool: Pool) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """The pool's arrays part by part, each with the number of tokens up to its end; from a damaged one on they are removed."""
+        """The pool's arrays part by part, each with the number of tokens up to its end; a damaged part and those after it are removed."""
         done = 0
         for number, part in enumerate(list(self._of(pool))):
             try:
@@ -65,7 +66,7 @@ class Parts:
             yield done, arrays
 
     def restart(self) -> None:
-        """A pool begins."""
+        """Starts a pool."""
         self._kept = time.monotonic()
 
     def due(self) -> bool:
@@ -84,7 +85,7 @@ class Parts:
         self._remove(pool, 0)
 
     def clear(self) -> None:
-        """Removes all, those of other processes too; none of them may be at work any more."""
+        """Removes all, also those of other processes; none of them may still be running."""
         if isinstance(self.folder, RemotePath):
             for name in self.folder.names():
                 (self.folder / name).unlink()

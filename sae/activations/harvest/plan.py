@@ -1,4 +1,4 @@
-"""What is visited when, and what of it is stored: sequences in a random order, pools of them, batches and shards inside a pool.
+"""The order of the sequences, and which tokens are stored: sequences in a random order, pools of them, batches and shards inside a pool.
 
 All of it follows from the tokens and the settings alone, so a resumed harvest finds the same plan without having kept it.
 
@@ -14,20 +14,20 @@ from sae.activations.text.tokens import SPLITS, Tokens
 from sae.errors import InputError
 
 REASONS = ("beginning_of_text", "special_tokens", "outside_positions")
-"""why a token's activations are not stored; a token counts under the first that applies"""
+"""reasons why a token's activations are not stored; a token counts under the first that applies"""
 COUNTED_AT_ONCE = 1 << 14
 """sequences whose masks are held in memory together"""
 
 
 class Masks(NamedTuple):
-    """Which tokens have no activations stored, as far as the tokens tell."""
+    """Which tokens have no stored activations, as far as the tokens show."""
 
     bos_id: int | None = None
     special_ids: tuple[int, ...] = ()
     first: int = 0
     """positions of a sequence before this one are left out"""
     last: int | None = None
-    """and so are this one and those after it"""
+    """this position and those after it are left out"""
 
     def reasons(self, ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """For ids and their positions in their sequences, of shapes that broadcast: 0 where stored, else 1 + an index into REASONS."""
@@ -73,7 +73,7 @@ class Pool(NamedTuple):
         return rng.permutation(rows)
 
     def shards(self, rows: int) -> list[Shard]:
-        """Of equal size, so that none is tiny; names that would get no row are passed over."""
+        """Shards of equal size, so that none is tiny; names that would get no row are skipped."""
         count = len(self.shard_names)
         cuts = [Shard(name, rows * i // count, rows * (i + 1) // count) for i, name in enumerate(self.shard_names)]
         return [shard for shard in cuts if shard.stop > shard.start]

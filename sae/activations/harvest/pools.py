@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     ids_sp: Tensor
     """int64, padded on the right with each sequence's first token, which no token before it sees"""
     kept_n: Tensor
-    """int64, what is stored: indices into the flattened batch"""
+    """int64, the stored positions: indices into the flattened batch"""
     positions_n: Tensor
     """int64, its global token positions"""
     tokens: int
@@ -33,23 +33,23 @@ class Batch(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """A pool's activations in host memory; on CUDA perhaps still on their way there until `ready`."""
+    """A pool's activations in host memory; on CUDA perhaps still being copied until `ready`."""
 
     pool: Pool
     acts: dict[str, dict[str, Tensor]]
-    """site -> what `encode` gives, in visiting order"""
+    """site -> the result of `encode`, in visiting order"""
     largest: dict[str, Tensor]
-    """site -> max |x| of each row as the model gave it, float32 [n]: NaN or infinite where a number of the row is"""
+    """site -> max |x| of each row of the model's output, float32 [n]: NaN or infinite if a number of the row is"""
     norms: dict[str, Tensor]
-    """site -> ‖x‖ of each row as the model gave it, float32 [n]"""
+    """site -> ‖x‖ of each row of the model's output, float32 [n]"""
     positions_n: Tensor
     """int64, global token positions"""
     ready: list[Any]
-    """CUDA events, one a device"""
+    """CUDA events, one per device"""
 
 
 class Recorder(NamedTuple):
-    """What stays the same from pool to pool."""
+    """The part that is the same for all pools."""
 
     models: Models
     tokens: Tokens
@@ -60,7 +60,7 @@ class Recorder(NamedTuple):
     masks: Masks
     max_norm_ratio: float | None
     never_massive: int | None
-    """id of a token whose rows are stored whatever their norm"""
+    """id of a token whose rows are stored with any norm"""
     batch_tokens: int
     seed: int
 
@@ -142,7 +142,8 @@ class Recorder(NamedTuple):
         return {"kind": "pool", "split": pool.split, "number": pool.number, "massive": massive._asdict(), "shards": shards}
 
     def kept(self, recorded: Recorded) -> tuple[Tensor, PoolRows]:
-        """Rows of the pool that are stored, int64 [n]: all but massive ones, which one site makes of a token for all sites; and those.
+        """Rows of the pool that are stored, int64 [n]: all except massive ones (a token that is massive at one site counts for all sites);
+        and the massive rows.
 
         Raises `InputError` naming the first row whose numbers, or their size in the format on disk, are not finite.
         """

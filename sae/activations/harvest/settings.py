@@ -1,4 +1,4 @@
-"""What is recorded from which text and how, up to the first forward pass: what a harvest and training without a disk share."""
+"""The settings of a recording and everything before the first forward pass, shared by a harvest and training without a disk."""
 
 import sys
 from collections.abc import Iterator
@@ -27,22 +27,22 @@ class RecordingConfig(TextConfig):
     revision: str | None = None
     """Revision of the model on the hub."""
     second_model: str | None = None
-    """Another model of the same tokenizer, to be compared with the first: it reads the same tokens, and its sites stand in --sites behind
-    a name of your choice, for example resid_post.2 chat/resid_post.2"""
+    """Another model with the same tokenizer, to compare with the first: it reads the same tokens, and its sites in --sites start with a
+    name of your choice, for example resid_post.2 chat/resid_post.2"""
     second_revision: str | None = None
     """Revision of the second model on the hub."""
     sites: tuple[str, ...] = ()
-    """Where to record, for example resid_post.2; several cost one forward pass."""
+    """Sites to record, for example resid_post.2; several cost one forward pass."""
     tokens: int = 1_000_000
     """Token budget; the last document is cut to fit."""
     context: int | None = None
-    """Tokens per sequence at most. Default: the model's own context, at most 1024."""
+    """Maximum number of tokens per sequence. Default: the model's own context, at most 1024."""
     dtype: Literal["float16", "bfloat16", "float32", "int8"] = "float16"
-    """Number format in which activations are kept; int8 is 8 bits a number with one scale per row."""
+    """Number format of the stored activations; int8 is 8 bits per number with one scale per row."""
     held_out: float = 0.05
-    """Share of documents kept from training, for measuring."""
+    """Share of documents held out from training, for measuring."""
     keep_bos: bool = False
-    """Keep activations at beginning-of-text tokens too; their norm is often hundreds of times that of others."""
+    """Also store activations at beginning-of-text tokens; their norm is often hundreds of times that of others."""
     skip_special: bool = False
     """Do not store activations at the tokenizer's other special tokens: end of text, padding, unknown."""
     positions: str | None = None
@@ -50,13 +50,13 @@ class RecordingConfig(TextConfig):
     max_norm_ratio: float | None = massive.RATIO
     """Do not store tokens whose norm is more than this many times the median of their pool (attention sinks); None keeps all."""
     seed: int = 0
-    """Decides order, shuffling and which documents are held out."""
+    """Seed of the order, the shuffling and the held-out documents."""
     pool_tokens: int = 1 << 18
     """Tokens shuffled together in memory."""
     batch_tokens: int = 1 << 13
     """Tokens per forward pass, padding included."""
     device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
+    """Device: auto, cpu, cuda or cuda:1; auto uses a GPU if there is one."""
     model_dtype: str = "auto"
     """Number format of the model: auto, float32, bfloat16 or float16."""
     device_map: str | None = None
@@ -66,7 +66,7 @@ class RecordingConfig(TextConfig):
 
 
 def check_recording(config: RecordingConfig) -> None:
-    """Raises `InputError` for options that cannot be meant."""
+    """Raises `InputError` for options that make no sense."""
     check_source(config)
     text_list(config.sites, "sites")
     if not config.sites:
@@ -137,14 +137,14 @@ def context_of(config: RecordingConfig, models: Models) -> int:
 
 
 def cut_text(config: RecordingConfig, models: Models) -> tuple[Cutter, Iterator[Part]]:
-    """The text as sequences, and the cutter, which knows the counts once they are drawn."""
+    """The text as sequences, and the cutter, which has the counts after they were read."""
     lm = models.first
     cutter = Cutter(context_of(config, models), config.tokens, lm.bos_id, config.seed, config.held_out)
     return cutter, cutter.parts(tokenise(documents(config), lm.tokenizer, models.vocabulary, lm.bos_id))
 
 
 def require_tokens(config: RecordingConfig, cutter: Cutter) -> None:
-    """Raises `InputError` if the text held nothing, and says if it held less than was asked for."""
+    """Raises `InputError` if the text is empty; prints a line if it has fewer tokens than requested."""
     source = config.dataset or ", ".join(config.text)
     if cutter.tokens == 0:
         raise InputError(f"expected text in {source}, but it holds no usable text ({cutter.empty_documents} empty documents); give another")
@@ -153,7 +153,7 @@ def require_tokens(config: RecordingConfig, cutter: Cutter) -> None:
 
 
 def facts(config: RecordingConfig, models: Models) -> dict[str, Any]:
-    """What a manifest says about model and text."""
+    """A manifest's facts about model and text."""
     lm = models.first
     return {
         **models.records(),
