@@ -6,6 +6,7 @@ Each command can be typed by hand. An interrupted demo continues where it stoppe
 import json
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -49,15 +50,15 @@ def demo(config: DemoConfig) -> None:
     text = MODEL / "tokens.safetensors"
     call("cache_activations", f"--model {MODEL} --text {text} --sites resid_post.2 --tokens 1000000 --out {cache}")
     call("train_sae", f"relu --cache {cache} --out {dictionary} {TRAINING}")
-    call("evaluate_sae", f"--dictionary {dictionary} --cache {cache}")
-    call("build_feature_index", f"--dictionary {dictionary} --cache {cache} --tokens 500000 --out {index}")
+    call("evaluate_sae", f"--dictionary {dictionary} --cache {cache}", makes=dictionary / "evaluation.json")
+    call("build_feature_index", f"--dictionary {dictionary} --cache {cache} --tokens 500000 --out {index}", makes=index / "index.json")
     call("list_features", f"--index {index} --search {shlex.quote(config.word)} --top 8 --html {pages}")
     feature = json.loads(call("list_features", f"--index {index} --search {shlex.quote(config.word)} --top 1 --json", show=False))[0]
     number = feature["feature"]
     call("steer", f"--index {index} --feature {number} --strength {config.strengths[0]:g} --prompt 'I think' {SAMPLING}")
     table = out / "steering.json"
     given = " ".join(f"{s:g}" for s in config.strengths)
-    call("measure_steering", f"--index {index} --feature {number} --strengths {given} --samples 24 {SAMPLING} --out {table}")
+    call("measure_steering", f"--index {index} --feature {number} --strengths {given} --samples 24 {SAMPLING} --out {table}", makes=table)
     summary(config, number, time.monotonic() - began)
 
 
@@ -73,12 +74,20 @@ def call(script: str, flags: str, show: bool = True, makes: Path | None = None) 
         print(f"(skipped: {makes} exists)", flush=True)
         return ""
     command = [sys.executable, str(Path(__file__).with_name(f"{script}.py")), *shlex.split(flags)]
-    done = subprocess.run(command, stdout=None if show else subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
+    with subprocess.Popen(command, stdout=None if show else subprocess.PIPE, text=True) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            said = process.communicate()[0]
+        except KeyboardInterrupt:
+            process.wait()  # it was interrupted too, and may be writing a checkpoint
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if code := process.returncode:
+        sys.exit(code if code > 0 else 128 - code)  # as a shell shows the end by a signal
     if show:
         print(f"({time.monotonic() - began:.0f} s)", flush=True)
-    return done.stdout or ""
+    return said or ""
 
 
 def summary(config: DemoConfig, feature: int, seconds: float) -> None:

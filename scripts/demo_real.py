@@ -1,7 +1,8 @@
 """The main job on a real language model, SmolLM2-135M: fetch, cache, train, evaluate, index, list, steer, compare. Prints every command
 before it runs it.
 
-Only fetching needs a network, once. An interrupted demo continues where it stopped; `--restart` starts over.
+Only fetching needs a network, once. An interrupted demo continues where it stopped, inside a phase too: what the model has
+computed is kept every ten seconds, training every 100 steps, the comparison arm by arm. `--restart` starts over.
 """
 
 import json
@@ -22,7 +23,7 @@ MODEL = Path("runs/models/smollm2")
 TEXT = Path("checkpoints/smollm2-text/tokens.safetensors")
 SHIPPED = Path("checkpoints/smollm2-sae")
 SITE = "resid_post.15"
-TRAINING = "batchtopk --k 32 --d-sae 4096 --steps 1500 --batch-size 2048 --lr 2e-3 --dead-steps 150"
+TRAINING = "batchtopk --k 32 --d-sae 4096 --steps 1500 --batch-size 2048 --lr 2e-3 --dead-steps 150 --checkpoint-every 100"
 PROMPTS = "'I think' 'The man said' 'When we got there,' 'It was' 'Yesterday I' 'What do you' 'The first thing' 'After a while'"
 
 
@@ -61,7 +62,7 @@ def demo(config: RealDemoConfig) -> None:
         call("train_sae", f"{TRAINING} --cache {cache} --out {dictionary}")
     both = f"--dictionary {dictionary} --cache {cache}"
     call("evaluate_sae", f"{both} --sequences 40 --out {evaluation}", makes=evaluation)
-    call("build_feature_index", f"{both} --out {index}")
+    call("build_feature_index", f"{both} --out {index}", makes=index / "index.json")
     search = f"--index {index} --search {shlex.quote(config.word)}"
     call("list_features", f"{search} --top 8 --html {pages}")
     number = json.loads(call("list_features", f"{search} --top 1 --json", show=False))[0]["feature"]
