@@ -1,18 +1,21 @@
 """What is measured of each dictionary of quality.py, and our own trainer's side of it."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 from sae.activations.cache import ActivationCache
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.writing import write_json
 from sae.evaluation.evaluate import reconstruct
-from sae.evaluation.language_model_loss import batch_sums, batches, summarise
+from sae.evaluation.language_model_loss import ARMS, Sums, batch_sums, batches, padded, summarise
 from sae.evaluation.settings import EvaluationConfig, held_out_text
+from sae.evaluation.splice import Splice
 from sae.kinds import KINDS
 from sae.training import TrainingConfig, train
 
@@ -23,6 +26,7 @@ class Measure:
     def __init__(self, cache: ActivationCache, rows: int, sequences: int):
         self.cache, self.rows = cache, rows
         self.text = None
+        self.sums_sc: np.ndarray | None = None
         if sequences:
             config = EvaluationConfig(dictionary="", cache=cache.folder, sequences=sequences)
             self.text = held_out_text(config, cache, torch.device("cpu"))
@@ -49,14 +53,29 @@ class Measure:
     def loss_recovered(self, dictionary: Dictionary, mean_d: torch.Tensor) -> dict[str, Any]:
         """Against zero and against the mean activation, with bootstrap intervals over sequences."""
         assert self.text is not None
-        rows = batches(self.text.lm, self.text.sequences, self.text.replaced, 8)
-        sums = [batch_sums(self.text.lm, [dictionary], some, {self.cache.site: mean_d}) for some in rows]
-        loss = summarise(np.concatenate(sums), 0)
+        rows = list(batches(self.text.lm, self.text.sequences, self.text.replaced, 8))
+        if self.sums_sc is None:  # clean, zero and mean are the same for all dictionaries
+            sums = [batch_sums(self.text.lm, [dictionary], some, {self.cache.site: mean_d}) for some in rows]
+            self.sums_sc = np.concatenate(sums)
+        else:
+            spliced_s = np.concatenate([self.spliced(dictionary, some) for some in rows])
+            Sums.of(self.sums_sc).cross_entropy[:, ARMS.index("spliced")] = spliced_s
+        loss = summarise(self.sums_sc, 0)
         return {
             "loss_recovered": loss.loss_recovered,
             "loss_recovered_interval": list(loss.loss_recovered_interval),
             "loss_recovered_mean": loss.loss_recovered_mean,
         }
+
+    def spliced(self, dictionary: Dictionary, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """Cross-entropy with the dictionary spliced in, summed over each sequence's next tokens."""
+        assert self.text is not None
+        ids_sp, mask_sp, replaced_sp = padded(rows)
+        splice = Splice([dictionary], lambda site, x_spd, y_spd: torch.where(replaced_sp[..., None], y_spd, x_spd))
+        with self.text.lm.edited(splice.edits):
+            logits_spv = self.text.lm.logits(ids_sp, mask_sp)[:, :-1]
+        loss_sp = cross_entropy(logits_spv.float().transpose(1, 2), ids_sp[:, 1:], reduction="none")
+        return (loss_sp * mask_sp[:, 1:]).double().sum(1).numpy()
 
 
 def train_ours(cache: Path, site: str, point: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ MODEL = Path("runs/models/smollm2")
 TEXT = Path("checkpoints/smollm2-text/tokens.safetensors")
 SHIPPED = Path("checkpoints/smollm2-sae")
 SITE = "resid_post.15"
-TRAINING = "batchtopk --k 32 --d-sae 4096 --steps 1500 --batch-size 2048 --lr 2e-3 --dead-steps 150 --checkpoint-every 100"
+TRAINING = "batchtopk --k 32 --d-sae 4096 --steps 1100 --batch-size 512 --lr 2e-3 --dead-steps 200 --checkpoint-every 100"  # two passes
 PROMPTS = "'I think' 'The man said' 'When we got there,' 'It was' 'Yesterday I' 'What do you' 'The first thing' 'After a while'"
 
 
