@@ -318,7 +318,7 @@ def alone(step: Callable[[], Any], device: str) -> float:
 
 
 def kernels(step: Callable[[], Any], device: str, rounds: int) -> dict[str, float]:
-    """Median milliseconds of every kernel, of the functions around them, and of what comes after: clipping, Adam by torch."""
+    """Median milliseconds of every kernel, of the functions around them, and of what comes after: clipping, and Adam's `step`."""
     from sae import objective as package
     from sae.objective import cuda
 
@@ -341,7 +341,7 @@ def kernels(step: Callable[[], Any], device: str, rounds: int) -> dict[str, floa
             return clocked(self.name, self.kernel[grid])
 
     names = ("encode", "decode", "scatter", "learn")
-    around = [(cuda, n) for n in ("prepare", "encode_rows", "decode_rows", "learn_features")] + [(package, "clip"), (package, "apply")]
+    around = [(cuda, n) for n in ("prepare", "encode_rows", "decode_rows", "learn_features")] + [(package, "clip"), (package.Adam, "step")]
     patches = [patch.object(cuda, name, Launches(name, getattr(cuda, name))) for name in names]
     patches += [patch.object(module, name, clocked(name, getattr(module, name))) for module, name in around]
     for active in patches:

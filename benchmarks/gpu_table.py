@@ -95,9 +95,9 @@ def inside(answers: list[dict[str, Any]]) -> Iterator[list[str]]:
     for a in answers:
         if "kernels" not in a:
             continue
-        ms = {"scatter": 0.0, "clip": 0.0, "apply": 0.0, **a["kernels"]}
+        ms = {"scatter": 0.0, "clip": 0.0, "step": 0.0, **a["kernels"]}
         lists = ms["encode_rows"] + ms["decode_rows"] - ms["encode"] - ms["decode"] - ms["scatter"]
-        shown = [*(ms[name] for name in KERNELS), lists, ms["learn_features"] - ms["learn"], ms["clip"], ms["apply"], ms["whole"]]
+        shown = [*(ms[name] for name in KERNELS), lists, ms["learn_features"] - ms["learn"], ms["clip"], ms["step"], ms["whole"]]
         yield [f"{a['d']:,}", f"{a['f']:,}", a["precision"], label(a), *(f"{value:.3f}" for value in shown)]
 
 

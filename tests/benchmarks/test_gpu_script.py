@@ -67,7 +67,7 @@ def test_every_part_leaves_its_numbers(dry):
         kernels = a["kernels"]
         assert kernels.keys() >= {"prepare", "encode", "decode", "learn", "encode_rows", "decode_rows", "learn_features", "whole"}
         assert ("scatter" in kernels) == (not a["deterministic"])
-        assert ("clip" in kernels) == ("apply" in kernels) == bool(a["clip"])
+        assert ("clip" in kernels) == ("step" in kernels) == bool(a["clip"])
         assert kernels["encode"] <= kernels["encode_rows"] <= kernels["whole"]
     assert [a["what"] for a in answers["train"]] == ["the loader alone", "defaults", "fastest"]
     for a in answers["train"][1:]:

@@ -48,7 +48,7 @@ def test_a_name_on_the_hub_is_downloaded_once_and_then_opens_offline(hub, offlin
     assert again.site == "resid_post.12"
     assert Dictionary.load("google/gemma-scope-2b-pt-res/layer_12/width_16k/canonical").site == "resid_post.12"
     assert Dictionary.load(f"{name}/params.npz").site == "resid_post.12"
-    refused(name.replace("82", "22"), "average_l0_22 is not on this machine and the hub cannot be asked for it .HF_HUB_OFFLINE is set")
+    refused(name.replace("82", "22"), "average_l0_22 is not on this machine and the hub cannot be reached .HF_HUB_OFFLINE is set")
     assert capsys.readouterr().err == ""
 
 
@@ -67,7 +67,7 @@ def test_the_hubs_refusals_are_sentences(hub, monkeypatch):
     assert Dictionary.load(f"{repo}/layer_12/width_16k/average_l0_82@v2").d_sae == F
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
-    refused("google/x/y", r"google/x/y is not on this machine and the hub cannot be asked for it .* `hf download google/x --include 'y\*'`")
+    refused("google/x/y", r"google/x/y is not on this machine and the hub cannot be reached .* `hf download google/x --include 'y\*'`")
 
 
 def test_canonical_is_what_saelens_says_or_a_question(hub, offline, tmp_path):

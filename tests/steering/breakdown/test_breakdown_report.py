@@ -103,7 +103,7 @@ def test_a_map_has_a_cell_for_every_layer_and_strength():
     table = html.partition("cosine of the stream and v</h3>")[2].partition("</table>")[0]
     assert re.findall(r"<tr><th>(\d)</th>", table) == ["1", "2"]
     assert re.findall(r"<td style='--a:([\d.]+)'>0.950</td>", table) == ["0.75"] * 2 * len(RHOS)
-    behind = html.partition("token share behind attention&#x27;s norm, steered over unsteered</h3>")[2].partition("</table>")[0]
+    behind = html.partition("token share after attention&#x27;s norm, steered over unsteered</h3>")[2].partition("</table>")[0]
     assert [float(one) for one in re.findall(r"'>([\d.]+)</td>", behind)][: len(RHOS)] == pytest.approx(
         [1 / (1 + rho**2) for rho in RHOS], rel=1e-2
     )

@@ -187,7 +187,7 @@ def test_the_model_is_as_before_outside_and_after_an_error():
 
 def test_models_and_parts_that_cannot_be_frozen_are_refused():
     ids_sp = ids_of()
-    with pytest.raises(InputError, match=r"block 0 has none: GPTJModel attends by code of its own"), internals(tiny("gptj"), ["patterns"]):
+    with pytest.raises(InputError, match=r"block 0 has none: GPTJModel has its own attention code"), internals(tiny("gptj"), ["patterns"]):
         pass
     with pytest.raises(InputError, match="expected parts to freeze as a list of norms, patterns, values, got 'norms'"):
         unsteered(tiny("gpt2"), ids_sp, "norms")
