@@ -30,16 +30,18 @@ def forward_passes(settings: dict[str, Any], whole: bool) -> Round:
     import torch
 
     from sae.activations.harvest.command import HarvestConfig
+    from sae.activations.harvest.models import Models
     from sae.activations.harvest.plan import plan_pools
-    from sae.activations.harvest.settings import cut_text, load_model, make_recorder
+    from sae.activations.harvest.settings import cut_text, load_models, make_recorder
     from sae.activations.text.tokens import Tokens
     from sae.model.language_model import LanguageModel
 
     config = HarvestConfig(out=Path(settings["folder"]), **settings["harvest"])
-    lm = LanguageModel.load(config.model, device=config.device) if whole else load_model(config)
-    cutter, parts = cut_text(config, lm)
+    models = Models(LanguageModel.load(config.model, device=config.device)) if whole else load_models(config)
+    lm = models.first
+    cutter, parts = cut_text(config, models)
     tokens = Tokens.join(list(parts), cutter.label_names)
-    recorder = make_recorder(config, lm, tokens)
+    recorder = make_recorder(config, models, tokens)
     sizes = {"pool_tokens": config.pool_tokens, "shard_tokens": config.shard_tokens, "masks": recorder.masks}
     pools = plan_pools(tokens, seed=config.seed, **sizes)
     batches = [batch.ids_sp for pool in pools for batch in recorder._batches(pool)]
@@ -64,8 +66,8 @@ def harvest(settings: dict[str, Any]) -> Round:
     from sae.activations.harvest import command as module
 
     config = module.HarvestConfig(out=Path(settings["folder"]) / "harvest", **settings["harvest"])
-    lm = module.load_model(config)
-    module.load_model = lambda _: lm
+    models = module.load_models(config)
+    module.load_models = lambda _: models
 
     def run() -> dict[str, Any]:
         start = time.monotonic()
