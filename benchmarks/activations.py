@@ -290,7 +290,7 @@ def leaving_out(arm: str, left_out: dict[str, str]) -> Iterator[None]:
         yield
     except ArmFailed as reason:
         if arm in ("bare", "harvest"):
-            raise InputError(f"{LABELS[arm]} failed, and nothing can be compared without it: {reason}") from None
+            raise InputError(f"{LABELS[arm]} failed, so the others have nothing to be compared with: {reason}") from None
         print(f"{LABELS[arm]} is left out: {reason}", flush=True)
         left_out[arm] = str(reason)
 

@@ -3,7 +3,7 @@
 The text is cut into whole contexts, none of them twice, with a beginning of text before each, so that nobody has padding to skip.
 ours: the index of all features from a cache of the text, then its export in SAEDashboard's format; the harvest is timed apart.
 SAEDashboard: its Neuronpedia runner with its own settings, in the environment that `make bench-peers` creates, 128 features a batch; a
-    round is one batch. The first batch runs the model too and stores its activations; it is told apart and not counted.
+    round is one batch. The first batch runs the model too and stores its activations; it is reported separately and not counted.
 
 Each in its own process, one at a time, models and libraries loaded beforehand; ratios are taken within a round. What both say of the
 same features is compared: how often they fire, their maxima. Then our reader reads SAEDashboard's folder and writes it again.
@@ -87,7 +87,7 @@ def benchmark(config: BenchmarkConfig) -> None:
                     rounds.append((ours, theirs.ask("a batch")))
                     print(f"round {number + 1}: {json.dumps(rounds[-1])}", flush=True)
         except ArmFailed as reason:
-            raise InputError(f"SAEDashboard failed, and nothing can be compared without it: {reason}") from None
+            raise InputError(f"SAEDashboard failed, so the others have nothing to be compared with: {reason}") from None
         found = {
             "date": date.today().isoformat(),
             "machine": about,

@@ -134,7 +134,7 @@ def steps(s: Settings, answer: Answer) -> None:
 
 
 def rival(s: Settings, answer: Answer) -> None:
-    """The step of another tool. sparsify's own trainer asks for tf32, whatever else is set."""
+    """The step of another tool. sparsify's own trainer always uses tf32."""
     for size, precision in cases(s) if s.part != "sparsify" else product(s.sizes, ("tf32",)):
         torch.compiler.reset()
         what = {"arm": s.part, "d": size[0], "f": size[1], "precision": precision, "rows": s.rows}

@@ -71,8 +71,8 @@ def steps(answers: list[dict[str, Any]], facts: dict[str, Any], rates: dict[str,
             config = BenchmarkConfig(peak_tflops=rates[precision], bandwidth=facts["bandwidth_gb"])
             found = floor(config, Case(d, f, encoder["l0"], encoder["rows"]), encoder["l0"])
             least = sum(found.values())
-            told = f"{found['operations']:.3f} for operations, {found['bytes']:.3f} for bytes"
-            yield [f"{d:,}", f"{f:,}", precision, f"floor: {told}", f"{least:.3f}", *[""] * 5]
+            parts = f"{found['operations']:.3f} for operations, {found['bytes']:.3f} for bytes"
+            yield [f"{d:,}", f"{f:,}", precision, f"floor: {parts}", f"{least:.3f}", *[""] * 5]
         for a in mine:
             if "ms" not in a:
                 yield [f"{d:,}", f"{f:,}", precision, label(a), a["error"], *[""] * 5]

@@ -95,7 +95,7 @@ def measure(config: KindsConfig, kind: str, tensors: dict[str, Any]) -> dict[str
                 return workers[tool].answer() if question is None else workers[tool].ask(question)
             except ArmFailed as reason:
                 if tool in ("encoder", "ours"):
-                    raise InputError(f"{NAMES[tool]} failed, and nothing can be compared without it: {reason}") from None
+                    raise InputError(f"{NAMES[tool]} failed, so the others have nothing to be compared with: {reason}") from None
                 print(f"  {NAMES[tool]} is left out: {reason}", flush=True)
                 left_out[tool] = str(reason)
                 seconds.pop(tool, None)

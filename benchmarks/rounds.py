@@ -126,7 +126,7 @@ def leaving_out(arm: str, measured: Measured) -> Iterator[None]:
         yield
     except ArmFailed as reason:
         if arm in ("encoder", "ours"):
-            raise InputError(f"{LABELS[arm]} failed, and nothing can be compared without it: {reason}") from None
+            raise InputError(f"{LABELS[arm]} failed, so the others have nothing to be compared with: {reason}") from None
         print(f"  {LABELS[arm]} is left out: {reason}", flush=True)
         measured.left_out[arm] = str(reason)
         for kept in (measured.seconds, measured.ends):

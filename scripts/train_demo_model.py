@@ -220,7 +220,7 @@ def resume(path: Path, parts: dict[str, Any], config: DemoModelConfig) -> int:
         return 0
     state = torch.load(path, weights_only=True)
     if state["settings"] != settings_of(config):
-        raise InputError(f"{path} was saved under other settings; give those to resume it, or another --out to begin anew")
+        raise InputError(f"{path} was saved under other settings; give those to resume it, or another --out to start over")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     print(f"resuming after step {state['step']}", flush=True)

@@ -63,7 +63,7 @@ def vocabulary(tokenizer: Any, size: int = 0) -> Vocabulary:
     tokenizer gets the text that its own `decode` returns for the single token.
     """
     if tokenizer is None:
-        raise InputError("expected a model with a tokenizer, but this one has none; token ids cannot be shown as text without it")
+        raise InputError("expected a model with a tokenizer, but this one has none, so token ids cannot be shown as text")
     size = max(size, len(tokenizer))
     kind = _decoder_kind(tokenizer)
     added = {int(i): str(token) for i, token in tokenizer.added_tokens_decoder.items()}

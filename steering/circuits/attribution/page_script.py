@@ -52,7 +52,7 @@ SCRIPT = r"""
       mark.classList.toggle("chosen", n === chosen);
     });
   }
-  function largestOf(lists) {  // as many as the tables show, or nothing could be told from anything
+  function largestOf(lists) {  // as many as the tables show: among more lines none can be followed
     return [...(lists.get(chosen) || [])].sort((a, b) => Math.abs(data.edges[b][2]) - Math.abs(data.edges[a][2])).slice(0, most);
   }
   function line(edge, largest) {

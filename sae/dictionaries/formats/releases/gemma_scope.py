@@ -146,8 +146,8 @@ def load_layers(path: Path, device: Device = "cpu") -> Layers:
     kind = said["type"] if said and "type" in said else next((kind for kind in KINDS if f"/{kind}/" in name_of(first)), "")
     layers = list(range(sizes["n"]))
     if kind == "crosscoder":
-        told = said["hf_hook_point_in"] if said else name_of(first)
-        found = re.search(r"layers\.\{([0-9,]+)\}|/layer_([0-9_]+)_width", told)
+        stated = said["hf_hook_point_in"] if said else name_of(first)
+        found = re.search(r"layers\.\{([0-9,]+)\}|/layer_([0-9_]+)_width", stated)
         layers = [int(layer) for layer in re.findall("[0-9]+", found[0])] if found else []
     if kind not in KINDS or len(layers) != sizes["n"]:
         raise InputError(f"expected config.json in {path}, or folder names, to say of which {sizes['n']} layers this is; {AGAIN}")

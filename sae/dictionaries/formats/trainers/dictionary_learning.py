@@ -217,8 +217,8 @@ def facts_of(files: Files) -> dict[str, Any]:
     settings, buffer = files.settings, files.buffer
     model, submodule, layer = settings.get("lm_name") or None, settings.get("submodule_name"), settings.get("layer")
     match = SUBMODULE.search(submodule or name_of(files.weights))
-    told = ("dict_class", "trainer_class", "submodule_name", "layer")
-    facts = {key: settings[key] for key in told if settings.get(key) not in (None, "")}
+    stated = ("dict_class", "trainer_class", "submodule_name", "layer")
+    facts = {key: settings[key] for key in stated if settings.get(key) not in (None, "")}
     facts |= {} if model is None else {"model_name": model}
     facts |= {"context_size": buffer["ctx_len"]} if "ctx_len" in buffer else {}
     facts |= promised(files.weights.with_name(RESULTS))
