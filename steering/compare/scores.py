@@ -68,7 +68,7 @@ def _summary(
     if len(ranked) > 1:
         (_, first, first_p), (_, second, second_p) = ranked[:2]
         ahead = mean_estimate(first_p - second_p, seed)
-        clear = "is ahead of" if ahead["low"] > 0 else "cannot be told from"
+        clear = "is ahead of" if ahead["low"] > 0 else "is not clearly ahead of"
         sentences.append(f"{first} gained most and {clear} {second}, the next: a difference of {estimate_text(ahead)}.")
     elif not ranked:
         sentences.append("No direction steers towards the concept at these budgets.")

@@ -25,7 +25,7 @@ KEYS = (
 )
 COLUMNS = {
     "feature": "feature", "label": "label", "density": "density", "max": "max", "mean": "mean",
-    "fvu_contribution": "FVU without it", "top_token": "fires on",
+    "fvu_contribution": "FVU rise if removed", "top_token": "fires on",
 }  # fmt: skip
 WORDS = ("label", "top_token")  # columns of text: sorted from the front, and not aligned as numbers
 SEARCHES = {
@@ -170,7 +170,7 @@ def _filters(query: Query) -> str:
 <p><input type="search" name="q" value="{escape(query.q)}" placeholder="search, or one|two" aria-label="search for">
 <select name="how" aria-label="where">{options}</select></p>
 <p>{field("density_min", "density from")}{field("density_max", "to")}{field("max_min", "max from")}{field("max_max", "to")}
-{field("fvu_min", "FVU without it from")}{field("fvu_max", "to")}{field("token", "top token has")}{field("label", "label has")}
+{field("fvu_min", "FVU rise if removed from")}{field("fvu_max", "to")}{field("token", "top token has")}{field("label", "label has")}
 {check("starred", "starred")}{check("labelled", "labelled")}{check("dead", "dead too")}
 <button>Show</button> <a href="/">all</a></p></form>"""
 

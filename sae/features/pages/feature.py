@@ -128,7 +128,7 @@ def _facts(columns: dict[str, Any], info: dict[str, Any]) -> str:
         "skewness": number(columns["skewness"]),
         "kurtosis": number(columns["kurtosis"]),
         "decoder norm": number(columns["decoder_norm"]),
-        "FVU without it": f'<span title="change of the fraction of variance unexplained if this feature were left out">'
+        "FVU rise if removed": f'<span title="change of the fraction of variance unexplained if this feature were left out">'
         f"{float(columns['fvu_contribution']):+.2g}</span>",
     }
     if "negative_share" in columns:

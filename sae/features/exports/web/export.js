@@ -7,7 +7,7 @@ const folded = text => text.normalize("NFC").replace(/[’‘ʼ＇]/g, "'").toLo
 const PAGE = 100, KEPT = 8;  // rows of the table at a time; files of pages kept in memory
 const KEYS = {"j": "next feature of the list", "k": "the one before", "[": "feature with the number below", "]": "with the number above",
   "/": "search", "r": "a random feature", "u": "up to the list", "?": "this help", "Esc": "leave the field or this help"};
-const NUMBERS = {density: "density", count: "count", max: "max", mean: "mean", fvu: "FVU without it"};
+const NUMBERS = {density: "density", count: "count", max: "max", mean: "mean", fvu: "FVU rise if removed"};
 let stats = null, vocabulary = null, tokensPerFile = 0, serial = 0;
 const loading = new Map(), pages = new Map(), postings = new Map(), place = new Map();
 
