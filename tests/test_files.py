@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from sae.disk.checksum import crc32
 from sae.disk.reading import read_json
+from sae.disk.streamed import Streamed, in_order, write_streamed
 from sae.disk.writing import atomic, remove_leftovers, require_free_space, write_json, write_tensors
 from sae.errors import InputError
 
@@ -40,6 +41,19 @@ def test_tensors_come_back_and_others_may_read_the_file(tmp_path):
     assert all(torch.equal(tensors[k], back[k]) for k in tensors)
     (tmp_path / "plain").touch()
     assert (tmp_path / "t.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_tensors_written_in_parts_give_the_same_bytes(tmp_path):
+    tensors = {"wide": torch.randn(7, 3), "a": torch.randn(5), "empty": torch.zeros(0, 4), "d": torch.randn(3, dtype=torch.float64)}
+    tensors |= {"half": torch.randn(6, 2).half(), "b": torch.randn(3, 2).bfloat16(), "n": torch.arange(4), "one": torch.tensor(2.5)}
+    write_tensors(tmp_path / "whole", tensors)
+    parts = {name: Streamed(tensors[name].dtype, tuple(tensors[name].shape), pieces(tensors[name])) for name in in_order(tensors)}
+    write_streamed(tmp_path / "parts", parts, {})
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()
+
+
+def pieces(tensor):
+    return [tensor[:1], tensor[1:]] if tensor.ndim else [tensor]
 
 
 def test_a_write_the_disk_refuses_leaves_nothing(tmp_path):

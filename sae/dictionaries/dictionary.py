@@ -254,7 +254,7 @@ class Dictionary(nn.Module):
 
     def decode(self, acts_bf: Tensor, x_bd: Tensor | None = None) -> Tensor:
         """The output for these activations, [..., o]; `x_bd`, the encoded input, is needed if `decodes_with_input`."""
-        y_bo = self._written(acts_bf) + self.b_dec_o
+        y_bo = self.written(acts_bf) + self.b_dec_o
         return y_bo if not self.decodes_with_input else self.completed(y_bo, x_bd)
 
     def decode_entries(self, entries: Entries, x_bd: Tensor) -> Tensor:
@@ -268,7 +268,7 @@ class Dictionary(nn.Module):
         add_weighted_sums(y_bo, rows_of(self.W_dec_fo, slice(0, self.d_sae)), feature_n, starts_of(row_n, len(x_bd)), value_n, False)
         return y_bo if not self.decodes_with_input else self.completed(y_bo, x_bd)
 
-    def _written(self, acts_bf: Tensor) -> Tensor:
+    def written(self, acts_bf: Tensor) -> Tensor:
         """acts W_dec, [..., o]. For weights that are used in blocks, only rows of features that are active somewhere are read."""
         if self.features_at_once >= self.d_sae:
             return acts_bf.to(self.dtype) @ rows_of(self.W_dec_fo, slice(0, self.d_sae))

@@ -6,6 +6,7 @@ a feature is active above a threshold, one number for all features: the running 
 end the number that keeps k per row on held-out rows (`threshold_for`).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from sae.dictionaries.gates import Gate, Threshold
 from sae.entries import Buffers, entries_above, largest
 from sae.errors import InputError
 from sae.kinds.kind import Aided, Now, aid_loss
+from sae.mesh import Axis
 from sae.objective import Goal, Own, Step, Terms, Weights
 from sae.objective.choice import LOWER
 from sae.objective.formula import pre_activations, squared_error
@@ -93,15 +95,21 @@ class Matryoshka(BatchTopK):
 
 
 @torch.no_grad()
-def threshold_for(dictionary: Dictionary, rows: Sequence[Tensor], k: int, guess: float = 0.0) -> tuple[float, int]:
+def threshold_for(
+    dictionary: Dictionary, rows: Sequence[Tensor], k: int, guess: float = 0.0, every: Axis | None = None
+) -> tuple[float, int]:
     """The threshold above which `dictionary` has k active features per row on these chunks of rows [b, d], and the number of rows.
 
-    It is the largest pre-activation after the first k·rows, or 0 if fewer are above 0. A `guess` saves time.
+    It is the largest pre-activation after the first k·rows, or 0 if fewer are above 0. A `guess` saves time. If each process of `every`
+    has a part of the features as its `dictionary`, all call it.
     """
-    buffers, count = Buffers(), sum(map(len, rows))
+    buffers, count, every = Buffers(), sum(map(len, rows)), every or Axis()
     for lower in LOWER:
         value_n = torch.cat([entries_above(dictionary.pre_activations(x_bd), guess * lower, 0, buffers).value_n for x_bd in rows])
-        if len(value_n) > k * count:
+        lengths = every.numbers(len(value_n))
+        if sum(lengths) > k * count:
+            padded_n = torch.nn.functional.pad(value_n, (0, int(max(lengths)) - len(value_n)), value=-math.inf)
+            value_n = every.gather(padded_n).flatten()
             return float(value_n.kthvalue(len(value_n) - k * count).values), count  # host sync
         if not guess:
             break

@@ -1,7 +1,6 @@
 """A training run's checkpoint: one safetensors file, complete or absent, with everything that the next step depends on."""
 
 import json
-from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,15 +55,16 @@ class Checkpoint:
         """
         mesh, (split, whole) = sweeps[0].mesh, states_of(sweeps)
         tensors = split | whole
-        order = in_order(tensors)
-        parts = {name: all_rows(tensors[name], mesh) if name in split else [tensors[name].cpu()] for name in order}  # host sync
-        if mesh.leads:
-            streamed = {name: Streamed(tensors[name].dtype, whole_shape(tensors[name], mesh, name in split), parts[name]) for name in order}
-            about = {"step": str(step), "settings": json.dumps(self.settings), "mesh": str(mesh)}
-            write_streamed(self.path, streamed, about)
-        else:
-            for name in order:
-                deque(parts[name], maxlen=0)  # sends them
+        streamed = {
+            name: Streamed(
+                tensors[name].dtype,
+                whole_shape(tensors[name], mesh, name in split),
+                all_rows(tensors[name], mesh) if name in split else [tensors[name].cpu()],  # host sync
+            )
+            for name in in_order(tensors)
+        }
+        about = {"step": str(step), "settings": json.dumps(self.settings), "mesh": str(mesh)}
+        write_streamed(self.path, streamed, about, mesh.leads)
         mesh.every.wait()
 
     def restore(self, sweeps: Sequence[Kept]) -> int:

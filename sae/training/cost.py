@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sae.activations.cached import BUFFER_BYTES, CachedSource
+from sae.dictionaries.formats.saelens.files import BLOCK_BYTES
 from sae.kinds import Now
 from sae.mesh import Axis, Mesh
 from sae.objective import Weights
@@ -116,19 +117,27 @@ def memory_bytes(shape: Shape, split: Split, row_bytes: int) -> dict[str, int]:
     }
 
 
+def saving_bytes(shape: Shape, split: Split) -> tuple[int, int]:
+    """Additional bytes in each process, and in the one that leads, while a dictionary is saved: its features in the model's own units and
+    some transposed columns; in the one that leads also another process's part of a matrix."""
+    features = shape.features // split.processes
+    mine = 4 * features * shape.of_feature + min(BLOCK_BYTES, 4 * features * shape.d)
+    return mine, mine + (4 * features * shape.o if split.processes > 1 else 0)
+
+
 def report(config: TrainingConfig, source: CachedSource, mesh: Mesh) -> None:
     """Prints the cost of the run; measures for less than a second."""
     ends, split = Ends.of(source, config), Split.of(config.shard or "features", mesh.every.size)
     shape = Shape.of(config, ends)
     row_bytes = sum(source.caches[site].d_in * source.caches[site].dtype.itemsize for site in ends.sites)
     memory, sent = memory_bytes(shape, split, row_bytes), wire_bytes(shape, split)
-    whole = 4 * shape.dictionaries * shape.features * (shape.d + shape.o)
     several, who = split.processes > 1, "one process"
     if several:
         who = f"each of {split.processes} processes ({split.features} by features, {split.rows} by rows)"
     print(f"{who}: {size(sum(memory.values()))} of memory ({listed(memory)})")
+    mine, first = saving_bytes(shape, split)
+    print(f"saving a dictionary takes {size(mine)} more at the end" + f", {size(first)} in the process that leads" * several)
     if several:
-        print(f"the process that leads: {size(2 * whole)} more at the end, when it saves the whole dictionary")
         print(f"a step sends {size(sum(sent.values()))} from each process ({listed(sent)})")
     print(f"a step reads {size(config.batch_size * row_bytes)} of the cache in each process, once for those of one machine")
     product, speed = product_seconds(shape, split, config), wire_speed(mesh.every)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sae.activations.live import PoolSource
 from sae.activations.source import Source
 from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.formats.saelens.files import save
 from sae.dictionaries.gates import Threshold
 from sae.disk.writing import write_json
 from sae.encoding import METHODS, fastest
@@ -29,7 +29,7 @@ from sae.training.config import RunConfig
 from sae.training.ends import Ends
 from sae.training.metrics import MetricsLog, lines_of
 from sae.training.shard import refuse_split
-from sae.training.start import ROWS, change_since, opened, said, starting_point
+from sae.training.start import ROWS, change_since, opened, part_of, said, starting_point
 from sae.training.sweep import Start, Sweep
 
 OF_ONE = ("out", "seed", "init", "decoder_norm", "b_dec")
@@ -136,16 +136,12 @@ class Part:
 
     def finish(self, settings: dict[str, Any]) -> None:
         """Saves the dictionaries and their training records; training.json, written last, marks each as complete."""
-        if not self.mesh.alone and isinstance(self.source, PoolSource):
-            self.source.pool_rows(0)  # on which the one that leads measures: pools come to all processes together
         for k, folder in enumerate(self.folders):
             self._finish(k, folder, settings)
 
     def _finish(self, k: int, folder: Path, settings: dict[str, Any]) -> None:
-        sweep, ends, config = self.sweep, self.ends, self.config
-        dictionary, value = sweep.gathered(k), sweep.values[k]
-        if dictionary is None:  # another process leads
-            return
+        sweep, ends, config, every = self.sweep, self.ends, self.config, self.mesh.every
+        dictionary, value = sweep.own_part(k), sweep.values[k]
         record: dict[str, Any] = {
             "settings": json.loads(json.dumps(settings)),
             "scale": self.scales[ends.reads[0]] if len(self.scales) == 1 else self.scales,
@@ -160,17 +156,20 @@ class Part:
         }
         saved = dictionary.folded(*ends.factors(self.scales))
         if (init := self.inits[k]) is not None:
-            before = opened(init, self.source, ends, config).to(saved.W_dec_fo.device)
-            record["since_init"] = change_since(before, saved, self.source, ends)
-            print(f"{folder}: {said(record['since_init'])}")
-        saved.save(folder)
-        write_json(folder / "training.json", record)
+            before = part_of(opened(init, self.source, ends, config), every.part(config.d_sae)).to(saved.W_dec_fo.device)
+            record["since_init"] = change_since(before, saved, self.source, ends, every)
+            if every.leads:
+                print(f"{folder}: {said(record['since_init'])}")
+        save(saved.parts(), folder, every)
+        if every.leads:
+            write_json(folder / "training.json", record)
 
     def _settle(self, dictionary: Dictionary, k: int, folder: Path) -> dict[str, Any]:
         """Sets the threshold of a BatchTopK dictionary so that k features per row are active on held-out rows; returns the record of it.
 
         If a source has no held-out rows, training rows are used. Thresholds are in training units.
         """
+        every = self.mesh.every
         held_out, rows = self.source.rows_for_measuring(self.ends.sites)
         gate = dictionary.gate
         assert isinstance(gate, Threshold)
@@ -179,8 +178,8 @@ class Part:
         parts = [dict(zip(rows, chunk)) for chunk in zip(*(part.split(ROWS) for part in rows.values()))]
         chunks = [self.ends.pair({site: x_bd.to(device) for site, x_bd in part.items()}, self.scales)[0] for part in parts]
         running = float(gate.theta_f[0])
-        active = sum(int((dictionary.encode(x_bd) > 0).sum()) for x_bd in chunks)
-        threshold, count = threshold_for(dictionary, chunks, k, guess=running)
+        active = every.total(sum(int((dictionary.encode(x_bd) > 0).sum()) for x_bd in chunks))
+        threshold, count = threshold_for(dictionary, chunks, k, running, every)
         gate.theta_f.data.fill_(threshold)
         print(
             f"{folder}: a threshold of {threshold:.4g} keeps {k} a row on {count:,} {'held-out' if held_out else 'training'} rows; the "

@@ -8,13 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from sae.activations.source import Source
 from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.rows import BLOCK_BYTES, ranges, rows_of
 from sae.errors import InputError
 from sae.kinds import name_of
+from sae.mesh import Axis
 from sae.training.config import RunConfig
 from sae.training.ends import Ends, side_by_side
+from sae.training.sweep import acts_and_output
 
 ROWS = 512
 """rows encoded at a time when a dictionary is measured"""
@@ -33,13 +37,10 @@ def starting_point(
     """
     if config.init is not None:
         factor_in, factor_out = ends.factors(scales)
-        found = opened(config.init, source, ends, config).folded(1 / factor_in, 1 / factor_out)
-        own = config.kind.taken_over(found.gate)
+        part = part_of(opened(config.init, source, ends, config), features).folded(1 / factor_in, 1 / factor_out)
+        own = config.kind.taken_over(part.gate)
         assert own is not None  # `opened` has asked
-        W_enc_fd, b_enc_f, W_dec_fo, b_dec_o = found.parts()[:4]
-        mine = W_enc_fd[features], b_enc_f[features], W_dec_fo[features], b_dec_o
-        part = Dictionary(*mine, b_in_d=found.b_in_d, W_skip_od=found.W_skip_od, metadata=found.metadata)
-        return part, {name: tensor[features] for name, tensor in own.items()}
+        return part, own
     norm = config.decoder_norm or (1.0 if config.kind.unit_rows else 0.3)
     dictionary = Dictionary.initial(ends.d_out, config.d_sae, seed=config.seed, decoder_norm=norm, features=features)
     if ends.transcodes:
@@ -100,35 +101,45 @@ def opened(init: Path, source: Source, ends: Ends, config: RunConfig) -> Diction
     return Dictionary(W_enc_fd, moved_f, W_dec_fo, b_dec_o, gate=found.gate, b_in_d=b_dec_o, metadata=ends.metadata())
 
 
-def change_since(init: Dictionary, trained: Dictionary, source: Source, ends: Ends) -> dict[str, Any]:
+def part_of(dictionary: Dictionary, features: slice) -> Dictionary:
+    """Some features of a dictionary, without a copy; a gate that keeps k of a row keeps k of these."""
+    whole = dictionary.parts()
+    mine = {name: getattr(whole, name)[features] for name in ("W_enc_fd", "b_enc_f", "W_dec_fo")}
+    return Dictionary.of(whole._replace(gate=whole.gate.of(features) or whole.gate, **mine))
+
+
+def change_since(init: Dictionary, trained: Dictionary, source: Source, ends: Ends, every: Axis) -> dict[str, Any]:
     """How training changed `--init`, for training.json: FVU and L0 before and after, and each feature's cosine to its initial row.
 
-    Measured on a sample of the training rows, because held-out rows are for `sae evaluate`.
+    Measured on a sample of the training rows, because held-out rows are for `sae evaluate`. Each process of `every` passes its part of
+    both dictionaries; the first one gets all cosines.
     """
     rows = {site: source.first_rows(site).float() for site in ends.sites}
     x_bd, y_bo = ends.pair(rows, dict.fromkeys(rows, 1.0))
     y_bo = x_bd if y_bo is None else y_bo
-    unit = [torch.nn.functional.normalize(one.W_dec_fo.cpu(), dim=-1) for one in (init, trained)]
-    cosine_f = (unit[0] * unit[1]).sum(-1)
+    cosines = []
+    for part in ranges(init.d_sae, max(1, BLOCK_BYTES // (4 * init.d_out))):
+        unit = [normalize(rows_of(one.W_dec_fo, part).cpu(), dim=-1) for one in (init, trained)]
+        cosines.append((unit[0] * unit[1]).sum(-1))
     return {
         "rows": len(x_bd),
-        "before": quality(init, x_bd, y_bo),
-        "after": quality(trained, x_bd, y_bo),
-        "decoder_cosines": [round(cosine, 4) for cosine in cosine_f.tolist()],
+        "before": quality(init, x_bd, y_bo, every),
+        "after": quality(trained, x_bd, y_bo, every),
+        "decoder_cosines": [round(cosine, 4) for cosine_f in every.to_first(torch.cat(cosines)) for cosine in cosine_f.tolist()],
     }
 
 
 @torch.no_grad()
-def quality(dictionary: Dictionary, x_bd: Tensor, y_bo: Tensor) -> dict[str, float]:
-    """FVU and L0 on raw activations."""
+def quality(dictionary: Dictionary, x_bd: Tensor, y_bo: Tensor, every: Axis) -> dict[str, float]:
+    """FVU and L0 on raw activations of the dictionary of which each process of `every` has a part."""
     error, fired = 0.0, 0
     for start in range(0, len(x_bd), ROWS):
         part_bd, part_bo = (rows[start : start + ROWS].to(dictionary.W_dec_fo.device) for rows in (x_bd, y_bo))
-        acts_bf = dictionary.encode(part_bd)
-        error += float((dictionary.decode(acts_bf, part_bd) - part_bo).double().square().sum())
+        acts_bf, written_bo = acts_and_output(dictionary, part_bd, every)
+        error += float((written_bo - part_bo).double().square().sum())
         fired += int((acts_bf != 0).sum())
     power = float((y_bo - y_bo.mean(0)).double().square().sum())
-    return {"fvu": error / power, "l0": fired / len(x_bd)}
+    return {"fvu": error / power, "l0": every.total(fired) / len(x_bd)}
 
 
 def said(change: dict[str, Any]) -> str:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.gates import Choice
 from sae.entries import largest
 from sae.kinds import Kind, Now
+from sae.mesh import Axis
 from sae.objective import Adam, Backend, Own, Step, Weights, Workspace, objective
 from sae.objective.choice import kept_of_rows
 from sae.objective.step import WHOLE, of
@@ -93,15 +95,10 @@ class Sweep:
         """The k-th dictionary now, sharing memory with the sweep; with several processes, only this one's features."""
         return self._dictionary(self.weights.of(k), of(self.own, k), k)
 
-    def gathered(self, k: int) -> Dictionary | None:
-        """The whole k-th dictionary on the CPU, in the leader; all processes call it."""
-        if self.mesh.alone:
-            return self.dictionary(k)
-        parts = {name: list(self.mesh.every.to_first(tensor[k])) for name, tensor in self.parameters.items()}
-        if not self.mesh.leads:
-            return None
-        whole = {name: pieces[0] if name in WHOLE else torch.cat(pieces) for name, pieces in parts.items()}
-        return self._dictionary(Weights(*(whole.pop(name) for name in Weights._fields)), whole, k)
+    def own_part(self, k: int) -> Dictionary:
+        """`dictionary` with only the features that this process updates, which no other process has."""
+        own = of(self.parameters, k)
+        return self._dictionary(Weights(*(own.pop(name) for name in Weights._fields)), own, k)
 
     def _dictionary(self, weights: Weights, own: Own, k: int) -> Dictionary:
         W_enc_fd, b_enc_f, gate = self.kind.encoder(weights, own, of(self.kept, k), self.values[k])
@@ -170,7 +167,7 @@ class Sweep:
         count, before = sum(dead), sum(dead[: features.rank])
         if not count or count == len(dead_f) * features.size:
             return 0  # without a living feature there is no scale to follow
-        residual_bo = (x_bd if y_bo is None else y_bo) - self.written(x_bd, k, step)
+        residual_bo = (x_bd if y_bo is None else y_bo) - self.written(x_bd, k)
         loss_b = residual_bo.square().sum(-1)
         generator = torch.Generator().manual_seed(self.seeds[k] * 1_000_003 + step)
         drawn = torch.multinomial(loss_b.double().square().cpu(), count, replacement=count > len(x_bd), generator=generator)  # host sync
@@ -199,18 +196,9 @@ class Sweep:
         total, count = self.mesh.features.sums(norm_n.sum(), norm_n.new_tensor(len(norm_n)))
         return total / count
 
-    def written(self, x_bd: Tensor, k: int, step: int) -> Tensor:
+    def written(self, x_bd: Tensor, k: int) -> Tensor:
         """The k-th dictionary's output for rows, [b, o]: the sum over all processes' features."""
-        features, weights, own = self.mesh.features, self.weights.of(k), of(self.own, k)
-        if features.alone:
-            return self.dictionary(k)(x_bd)
-        acts_bf, rule = self.dictionary(k).encode(x_bd), self.kind.goal(self.values[k], self.now(k, step)).rule(weights, own)
-        if rule is not None and rule.top and rule.over == "row":
-            kept_bk = largest(acts_bf.abs(), rule.top)
-            value_bk = kept_of_rows(acts_bf.abs().gather(1, kept_bk), rule.top, features)
-            acts_bf = torch.zeros_like(acts_bf).scatter(1, kept_bk, acts_bf.gather(1, kept_bk) * (value_bk > 0))
-        y_bo = features.sum_(acts_bf @ weights.W_dec_fd) + weights.b_dec_d
-        return y_bo + x_bd @ own["W_skip_od"].T if "W_skip_od" in own else y_bo
+        return acts_and_output(self.dictionary(k), x_bd, self.mesh.features)[1]
 
     def counts(self) -> dict[str, Tensor]:
         """Counts since the last lines of metrics."""
@@ -247,3 +235,17 @@ class Sweep:
                 rows.gather_parts_(tensor, self.parameters[name], 1)
         for tensor in (self.silent_steps_kf, self.fired_kf):
             rows.gather_parts_(tensor, tensor[:, rows.part(tensor.shape[1])].contiguous(), 1)
+
+
+@torch.no_grad()
+def acts_and_output(part: Dictionary, x_bd: Tensor, features: Axis) -> tuple[Tensor, Tensor]:
+    """Activations of this process's `part` of a dictionary's features, [b, f], and the whole dictionary's output, [b, o]."""
+    acts_bf = part.encode(x_bd)
+    if features.alone:
+        return acts_bf, part.decode(acts_bf, x_bd)
+    if isinstance(part.gate, Choice):  # each process has chosen k of its own
+        kept_bk = largest(acts_bf.abs(), part.gate.k)
+        value_bk = kept_of_rows(acts_bf.abs().gather(1, kept_bk), part.gate.k, features)
+        acts_bf = torch.zeros_like(acts_bf).scatter(1, kept_bk, acts_bf.gather(1, kept_bk) * (value_bk > 0))
+    y_bo = features.sum_(part.written(acts_bf)) + part.b_dec_o
+    return acts_bf, part.completed(y_bo, x_bd) if part.decodes_with_input else y_bo

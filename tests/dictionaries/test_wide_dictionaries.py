@@ -7,16 +7,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from meshes import together
 
 from sae.dictionaries import rows
 from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.formats import tensors
+from sae.dictionaries.formats.saelens import files
 from sae.dictionaries.frames import Frame
 from sae.dictionaries.gates import AbsTopK, BareTopK, GroupMax, Threshold, TopK
 from sae.dictionaries.source import sampled_crc32
 from sae.disk import mapped
+from sae.disk.writing import write_tensors
 from sae.entries import Buffers
 from sae.errors import InputError
+from sae.training.start import part_of
 from steering.intervention import DictionaryFeature, _feature_term
 
 B, D, F, K = 9, 6, 60, 5
@@ -140,6 +144,25 @@ def test_the_gate_decides_in_float32(wide):
     W = torch.tensor([[1, 2**-10], [1, -(2**-10)]], dtype=torch.bfloat16)
     sae = Dictionary(W, torch.zeros(2).bfloat16(), W, torch.zeros(2).bfloat16(), gate=Threshold(theta)).requires_grad_(False)
     assert sae.encode(torch.ones(1, 2)).tolist() == [[1 + 2**-10, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gate", ["jumprelu", "topk"])
+def test_processes_save_their_parts_as_the_bytes_of_the_whole(tmp_path, gate, dtype, monkeypatch):
+    whole = dictionary_of(gate, dtype)
+    expected = {"W_enc": whole.W_enc_fd.T, "b_enc": whole.b_enc_f, "W_dec": whole.W_dec_fo, "b_dec": whole.b_dec_o}
+    expected |= {"threshold": whole.gate.theta_f} if gate == "jumprelu" else {}
+    write_tensors(tmp_path / "expected.safetensors", expected)
+    whole.save(tmp_path / "whole")
+    monkeypatch.setattr(files, "BLOCK_BYTES", 2 * F * dtype.itemsize)  # two columns at a time
+
+    def save_part(mesh):
+        files.save(part_of(whole, mesh.every.part(F)).parts(), tmp_path / "parts", mesh.every)
+
+    together(4, 1, save_part)
+    for name in (files.WEIGHTS, files.CFG):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (tmp_path / "parts" / files.WEIGHTS).read_bytes() == (tmp_path / "expected.safetensors").read_bytes()
 
 
 def with_nan(folder, features) -> None:

@@ -17,7 +17,7 @@ from sae.kinds import BatchTopK
 from sae.objective import Workspace
 from sae.processes import Processes
 from sae.training import train
-from sae.training.cost import Shape, memory_bytes, wire_bytes
+from sae.training.cost import Shape, memory_bytes, saving_bytes, size, wire_bytes
 from sae.training.ends import Ends
 from sae.training.shard import Split, meshed, split_of_all
 from sae.training.sweep import Start, Sweep
@@ -76,6 +76,7 @@ def test_a_million_features_can_be_planned():
     assert memory["weights"] == memory["gradients"] == (1 << 14) * (2 * 2304 + 1) * 4
     assert memory["Adam's moments"] == 2 * memory["weights"]
     assert wire_bytes(shape, Split(64, 1))["partial reconstructions"] == 2 * 63 * (8192 // 64) * 2304 * 4
+    assert [size(count) for count in saving_bytes(shape, Split(8, 1))] == ["2.5 GB", "3.7 GB"]
     assert wire_bytes(shape, Split(1, 64))["weights"] == 63 * (1 << 14) * (2 * 2304 + 1) * 4
 
 
@@ -94,6 +95,7 @@ def test_a_dry_run_says_what_each_process_takes(cache, tmp_path, capsys):  # noq
     train(replace(config, shard="features=4,rows=2"))
     out = capsys.readouterr().out
     assert "each of 8 processes (4 by features, 2 by rows): " in out
+    assert "saving a dictionary takes 980 bytes more at the end, 1.3 kB in the process that leads" in out
     assert "a step sends" in out
     assert "a step reads 4.1 kB of the cache" in out
     assert "rows/s: 1.5 times the encoder product" in out

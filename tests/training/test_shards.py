@@ -1,5 +1,6 @@
 """One dictionary in several processes: what one process learns to rounding, itself to the bit; killed, resumed, refused."""
 
+import json
 import os
 import random
 import resource
@@ -19,6 +20,7 @@ from test_training import WEIGHTS, cache, contents  # noqa: F401 (a fixture)
 
 from sae import processes as job
 from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.formats import tensors
 from sae.errors import InputError
 from sae.kinds import ReLU
 from sae.objective import Workspace
@@ -94,6 +96,38 @@ def test_a_killed_process_ends_all_and_any_number_goes_on(dead, cache, tmp_path)
                 assert contents(one) == contents(other)
             close(one, other)
     assert "features=2,rows=1 and continues with features=2,rows=2" in said(tmp_path / "on")[0]
+
+
+def test_a_process_that_is_killed_while_the_dictionary_is_saved(cache, tmp_path):  # noqa: F811
+    config = config_of(alone(small("batchtopk")), cache, tmp_path / "whole", steps=40, checkpoint_every=20, shard="features")
+    assert run(config, 2, tmp_path / "log") == [0, 0]
+    for number, there in ((2, set()), (4, {WEIGHTS}), (6, {WEIGHTS, "cfg.json"})):  # two are the checkpoint's
+        cut = replace(config, out=tmp_path / f"cut{number}")
+        assert forked(lambda cut=cut: train(cut), 2, tmp_path / "killed", kill=(0, number)) == [-9, 2], said(tmp_path / "killed")
+        assert {path.name for path in cut.out.glob("[!.]*")} == there | {"checkpoint.safetensors", "metrics.jsonl"}
+        assert run(cut, 2, tmp_path / "on") == [0, 0]
+        assert contents(cut.out) == contents(config.out)
+        assert (cut.out / "training.json").read_bytes() == (config.out / "training.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["relu", "topk"])
+def test_several_processes_measure_what_one_measures_since_the_start(name, cache, tmp_path, monkeypatch):  # noqa: F811
+    config = config_of(alone(small(name)), cache, tmp_path / "init")
+    first = train(config)[0]
+    on = replace(config, init=first, out=tmp_path / "alone", steps=20, lr=1e-4)
+    train(on)
+    one = json.loads((on.out / "training.json").read_text())["since_init"]
+    assert one["before"]["fvu"] == pytest.approx(contents(first)[1][-1]["fvu"], rel=0.5)
+    for where in ("memory", "disk"):
+        if where == "disk":
+            monkeypatch.setattr(tensors, "WIDE", 1)
+        several = replace(on, out=tmp_path / where, shard="features=2,rows=2")
+        assert run(several, 4, tmp_path / "log") == [0] * 4, said(tmp_path / "log")
+        assert "FVU" in said(tmp_path / "log")[0]
+        found = json.loads((several.out / "training.json").read_text())["since_init"]
+        for when in ("before", "after"):
+            assert found[when] == pytest.approx(one[when], rel=1e-3)
+        assert found["decoder_cosines"] == pytest.approx(one["decoder_cosines"], abs=1e-3)
 
 
 def test_a_signal_to_one_process_makes_all_write_a_checkpoint(cache, tmp_path):  # noqa: F811

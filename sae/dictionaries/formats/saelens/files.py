@@ -3,7 +3,7 @@
 d model width · f features · o width of what is written
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,15 @@ from sae.dictionaries.frames import Frame
 from sae.dictionaries.gates import AbsTopK, BareTopK, Gate, GroupMax, Threshold, TopK, gated
 from sae.dictionaries.parts import Layers, Parts, Port
 from sae.disk.mapped import is_mapped, require_room
-from sae.disk.writing import write_json, write_tensors
+from sae.disk.streamed import Streamed, in_order, write_streamed
+from sae.disk.writing import write_json
 from sae.errors import InputError
+from sae.mesh import Axis
 
 WEIGHTS = "sae_weights.safetensors"
 TRAIN_AGAIN = "copy or train the dictionary again"
+BLOCK_BYTES = 1 << 26
+"""size of the part of W_enc that is transposed at a time when it is written"""
 KEEPS_K: dict[Callable[[int], Gate], str] = {TopK: "topk", AbsTopK: "abstopk", BareTopK: "bare_topk", GroupMax: "groupmax"}
 """names of the gates with a k"""
 
@@ -119,13 +123,16 @@ def require_whole(folder: Path, settings: Settings, weights: dict[str, Tensor]) 
         require_finite(folder, name, tensor, TRAIN_AGAIN)
 
 
-def save(d: Parts, folder: Path) -> None:
+def save(d: Parts, folder: Path, every: Axis | None = None) -> None:
     """Writes the folder that SAELens' `SAE.load_from_disk` opens; each file is written completely or not at all.
+
+    If several processes have equal parts of the features, all of `every` call it, and the first writes the whole dictionary. It then holds
+    one other process's part of a matrix at a time.
 
     An input bias that is not the decoder's bias is folded into the encoder's. What SAELens does not have (some gates, a transcoder that
     keeps k, an autoencoder with a skip matrix) is written in the same way with an architecture that SAELens refuses.
     """
-    gate, frame, transcoder = d.gate, d.frame, d.is_transcoder
+    gate, frame, transcoder, every = d.gate, d.frame, d.is_transcoder, every or Axis()
     o, d_in = len(d.b_dec_o), d.W_enc_fd.shape[1]
     subtracts = d.b_in_d is not None and not transcoder and torch.equal(d.b_in_d, d.b_dec_o)
     b_enc_f = d.b_enc_f if d.b_in_d is None or subtracts else d.b_enc_f - d.W_enc_fd @ d.b_in_d
@@ -143,7 +150,11 @@ def save(d: Parts, folder: Path) -> None:
         weights["W_skip"] = torch.nn.functional.pad(d.W_skip_od, (0, 0, 0, o - len(d.W_skip_od)))
     if transcoder:
         name, extra["d_out"] = f"{name}_transcoder".removeprefix("standard_"), o
-    write_tensors(folder / WEIGHTS, {k: v.detach().cpu() for k, v in weights.items()})  # host sync
+    d_sae = len(d.b_enc_f) * every.size
+    streamed = {name: streamed_tensor(name, weights[name].detach(), d_sae, every) for name in in_order(weights)}
+    write_streamed(folder / WEIGHTS, streamed, {}, every.leads)
+    if not every.leads:
+        return
     hooks: dict[str, Any] = {"hook_name": hook_of(d.reads)}
     hooks |= {"hook_name_out": hook_of(d.writes)} if transcoder else {}
     write_json(
@@ -151,7 +162,7 @@ def save(d: Parts, folder: Path) -> None:
         {
             "architecture": name,
             "d_in": d_in,
-            "d_sae": len(d.b_enc_f),
+            "d_sae": d_sae,
             **extra,
             "dtype": str(d.W_dec_fo.dtype).removeprefix("torch."),
             "device": "cpu",
@@ -162,6 +173,23 @@ def save(d: Parts, folder: Path) -> None:
             "metadata": {"sae_lens_version": "6.0.0", **hooks, **facts(d), **loaded_with(frame, d.metadata)},
         },
     )
+
+
+def streamed_tensor(name: str, tensor: Tensor, d_sae: int, every: Axis) -> Streamed:
+    """A tensor of the file, of which every process has the part of its own features."""
+    if name in ("b_dec", "W_skip"):
+        return Streamed(tensor.dtype, tuple(tensor.shape), [tensor.cpu().contiguous()])  # host sync
+    if name == "W_enc":
+        return Streamed(tensor.dtype, (len(tensor), d_sae), columns(tensor, d_sae, every))
+    return Streamed(tensor.dtype, (d_sae, *tensor.shape[1:]), every.to_first(tensor))
+
+
+def columns(W_enc_df: Tensor, d_sae: int, every: Axis) -> Iterator[Tensor]:
+    """Yields, in the first process, some rows [n, d_sae] after others of the whole matrix."""
+    for part_nf in W_enc_df.split(max(1, BLOCK_BYTES // (W_enc_df.element_size() * d_sae))):
+        parts = list(every.to_first(part_nf))
+        if every.leads:
+            yield parts[0] if every.alone else torch.cat(parts, dim=1)
 
 
 def hook_of(ports: tuple[Port, ...]) -> str | None:
