@@ -7,12 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sae.activations.files.number_formats import FORMATS
 from sae.activations.harvest.massive import PoolRows, sentence, summary
 from sae.activations.harvest.plan import Pool, plan_pools
 from sae.activations.harvest.pools import Recorder, sum_of_squares
@@ -70,6 +71,16 @@ class PoolSource(ABC):
         return Batches(PoolEpochs(self, seed), batch_size, device=device)
 
 
+class Production(NamedTuple):
+    """What a process that makes rows takes, and how fast it is."""
+
+    memory: dict[str, int]
+    """bytes, by purpose"""
+    pool_rows: int
+    pool_bytes: int
+    rows_per_second: float
+
+
 class LiveSource(PoolSource):
     """Computes its rows.
 
@@ -86,6 +97,16 @@ class LiveSource(PoolSource):
             raise InputError("expected text to train on, but every token of it is left out; give more text, or keep more")
         sizes = [pool.rows for pool in self.pools]
         super().__init__(facts(config, self.recorder.models), self.recorder.widths, sizes, config.max_norm_ratio)
+
+    def production(self) -> Production:
+        """Runs the model on one batch to measure its speed."""
+        recorder, pool = self.recorder, max(self.pools, key=lambda pool: pool.rows)
+        lengths = np.diff(recorder.tokens.sequence_starts)
+        weights = sum(tensor.nbytes for lm in recorder.models.all.values() for tensor in lm.model.parameters())
+        pool_bytes = pool.rows * sum(self.widths.values()) * FORMATS[recorder.dtype].read.itemsize
+        memory = {"model": weights, "tokens": 4 * int(lengths.sum()), "a pool of rows": pool_bytes}
+        share = pool.rows / float(lengths[pool.sequences].sum())  # of the tokens
+        return Production(memory, pool.rows, pool_bytes, share * recorder.tokens_per_second(pool))
 
     def pool(self, number: int, after: Iterable[int] = ()) -> tuple[dict[str, Tensor], PoolRows]:
         """The result of `make`."""

@@ -106,8 +106,8 @@ class RunConfig:
     shard: str | None = None
     """How the processes that torchrun started share a dictionary: features, rows (of a batch), or both, as in features=4,rows=2. In
     train-live the first processes do so, by default one alone, and the others run the model; in train-plan all processes share every
-    run, while by default each run is trained by one. One process is enough for --dry-run, with which train also prints memory, bytes and
-    time."""
+    run, while by default each run is trained by one. One process is enough for --dry-run, with which train and train-live also print
+    memory, bytes and time."""
 
     def check(self) -> None:
         """Raises `InputError` for values that cannot be meant."""

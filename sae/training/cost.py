@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from sae.activations.cached import BUFFER_BYTES, CachedSource
+from sae.device import device_named
 from sae.dictionaries.formats.saelens.files import BLOCK_BYTES
 from sae.kinds import Now
 from sae.mesh import Axis, Mesh
 from sae.objective import Weights
 from sae.objective.fast import CHUNK_BYTES
 from sae.objective.rule import Rule
-from sae.training.config import TrainingConfig
+from sae.training.config import RunConfig, TrainingConfig
 from sae.training.ends import Ends
 from sae.training.shard import Split
 
@@ -46,7 +47,7 @@ class Shape(NamedTuple):
     chunk_bytes: int = CHUNK_BYTES
 
     @classmethod
-    def of(cls, config: TrainingConfig, ends: Ends) -> "Shape":
+    def of(cls, config: RunConfig, ends: Ends) -> "Shape":
         kind, nothing = config.kind, torch.empty(0)
         own = kind.own(ends.d_out, config.d_sae)
         now = Now(config.steps - 1, config.steps, ends.d_out, torch.zeros(config.d_sae, dtype=torch.bool), kind.state())
@@ -103,8 +104,8 @@ def wire_bytes(shape: Shape, split: Split) -> Counter[str]:
     return found
 
 
-def memory_bytes(shape: Shape, split: Split, row_bytes: int) -> dict[str, int]:
-    """Bytes that each process holds while it trains, by purpose; `row_bytes`: bytes of a row in the cache."""
+def memory_bytes(shape: Shape, split: Split) -> dict[str, int]:
+    """Bytes that each process holds while it trains, by purpose, without its source of rows."""
     whole = shape.dictionaries * shape.features * shape.of_feature * 4
     mine, rows = whole // split.features, shape.rows // split.rows
     chunk = min(CHUNK_BYTES, 4 * rows * (shape.features // split.features))
@@ -113,7 +114,6 @@ def memory_bytes(shape: Shape, split: Split, row_bytes: int) -> dict[str, int]:
         "gradients": mine + (mine if split.rows > 1 else 0),
         "Adam's moments": 2 * mine // split.rows,
         "batch and chunks": 4 * shape.rows * (shape.d + shape.o) + 4 * rows * 3 * shape.o + 2 * chunk,
-        "the cache's reader": 2 * min(BUFFER_BYTES, 64 * BUFFER_BYTES // row_bytes * row_bytes),
     }
 
 
@@ -126,11 +126,19 @@ def saving_bytes(shape: Shape, split: Split) -> tuple[int, int]:
 
 
 def report(config: TrainingConfig, source: CachedSource, mesh: Mesh) -> None:
-    """Prints the cost of the run; measures for less than a second."""
-    ends, split = Ends.of(source, config), Split.of(config.shard or "features", mesh.every.size)
-    shape = Shape.of(config, ends)
+    """Prints the cost of a run on a cache; measures for less than a second."""
+    ends = Ends.of(source, config)
     row_bytes = sum(source.caches[site].d_in * source.caches[site].dtype.itemsize for site in ends.sites)
-    memory, sent = memory_bytes(shape, split, row_bytes), wire_bytes(shape, split)
+    reader = {"the cache's reader": 2 * min(BUFFER_BYTES, 64 * BUFFER_BYTES // row_bytes * row_bytes)}
+    reads = f"a step reads {size(config.batch_size * row_bytes)} of the cache in each process, once for those of one machine"
+    report_run(config, ends, Split.of(config.shard or "features", mesh.every.size), mesh, reader, reads)
+
+
+def report_run(config: RunConfig, ends: Ends, split: Split, mesh: Mesh, source_bytes: dict[str, int], reads: str) -> float:
+    """Prints the cost of training and what it `reads`; returns the estimate of rows per second. `source_bytes`: memory of the rows' source
+    in each process, by purpose."""
+    shape = Shape.of(config, ends)
+    memory, sent = memory_bytes(shape, split) | source_bytes, wire_bytes(shape, split)
     several, who = split.processes > 1, "one process"
     if several:
         who = f"each of {split.processes} processes ({split.features} by features, {split.rows} by rows)"
@@ -139,19 +147,20 @@ def report(config: TrainingConfig, source: CachedSource, mesh: Mesh) -> None:
     print(f"saving a dictionary takes {size(mine)} more at the end" + f", {size(first)} in the process that leads" * several)
     if several:
         print(f"a step sends {size(sum(sent.values()))} from each process ({listed(sent)})")
-    print(f"a step reads {size(config.batch_size * row_bytes)} of the cache in each process, once for those of one machine")
+    print(reads)
     product, speed = product_seconds(shape, split, config), wire_speed(mesh.every)
     wire = 0.0 if speed is None else sum(sent.values()) / speed
     rate = config.batch_size / (STEP * product + wire)
     of_wire = f" and {wire:.3g} s for what is sent, at {size(int(speed))}/s" if speed else "; what is sent was not timed" * several
     print(f"about {rate:,.0f} rows/s: {STEP} times the encoder product of {product:.3g} s, measured on a part{of_wire}")
+    return rate
 
 
-def product_seconds(shape: Shape, split: Split, config: TrainingConfig) -> float:
+def product_seconds(shape: Shape, split: Split, config: RunConfig) -> float:
     """Seconds of a step's encoder product, scaled up from the shortest of three smaller ones."""
     rows, features = shape.rows // split.rows, shape.features // split.features
     tried = min(rows, TRIED_ROWS), min(features, TRIED_FEATURES)
-    device = "cpu" if config.device == "auto" else config.device
+    device = device_named(config.device)
     x_bd, W_fd = (torch.randn(n, shape.d, device=device) for n in tried)
     seconds = min(timed(lambda: x_bd @ W_fd.T, x_bd) for _ in range(3))
     return seconds * (rows / tried[0]) * (features / tried[1]) * shape.dictionaries

@@ -1,6 +1,7 @@
 """Training without a cache: the model computes the activations as they are needed, pool after pool."""
 
 import json
+import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from sae.activations.harvest.command import device_of
 from sae.activations.harvest.settings import RecordingConfig
-from sae.activations.live import LiveSource, PoolSource
+from sae.activations.live import LiveSource, PoolSource, Production
 from sae.activations.producers import FedSource, produce
 from sae.activations.text.documents import text_files
 from sae.disk.places import require_folder
@@ -16,7 +17,9 @@ from sae.mesh import ALONE, Mesh
 from sae.pieces import one_voice
 from sae.processes import Processes
 from sae.training.config import RunConfig
-from sae.training.shard import meshed, require_same, split_of_some
+from sae.training.cost import listed, report_run, size
+from sae.training.ends import Ends
+from sae.training.shard import Split, meshed, require_same, split_of_some
 from sae.training.trainer import train_on
 
 
@@ -43,17 +46,25 @@ def train_live(config: LiveTrainingConfig) -> list[Path]:
         live = {k: v for k, v in asdict(config.live).items() if k not in ("device", "device_map")}
         live["text_bytes"] = [path.stat().st_size for path in text_files(config.live)]
         if processes.world == 1:
-            return train_from(LiveSource(config.live), config, live)
+            rows = LiveSource(config.live)
+            folders = train_from(rows, config, live)
+            if config.dry_run:
+                report(config, rows, rows.production(), split, ALONE, producers=0)
+            return folders
         require_same(config, processes, live=live, **config.settings())
         config = replace(config, device=processes.device(config.device))
         with meshed(split, config.device, processes) as mesh:
             if mesh is not None:
                 source = FedSource(processes, split.processes)
                 folders = train_from(source, config, live, mesh)
+                if config.dry_run:
+                    report(config, source, Production(**processes.hear("production")), split, mesh, source.producers)
                 source.close()
             else:
                 with nullcontext() if processes.rank == split.processes else one_voice(processes):
                     rows = LiveSource(replace(config.live, device=device_of(config.live, processes)))
+                if config.dry_run and processes.rank == split.processes:
+                    processes.tell("production", rows.production()._asdict())
                 produce(rows, processes, split.processes)
                 folders = []
         return folders
@@ -65,3 +76,23 @@ def train_from(source: PoolSource, config: LiveTrainingConfig, live: dict[str, A
     if "models" in manifest:
         decides["fingerprints"] = {name: model["fingerprint"] for name, model in manifest["models"].items()}
     return train_on(source, config, config.settings() | decides, mesh)
+
+
+def report(config: LiveTrainingConfig, source: PoolSource, making: Production, split: Split, mesh: Mesh, producers: int) -> None:
+    """Prints the cost of the run; `producers`: processes that run the model, 0 if it is planned in one process."""
+    ends, alone = Ends.of(source, config), split.processes == 1 and not producers
+    lasts = f"a pool has {making.pool_rows:,} rows ({size(making.pool_bytes)}), enough for {making.pool_rows / config.batch_size:.3g} steps"
+    held = making.memory if alone else {"two pools of rows": 2 * making.pool_bytes}
+    trained, made = report_run(config, ends, split, mesh, held, lasts), making.rows_per_second
+    measured = f"about {made:,.0f} rows/s, measured on a batch"
+    if alone:
+        print(f"the model: {measured}; training and model in turn in one process: about {1 / (1 / trained + 1 / made):,.0f} rows/s")
+        return
+    print(f"each process that runs the model: {size(sum(making.memory.values()))} of memory ({listed(making.memory)}), {measured}")
+    enough = math.ceil(trained / made)
+    if not producers:
+        print(f"{enough} of them would keep up with training")
+    elif producers < enough:
+        print(f"with {producers} of them the model is slower than training; {enough} would keep up")
+    else:
+        print(f"with {producers} of them training is slower than the model; {enough} would be enough")

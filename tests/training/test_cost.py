@@ -72,7 +72,7 @@ def test_a_million_features_can_be_planned():
     config = replace(config_of(BatchTopK(k=(64,)), None, None), d_sae=1 << 20, batch_size=8192)
     ends = Ends(("resid_post.12",), ("resid_post.12",), {"resid_post.12": 2304})
     shape = Shape.of(config, ends)
-    memory = memory_bytes(shape, Split(64, 1), 2 * 2304)
+    memory = memory_bytes(shape, Split(64, 1))
     assert memory["weights"] == memory["gradients"] == (1 << 14) * (2 * 2304 + 1) * 4
     assert memory["Adam's moments"] == 2 * memory["weights"]
     assert wire_bytes(shape, Split(64, 1))["partial reconstructions"] == 2 * 63 * (8192 // 64) * 2304 * 4

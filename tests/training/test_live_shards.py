@@ -10,9 +10,11 @@ from test_shards import close, dying
 from test_train_kinds import small
 from test_training import cache, contents  # noqa: F401 (a fixture)
 
+from sae.activations.harvest.pools import Recorder
 from sae.activations.harvest.settings import RecordingConfig
 from sae.activations.live import LiveSource
 from sae.processes import Processes
+from sae.training.cost import size
 from sae.training.live import LiveTrainingConfig, train_from, train_live
 from sae.training.shard import Split, meshed
 
@@ -111,4 +113,33 @@ def test_too_few_processes_are_one_sentence(live, tmp_path):
     assert forked(lambda: train_live(live("relu", "d", shard=SPLITS[0], d_sae=41)), 3, tmp_path / "log") == [2, 2, 2]
     assert "expected --d-sae that divides by 2 processes, got 41" in "".join(said(tmp_path / "log"))
     assert forked(lambda: train_live(live("relu", "d", shard=SPLITS[0])), 1, tmp_path / "log") == [2]
-    train_live(live("relu", "d", shard=SPLITS[0], dry_run=True))  # can be planned by one
+
+
+def test_a_dry_run_says_what_both_sides_take_and_which_is_slower(live, tmp_path, monkeypatch, capsys):
+    config, tokens = live("topk", "d", dry_run=True), LiveSource(live("topk", "d").live).recorder.tokens
+    source = LiveSource(config.live)
+    assert source.recorder.tokens_per_second(source.pools[0]) > 0
+    monkeypatch.setattr(Recorder, "tokens_per_second", lambda self, pool: 1000.0)
+    made = source.production()
+    pool = max(source.pools, key=lambda pool: pool.rows)
+    of_pool = sum(int(tokens.sequence_starts[s + 1] - tokens.sequence_starts[s]) for s in pool.sequences)
+    assert made.rows_per_second == pytest.approx(1000 * len(source.make(source.pools.index(pool))[0]["resid_post.0"]) / of_pool)
+    assert made.pool_bytes == made.memory["a pool of rows"] == pool.rows * 16 * 2
+    assert made.memory["tokens"] == 4 * len(tokens.ids)
+
+    train_live(config)
+    out = capsys.readouterr().out
+    assert f"a pool has {pool.rows} rows ({size(made.pool_bytes)}), enough for {pool.rows / 128:.3g} steps" in out
+    assert f"model {size(made.memory['model'])}, tokens" in out
+    assert "in turn in one process: about " in out
+    train_live(replace(config, shard=SPLITS[0]))  # can be planned by one
+    out = capsys.readouterr().out
+    assert "each of 2 processes (2 by features, 1 by rows): " in out
+    assert f"two pools of rows {size(2 * made.pool_bytes)}" in out
+    assert " of them would keep up with training" in out
+    assert forked(lambda: train_live(replace(config, shard=SPLITS[0])), 4, tmp_path / "log") == [0] * 4, said(tmp_path / "log")
+    first, *others = said(tmp_path / "log")
+    assert "for what is sent, at" in first
+    assert "with 2 of them the model is slower than training; " in first
+    assert "rows/s" not in "".join(others)
+    assert not (tmp_path / "d").exists()

@@ -5,6 +5,7 @@ s sequences · p positions · d width of a site · n rows
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -110,6 +111,20 @@ class Recorder(NamedTuple):
                 parts.write(pool, kept, done, {name: value[before:filled] for name, value in arrays.items()})
                 before, kept = filled, done
         return Recorded(pool, acts, largest, norms, positions_n, _ready(devices))
+
+    def tokens_per_second(self, pool: Pool) -> float:
+        """The speed of the forward passes, measured on one batch of the pool: on its second pass, unless the first took more than a
+        second."""
+        lengths_s = np.diff(self.tokens.sequence_starts)[pool.sequences]
+        batch_s = next(plan_batches(pool.sequences, lengths_s, self.batch_tokens))
+        seconds = 0.0
+        for _ in range(2):
+            if seconds < 1:
+                start = perf_counter()
+                for event in self.begin(pool._replace(sequences=batch_s), lambda _: None).ready:
+                    event.synchronize()  # host sync
+                seconds = perf_counter() - start
+        return float(lengths_s[: len(batch_s)].sum()) / seconds
 
     def record(self, pool: Pool, advance: Callable[[int], None]) -> tuple[dict[str, Tensor], PoolRows]:
         """Activations of the pool, site -> [n, d] floats, in visiting order, and what was massive among them; nothing is written.
