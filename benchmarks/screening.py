@@ -22,7 +22,8 @@ from sae.command_line import run
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.writing import write_json
 from sae.encoding import METHODS, Encoder, Method
-from sae.encoding.bounds import Features, frame_of
+from sae.encoding.bounds import Bfloat16Features, Frame, frame_of
+from sae.encoding.int8 import Int8Features
 from sae.entries import Buffers
 from sae.errors import InputError
 from sae.progress import progress
@@ -130,11 +131,12 @@ def candidates(method: Method, x_bd: torch.Tensor, W_fd: torch.Tensor, b_f: torc
     if method == "product" or method == "onednn":
         return {}
     shares = {}
-    x_bd = x_bd[:1024]
-    for name, frame in (("framed", frame_of(x_bd, W_fd)), ("not framed", None)):
-        features = Features(W_fd, b_f, 0.0, method, frame)
-        bound_bf = features.upper_bounds(features.rows(x_bd, Buffers()), slice(None), Buffers())
-        shares[name] = (bound_bf > 0).float().mean().item()
+    x_bd, frame = x_bd[:1024], frame_of(x_bd[:1024], W_fd)
+    plain = Frame(torch.zeros_like(frame.centre_d), torch.ones_like(frame.scale_d), float(x_bd.abs().amax(1).median()))
+    for name, one in (("framed", frame), ("not framed", plain)):
+        features = (Bfloat16Features if method == "bfloat16" else Int8Features)(W_fd, b_f, 0.0, one)
+        bounds = [bound_pb for _, bound_pb in features.upper_bounds(x_bd, 0.0, Buffers())]
+        shares[name] = sum(int((bound_pb > 0).sum()) for bound_pb in bounds) / (len(x_bd) * len(W_fd))
     return shares
 
 

@@ -9,7 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from sae.encoding.bounds import LARGEST_OFFSET, Features, Low, fits, frame_of
+from sae.encoding.bounds import LARGEST_OFFSET, Bfloat16Features, Features, fits, frame_of
+from sae.encoding.int8 import WIDEST, Int8Features, adds_in_whole_numbers
 from sae.entries import Buffers, Entries, active_entries, entries_above, joined, starts_of
 from sae.errors import InputError
 
@@ -17,7 +18,7 @@ Method = Literal["product", "onednn", "bfloat16", "int8"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
 BLOCK = 1024
-"""rows, and features, for which bounds are computed at a time"""
+"""rows for which bounds are computed at a time"""
 BLOCK_BYTES = 16 << 20
 """size of the oneDNN product computed at a time: the allocator reuses memory of this size"""
 EXACT_BYTES = 16 << 20
@@ -53,11 +54,12 @@ class Encoder:
         refuse_missing(method, W_fd)
         self.method, self.W_fd, self.b_f, self.above_f = method, W_fd, b_f, above_f
         self.features: Features | None = None
-        if method == "bfloat16" or method == "int8":
+        if method == "bfloat16" or (method == "int8" and W_fd.shape[1] <= WIDEST):
             offset_f = b_f.abs() + torch.as_tensor(above_f).abs()
             if fits(W_fd) and bool((offset_f < LARGEST_OFFSET).all()):  # host sync
                 frame = None if like_bd is None else frame_of(like_bd, W_fd)
-                self.features = Features(W_fd, b_f, above_f, method, frame, buffers)
+                kind = Bfloat16Features if method == "bfloat16" else Int8Features
+                self.features = kind(W_fd, b_f, above_f, frame, buffers)
 
     def entries(self, x_bd: Tensor, buffers: Buffers, first_row: int = 0, floor: float = 0.0) -> Entries:
         """Entries above the threshold, row by row; rows are counted from `first_row`. b_in has already been subtracted from the rows [b,
@@ -77,7 +79,7 @@ class Encoder:
 
     def screens(self, x_bd: Tensor) -> bool:
         """Whether these rows use bounds instead of the float32 product."""
-        return self.features is not None and fits(x_bd)
+        return self.features is not None and len(x_bd) > 0 and fits(x_bd)
 
     def values(self, x_bd: Tensor, buffers: Buffers) -> Tensor:
         """All z [b, f] by the float32 product, in memory that the next call may overwrite."""
@@ -88,22 +90,14 @@ class Encoder:
 
     def _screened(self, x_bd: Tensor, buffers: Buffers, first_row: int, floor: float) -> Entries:
         """Features are also taken a block at a time, so that a block's operands, bounds and rows stay in the processor's cache."""
-        features, above_f = self.features, self.above_f
-        assert features is not None
-        rows = features.rows(x_bd, buffers)
-        low = 0.0
+        above_f, more = self.above_f, 0.0
+        assert self.features is not None
         if floor and not isinstance(above_f, Tensor):
-            low = below(floor - above_f)
-            above_f = max(above_f, floor)
+            more, above_f = max(0.0, floor - above_f), max(above_f, floor)
         found = [Entries(*(x_bd.new_empty(0, dtype=kind) for kind in (torch.int32, torch.int32, x_bd.dtype)))]
-        block = len(self.W_fd) if x_bd.is_cuda else BLOCK
-        for start in range(0, len(self.W_fd), block):
-            part = slice(start, start + block)
-            bound_bp = features.upper_bounds(rows, part, buffers)
-            if low:
-                bound_bp.sub_(low).relu_()
-            row_n, feature_n, _ = active_entries(bound_bp, 0, buffers)
-            value_n = exact_products(x_bd, self.W_fd[part], row_n, feature_n)
+        for start, bound_pb in self.features.upper_bounds(x_bd, more, buffers):
+            feature_n, row_n, _ = active_entries(bound_pb, 0, buffers)
+            value_n = exact_products(self.W_fd[start : start + len(bound_pb)], x_bd, feature_n, row_n)
             feature_n = feature_n + start
             value_n += self.b_f.index_select(0, feature_n)
             low_n = above_f.index_select(0, feature_n) if isinstance(above_f, Tensor) else above_f
@@ -120,22 +114,16 @@ class Encoder:
         return entries_above(z_bf, low, first_row, buffers) if low else active_entries(z_bf.relu_(), first_row, buffers)
 
 
-def below(floor: float) -> float:
-    """A bfloat16 number, or 0, so far below the floor that nothing above the floor rounds to it: a bound in bfloat16 minus it keeps its
-    sign."""
-    return max(0.0, float(torch.tensor(floor * (1 - 2.0**-6)).bfloat16()))
-
-
-def exact_products(x_bd: Tensor, W_fd: Tensor, row_n: Tensor, feature_n: Tensor) -> Tensor:
-    """x_row · W_feature in float32, [n]; each value is independent of the other entries. Sorted by row."""
+def exact_products(W_pd: Tensor, x_bd: Tensor, feature_n: Tensor, row_n: Tensor) -> Tensor:
+    """W_feature · x_row in float32, [n]; each value is independent of the other entries. Sorted by feature."""
     if not x_bd.is_cuda:
-        shape = (len(x_bd), len(W_fd))
+        shape = (len(W_pd), len(x_bd))
         with torch.sparse.check_sparse_tensor_invariants(False):  # the indices are right by construction, checking them is a pass
-            zeros = torch.sparse_csr_tensor(starts_of(row_n, len(x_bd)), feature_n, x_bd.new_zeros(len(row_n)), shape)
-            return torch.sparse.sampled_addmm(zeros, x_bd, W_fd.T).values()
+            zeros = torch.sparse_csr_tensor(starts_of(feature_n, len(W_pd)), row_n, x_bd.new_zeros(len(row_n)), shape)
+            return torch.sparse.sampled_addmm(zeros, W_pd, x_bd.T).values()
     size = max(1, EXACT_BYTES // (4 * x_bd.shape[1]))
     parts = zip(row_n.split(size), feature_n.split(size))
-    return torch.cat([(x_bd.index_select(0, rows) * W_fd.index_select(0, features)).sum(1) for rows, features in parts])
+    return torch.cat([(x_bd.index_select(0, rows) * W_pd.index_select(0, features)).sum(1) for rows, features in parts])
 
 
 def refuse_missing(method: Method, W_fd: Tensor) -> None:
@@ -149,19 +137,19 @@ def refuse_missing(method: Method, W_fd: Tensor) -> None:
         raise InputError(f"expected the CPU for the encoder {method}, got {W_fd.device}; take the encoder product or bfloat16")
     if method == "onednn" and not torch.backends.mkldnn.is_available():
         raise InputError("expected a torch with oneDNN for the encoder onednn, got one without; take the encoder product")
-    if (method == "bfloat16" or method == "int8") and not adds_exactly(method, W_fd.device):
+    if method != "onednn" and not adds_exactly(method, W_fd.device):
         raise InputError(
             f"{method} products on {W_fd.device} lose digits in their sums, so bounds would not hold; take the encoder product"
         )
 
 
 @cache
-def adds_exactly(low: Low, device: torch.device) -> bool:
-    """Whether products in low precision are summed in float32 or int32: only then are the bounds valid, and some implementations are not
-    exact enough."""
+def adds_exactly(method: Method, device: torch.device) -> bool:
+    """Whether products in low precision are summed in float32 or in whole numbers: only then are the bounds valid, and some implementations
+    are not exact enough."""
+    if method == "int8":
+        return adds_in_whole_numbers()
     ones = torch.ones(32, 1024, device=device)
-    if low == "int8":
-        return bool((torch._int_mm((127 * ones).to(torch.int8), (-127 * ones).to(torch.int8).T) == -127 * 127 * 1024).all())
     large = ones.clone()
     large[:, 0] = 1024  # beyond 256, ones are lost in a bfloat16 sum
     return bool(((ones.bfloat16() @ large.bfloat16().T).float() == (ones @ large.T).bfloat16().float()).all())

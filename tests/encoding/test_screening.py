@@ -7,14 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.encoding import Encoder, choice, fastest
-from sae.encoding.bounds import Features, frame_of, norm_above, raised
+from sae.encoding.bounds import Bfloat16Features, frame_of, norm_above, raised
 from sae.encoding.encoder import adds_exactly
+from sae.encoding.int8 import Int8Features
 from sae.entries import Buffers
 from sae.errors import InputError
 from sae.objective.choice import above_of, top_of_rows
 
 WAYS = ("product", "onednn", "bfloat16", "int8")
-SCREENED = ("bfloat16", "int8")
+SCREENED = {"bfloat16": Bfloat16Features, "int8": Int8Features}
 
 
 def judge(x, W, b, above):
@@ -101,13 +102,11 @@ def test_bits_depend_neither_on_the_precision_nor_on_the_frame(problem, other):
 def test_nearly_all_is_dismissed_and_bounds_hold(method):
     """A bound that is right because it lets everything through would pass the tests above."""
     x, W, b = realistic()
-    features = Features(W, b, 0.0, method, frame_of(x, W))
-    bound = features.upper_bounds(features.rows(x, Buffers()), slice(None), Buffers())
+    candidate = candidates(SCREENED[method](W, b, 0.0, frame_of(x, W)), x)
     z = x.double() @ W.double().T + b
     active = (z > 0).double().mean()
-    share = (bound > 0).double().mean()
-    assert active <= share < {"bfloat16": 1.25, "int8": 2.5}[method] * active
-    assert (bound.double() * (1 + 2**-8) - z >= 0).all()
+    assert active <= candidate.double().mean() < {"bfloat16": 1.25, "int8": 2.5}[method] * active
+    assert candidate[z > 0].all()
 
 
 def test_sizes_are_never_rounded_down():
@@ -125,11 +124,31 @@ def test_the_frame_tightens_outlier_dimensions():
     b = -(x.double() @ W.double().T).quantile(0.99, dim=0).float()
     shares = []
     for like in (x, None):
-        features = Features(W, b, 0.0, "int8", like if like is None else frame_of(like, W))
-        bound = features.upper_bounds(features.rows(x, Buffers()), slice(None), Buffers())
-        shares.append((bound > 0).double().mean())
+        frame = frame_of(x, W)
+        plain = frame._replace(centre_d=torch.zeros(96), scale_d=torch.ones(96), largest=float(x.abs().amax(1).median()))
+        shares.append(candidates(Int8Features(W, b, 0.0, plain if like is None else frame), x).double().mean())
         check(x, W, b, 0.0, "int8", like)
     assert shares[0] < 0.5 * shares[1]
+
+
+@pytest.mark.parametrize("size", [3.0, 30.0, 1e4])
+def test_offsets_beyond_the_columns_for_them_lose_nothing_and_let_little_through(size):
+    x, W, _ = realistic()
+    b = torch.where(torch.arange(len(W)) % 500 == 0, size, -size)
+    entries = check(x, W, b, 0.0, "int8", x)
+    share = candidates(Int8Features(W, b, 0.0, frame_of(x, W)), x)[:, b < 0].double().mean()
+    assert len(entries.row_n) >= 3 * len(x) - 20
+    assert share < 0.05
+
+
+def test_rows_too_wide_for_sums_of_bytes_use_the_product():
+    x, W = torch.ones(2, 60_001), torch.ones(3, 60_001)
+    assert not Encoder("int8", W, torch.zeros(3), like_bd=x).screens(x)
+    assert len(Encoder("int8", W, torch.zeros(3), like_bd=x).entries(x, Buffers()).row_n) == 6
+
+
+def candidates(features, x, floor=0.0):
+    return torch.cat([bound.T > 0 for _, bound in features.upper_bounds(x, floor, Buffers())], 1)
 
 
 def realistic(b=64, d=96, f=1003, density=0.01):

@@ -1,0 +1,123 @@
+"""Upper bounds of pre-activations from an int8 product on a CPU, one byte each.
+
+b rows (tokens) · d width · f features · p features of a block · k columns of an operand
+
+With whole numbers q_b and w_f, a row is t_b q_b + δ_b and a feature is s_f w_f + ε_f. The bound of bounds.py, divided by s_f t_b > 0, which
+keeps its sign, is
+
+    q_b·w_f + c_b (offset_f / s_f S) + (‖δ_b‖ / t_b) (‖W_f‖ / s_f) + ‖q_b‖ (‖ε_f‖ / s_f)
+
+with t_b = S / c_b for a whole number c_b of at most 127. So the offset is more columns of the product: c_b in the rows, and in the features
+whole numbers that add up to the second factor, rounded up. ‖δ_b‖ / t_b is nearly the same in all rows, and a typical value of it becomes
+columns too. The rest differs little between features: a row's bound gets it with the largest factor of the block's features. oneDNN adds it
+to the product and writes one byte, which is 0 where the sum is not positive.
+"""
+
+from collections.abc import Iterator
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from sae.encoding.bounds import BLOCK, SMALLEST, Frame, centre_norm, moved, norm_above, offsets, parts_of, slack_of
+from sae.entries import Buffers
+
+WIDEST = 60_000
+"""width up to which sums of products of two bytes stay below 2³¹"""
+MIDDLE = 64
+"""c_b of a typical row: half as long ones and many times longer ones have steps that fit them"""
+WIDER = 1 + 2.0**-10
+"""covers the rounding of the bound's own numbers"""
+ALWAYS = 2.0**30
+"""makes every bound positive"""
+
+
+class Int8Features:
+    """Operands in int8: features as bytes in which 128 stands for 0, as oneDNN has them."""
+
+    def __init__(self, W_fd: Tensor, b_f: Tensor, above_f: Tensor | float, frame: Frame | None = None, buffers: Buffers | None = None):
+        """With `buffers`, in memory that the next call overwrites."""
+        (f, d), self.frame = W_fd.shape, frame
+        self.of_norm = d // 400 + 1
+        columns = -(-int(d + self.of_norm + 1.3 * sqrt(d)) // 32) * 32  # whole tiles, and offsets of up to six deviations of a product
+        self.of_offset = columns - d - self.of_norm
+        self.operand_fk = (buffers or Buffers()).take("int8 features", (f, columns), torch.uint8, W_fd.device)
+        self.step_f, norm_f, error_f = (W_fd.new_empty(f) for _ in range(3))
+        for part, scaled_fd in parts_of(W_fd, frame):
+            step_p = self.step_f[part] = scaled_fd.abs().amax(1).clamp_(min=d * SMALLEST) / 127
+            whole_pd = (scaled_fd / step_p[:, None]).round_().clamp_(-127, 127)
+            self.operand_fk[part, :d].view(torch.int8).copy_(whole_pd)
+            norm_f[part], error_f[part] = norm_above(scaled_fd), norm_above(whole_pd.mul_(step_p[:, None]).sub_(scaled_fd))
+        self.operand_fk[:, :d] ^= 128  # adds it
+        self.offset_f = offsets(W_fd, b_f, above_f, norm_f, frame)
+        self.unit = MIDDLE * max(1.0 if frame is None else frame.largest, d * SMALLEST) / 127
+        self.norm_f, self.error_f = WIDER * norm_f / self.step_f, WIDER * error_f / self.step_f
+        self.typical = 1.02 * sqrt(d / 12)  # rounding errors are uniform within a step
+        write_sum((self.typical * self.norm_f / 127).ceil_(), self.operand_fk[:, d + self.of_offset :])
+        self.always_f = self._offset_in_units(slice(None), 0.0) > 127 * self.of_offset
+        self.operand_fk[self.always_f.nonzero().squeeze(1), :d] = 128
+        self._write_offsets(self.operand_fk, slice(None), 0.0)
+
+    def _offset_in_units(self, part: slice, floor: float) -> Tensor:
+        offset_p = self.offset_f[part]
+        return (offset_p - floor + 2.0**-20 * (offset_p.abs() + floor)) / self.step_f[part] / self.unit
+
+    def _write_offsets(self, operand_pk: Tensor, part: slice, floor: float) -> None:
+        """Of features whose offset is beyond the columns, weights are 0 and the columns' sum is positive: every row is a candidate."""
+        n, d = self.of_offset, operand_pk.shape[1] - self.of_offset - self.of_norm
+        total_p = self._offset_in_units(part, floor).ceil_().clamp_(-127 * n, 127 * n)
+        write_sum(total_p.masked_fill_(self.always_f[part], 127 * n), operand_pk[:, d : d + n])
+
+    def upper_bounds(self, x_bd: Tensor, floor: float, buffers: Buffers) -> Iterator[tuple[int, Tensor]]:
+        """See `Features`."""
+        (b, d), device = x_bd.shape, x_bd.device
+        moved_bd = moved(x_bd, self.frame)
+        share_b = (127 * self.unit / moved_bd.abs().amax(1)).floor_().clamp_(1, 127)
+        step_b = self.unit / share_b
+        whole_bd = (moved_bd / step_b[:, None]).round_().clamp_(-127, 127)
+        operand_bk = buffers.take("int8 rows", (b, self.operand_fk.shape[1]), torch.int8, device)
+        operand_bk[:, :d], operand_bk[:, d : -self.of_norm], operand_bk[:, -self.of_norm :] = whole_bd, share_b[:, None], 127
+        length_b = norm_above(whole_bd)
+        error_b = norm_above(whole_bd.mul_(step_b[:, None]).sub_(moved_bd))
+        error_b += slack_of(d, device) * (norm_above(moved_bd) + centre_norm(self.frame))
+        beyond_b = (error_b / step_b - self.typical).clamp_(min=0)
+        rows = Packed(operand_bk)
+        for start in range(0, len(self.operand_fk), BLOCK):
+            part = slice(start, start + BLOCK)
+            operand_pk = self.operand_fk[part]
+            if floor:
+                operand_pk = buffers.take("int8 block", tuple(operand_pk.shape), torch.uint8, device).copy_(operand_pk)
+                self._write_offsets(operand_pk, part, floor)
+            added_b = WIDER * (beyond_b * self.norm_f[part].max() + length_b * self.error_f[part].max())
+            added_b = added_b.clamp_(max=ALWAYS).ceil_() + d // 256 + 2
+            yield start, rows.product(operand_pk, added_b, torch.uint8)
+
+
+def write_sum(total_p: Tensor, out_pn: Tensor) -> None:
+    """Writes columns of at most 127, with 128 for 0, that add up to whole numbers."""
+    n = out_pn.shape[1]
+    each_p = (total_p / n).floor_()
+    out_pn.copy_(each_p[:, None] + 128 + (torch.arange(n) < (total_p - n * each_p)[:, None]))
+
+
+class Packed:
+    """Rows [b, k] in int8, in oneDNN's own order."""
+
+    def __init__(self, operand_bk: Tensor):
+        self.packed = torch.ops.onednn.qlinear_prepack(operand_bk, None)
+        self.one_b, self.zero_b = torch.ones(len(operand_bk)), torch.zeros(len(operand_bk), dtype=torch.int64)
+
+    def product(self, operand_pk: Tensor, added_b: Tensor, dtype: torch.dtype) -> Tensor:
+        """(operand_pk − 128) · rows + added_b, [p, b]; as a byte, at least 0 and at most 255."""
+        product = torch.ops.onednn.qlinear_pointwise
+        return product(operand_pk, 1.0, 128, self.packed, self.one_b, self.zero_b, added_b, 1.0, 0, dtype, "none", [], "")
+
+
+def adds_in_whole_numbers() -> bool:
+    """Whether torch has these products, and sums them without saturation, which some processors have in pairs of products."""
+    try:
+        rows = Packed(torch.full((32, 1024), -127, dtype=torch.int8))
+        sums = rows.product(torch.full((32, 1024), 255, dtype=torch.uint8), torch.zeros(32), torch.float32)
+    except (AttributeError, RuntimeError):  # no such function in this torch, or not for this processor
+        return False
+    return bool((sums == -127 * 127 * 1024).all())
