@@ -12,6 +12,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from kind_arms import CHOOSING
 from objective import BenchmarkConfig, Case, machine, problem, spread
 from quality_report import LABELS, TRAINERS
 from report import spread_text
@@ -22,6 +23,8 @@ from sae.disk.reading import read_json
 from sae.disk.writing import write_json, write_tensors
 from sae.errors import InputError
 
+POSITIVE = 4
+"""positive pre-activations of a row in units of k, for kinds that choose the k largest: in training there are always more than they keep"""
 NAMES = LABELS | {"encoder": "encoder product alone", "sparsify": "sparsify"}
 
 
@@ -51,8 +54,9 @@ def kinds(config: KindsConfig) -> None:
     if config.out.exists():
         record["cases"] = read_json(config.out, "a kinds.json of this benchmark")["cases"]
     for d_sae in config.d_sae:
-        tensors = problem(about, Case(config.d_in, d_sae, float(config.k), config.batch_size), None, None)
         for kind in config.kinds:
+            l0 = float(config.k * (POSITIVE if kind in CHOOSING else 1))
+            tensors = problem(about, Case(config.d_in, d_sae, l0, config.batch_size), None, None)
             case = {"d_in": config.d_in, "d_sae": d_sae, "k": config.k, "batch_size": config.batch_size, "kind": kind}
             if any(case.items() <= found.items() for found in record["cases"]):
                 continue
