@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -67,7 +68,7 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """If one process fails inside, all end soon after, with exit code 2; only the first one prints its error."""
+        """If one process fails inside, all end soon after, with exit code 2; only the first one prints its error. SIGTERM is a failure."""
         import torch.distributed as dist
 
         ended = threading.Event()
@@ -75,7 +76,8 @@ class Processes:
             self.store.add(f"beats{self.rank}", 1)  # one that is killed before its next sign of life must be missed too
             threading.Thread(target=self._live, args=(ended,), daemon=True).start()
         try:
-            yield
+            with nullcontext() if self.world == 1 else interruptible():
+                yield
         except dist.DistError:
             raise InputError("the process that led this run has ended; run the same command again to continue") from None
         except BaseException as error:
@@ -214,6 +216,19 @@ class Processes:
         while self._hosts_store and gone < self.world and time.monotonic() < until:
             time.sleep(0.05)
             gone = self.store.add("gone", 0)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that a process can let the others know before it ends."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _differing(here: Any, there: Any) -> tuple[Any, Any]:

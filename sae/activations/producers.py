@@ -18,8 +18,9 @@ from torch import Tensor
 
 from sae.activations.harvest.massive import PoolRows
 from sae.activations.live import LiveSource, PoolSource
+from sae.activations.source import Ended
 from sae.errors import InputError
-from sae.mesh import speaking
+from sae.mesh import Axis, Gone, speaking
 from sae.processes import Processes
 
 
@@ -58,13 +59,14 @@ class Asked(NamedTuple):
 class FedSource(PoolSource):
     """A `PoolSource` in a process that trains: other processes make its pools. Memory: two pools.
 
-    All that train call the same methods in the same order.
+    All that train, the processes of `every`, call the same methods in the same order. If one of them does not get a pool, `pool` raises
+    `Ended` in all.
     """
 
-    def __init__(self, processes: Processes, trainers: int):
+    def __init__(self, processes: Processes, every: Axis):
         facts = processes.hear("live")
         super().__init__(facts["manifest"], facts["widths"], facts["sizes"], facts["max_norm_ratio"])
-        self.processes, self.trainers, self.producers = processes, trainers, processes.world - trainers
+        self.processes, self.every, self.producers = processes, every, processes.world - every.size
         self._requests = 0
         self._asked: deque[Asked] = deque()
         self._coming: Future[tuple[dict[str, Tensor], PoolRows]] | None = None  # the first of them
@@ -78,7 +80,7 @@ class FedSource(PoolSource):
                 self._drop()
             if not self._asked:
                 self._ask(number)
-            self._held = (number, *self._first().result())
+            self._held = (number, *self._received())
             self._asked.popleft()
             self._coming = None
         ahead = list(islice(after, self.producers))
@@ -113,6 +115,19 @@ class FedSource(PoolSource):
             self._coming = self._thread.submit(self._receive, self._asked[0])
         return self._coming
 
+    def _received(self) -> tuple[dict[str, Tensor], PoolRows]:
+        """The first requested pool, when all that train have it."""
+        found, error = None, None
+        try:
+            found = self._first().result()
+        except (Gone, InputError, SystemExit) as caught:
+            error = caught
+            self.processes.fail()  # ends the others' waiting too
+        if self.every.any(error is not None):
+            raise Ended(error or Gone("it got no rows"))
+        assert found is not None
+        return found
+
     def _drop(self) -> None:
         """The first requested pool is not needed any more, as after a `seek`."""
         if self._coming is not None:
@@ -131,5 +146,5 @@ class FedSource(PoolSource):
         acts = {site: torch.empty(rows, self.widths[site], dtype=getattr(torch, dtype)) for site, dtype in made["dtypes"].items()}
         with speaking():
             for rows_nd in acts.values():
-                dist.recv(rows_nd.view(torch.uint8), self.trainers + asked.number % self.producers)
+                dist.recv(rows_nd.view(torch.uint8), self.every.size + asked.number % self.producers)
         return acts, PoolRows(**made["massive"])

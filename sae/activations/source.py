@@ -13,6 +13,14 @@ from torch import Tensor
 from sae.errors import InputError
 
 
+class Ended(Exception):
+    """There are no more rows, at the same batch in all processes that train together; `error` is this one's reason."""
+
+    def __init__(self, error: BaseException):
+        super().__init__(str(error))
+        self.error = error
+
+
 class Source(Protocol):
     """Training rows of one or several sites of one model, read from a cache or computed when needed.
 

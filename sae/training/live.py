@@ -11,6 +11,7 @@ from sae.activations.harvest.command import device_of
 from sae.activations.harvest.settings import RecordingConfig
 from sae.activations.live import LiveSource, PoolSource, Production
 from sae.activations.producers import FedSource, produce
+from sae.activations.source import Ended
 from sae.activations.text.documents import text_files
 from sae.disk.places import require_folder
 from sae.mesh import ALONE, Mesh
@@ -55,8 +56,11 @@ def train_live(config: LiveTrainingConfig) -> list[Path]:
         config = replace(config, device=processes.device(config.device))
         with meshed(split, config.device, processes) as mesh:
             if mesh is not None:
-                source = FedSource(processes, split.processes)
-                folders = train_from(source, config, live, mesh)
+                try:
+                    source = FedSource(processes, mesh.every)
+                    folders = train_from(source, config, live, mesh)
+                except Ended as ended:
+                    raise ended.error from None
                 if config.dry_run:
                     report(config, source, Production(**processes.hear("production")), split, mesh, source.producers)
                 source.close()

@@ -15,7 +15,7 @@ from torch import Tensor
 from sae.activations.cache import ActivationCache
 from sae.activations.cached import CachedSource
 from sae.activations.files.manifest import manifest_crc32
-from sae.activations.source import Source
+from sae.activations.source import Ended, Source
 from sae.device import device_named
 from sae.dictionaries.source import sampled_crc32
 from sae.disk.places import require_folder
@@ -23,7 +23,7 @@ from sae.disk.reading import read_json
 from sae.disk.remote import Place
 from sae.disk.writing import only_writer, remove_leftovers
 from sae.errors import InputError
-from sae.mesh import ALONE, Gone, Mesh
+from sae.mesh import ALONE, Mesh
 from sae.processes import Processes
 from sae.progress import progress
 from sae.training.checkpoint import Checkpoint, Record
@@ -169,9 +169,11 @@ def loop(
         for step in range(first, run.steps if until is None else until):
             try:
                 batch = next(batches)
-            except (InputError, Gone, SystemExit):  # a damaged shard, or another process that has ended: what is trained is kept
-                if step > first and mesh.alone:  # others may not have met it
+            except (InputError, Ended) as error:  # a damaged shard, or no process makes rows any more: what is trained is kept
+                if step > first and (mesh.alone or isinstance(error, Ended)):  # other processes may not have met a damaged shard
                     checkpoint.save(sweeps, step)
+                if isinstance(error, Ended):
+                    print(f"stopped after step {step:,}; the same command continues from there")
                 raise
             for part in parts:
                 try:

@@ -2,10 +2,12 @@
 
 import os
 import signal
+import time
 from dataclasses import replace
 
 import pytest
-from several_processes import forked, said
+from safetensors import safe_open
+from several_processes import fork, forked, said
 from test_shards import close, dying
 from test_train_kinds import small
 from test_training import cache, contents  # noqa: F401 (a fixture)
@@ -17,6 +19,7 @@ from sae.processes import Processes
 from sae.training.cost import size
 from sae.training.live import LiveTrainingConfig, train_from, train_live
 from sae.training.shard import Split, meshed
+from sae.training.sweep import Sweep
 
 SPLITS = ("features=2,rows=1", "features=1,rows=2")
 
@@ -96,6 +99,52 @@ def test_a_killed_process_ends_all_and_any_number_goes_on(dead, processes, shard
     for one, other in zip(config.folders(), on.folders(), strict=True):
         close(one, other)
         assert shard is None or contents(one) == contents(other)
+
+
+def asking_to_be_stopped(config, folder, where, number):
+    """Live training that leaves a note of every step, and one when it is to be stopped: in a step, or while a pool is made."""
+    step, make = Sweep.step, LiveSource.make
+
+    def noted(self, x_bd, at, y_bo=None):
+        (folder / f"step.{at + 1}").touch()
+        if where == "step" and at == number:
+            (folder / "now").touch()
+            time.sleep(0.3)
+        return step(self, x_bd, at, y_bo)
+
+    def noted_pool(self, at):
+        if where == "pool" and len(list(folder.glob("step.*"))) > number:
+            time.sleep(0.5)  # until those that train wait for it
+            (folder / "now").touch()
+            time.sleep(30)
+        return make(self, at)
+
+    def work():
+        Sweep.step, LiveSource.make = noted, noted_pool
+        train_live(config)
+
+    return work
+
+
+@pytest.mark.parametrize(("where", "order", "shard"), [("step", 1, SPLITS[0]), ("pool", -1, SPLITS[0]), ("pool", 1, None)])
+def test_a_signal_to_all_loses_no_step(where, order, shard, live, tmp_path):
+    config = live("topk", "whole", shard=shard, checkpoint_every=1000)
+    train_live(config) if shard is None else forked(lambda: train_live(config), 3, tmp_path / "log")
+    cut, notes = replace(config, out=tmp_path / "cut"), tmp_path / "notes"
+    notes.mkdir()
+    children = fork(asking_to_be_stopped(cut, notes, where, 12), 4, tmp_path / "cut")
+    while not (notes / "now").exists():
+        time.sleep(0.01)
+    for child in children[::order]:
+        os.kill(child, signal.SIGTERM)
+    assert all(os.waitpid(child, 0)[1] for child in children)
+    done = max(int(path.suffix[1:]) for path in notes.glob("step.*"))
+    with safe_open(cut.out / "checkpoint.safetensors", "pt") as file:
+        assert int(file.metadata()["step"]) == done
+    assert f"stopped after step {done}" in said(tmp_path / "cut")[0]
+    assert forked(lambda: train_live(cut), 3, tmp_path / "on") == [0, 0, 0], said(tmp_path / "on")
+    for one, other in zip(config.folders(), cut.folders(), strict=True):
+        assert contents(one) == contents(other)
 
 
 def test_too_few_processes_are_one_sentence(live, tmp_path):
