@@ -96,7 +96,8 @@ def train_plan(config: PlanConfig) -> list[Path]:
         settings = with_inits(source, runs, shared_settings(config, runs))
         each = {f"run {name}": own for name, own in settings["runs"].items()}
         shared = {name: value for name, value in settings.items() if name != "runs"}
-        require_same(config, processes, cache_content=manifest_crc32(source.manifest), **shared, **each)
+        content = manifest_crc32(source.manifest)
+        require_same(config, processes, one_result=config.shard is not None, cache_content=content, **shared, **each)
         if processes.leads:
             announce(source, config, runs, device)
         sharing = meshed(split_of_all(config, processes), str(device), processes) if config.shard else nullcontext(ALONE)

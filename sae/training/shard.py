@@ -116,10 +116,28 @@ def grid_of(rank: int, split: Split, group_of: Callable[[str], Any]) -> Mesh:
     return Mesh(**{name: Axis(*place, partial(group_of, name)) for name, place in places.items()})
 
 
-def require_same(config: RunConfig, processes: Processes, **settings: Any) -> None:
-    """Raises `InputError` where processes differ in what decides the result: these settings, the kind of machine, the code."""
-    machine = {"torch": torch.__version__, "processor": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
-    processes.require_same(**settings, **machine, shard=config.shard, out=str(config.out))
+def require_same(config: RunConfig, processes: Processes, *, one_result: bool = True, **settings: Any) -> None:
+    """Raises `InputError` where processes differ in what decides the result: these settings, the code, the kind of machine.
+
+    If they do not compute one result together, other machines only change last digits: a line names them.
+    """
+    machine = {"processor": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
+    together = machine if one_result else {}
+    processes.require_same(**settings, shard=config.shard, out=str(config.out), torch=torch.__version__, **together)
+    if not one_result:
+        say_other_machines(processes, "; ".join(f"{name} {value}" for name, value in machine.items()))
+
+
+def say_other_machines(processes: Processes, machine: str) -> None:
+    processes.tell(f"machine {processes.rank}", machine)
+    if not processes.leads:
+        return
+    ranks_of: dict[str, list[str]] = {}
+    for rank in range(processes.world):
+        ranks_of.setdefault(processes.hear(f"machine {rank}"), []).append(str(rank))
+    if len(ranks_of) > 1:
+        differ = ", ".join(f"{machine} in {' '.join(ranks)}" for machine, ranks in ranks_of.items())
+        print(f"processes differ ({differ}): the last digits of a run depend on the process that trains it, also after it was resumed")
 
 
 def refuse_split(config: RunConfig, mesh: Mesh) -> None:

@@ -4,12 +4,14 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import signal
 import time
 from dataclasses import replace
 
 import pytest
+import torch
 from several_processes import flags, forked, said, torchrun, worker
 from test_plan import plan_of
 from test_shards import close
@@ -139,6 +141,21 @@ def test_bad_input_of_one_process_is_one_sentence(sites, tmp_path):  # noqa: F81
         assert forked(work, 2, tmp_path / "log") == [2, 2]
         assert [text.count("error: ") for text in said(tmp_path / "log")] == [0, 1]
         assert sentence in said(tmp_path / "log")[1]
+
+
+def test_processes_on_other_machines_are_named_and_refused_where_they_share_a_run(sites, tmp_path):  # noqa: F811
+    def mixed(config):
+        if os.environ["RANK"] == "1":
+            torch.backends.cpu.get_cpu_capability = lambda: "AVX1"
+        train_plan(config)
+
+    dealt, shared = (plan_of(sites, tmp_path, RUNS[3:], name, shard=shard) for name, shard in (("dealt", None), ("shared", "features")))
+    assert forked(lambda: mixed(dealt), 3, tmp_path / "log") == [0, 0, 0], said(tmp_path / "log")
+    first, *others = said(tmp_path / "log")
+    assert re.search(r"processes differ \(processor [^1]*; threads 1 in 0 2, processor AVX1; threads 1 in 1\)", first), first
+    assert "differ" not in "".join(others)
+    assert forked(lambda: mixed(shared), 2, tmp_path / "log") == [2, 2]
+    assert "expected the same processor in every process, but process 1 has AVX1" in said(tmp_path / "log")[1]
 
 
 def test_a_full_disk_of_one_process_is_one_sentence_and_costs_nothing(sites, whole, tmp_path):  # noqa: F811
