@@ -125,7 +125,7 @@ def require_same(config: RunConfig, processes: Processes, *, one_result: bool = 
     together = machine if one_result else {}
     processes.require_same(**settings, shard=config.shard, out=str(config.out), torch=torch.__version__, **together)
     if not one_result:
-        say_other_machines(processes, "; ".join(f"{name} {value}" for name, value in machine.items()))
+        say_other_machines(processes, ", ".join(f"{name} {value}" for name, value in machine.items()))
 
 
 def say_other_machines(processes: Processes, machine: str) -> None:
@@ -136,7 +136,7 @@ def say_other_machines(processes: Processes, machine: str) -> None:
     for rank in range(processes.world):
         ranks_of.setdefault(processes.hear(f"machine {rank}"), []).append(str(rank))
     if len(ranks_of) > 1:
-        differ = ", ".join(f"{machine} in {' '.join(ranks)}" for machine, ranks in ranks_of.items())
+        differ = "; ".join(f"{', '.join(ranks)}: {machine}" for machine, ranks in ranks_of.items())
         print(f"processes differ ({differ}): the last digits of a run depend on the process that trains it, also after it was resumed")
 
 
