@@ -55,12 +55,12 @@ def kinds(config: KindsConfig) -> None:
         record["cases"] = read_json(config.out, "a kinds.json of this benchmark")["cases"]
     for d_sae in config.d_sae:
         for kind in config.kinds:
-            l0 = float(config.k * (POSITIVE if kind in CHOOSING else 1))
-            tensors = problem(about, Case(config.d_in, d_sae, l0, config.batch_size), None, None)
             case = {"d_in": config.d_in, "d_sae": d_sae, "k": config.k, "batch_size": config.batch_size, "kind": kind}
             if any(case.items() <= found.items() for found in record["cases"]):
                 continue
             print(f"{kind}, F {d_sae:,}", flush=True)
+            l0 = float(config.k * (POSITIVE if kind in CHOOSING else 1))
+            tensors = problem(about, Case(config.d_in, d_sae, l0, config.batch_size), None, None)
             record["cases"].append(case | measure(config, kind, tensors))
             write_json(config.out, record)
     print(markdown(record))
