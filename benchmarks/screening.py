@@ -23,6 +23,7 @@ from sae.dictionaries.dictionary import Dictionary
 from sae.disk.writing import write_json
 from sae.encoding import METHODS, Encoder, Method
 from sae.encoding.bounds import Bfloat16Features, Frame, frame_of
+from sae.encoding.encoder import refuse_missing
 from sae.encoding.int8 import Int8Features
 from sae.entries import Buffers
 from sae.errors import InputError
@@ -44,7 +45,7 @@ class ScreeningConfig:
     dictionary: Path | None = None
     """Folder of a dictionary trained on that cache, for its weights, size and firing. Default: initial weights."""
     methods: tuple[Method, ...] = METHODS
-    """Ways to compare with `product`. bfloat16 and int8 take many times as long on a processor without instructions for them."""
+    """Ways to compare with `product`. bfloat16 takes many times as long on a processor without instructions for it."""
     rounds: int = 5
     """Interleaved rounds; one more, not counted, comes first."""
     threads: int | None = None
@@ -87,7 +88,13 @@ def benchmark(config: ScreeningConfig) -> None:
 
 
 def measured(config: ScreeningConfig, x_bd: torch.Tensor, W_fd: torch.Tensor, b_f: torch.Tensor) -> dict[str, Any]:
-    methods: list[Method] = list(dict.fromkeys(("product", *config.methods)))
+    methods: list[Method] = ["product"]
+    for method in dict.fromkeys(config.methods):
+        try:
+            refuse_missing(method, W_fd)
+            methods += [method] if method != "product" else []
+        except InputError as reason:
+            print(f"{method} is left out: {reason}")
     encoders = {method: Encoder(method, W_fd, b_f, like_bd=x_bd) for method in methods}
     buffers, prepared = ({method: Buffers() for method in methods} for _ in range(2))
     out_bf = x_bd.new_empty(len(x_bd), len(W_fd))

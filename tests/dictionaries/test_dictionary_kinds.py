@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from encoders import each
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.frames import Frame
@@ -73,7 +74,7 @@ def test_every_gate_as_autoencoder_and_as_skip_transcoder(gate):
         transcoder.decode(transcoder.encode(x))
 
 
-@pytest.mark.parametrize("method", ["onednn", "bfloat16", "int8"])
+@pytest.mark.parametrize("method", each("onednn", "bfloat16", "int8"))
 @pytest.mark.parametrize("gate", GATES)
 def test_entries_by_another_encoder(gate, method):
     w = weights()

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from encoders import each
 from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -14,6 +15,7 @@ from sae.activations.cache import ActivationCache
 from sae.activations.harvest.command import HarvestConfig, harvest
 from sae.dictionaries.dictionary import Dictionary
 from sae.dictionaries.gates import Threshold
+from sae.encoding import METHODS
 from sae.errors import InputError
 from sae.evaluation import EvaluationConfig, evaluate
 from sae.model.language_model import LanguageModel
@@ -76,7 +78,7 @@ def test_only_held_out_rows_and_sequences_are_measured(home, tmp_path):
     assert result["language_model"]["tokens"] == (np.diff(tokens.sequence_starts)[held_out] - 1).sum()
 
 
-@pytest.mark.parametrize("encoder", ["product", "onednn", "bfloat16", "int8"])
+@pytest.mark.parametrize("encoder", each(*METHODS))
 def test_every_encoder_measures_the_same(home, tmp_path, encoder, capsys):
     """And the file says which it was."""
     both = identity(home)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from encoders import HERE
 from feature_world import VOCABULARY
 
 from sae.activations.cache import ActivationCache
@@ -73,19 +74,21 @@ def test_a_dictionary_of_another_format(world, tmp_path, capsys):
 def test_a_screened_index_has_the_same_activations(world, tmp_path, kind, capsys):
     made(world, **KINDS[kind]).save(tmp_path / "sae")
     indexes = {}
-    for encoder in ("auto", "product", "bfloat16", "int8"):
+    screened = [encoder for encoder in ("bfloat16", "int8") if encoder in HERE]
+    for encoder in ("auto", "product", *screened):
         config = IndexConfig(cache=world.cache, dictionary=tmp_path / "sae", out=tmp_path / encoder, device="cpu", encoder=encoder)
         indexes[encoder] = FeatureIndex.open(build_index(config))
         said = f"encoded by {encoder}; name it with --encoder to repeat this index bit for bit" in capsys.readouterr().out
         assert said == (encoder not in ("auto", "product"))
-    names = [indexes[encoder].info["encoder"] for encoder in ("auto", "product", "bfloat16", "int8")]
-    assert names == ["product", "product", "bfloat16", "int8"], "so few rows are not worth a measurement"
+    names = [index.info["encoder"] for index in indexes.values()]
+    assert names == ["product", "product", *screened], "so few rows are not worth a measurement"
     for j in range(F):
-        found = [indexes[encoder].feature(j) for encoder in ("product", "bfloat16", "int8")]
+        found = [indexes[encoder].feature(j) for encoder in ("product", *screened)]
         for one in found[1:]:
             np.testing.assert_array_equal(one.positions, found[0].positions)
             np.testing.assert_allclose(one.values, found[0].values, rtol=2e-3)
-        np.testing.assert_array_equal(found[1].values, found[2].values)
+        for one in found[2:]:
+            np.testing.assert_array_equal(one.values, found[1].values)
 
 
 @pytest.mark.parametrize("kind", KINDS)

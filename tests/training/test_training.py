@@ -176,8 +176,8 @@ def test_a_run_goes_on_with_the_encoder_that_it_began_with(cache, tmp_path, monk
 
 
 def test_an_encoder_that_a_kind_does_not_use_is_refused_before_the_first_step(cache, tmp_path):
-    with pytest.raises(InputError, match=r"^expected a kind that keeps what is large with its sign for the encoder int8, got one that"):
-        train(config_for(cache, tmp_path / "d", kind=AbsTopK(k=(3,)), encoder="int8"))
+    with pytest.raises(InputError, match=r"^expected a kind that keeps what is large with its sign for the encoder bfloat16, got one that"):
+        train(config_for(cache, tmp_path / "d", kind=AbsTopK(k=(3,)), encoder="bfloat16"))
 
 
 def test_a_checkpoint_with_a_flipped_bit_or_without_a_checksum_is_refused(cache, tmp_path, monkeypatch):
