@@ -23,7 +23,7 @@ from sae.errors import InputError
 BEAT = 1.0
 """seconds between two heartbeats"""
 SILENCE = 300.0
-"""seconds without a heartbeat after which a process counts as dead; a launcher usually stops the others sooner"""
+"""seconds without a heartbeat after which a process of another machine counts as dead; a launcher usually stops the others sooner"""
 FAREWELL = 5.0
 """seconds that the process that hosts the store waits at the end, so that the others can read the last messages"""
 ASIDE = 1.0
@@ -73,6 +73,7 @@ class Processes:
 
         ended = threading.Event()
         if self.world > 1:
+            self.tell(f"mark{self.rank}", mark())
             self.store.add(f"beats{self.rank}", 1)  # one that is killed before its next sign of life must be missed too
             threading.Thread(target=self._live, args=(ended,), daemon=True).start()
         try:
@@ -204,9 +205,10 @@ class Processes:
         self._listened = time.monotonic()
         for other, (beats, at) in self._watched.items():
             now = self.store.add(f"beats{other}", 0)
+            silent = now > 0 and now == beats and self._listened - at > SILENCE
             if now != beats:
                 self._watched[other] = now, self._listened
-            elif now and self._listened - at > SILENCE and not self.store.check([f"gone{other}"]):
+            if now and (silent or has_ended(self.heard(f"mark{other}"))) and not self.store.check([f"gone{other}"]):
                 raise InputError(f"process {other} of this run has died; run the same command again to continue")
 
     def _part(self) -> None:
@@ -216,6 +218,34 @@ class Processes:
         while self._hosts_store and gone < self.world and time.monotonic() < until:
             time.sleep(0.05)
             gone = self.store.add("gone", 0)
+
+
+def mark() -> list[str] | None:
+    """What `has_ended` recognises this process by: its machine and container, its number, when it started; None where /proc lacks that."""
+    try:
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+        return [machine, str(os.getpid()), _state_and_start(os.getpid())[1]]
+    except OSError:
+        return None
+
+
+def has_ended(theirs: list[str] | None) -> bool:
+    """Whether a process of this machine has ended in any way; False where that cannot be known, as of another machine."""
+    here = mark()
+    if here is None or theirs is None or here[0] != theirs[0]:
+        return False
+    try:
+        state, start = _state_and_start(int(theirs[1]))
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    except OSError:
+        return False
+    return state in "ZX" or start != theirs[2]  # not yet waited for by its parent, or another process with its number
+
+
+def _state_and_start(pid: int) -> tuple[str, str]:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # its name, in parentheses, may have spaces
+    return fields[0], fields[19]
 
 
 @contextmanager

@@ -4,7 +4,7 @@ A run's result depends only on the plan: the rows of a step are the same for all
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,10 +77,6 @@ class DealtPart(Part):
         for name, line in zip(self.names, self.lines):
             numbers = (line["loss"], line["l0"], line["tokens_per_second"]) if line else ()
             self.status.report(name, Row(self.status.rows[name].rank, step, state, *numbers))
-
-    def step(self, batch: dict[str, Tensor], step: int) -> Any:
-        self.status.advance()
-        return super().step(batch, step)
 
     def log(self, done: int) -> None:
         super().log(done)
@@ -182,6 +178,13 @@ def rows_of(plan: RunConfig, runs: list[RunConfig], left: list[Left], ranks: Seq
     return {str(folder.relative_to(plan.out)): going.get(number, done) for number, run in enumerate(runs) for folder in run.folders()}
 
 
+def watched(batches: Iterator[dict[str, Tensor]], status: Status) -> Iterator[dict[str, Tensor]]:
+    """The batches; no more after another process has failed."""
+    for batch in batches:
+        status.advance()
+        yield batch
+
+
 def train_mine(
     source: CachedSource,
     plan: RunConfig,
@@ -208,6 +211,7 @@ def train_mine(
     batches = CachedSource(*source.caches.values(), dealt=sorted(sites)).batches(plan.batch_size, seed=plan.seed, device=device)
     starts = sorted({part.first for part in parts})
     batches.seek(starts[0])
+    rows = watched(batches, status)
     if starts[0]:
         print(f"resuming after step {starts[0]:,}")
     wandb_run = start_wandb(plan.wandb if mesh.leads else "off", plan.wandb_project, plan.out, settings)
@@ -216,7 +220,7 @@ def train_mine(
             part.open_logs(part.first, wandb_run, plan.out)
         for start, until in zip(starts, [*starts[1:], plan.steps]):
             level = [part for part in parts if part.first <= start]
-            loop(level, batches, Checkpoints(level), start, plan, until, shown=status.processes.leads)
+            loop(level, rows, Checkpoints(level), start, plan, until, shown=status.processes.leads)
     finally:
         for part in parts:
             for log in part.logs:

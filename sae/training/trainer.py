@@ -169,7 +169,7 @@ def loop(
         for step in range(first, run.steps if until is None else until):
             try:
                 batch = next(batches)
-            except (InputError, Ended) as error:  # a damaged shard, or no process makes rows any more: what is trained is kept
+            except (InputError, SystemExit, Ended) as error:  # a damaged shard, or another process has failed: what is trained is kept
                 if step > first and (mesh.alone or isinstance(error, Ended)):  # other processes may not have met a damaged shard
                     checkpoint.save(sweeps, step)
                 if isinstance(error, Ended):

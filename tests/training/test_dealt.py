@@ -104,6 +104,26 @@ def test_a_killed_process_costs_what_followed_its_last_checkpoint(sites, whole, 
     assert not list(config.out.rglob("checkpoint.safetensors"))
 
 
+def test_without_a_launcher_the_others_notice_a_killed_process_and_keep_their_steps(sites, whole, tmp_path):  # noqa: F811
+    """Long before the silence of five minutes, after which this test would have failed."""
+    config, step = plan_of(sites, tmp_path, RUNS, "cut", checkpoint_every=1000), Sweep.step
+
+    def slow(self, *arguments):
+        time.sleep(0.2)
+        return step(self, *arguments)
+
+    def work():
+        Sweep.step = slow if os.environ["RANK"] == "0" else step
+        dies(1, 25, config)
+
+    assert forked(work, 2, tmp_path / "log") == [2, -9], said(tmp_path / "log")
+    assert "process 1 of this run has died; run the same command again to continue" in said(tmp_path / "log")[0]
+    assert "harvest" not in said(tmp_path / "log")[0]
+    assert forked(lambda: train_plan(config), 2, tmp_path / "then") == [0, 0]
+    assert "resuming after step" in said(tmp_path / "then")[0]
+    assert_same(whole, config.out)
+
+
 @pytest.mark.parametrize("shard", ["features", "rows"])
 def test_all_processes_can_share_every_run(sites, whole, tmp_path, shard):  # noqa: F811
     """One process' runs to rounding; after a kill the bits of a plan that was left alone."""
