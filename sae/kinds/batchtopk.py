@@ -21,7 +21,7 @@ from sae.errors import InputError
 from sae.kinds.kind import Aided, Now, aid_loss
 from sae.mesh import Axis
 from sae.objective import Goal, Own, Step, Terms, Weights
-from sae.objective.choice import LOWER
+from sae.objective.choice import SAMPLE
 from sae.objective.formula import pre_activations, squared_error
 from sae.objective.rule import Aid, Rule
 
@@ -96,21 +96,34 @@ class Matryoshka(BatchTopK):
 
 @torch.no_grad()
 def threshold_for(
-    dictionary: Dictionary, rows: Sequence[Tensor], k: int, guess: float = 0.0, every: Axis | None = None
-) -> tuple[float, int]:
-    """The threshold above which `dictionary` has k active features per row on these chunks of rows [b, d], and the number of rows.
+    dictionary: Dictionary, rows: Sequence[Tensor], k: int, running: float = 0.0, every: Axis | None = None
+) -> tuple[float, int, float]:
+    """The threshold above which `dictionary` has k active features per row on these chunks of rows [b, d]; the number of rows; and how many
+    features per row are active above `running`.
 
-    It is the largest pre-activation after the first k·rows, or 0 if fewer are above 0. A `guess` saves time. If each process of `every`
-    has a part of the features as its `dictionary`, all call it.
+    It is the largest pre-activation after the first k·rows, or 0 if fewer are above 0. If each process of `every` has a part of the
+    features as its `dictionary`, all call it.
     """
     buffers, count, every = Buffers(), sum(map(len, rows)), every or Axis()
-    for lower in LOWER:
-        value_n = torch.cat([entries_above(dictionary.pre_activations(x_bd), guess * lower, 0, buffers).value_n for x_bd in rows])
-        lengths = every.numbers(len(value_n))
-        if sum(lengths) > k * count:
-            padded_n = torch.nn.functional.pad(value_n, (0, int(max(lengths)) - len(value_n)), value=-math.inf)
-            value_n = every.gather(padded_n).flatten()
-            return float(value_n.kthvalue(len(value_n) - k * count).values), count  # host sync
-        if not guess:
+
+    def above(chunks: Sequence[Tensor], low: float) -> Tensor:
+        return torch.cat([entries_above(dictionary.pre_activations(x_bd), low, 0, buffers).value_n for x_bd in chunks])
+
+    sample = rows[0][:SAMPLE]
+    guess = value_after(above([sample], 0.0), k * len(sample), every)
+    for low in (min(0.85 * guess, max(running, guess / 2)), guess / 4, 0.0):
+        value_n = above(rows, low)
+        if low == 0 or every.total(len(value_n)) > k * count:
             break
-    return 0.0, count
+    counted = [value_n] if running >= low else map(dictionary.pre_activations, rows)
+    active = every.total(sum(int(torch.count_nonzero(z > max(running, 0.0))) for z in counted))
+    return value_after(value_n, k * count, every), count, active / count
+
+
+def value_after(value_n: Tensor, k: int, every: Axis) -> float:
+    """The largest value after the first k of those of all processes; 0 if there are no more than k."""
+    lengths = every.numbers(len(value_n))
+    if sum(lengths) <= k:
+        return 0.0
+    every_n = every.gather(torch.nn.functional.pad(value_n, (0, int(max(lengths)) - len(value_n)), value=-math.inf)).flatten()
+    return float(every_n.kthvalue(len(every_n) - k).values)  # host sync

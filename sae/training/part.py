@@ -178,14 +178,13 @@ class Part:
         parts = [dict(zip(rows, chunk)) for chunk in zip(*(part.split(ROWS) for part in rows.values()))]
         chunks = [self.ends.pair({site: x_bd.to(device) for site, x_bd in part.items()}, self.scales)[0] for part in parts]
         running = float(gate.theta_f[0])
-        active = every.total(sum(int((dictionary.encode(x_bd) > 0).sum()) for x_bd in chunks))
-        threshold, count = threshold_for(dictionary, chunks, k, running, every)
+        threshold, count, active = threshold_for(dictionary, chunks, k, running, every)
         gate.theta_f.data.fill_(threshold)
         print(
             f"{folder}: a threshold of {threshold:.4g} keeps {k} a row on {count:,} {'held-out' if held_out else 'training'} rows; the "
-            f"running mean, {running:.4g}, would keep {active / count:.1f}"
+            f"running mean, {running:.4g}, would keep {active:.1f}"
         )
-        return {"running": running, "exact": threshold, "rows": count, "held_out": held_out, "l0_of_running": active / count}
+        return {"running": running, "exact": threshold, "rows": count, "held_out": held_out, "l0_of_running": active}
 
 
 def provenance(manifest: dict[str, Any], ends: Ends) -> dict[str, Any]:
