@@ -18,13 +18,13 @@ from sae.command_line import run
 from sae.dictionaries.dictionary import Dictionary
 from sae.disk.places import require_folder
 from sae.errors import InputError
+from steering.strength.neutral import PROMPTS
 
 MODEL = Path("runs/models/smollm2")
 TEXT = Path("checkpoints/smollm2-text/tokens.safetensors")
 SHIPPED = Path("checkpoints/smollm2-sae")
 SITE = "resid_post.15"
 TRAINING = "batchtopk --k 32 --d-sae 4096 --steps 1100 --batch-size 512 --lr 2e-3 --dead-steps 200 --checkpoint-every 100"  # two passes
-PROMPTS = "'I think' 'The man said' 'When we got there,' 'It was' 'Yesterday I' 'What do you' 'The first thing' 'After a while'"
 
 
 @dataclass
@@ -69,7 +69,7 @@ def demo(config: RealDemoConfig) -> None:
     prompt = shlex.quote(config.prompt)
     call("steer", f"--index {index} --feature {number} --strength {config.strength:g} --prompt {prompt} --temperature 0.8 --top-p 0.9")
     compared = f"--model {MODEL} --dictionary {dictionary} --text {TEXT} --concept {shlex.quote(config.concept)} --feature {number}"
-    settings = f"--budgets 0.3 --samples 3 --max-new-tokens 24 --prompts {PROMPTS}"
+    settings = f"--budgets 0.3 --samples 2 --max-new-tokens 24 --prompts {shlex.join(PROMPTS[:16])}"
     call("compare_directions", f"{compared} {settings} --out {comparison}", makes=comparison / "comparison.json")
     summary(config, out, number, evaluation, time.monotonic() - began)
 
