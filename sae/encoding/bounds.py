@@ -53,7 +53,8 @@ def frame_of(x_bd: Tensor, W_fd: Tensor) -> Frame:
     size_d = torch.where(size_d.isfinite() & (size_d > 0), size_d, 1.0)
     exponent_d = (size_d / size_d.median()).log2().round().clamp(-12, 12)
     centre_d, scale_d = centre_d if fits(centre_d[None]) else torch.zeros_like(centre_d), torch.exp2(exponent_d)
-    return Frame(centre_d, scale_d, float(((x_bd - centre_d) * scale_d).abs().amax(1).median()))
+    largest = float(((x_bd - centre_d) * scale_d).abs().amax(1).median()) if len(x_bd) else 0.0
+    return Frame(centre_d, scale_d, largest if 0 < largest < LARGEST_NORM else 1.0)
 
 
 def fits(rows: Tensor) -> bool:

@@ -8,9 +8,10 @@ keeps its sign, is
     q_b·w_f + c_b (offset_f / s_f S) + (‖δ_b‖ / t_b) (‖W_f‖ / s_f) + ‖q_b‖ (‖ε_f‖ / s_f)
 
 with t_b = S / c_b for a whole number c_b of at most 127. So the offset is more columns of the product: c_b in the rows, and in the features
-whole numbers that add up to the second factor, rounded up. ‖δ_b‖ / t_b is nearly the same in all rows, and a typical value of it becomes
-columns too. The rest differs little between features: a row's bound gets it with the largest factor of the block's features. oneDNN adds it
-to the product and writes one byte, which is 0 where the sum is not positive.
+whole numbers that add up to the second factor, rounded up (`of_offset` columns). ‖δ_b‖ / t_b is nearly the same in all rows: a typical
+value of it times ‖W_f‖ / s_f becomes columns too (`of_norm`). What ‖δ_b‖ / t_b has above that value, and the last term, are added for each
+row with the largest factor among the features of a block, between which these factors differ little. oneDNN adds that number to the
+product and writes one byte, which is 0 where the sum is not positive.
 """
 
 from collections.abc import Iterator
@@ -90,7 +91,7 @@ class Int8Features:
                 self._write_offsets(operand_pk, part, floor)
             added_b = WIDER * (beyond_b * self.norm_f[part].max() + length_b * self.error_f[part].max())
             added_b = added_b.clamp_(max=ALWAYS).ceil_() + d // 256 + 2
-            yield start, rows.product(operand_pk, added_b, torch.uint8)
+            yield start, rows.product(operand_pk, added_b)
 
 
 def write_sum(total_p: Tensor, out_pn: Tensor) -> None:
@@ -107,17 +108,17 @@ class Packed:
         self.packed = torch.ops.onednn.qlinear_prepack(operand_bk, None)
         self.one_b, self.zero_b = torch.ones(len(operand_bk)), torch.zeros(len(operand_bk), dtype=torch.int64)
 
-    def product(self, operand_pk: Tensor, added_b: Tensor, dtype: torch.dtype) -> Tensor:
-        """(operand_pk − 128) · rows + added_b, [p, b]; as a byte, at least 0 and at most 255."""
+    def product(self, operand_pk: Tensor, added_b: Tensor) -> Tensor:
+        """(operand_pk − 128) · rows + added_b as bytes, at least 0 and at most 255, [p, b]."""
         product = torch.ops.onednn.qlinear_pointwise
-        return product(operand_pk, 1.0, 128, self.packed, self.one_b, self.zero_b, added_b, 1.0, 0, dtype, "none", [], "")
+        return product(operand_pk, 1.0, 128, self.packed, self.one_b, self.zero_b, added_b, 1.0, 0, torch.uint8, "none", [], "")
 
 
 def adds_in_whole_numbers() -> bool:
     """Whether torch has these products, and sums them without saturation, which some processors have in pairs of products."""
+    added_b = 127.0 * 127 * 1024 + torch.tensor([-1.0, 0, 1, 300]).repeat(8)
     try:
-        rows = Packed(torch.full((32, 1024), -127, dtype=torch.int8))
-        sums = rows.product(torch.full((32, 1024), 255, dtype=torch.uint8), torch.zeros(32), torch.float32)
+        bytes_pb = Packed(torch.full((32, 1024), -127, dtype=torch.int8)).product(torch.full((32, 1024), 255, dtype=torch.uint8), added_b)
     except (AttributeError, RuntimeError):  # no such function in this torch, or not for this processor
         return False
-    return bool((sums == -127 * 127 * 1024).all())
+    return bool((bytes_pb == torch.tensor([0, 0, 1, 255]).repeat(8)).all())

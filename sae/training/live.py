@@ -90,7 +90,7 @@ def report(config: LiveTrainingConfig, source: PoolSource, making: Production, s
     trained, made = report_run(config, ends, split, mesh, held, lasts), making.rows_per_second
     measured = f"about {made:,.0f} rows/s, measured on a batch"
     if alone:
-        print(f"the model: {measured}; training and model in turn in one process: about {1 / (1 / trained + 1 / made):,.0f} rows/s")
+        print(f"the model: {measured}; one process that does both in turn: about {1 / (1 / trained + 1 / made):,.0f} rows/s")
         return
     print(f"each process that runs the model: {size(sum(making.memory.values()))} of memory ({listed(making.memory)}), {measured}")
     enough = math.ceil(trained / made)
@@ -99,4 +99,4 @@ def report(config: LiveTrainingConfig, source: PoolSource, making: Production, s
     elif producers < enough:
         print(f"with {producers} of them the model is slower than training; {enough} would keep up")
     else:
-        print(f"with {producers} of them training is slower than the model; {enough} would be enough")
+        print(f"with {producers} of them the model keeps up with training" + f"; {enough} would be enough" * (enough < producers))

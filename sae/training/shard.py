@@ -137,7 +137,10 @@ def say_other_machines(processes: Processes, machine: str) -> None:
         ranks_of.setdefault(processes.hear(f"machine {rank}"), []).append(str(rank))
     if len(ranks_of) > 1:
         differ = "; ".join(f"{', '.join(ranks)}: {machine}" for machine, ranks in ranks_of.items())
-        print(f"processes differ ({differ}): the last digits of a run depend on the process that trains it, also after it was resumed")
+        print(
+            f"processes run on different machines ({differ}): the last digits of a run depend on the process that trains it, also after it "
+            "was resumed"
+        )
 
 
 def refuse_split(config: RunConfig, mesh: Mesh) -> None:

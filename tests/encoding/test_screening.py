@@ -144,6 +144,16 @@ def test_offsets_beyond_the_columns_for_them_lose_nothing_and_let_little_through
     assert share < 0.05
 
 
+@pytest.mark.parametrize("method", each(*SCREENED))
+@pytest.mark.parametrize("bad", [[float("nan")], [float("inf")] * 40, "none", "equal"])
+def test_rows_that_make_no_frame_lose_nothing(method, bad):
+    x, W, b = realistic()
+    like = {"none": x[:0], "equal": x[:1].repeat(9, 1)}.get(bad) if isinstance(bad, str) else x.clone()
+    if not isinstance(bad, str):
+        like[: len(bad), 0] = torch.tensor(bad)
+    assert len(check(x, W, b, 0.0, method, like).row_n)
+
+
 @INT8
 def test_rows_too_wide_for_sums_of_bytes_use_the_product():
     x, W = torch.ones(2, 60_001), torch.ones(3, 60_001)

@@ -172,7 +172,9 @@ def test_processes_on_other_machines_are_named_and_refused_where_they_share_a_ru
     assert forked(lambda: mixed(dealt), 3, tmp_path / "log") == [0, 0, 0], said(tmp_path / "log")
     first, *others = said(tmp_path / "log")
     here = torch.backends.cpu.get_cpu_capability()
-    assert f"processes differ (0, 2: processor {here}, threads 1; 1: processor AVX1, threads 1): the last digits" in first
+    assert (
+        f"processes run on different machines (0, 2: processor {here}, threads 1; 1: processor AVX1, threads 1): the last digits" in first
+    )
     assert "differ" not in "".join(others)
     assert forked(lambda: mixed(shared), 2, tmp_path / "log") == [2, 2]
     assert "expected the same processor in every process, but process 1 has AVX1" in said(tmp_path / "log")[1]

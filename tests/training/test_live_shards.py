@@ -180,7 +180,7 @@ def test_a_dry_run_says_what_both_sides_take_and_which_is_slower(live, tmp_path,
     out = capsys.readouterr().out
     assert f"a pool has {pool.rows} rows ({size(made.pool_bytes)}), enough for {pool.rows / 128:.3g} steps" in out
     assert f"model {size(made.memory['model'])}, tokens" in out
-    assert "in turn in one process: about " in out
+    assert "one process that does both in turn: about " in out
     train_live(replace(config, shard=SPLITS[0]))  # can be planned by one
     out = capsys.readouterr().out
     assert "each of 2 processes (2 by features, 1 by rows): " in out
