@@ -212,8 +212,8 @@ def train_mine(
     starts = sorted({part.first for part in parts})
     batches.seek(starts[0])
     rows = watched(batches, status)
-    if starts[0]:
-        print(f"resuming after step {starts[0]:,}")
+    if resumed := [start for start in starts if start]:
+        print(f"resuming after step {resumed[0]:,}" + "; other runs begin" * (not starts[0]))
     wandb_run = start_wandb(plan.wandb if mesh.leads else "off", plan.wandb_project, plan.out, settings)
     try:
         for part in parts:
