@@ -134,7 +134,7 @@ def timed(x_bd: torch.Tensor, work: Callable[[], Any]) -> float:
 
 
 def candidates(method: Method, x_bd: torch.Tensor, W_fd: torch.Tensor, b_f: torch.Tensor) -> dict[str, float]:
-    """Share of entries whose bound is positive, with the frame of these rows and without any."""
+    """Share of entries whose bound is positive, with the frame of these rows and without a frame."""
     if method == "product" or method == "onednn":
         return {}
     shares = {}

@@ -1,4 +1,4 @@
-"""Speed of greedy generation with an intervention active, as a share of the speed without one.
+"""Speed of greedy generation with an intervention active, as a share of the speed without an intervention.
 
 Every round generates the same number of new tokens once with each arm, in an order that turns round from one round to the next, so that a
 slow spell of the machine hits all alike; shares are taken within a round. "none, again" is the plain generation a second time: what its

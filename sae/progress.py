@@ -18,7 +18,7 @@ class Progress:
             try:
                 import rich.progress as bars
             except ImportError:  # machines with a GPU are often bare
-                print("rich is not installed: progress comes as plain lines", file=sys.stderr)
+                print("rich is not installed: progress is printed as plain lines", file=sys.stderr)
             else:
                 columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), bars.TextColumn("{task.fields[text]}"))
                 from rich.console import Console

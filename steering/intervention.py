@@ -106,7 +106,7 @@ class _Own:
         self.dictionary, self.feature, self.site = item.dictionary, item.feature, item.site
         self.elsewhere = item.dictionary.is_transcoder
         self.read_rpd: Tensor | None = None
-        """what flowed where a transcoder reads, until the pass comes to where it writes"""
+        """what flowed where a transcoder reads, until the pass reaches where it writes"""
 
     def activation(self, value_rpd: Tensor) -> tuple[Tensor, Tensor | float]:
         """[r, p] float32, and what one unit of it is worth at each position, [r, p] or 1."""

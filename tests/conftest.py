@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of corpora and small models beside the checkout; tests that need it skip without it."""
+    """The folder of corpora and small models beside the checkout; tests that need it skip if it is absent."""
     folder = Path(__file__).resolve().parents[2] / "shared"
     if not folder.is_dir():
         pytest.skip(f"no folder {folder.name!r} beside the checkout")

@@ -22,7 +22,7 @@ def nucleus(logits_v: torch.Tensor, temperature: float, top_p: float) -> np.ndar
 
 
 def drawn(logits_v: torch.Tensor, times: int, temperature: float, top_p: float, seed: int = 0) -> np.ndarray:
-    """How often each token came."""
+    """How often each token was drawn."""
     tokens_s = sample(logits_v.expand(times, -1), temperature, top_p, torch.Generator().manual_seed(seed))
     return torch.bincount(tokens_s, minlength=len(logits_v)).numpy()
 

@@ -183,7 +183,9 @@ class ActivationCache:
         """Name of the model it was made with; raises `InputError` if that is unknown."""
         name = self.model["name"]
         if name is None:
-            raise InputError(f"expected a cache that knows its model, but {self.folder} was imported without one; import it with --model")
+            raise InputError(
+                f"expected a cache that knows its model, but {self.folder} was imported without a model; import it with --model"
+            )
         return name
 
     def at(self, site: str) -> "ActivationCache":

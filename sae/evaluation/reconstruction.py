@@ -180,7 +180,7 @@ def add_reconstruction(
     """Adds the rows `x_bd` to `metrics` (new ones if None), a chunk at a time so that [rows, f] never exists for large f.
 
     `y_bo` are a transcoder's targets; `encoder`: another way than the float32 product, made by the dictionary's method of that name. A
-    chunk is moved to the dictionary's device when its turn comes.
+    chunk is moved to the dictionary's device when it is encoded.
     """
     buffers = Buffers()
     metrics = metrics or ReconstructionMetrics(dictionary.norms(), dictionary.d_out, dictionary.writes)

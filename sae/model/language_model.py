@@ -130,7 +130,7 @@ class LanguageModel:
 
     @property
     def final_norm(self) -> nn.Module | None:
-        """The norm before the unembedding; None for the few models without one (OPT-350m)."""
+        """The norm before the unembedding; None for the few models that have none (OPT-350m)."""
         return self._inspection.final_norm
 
     def norm_before(self, site: str) -> nn.Module | None:

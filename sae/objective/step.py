@@ -56,7 +56,7 @@ class Terms(NamedTuple):
 class Goal(Protocol):
     """What a kind minimises at one step, for one value of its swept option.
 
-    With a target y the dictionary is a transcoder: it reads x and predicts y. Without one it is an autoencoder: it reconstructs x, and its
+    With a target y the dictionary is a transcoder: it reads x and predicts y. By default it is an autoencoder: it reconstructs x, and its
     decoder bias is first subtracted from x.
     """
 

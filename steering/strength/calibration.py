@@ -279,7 +279,7 @@ def calibrate(
     """The coefficient of `vector` at each budget of `kl_per_token` on the first `tokens` tokens of `texts`, which should be off its topic.
 
     `strongest` is the length of the direction's highest natural occurrence: a feature's maximum activation times the norm of its
-    decoder row. Without it, it is the largest projection on the texts. Coefficients up to rho = 300 are tried. Raises `InputError` for
+    decoder row. By default it is the largest projection on the texts. Coefficients up to rho = 300 are tried. Raises `InputError` for
     a zero vector and for one of another width.
     """
     strength = DirectionStrength(Calibrator(lm, texts, tokens), vector, strongest)

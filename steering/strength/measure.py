@@ -43,7 +43,7 @@ def listed_words(words: Sequence[str]) -> re.Pattern[str]:
 
 
 def read_words(path: Path) -> list[str]:
-    """The lines of a file, without empty ones and those that start with #. Raises `InputError` for a file without any."""
+    """The lines of a file, without empty ones and those that start with #. Raises `InputError` for a file that has none."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

@@ -313,7 +313,7 @@ def test_a_range_that_is_not_known_says_why_and_none_is_asked_for_without_the_fu
         tab.goto(f"{url}/steer?feature={FEATURE}&strength=1")
         assert not tab.locator(".range").is_visible()
         assert not [one for one in asked if "range" in one]
-        assert refused(f"{url}/api/range?feature=1") == "expected a model to steer, but the server was started without one"
+        assert refused(f"{url}/api/range?feature=1") == "expected a model to steer, but the server was started without a model"
     for wanted, sentence in (("x", "expected a whole number as feature"), ("99999", "feature 99999 does not exist")):
         assert sentence in refused(f"{demo.url}/api/range?feature={wanted}")
 

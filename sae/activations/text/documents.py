@@ -24,7 +24,7 @@ PASSAGE = 8192
 
 @dataclass(kw_only=True)
 class TextConfig:
-    """Where the text comes from."""
+    """The source of the text."""
 
     text: tuple[str, ...] = ()
     """Files (.txt, .jsonl, .json, .parquet, the first three also as .gz; .safetensors with token ids), folders or globs."""
@@ -90,7 +90,7 @@ def check_source(config: TextConfig) -> None:
         raise InputError(f"expected text from --text or from --dataset, got {found}; give one of them")
     given = [n for n in ("dataset_config", "dataset_split", "streaming") if getattr(config, n) != getattr(TextConfig(), n)]
     if config.text and given:
-        raise InputError(f"--{given[0].replace('_', '-')} belongs to --dataset, but the text comes from --text; leave it out")
+        raise InputError(f"--{given[0].replace('_', '-')} belongs to --dataset, but --text was given; leave one of them out")
     fields_chosen = config.text_field != "text" or config.label_field is not None
     if config.text and fields_chosen and not any(_kind(path) in (".jsonl", ".json", ".parquet") for path in text_files(config)):
         raise InputError("--text-field and --label-field choose fields of .jsonl, .json or .parquet, but --text names no such file")

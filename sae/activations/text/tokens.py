@@ -215,7 +215,7 @@ def _encoded(documents: Iterable[Document], tokenizer: Any, vocabulary: int) -> 
         texts = [document.content for document in batch if isinstance(document.content, str)]
         if texts and tokenizer is None:
             raise InputError(
-                "expected a model with a tokenizer, because the text comes as text, but this model has none; add one to its folder"
+                "expected a model with a tokenizer, because the text is not token ids, but this model has none; add one to its folder"
             )
         encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
         for document in batch:

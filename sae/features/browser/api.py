@@ -52,7 +52,7 @@ async def prompt(request: Request) -> Response:
 async def steer(request: Request) -> Response:
     browser, value = browser_of(request), await body(request)
     if browser.steering is None:
-        raise InputError("expected a model to steer, but the server was started without one")
+        raise InputError("expected a model to steer, but the server was started without a model")
     prompt, pairs = steered_prompt(browser, value)
     drawn = sampling(value)
     await browser.model.wait_for("steer", request)
@@ -68,7 +68,7 @@ async def working_range(request: Request) -> Response:
     """Runs in pieces, each of which waits for its turn, so that a text to be written never waits for more than one piece."""
     browser = browser_of(request)
     if browser.ranges is None:
-        raise InputError("expected a model to steer, but the server was started without one")
+        raise InputError("expected a model to steer, but the server was started without a model")
     j = whole("feature", request.query_params.get("feature", ""))
     browser.require(j)
     pieces, found = browser.ranges(j), None

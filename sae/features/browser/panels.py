@@ -49,7 +49,7 @@ def prompt(browser: "Browser", params: dict[str, str], reading: "Reading | None"
         some = reading.measured == MOST_PAIRS
         note += (
             f" The effect was measured for {reading.measured:,} of them, "
-            + ("those that add the longest vectors" if some else "all but the last token's, after which nothing comes")
+            + ("those that add the longest vectors" if some else "all but the last token's, which no token follows")
             + ": nats by which the loss of all later tokens rises when the feature is taken away at its token alone; above 0 it helped."
         )
     body = _ranking(browser, reading, [int(p) for p in chosen], order) if chosen else _by_token(browser, reading, order)

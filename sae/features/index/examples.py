@@ -96,7 +96,7 @@ def numbered(chosen: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 def top_examples(offsets: np.ndarray, feature_n: np.ndarray, positions: np.ndarray, values: np.ndarray, text: Text) -> np.ndarray:
     """The highest activations whose windows share no token, at most `PER_DOCUMENT` from one document: entry numbers [s, TOP].
 
-    Taken greedily from the highest down; of equal activations the earlier token comes first. A round takes one example of every
+    Taken greedily from the highest down; of equal activations the earlier token is first. A round takes one example of every
     feature and strikes out what it excludes, so that the cost does not depend on how many candidates must be passed over.
     """
     s, n = len(offsets) - 1, len(positions)

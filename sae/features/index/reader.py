@@ -160,7 +160,7 @@ class FeatureIndex:
     def top_contexts(self, j: int, n: int = 20, before: int = BEFORE, after: int = AFTER) -> list[Context]:
         """The `n` highest activations whose windows (24 tokens before, 16 after) share no token, at most 2 from one document.
 
-        Taken greedily from the highest down; of equal activations the earlier token comes first. The index holds 32 of them, and more
+        Taken greedily from the highest down; of equal activations the earlier token is first. The index holds 32 of them, and more
         are not returned. `before` and `after`: numbers of tokens shown around each.
         """
         return self._contexts(j, self._details("top_entries", j)[: min(n, TOP)], before, after)

@@ -115,7 +115,7 @@ def active(value_spf: Tensor) -> Tensor:
 
 
 def open_sites(lm: LanguageModel, sources: Sequence[str]) -> list[FeatureSite]:
-    """The dictionaries, or those of sets of them, in the order in which the model comes to them.
+    """The dictionaries, or those of sets of them, in the order in which the model reaches them.
 
     Raises `InputError` for one of another model, width or unknown site, one that writes at several sites, two that write at one site, one
     that writes before another has read, and for the embedding, which lies before what paths between prompts change.

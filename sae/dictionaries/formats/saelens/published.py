@@ -1,6 +1,6 @@
 """Facts in SAELens' list of published dictionaries (pretrained_saes.yaml) that are missing in the dictionaries' own folders.
 
-Without them, activations would be normalised differently than in training, or not at all.
+If they were missing, activations would be normalised differently than in training, or not at all.
 """
 
 from pathlib import Path

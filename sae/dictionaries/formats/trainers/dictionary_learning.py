@@ -213,7 +213,7 @@ def gate_of(files: Files, name: str, buffers: dict[str, Tensor], b_enc_f: Tensor
 
 
 def facts_of(files: Files) -> dict[str, Any]:
-    """Where it comes from and, where the file names them, its sites. Raises `InputError` for a transcoder between other than sites."""
+    """Its source and, where the file names them, its sites. Raises `InputError` for a transcoder between other than sites."""
     settings, buffer = files.settings, files.buffer
     model, submodule, layer = settings.get("lm_name") or None, settings.get("submodule_name"), settings.get("layer")
     match = SUBMODULE.search(submodule or name_of(files.weights))
