@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -65,6 +66,22 @@ def die_at_fsync(number: int) -> None:
         fsync(handle)
 
     os.fsync = fsync_or_die
+
+
+def leaving_work_to(rank: int, work: Callable[[], Any]) -> Callable[[], Any]:
+    """The work with every other process slowed: a process that starts late on a busy machine still gets some of what they share."""
+
+    def leaving() -> Any:
+        fsync = os.fsync
+
+        def slow(handle: int) -> None:
+            time.sleep(0.2)
+            fsync(handle)
+
+        os.fsync = fsync if os.environ["RANK"] == str(rank) else slow
+        return work()
+
+    return leaving
 
 
 def said(log: Path) -> list[str]:

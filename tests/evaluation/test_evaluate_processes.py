@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-from several_processes import flags, forked, said, torchrun
+from several_processes import flags, forked, leaving_work_to, said, torchrun
 from test_evaluate import home, identity  # noqa: F401 (a fixture)
 
 from sae.evaluation import EvaluationConfig, evaluate
@@ -42,7 +42,8 @@ def test_any_number_of_processes_gives_the_same_bytes(config, whole, tmp_path, p
 @pytest.mark.parametrize(("kill", "then"), [((0, 9), 2), ((1, 4), 1), ((1, 12), 2)])
 def test_a_killed_process_costs_nothing_but_its_piece(config, whole, tmp_path, kill, then):
     several = replace(config, out=tmp_path / "several.json")
-    assert forked(partial(evaluate, several), 2, tmp_path / "log", kill)[kill[0]] == -9
+    work = leaving_work_to(kill[0], partial(evaluate, several))
+    assert forked(work, 2, tmp_path / "log", kill)[kill[0]] == -9
     assert not several.out.exists()
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob(".several.json.pieces/*.safetensors")}
     assert forked(partial(watched, several, finished), then, tmp_path / "then") == [0] * then
@@ -69,7 +70,7 @@ def test_a_full_disk_of_one_process_is_one_sentence(config, tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))
         evaluate(config)
 
-    assert forked(work, 2, tmp_path / "log") == [2, 2]
+    assert forked(leaving_work_to(1, work), 2, tmp_path / "log") == [2, 2]
     assert "".join(said(tmp_path / "log")).count("error: ") == 1
     assert not config.out.exists()
 

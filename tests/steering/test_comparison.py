@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from several_processes import forked, said
+from several_processes import forked, leaving_work_to, said
 
 from sae.dictionaries.dictionary import Dictionary
 from sae.errors import InputError
@@ -175,7 +175,7 @@ def test_arms_of_another_comparison_are_not_used(parts, tmp_path, monkeypatch, c
 
 def test_killed_it_goes_on_and_several_processes_share_the_arms(parts, few, tmp_path):
     several = config_of(parts, out=tmp_path / "several", methods=FEW)
-    assert forked(partial(compare_directions, several), 2, tmp_path / "log", kill=(0, 5))[0] == -9
+    assert forked(leaving_work_to(0, partial(compare_directions, several)), 2, tmp_path / "log", kill=(0, 5))[0] == -9
     assert len(list((tmp_path / ".several.pieces").glob("arm-*"))) >= 1
     assert not (several.out / "comparison.json").exists()
     assert forked(partial(compare_directions, several), 2, tmp_path / "log") == [0, 0]
