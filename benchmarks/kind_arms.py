@@ -36,7 +36,8 @@ def ours(p: Problem, kind: str, k: int) -> Arm:
     optimizer = Adam([*weights, *own.values()], lr=0.0)
     now = Now(STEPS - 1, STEPS, d, torch.zeros(d_sae, dtype=torch.bool), made.state())
     rule = made.goal(made.values[0], now).rule(weights, own)
-    method = fastest(p.x_bd - p.b_dec_d, p.W_enc_fd, p.b_enc_f) if screens(rule) else "product"
+    of_rows = k if rule is not None and rule.top and rule.over == "row" else 0
+    method = fastest(p.x_bd - p.b_dec_d, p.W_enc_fd, p.b_enc_f, k=of_rows) if screens(rule) else "product"
     workspace = Workspace(p.precision, p.deterministic, encoder=method)
 
     @torch.no_grad()
@@ -147,7 +148,7 @@ def serve(settings: dict[str, Any], answer: Answer) -> None:
     torch.set_num_threads(settings["threads"])
     problem = load(settings)
     set_products(problem)
-    if settings["kind"] in CHOOSING:
+    if settings["kind"] in CHOOSING and settings["synthetic"]:
         problem.b_enc_f.zero_()  # so that every row has k above 0
     arm = ARMS[settings["tool"]](problem, settings["kind"], settings["k"])
     held = held_now("cpu")

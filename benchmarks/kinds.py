@@ -18,7 +18,9 @@ from quality_report import LABELS, TRAINERS
 from report import spread_text
 from rounds import PEERS_PYTHON, TUNED, ArmFailed, Worker, refuse_too_large, started
 
+from sae.activations.cache import ActivationCache
 from sae.command_line import run
+from sae.dictionaries.dictionary import Dictionary
 from sae.disk.reading import read_json
 from sae.disk.writing import write_json, write_tensors
 from sae.errors import InputError
@@ -36,6 +38,10 @@ class KindsConfig:
     """Width of the activations."""
     d_sae: tuple[int, ...] = (4096, 16_384)
     """Features."""
+    stream: str = "synthetic"
+    """"synthetic" for normally distributed activations, or the folder of an activation cache, with --dictionary."""
+    dictionary: str | None = None
+    """Folder of a dictionary trained on that cache, for its weights and sizes."""
     k: int = 64
     """L0 of every kind."""
     batch_size: int = 4096
@@ -53,14 +59,19 @@ def kinds(config: KindsConfig) -> None:
     record: dict[str, Any] = {"date": date.today().isoformat(), "machine": machine(about, config.threads), "cases": []}
     if config.out.exists():
         record["cases"] = read_json(config.out, "a kinds.json of this benchmark")["cases"]
-    for d_sae in config.d_sae:
+    cache = None if config.stream == "synthetic" else ActivationCache.open(config.stream)
+    dictionary = Dictionary.load(config.dictionary) if config.dictionary else None
+    if (cache is None) != (dictionary is None):
+        raise InputError("expected --stream and --dictionary together, got one of them; give both, or neither for synthetic activations")
+    d_in, sizes = (dictionary.d_in, (dictionary.d_sae,)) if dictionary else (config.d_in, config.d_sae)
+    for d_sae in sizes:
         for kind in config.kinds:
-            case = {"d_in": config.d_in, "d_sae": d_sae, "k": config.k, "batch_size": config.batch_size, "kind": kind}
+            case = {"d_in": d_in, "d_sae": d_sae, "k": config.k, "batch_size": config.batch_size, "kind": kind, "stream": config.stream}
             if any(case.items() <= found.items() for found in record["cases"]):
                 continue
             print(f"{kind}, F {d_sae:,}", flush=True)
             l0 = float(config.k * (POSITIVE if kind in CHOOSING else 1))
-            tensors = problem(about, Case(config.d_in, d_sae, l0, config.batch_size), None, None)
+            tensors = problem(about, Case(d_in, d_sae, l0, config.batch_size), cache, dictionary)
             record["cases"].append(case | measure(config, kind, tensors))
             write_json(config.out, record)
     print(markdown(record))
@@ -90,6 +101,7 @@ def measure(config: KindsConfig, kind: str, tensors: dict[str, Any]) -> dict[str
             "problem": str(path),
             "kind": kind,
             "k": config.k,
+            "synthetic": config.stream == "synthetic",
         }
         workers: dict[str, Worker] = {}
 

@@ -142,7 +142,7 @@ def candidates(method: Method, x_bd: torch.Tensor, W_fd: torch.Tensor, b_f: torc
     plain = Frame(torch.zeros_like(frame.centre_d), torch.ones_like(frame.scale_d), float(x_bd.abs().amax(1).median()))
     for name, one in (("framed", frame), ("not framed", plain)):
         features = (Bfloat16Features if method == "bfloat16" else Int8Features)(W_fd, b_f, 0.0, one)
-        found = sum(int((bound_pb > 0).sum()) for _, bound_pb in features.upper_bounds(x_bd, 0.0, Buffers()))
+        found = sum(int((bound_pb > 0).sum()) for _, bound_pb in features.upper_bounds(x_bd, None, Buffers()))
         shares[name] = found / (len(x_bd) * len(W_fd))
     return shares
 

@@ -55,7 +55,7 @@ def active_entries(acts_bf: Tensor, first_row: int, buffers: Buffers) -> Entries
 
 
 def entries_above(z_bf: Tensor, low: float | Tensor, first_row: int, buffers: Buffers) -> Entries:
-    """As `active_entries`, for entries above `low`, a number or [f], with their values unchanged."""
+    """As `active_entries`, for entries above `low`, a number, [f] or [b, 1], with their values unchanged."""
     mask_bf = _mask(z_bf.shape, buffers, z_bf.device)
     torch.le(z_bf, low, out=mask_bf).logical_not_()
     return _entries(z_bf, mask_bf, first_row, buffers)

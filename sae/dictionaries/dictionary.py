@@ -28,7 +28,7 @@ from sae.disk.mapped import require_room
 from sae.encoding import Encoder, Method, fastest
 from sae.entries import Buffers, Entries, active_entries, add_weighted_sums, starts_of
 from sae.errors import InputError
-from sae.objective.choice import SAMPLE, above_of, first_of_rows, top_of_rows
+from sae.objective.choice import top_by
 
 
 class Dictionary(nn.Module):
@@ -213,7 +213,7 @@ class Dictionary(nn.Module):
         above_f = 0.0 if theta_f is None else theta_f.detach()
         input_bd, W_fd, b_f = self.encoder_input(x_bd), self.W_enc_fd.detach(), self.b_enc_f.detach()
         if method == "auto":
-            method = fastest(input_bd, W_fd, b_f, above_f, rows)
+            method = fastest(input_bd, W_fd, b_f, above_f, rows, k=self.gate.k if isinstance(self.gate, TopK) else 0)
         return None if method == "product" else Encoder(method, W_fd, b_f, above_f, like_bd=input_bd)
 
     def entries(self, x_bd: Tensor, buffers: Buffers, encoder: Encoder | None = None) -> Entries:
@@ -224,8 +224,7 @@ class Dictionary(nn.Module):
         if encoder is not None:
             input_bd = self.encoder_input(x_bd)
             if isinstance(self.gate, TopK):
-                guess = first_of_rows(torch.addmm(encoder.b_f, input_bd[:: max(1, len(x_bd) // SAMPLE)], encoder.W_fd.T), self.gate.k)
-                return top_of_rows(above_of(encoder, input_bd, buffers), len(x_bd), self.gate.k, guess)[0]
+                return top_by(encoder, input_bd, self.gate.k, buffers)
             return encoder.entries(input_bd, buffers)
         if self.features_at_once >= self.d_sae:
             return active_entries(self.encode(x_bd, buffers), 0, buffers)

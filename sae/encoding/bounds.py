@@ -15,6 +15,7 @@ two. The result is the same number, and the bound is tighter if a few dimensions
 """
 
 from collections.abc import Iterator
+from copy import copy
 from typing import NamedTuple, Protocol
 
 import torch
@@ -112,9 +113,13 @@ class Features(Protocol):
     """The features' side: encoder rows in low precision, with the numbers for their bounds. For rows that `fits` accepts, and smaller
     offsets."""
 
-    def upper_bounds(self, x_bd: Tensor, floor: float, buffers: Buffers) -> Iterator[tuple[int, Tensor]]:
-        """A block of features at a time: its first one, and [features, b] upper bounds of z − above − floor; 0 means surely not above. In
-        memory that the next block, or the next call with these buffers, overwrites. For rows that `fits` accepts."""
+    def above(self, floor: float, buffers: Buffers) -> "Features":
+        """The same with all thresholds higher by `floor`, at least 0, in memory that the next call with these buffers overwrites."""
+
+    def upper_bounds(self, x_bd: Tensor, more_b: Tensor | None, buffers: Buffers) -> Iterator[tuple[int, Tensor]]:
+        """A block of features at a time: its first one, and [features, b] upper bounds of z − threshold − more; 0 means surely not above.
+        `more_b`: what is added to all thresholds for a row, also if it is negative. In memory that the next block, or the next call with
+        these buffers, overwrites. For rows that `fits` accepts."""
 
 
 class Bfloat16Features:
@@ -123,7 +128,7 @@ class Bfloat16Features:
     def __init__(self, W_fd: Tensor, b_f: Tensor, above_f: Tensor | float, frame: Frame | None = None, buffers: Buffers | None = None):
         """With `buffers`, in memory that the next call overwrites."""
         (f, d), device = W_fd.shape, W_fd.device
-        self.frame = frame
+        self.frame, self.floor = frame, 0.0
         self.operand_fk = empty_operand(f, d, buffers or Buffers(), "bfloat16 features", device)
         norm_f, error_f = W_fd.new_empty(f), W_fd.new_empty(f)
         for part, scaled_fd in parts_of(W_fd, frame):
@@ -135,7 +140,13 @@ class Bfloat16Features:
         low_f = (offset_f - high_f.float()).bfloat16()
         self.operand_fk[:, d : d + 4] = torch.stack((raised(norm_f), raised(error_f), high_f, low_f), 1)
 
-    def upper_bounds(self, x_bd: Tensor, floor: float, buffers: Buffers) -> Iterator[tuple[int, Tensor]]:
+    def above(self, floor: float, buffers: Buffers) -> "Bfloat16Features":
+        """See `Features`."""
+        higher = copy(self)
+        higher.floor = floor
+        return higher
+
+    def upper_bounds(self, x_bd: Tensor, more_b: Tensor | None, buffers: Buffers) -> Iterator[tuple[int, Tensor]]:
         """See `Features`. On CUDA all features are one block."""
         (b, d), device = x_bd.shape, x_bd.device
         moved_bd = moved(x_bd, self.frame)
@@ -146,11 +157,11 @@ class Bfloat16Features:
         one_b = torch.ones_like(error_b).bfloat16()
         operand_bk[:, d : d + 4] = torch.stack([raised(error_b), raised(length_b), one_b, one_b], 1)
         block = len(self.operand_fk) if x_bd.is_cuda else BLOCK
-        low = below(floor)
+        low_b = None if more_b is None and not self.floor else below(self.floor + (x_bd.new_zeros(1) if more_b is None else more_b))
         for start in range(0, len(self.operand_fk), block):
             operand_pk = self.operand_fk[start : start + block]
             bound_pb = torch.mm(operand_pk, operand_bk.T, out=buffers.take("bound", (len(operand_pk), b), torch.bfloat16, device))
-            yield start, (bound_pb.sub_(low) if low else bound_pb).relu_()
+            yield start, (bound_pb if low_b is None else bound_pb.sub_(low_b)).relu_()
 
 
 def empty_operand(rows: int, d: int, buffers: Buffers, name: str, device: torch.device) -> Tensor:
@@ -160,7 +171,7 @@ def empty_operand(rows: int, d: int, buffers: Buffers, name: str, device: torch.
     return out
 
 
-def below(floor: float) -> float:
-    """A bfloat16 number, or 0, so far below the floor that nothing above the floor rounds to it: a bound in bfloat16 minus it keeps its
-    sign."""
-    return max(0.0, float(torch.tensor(floor * (1 - 2.0**-6)).bfloat16()))
+def below(floor_b: Tensor) -> Tensor:
+    """bfloat16 numbers, at least 0, so far below the floors that nothing above a floor rounds to its number: a bound in bfloat16 minus it
+    keeps its sign."""
+    return (floor_b * (1 - 2.0**-6)).clamp_(min=0).bfloat16()

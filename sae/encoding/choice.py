@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 from sae.disk.reading import read_json
 from sae.disk.writing import write_json
 from sae.encoding.encoder import Encoder, Method, adds_exactly
+from sae.encoding.guess import Line
 from sae.entries import Buffers
 from sae.pieces import CHOICE, Pieces
 
@@ -40,8 +41,11 @@ def candidates(device: torch.device) -> tuple[Method, ...]:
     return tuple(method for method in found if method == "onednn" or adds_exactly(method, device))
 
 
-def fastest(x_bd: Tensor, W_fd: Tensor, b_f: Tensor, above_f: Tensor | float | None = None, rows: int | None = None) -> Method:
-    """The fastest method for such rows, with `above_f` as in `Encoder`; None: as if a 256th of the entries were active.
+def fastest(
+    x_bd: Tensor, W_fd: Tensor, b_f: Tensor, above_f: Tensor | float | None = None, rows: int | None = None, *, k: int = 0
+) -> Method:
+    """The fastest method for such rows, with `above_f` as in `Encoder`; None: as if a 256th of the entries were active, or, with `k`, the k
+    largest of each row.
 
     Complete encodings are timed, alternating, on at most 1,024 of the rows, once in a process for each shape, dtype, device and number of
     threads. Times vary, so another process may choose another method, whose last digits differ: record the choice if a run must be
@@ -51,9 +55,14 @@ def fastest(x_bd: Tensor, W_fd: Tensor, b_f: Tensor, above_f: Tensor | float | N
     if not ways or (rows or len(x_bd)) * W_fd.numel() < WORTH_TRYING:
         return "product"
     x_bd = x_bd[:TRIED_ROWS]
-    key = (x_bd.shape, W_fd.shape, W_fd.dtype, W_fd.device, torch.get_num_threads(), above_f is None)
+    key = (x_bd.shape, W_fd.shape, W_fd.dtype, W_fd.device, torch.get_num_threads(), above_f is None, k)
     if key not in _fastest:
-        seconds = timed(("product", *ways), x_bd, W_fd, b_f, quantile(x_bd, W_fd, b_f) if above_f is None else above_f)
+        floor: float | Tensor = 0.0
+        if k:
+            above_f, floor = 0.0, likely_floors(x_bd, W_fd, b_f, k)
+        elif above_f is None:
+            above_f = quantile(x_bd, W_fd, b_f)
+        seconds = timed(("product", *ways), x_bd, W_fd, b_f, above_f, floor)
         best = min(seconds, key=lambda method: seconds[method])
         _fastest[key] = best if seconds[best] < MARGIN * seconds["product"] else "product"
     return _fastest[key]
@@ -71,7 +80,9 @@ class Choice(TypedDict):
     encoder: Method
 
 
-def timed(ways: tuple[Method, ...], x_bd: Tensor, W_fd: Tensor, b_f: Tensor, above_f: Tensor | float) -> dict[Method, float]:
+def timed(
+    ways: tuple[Method, ...], x_bd: Tensor, W_fd: Tensor, b_f: Tensor, above_f: Tensor | float, floor: float | Tensor = 0.0
+) -> dict[Method, float]:
     """Shortest seconds of each method to encode these rows, in interleaved rounds after a first one that is not counted."""
     encoders = {method: Encoder(method, W_fd, b_f, above_f, like_bd=x_bd) for method in ways}
     buffers = {method: Buffers() for method in ways}
@@ -79,7 +90,7 @@ def timed(ways: tuple[Method, ...], x_bd: Tensor, W_fd: Tensor, b_f: Tensor, abo
     for turn in range(ROUNDS + 1):
         for method, encoder in encoders.items():
             start = perf_counter()
-            encoder.entries(x_bd, buffers[method])
+            encoder.entries(x_bd, buffers[method], floor=floor)
             if turn:
                 seconds[method] = min(seconds[method], perf_counter() - start)
     return seconds
@@ -89,3 +100,9 @@ def quantile(x_bd: Tensor, W_fd: Tensor, b_f: Tensor) -> float:
     """The value that a share `DENSITY` of the entries of some rows exceeds, at least 0."""
     z_n = torch.addmm(b_f, x_bd[:16], W_fd.T).flatten()
     return max(0.0, float(z_n.kthvalue(max(1, int((1 - DENSITY) * z_n.numel()))).values))
+
+
+def likely_floors(x_bd: Tensor, W_fd: Tensor, b_f: Tensor, k: int) -> Tensor:
+    """The guesses of the k-th largest entry of each row that rows like these lead to, [b]."""
+    length_b, kth_b = x_bd.norm(dim=1), torch.addmm(b_f, x_bd, W_fd.T).topk(min(k, len(W_fd))).values[:, -1]
+    return Line.below(kth_b.clamp(min=0), length_b).at(length_b)

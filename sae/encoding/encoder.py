@@ -61,25 +61,38 @@ class Encoder:
                 kind = Bfloat16Features if method == "bfloat16" else Int8Features
                 self.features = kind(W_fd, b_f, above_f, frame, buffers)
 
-    def entries(self, x_bd: Tensor, buffers: Buffers, first_row: int = 0, floor: float = 0.0) -> Entries:
+    def entries(self, x_bd: Tensor, buffers: Buffers, first_row: int = 0, floor: float | Tensor = 0.0) -> Entries:
         """Entries above the threshold, row by row; rows are counted from `first_row`. b_in has already been subtracted from the rows [b,
         d].
 
-        With a `floor`, a number above the common threshold of all features, those above the floor. Rows or weights too large for a bound,
-        or not finite, use the float32 product.
+        With a `floor`, a number or one for each row [b], only those above it too; the threshold must be one for all features. Rows or
+        weights too large for a bound, or not finite, use the float32 product.
         """
-        if floor and isinstance(self.above_f, Tensor):
-            raise InputError("expected one threshold for all features with a floor, got one for each; leave the floor at 0")
+        low = self._lowest(floor)
         if self.screens(x_bd):
-            starts = range(0, max(1, len(x_bd)), BLOCK)
-            return joined([self._screened(x_bd[start : start + BLOCK], buffers, first_row + start, floor) for start in starts])
+            return self._screened(x_bd, low, buffers, first_row)
         size = max(1, BLOCK_BYTES // (4 * len(self.W_fd))) if self.method == "onednn" else max(1, len(x_bd))
-        starts = range(0, max(1, len(x_bd)), size)
-        return joined([self._kept(self.values(x_bd[start : start + size], buffers), buffers, first_row + start, floor) for start in starts])
+        parts = (slice(start, start + size) for start in range(0, max(1, len(x_bd)), size))
+        return joined([kept(self.values(x_bd[part], buffers), of_rows(low, part), first_row + part.start, buffers) for part in parts])
+
+    def _lowest(self, floor: float | Tensor) -> float | Tensor:
+        """The number that entries must exceed: one, one for each feature [f], or one for each row [b, 1]."""
+        if isinstance(floor, float | int) and not floor:
+            return self.above_f
+        if isinstance(self.above_f, Tensor):
+            raise InputError("expected one threshold for all features with a floor, got one for each; leave the floor at 0")
+        return floor.clamp(min=self.above_f)[:, None] if isinstance(floor, Tensor) else max(floor, self.above_f)
 
     def screens(self, x_bd: Tensor) -> bool:
         """Whether these rows use bounds instead of the float32 product."""
         return self.features is not None and len(x_bd) > 0 and fits(x_bd)
+
+    def candidates(self, x_bd: Tensor, buffers: Buffers, floor: float | Tensor = 0.0) -> int:
+        """How many entries of these rows, out of b · f, would be computed in float32; all if they use the float32 product."""
+        if not self.screens(x_bd):
+            return len(x_bd) * len(self.W_fd)
+        features, more_b = self._above(self._lowest(floor), buffers)
+        return sum(int(torch.count_nonzero(bound_pb)) for _, bound_pb in features.upper_bounds(x_bd, more_b, buffers))  # host sync
 
     def values(self, x_bd: Tensor, buffers: Buffers) -> Tensor:
         """All z [b, f] by the float32 product, in memory that the next call may overwrite."""
@@ -88,30 +101,45 @@ class Encoder:
         z_bf = buffers.take("acts", (len(x_bd), len(self.W_fd)), x_bd.dtype, x_bd.device)
         return torch.addmm(self.b_f, x_bd, self.W_fd.T, out=z_bf)
 
-    def _screened(self, x_bd: Tensor, buffers: Buffers, first_row: int, floor: float) -> Entries:
-        """Features are also taken a block at a time, so that a block's operands, bounds and rows stay in the processor's cache."""
-        above_f, more = self.above_f, 0.0
+    def _above(self, low: float | Tensor, buffers: Buffers) -> tuple[Features, Tensor | None]:
+        """The features with a threshold for all rows, and what each row's is above it."""
         assert self.features is not None
-        if floor and not isinstance(above_f, Tensor):
-            more, above_f = max(0.0, floor - above_f), max(above_f, floor)
-        found = [Entries(*(x_bd.new_empty(0, dtype=kind) for kind in (torch.int32, torch.int32, x_bd.dtype)))]
-        for start, bound_pb in self.features.upper_bounds(x_bd, more, buffers):
-            feature_n, row_n, _ = active_entries(bound_pb, 0, buffers)
-            value_n = exact_products(self.W_fd[start : start + len(bound_pb)], x_bd, feature_n, row_n)
-            feature_n = feature_n + start
-            value_n += self.b_f.index_select(0, feature_n)
-            low_n = above_f.index_select(0, feature_n) if isinstance(above_f, Tensor) else above_f
-            kept_n = (value_n > low_n).nonzero().squeeze(1)  # host sync
-            found.append(Entries(*(one.index_select(0, kept_n) for one in (row_n, feature_n, value_n))))
-        row_n, feature_n, value_n = joined(found)
-        row_n, order_n = row_n.sort(stable=True)
-        return Entries(row_n.add_(first_row), feature_n.index_select(0, order_n), value_n.index_select(0, order_n))
-
-    def _kept(self, z_bf: Tensor, buffers: Buffers, first_row: int, floor: float) -> Entries:
         if isinstance(self.above_f, Tensor):
-            return entries_above(z_bf, self.above_f, first_row, buffers)
-        low = max(self.above_f, floor)
-        return entries_above(z_bf, low, first_row, buffers) if low else active_entries(z_bf.relu_(), first_row, buffers)
+            return self.features, None
+        common = float(low.median()) if isinstance(low, Tensor) else low  # host sync
+        features = self.features.above(common - self.above_f, buffers) if common > self.above_f else self.features
+        return features, low[:, 0] - common if isinstance(low, Tensor) else None
+
+    def _screened(self, x_bd: Tensor, low: float | Tensor, buffers: Buffers, first_row: int) -> Entries:
+        """Rows and features are taken a block at a time, so that a block's operands, bounds and rows stay in the processor's cache."""
+        (features, more_b), blocks = self._above(low, buffers), []
+        for block in (slice(start, start + BLOCK) for start in range(0, len(x_bd), BLOCK)):
+            found = [Entries(*(x_bd.new_empty(0, dtype=kind) for kind in (torch.int32, torch.int32, x_bd.dtype)))]
+            for start, bound_pb in features.upper_bounds(x_bd[block], None if more_b is None else more_b[block], buffers):
+                feature_n, row_n, _ = active_entries(bound_pb, 0, buffers)
+                value_n = exact_products(self.W_fd[start : start + len(bound_pb)], x_bd[block], feature_n, row_n)
+                feature_n = feature_n + start
+                value_n += self.b_f.index_select(0, feature_n)
+                low_n = low
+                if isinstance(low, Tensor):
+                    low_n = low.index_select(0, feature_n) if more_b is None else low[block, 0].index_select(0, row_n)
+                kept_n = (value_n > low_n).nonzero().squeeze(1)  # host sync
+                found.append(Entries(*(one.index_select(0, kept_n) for one in (row_n, feature_n, value_n))))
+            row_n, feature_n, value_n = joined(found)
+            row_n, order_n = row_n.sort(stable=True)
+            row_n.add_(first_row + block.start)
+            blocks.append(Entries(row_n, feature_n.index_select(0, order_n), value_n.index_select(0, order_n)))
+        return joined(blocks)
+
+
+def of_rows(low: float | Tensor, part: slice) -> float | Tensor:
+    return low[part] if isinstance(low, Tensor) and low.ndim == 2 else low
+
+
+def kept(z_bf: Tensor, low: float | Tensor, first_row: int, buffers: Buffers) -> Entries:
+    """The entries above `low`; overwrites z if that is 0."""
+    above_0 = not isinstance(low, Tensor) and low == 0
+    return active_entries(z_bf.relu_(), first_row, buffers) if above_0 else entries_above(z_bf, low, first_row, buffers)
 
 
 def exact_products(W_pd: Tensor, x_bd: Tensor, feature_n: Tensor, row_n: Tensor) -> Tensor:

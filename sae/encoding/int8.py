@@ -15,6 +15,7 @@ product and writes one byte, which is 0 where the sum is not positive.
 """
 
 from collections.abc import Iterator
+from copy import copy
 from math import sqrt
 
 import torch
@@ -55,21 +56,27 @@ class Int8Features:
         self.norm_f, self.error_f = WIDER * norm_f / self.step_f, WIDER * error_f / self.step_f
         self.typical = 1.02 * sqrt(d / 12)  # rounding errors are uniform within a step
         write_sum((self.typical * self.norm_f / 127).ceil_(), self.operand_fk[:, d + self.of_offset :])
-        self.always_f = self._offset_in_units(slice(None), 0.0) > 127 * self.of_offset
+        self.always_f = self._offset_in_units(0.0) > 127 * self.of_offset
         self.operand_fk[self.always_f.nonzero().squeeze(1), :d] = 128
-        self._write_offsets(self.operand_fk, slice(None), 0.0)
+        self._write_offsets(0.0)
 
-    def _offset_in_units(self, part: slice, floor: float) -> Tensor:
-        offset_p = self.offset_f[part]
-        return (offset_p - floor + 2.0**-20 * (offset_p.abs() + floor)) / self.step_f[part] / self.unit
+    def _offset_in_units(self, floor: float) -> Tensor:
+        return (self.offset_f - floor + 2.0**-20 * (self.offset_f.abs() + floor)) / self.step_f / self.unit
 
-    def _write_offsets(self, operand_pk: Tensor, part: slice, floor: float) -> None:
+    def _write_offsets(self, floor: float) -> None:
         """Of features whose offset is beyond the columns, weights are 0 and the columns' sum is positive: every row is a candidate."""
-        n, d = self.of_offset, operand_pk.shape[1] - self.of_offset - self.of_norm
-        total_p = self._offset_in_units(part, floor).ceil_().clamp_(-127 * n, 127 * n)
-        write_sum(total_p.masked_fill_(self.always_f[part], 127 * n), operand_pk[:, d : d + n])
+        n, d = self.of_offset, self.operand_fk.shape[1] - self.of_offset - self.of_norm
+        total_f = self._offset_in_units(floor).ceil_().clamp_(-127 * n, 127 * n)
+        write_sum(total_f.masked_fill_(self.always_f, 127 * n), self.operand_fk[:, d : d + n])
 
-    def upper_bounds(self, x_bd: Tensor, floor: float, buffers: Buffers) -> Iterator[tuple[int, Tensor]]:
+    def above(self, floor: float, buffers: Buffers) -> "Int8Features":
+        """See `Features`."""
+        higher, shape = copy(self), tuple(self.operand_fk.shape)
+        higher.operand_fk = buffers.take("int8 floor", shape, torch.uint8, self.operand_fk.device).copy_(self.operand_fk)
+        higher._write_offsets(floor)
+        return higher
+
+    def upper_bounds(self, x_bd: Tensor, more_b: Tensor | None, buffers: Buffers) -> Iterator[tuple[int, Tensor]]:
         """See `Features`."""
         (b, d), device = x_bd.shape, x_bd.device
         moved_bd = moved(x_bd, self.frame)
@@ -85,13 +92,13 @@ class Int8Features:
         rows = Packed(operand_bk)
         for start in range(0, len(self.operand_fk), BLOCK):
             part = slice(start, start + BLOCK)
-            operand_pk = self.operand_fk[part]
-            if floor:
-                operand_pk = buffers.take("int8 block", tuple(operand_pk.shape), torch.uint8, device).copy_(operand_pk)
-                self._write_offsets(operand_pk, part, floor)
             added_b = WIDER * (beyond_b * self.norm_f[part].max() + length_b * self.error_f[part].max())
+            if more_b is not None:
+                highest = 0.0 if self.always_f[part].any() else torch.inf  # their bounds stay positive
+                least_b = torch.where(more_b > 0, more_b / self.step_f[part].max(), more_b / self.step_f[part].min()).clamp_(max=highest)
+                added_b -= (least_b - 2.0**-20 * least_b.abs()) / step_b
             added_b = added_b.clamp_(max=ALWAYS).ceil_() + d // 256 + 2
-            yield start, rows.product(operand_pk, added_b)
+            yield start, rows.product(self.operand_fk[part], added_b)
 
 
 def write_sum(total_p: Tensor, out_pn: Tensor) -> None:

@@ -16,7 +16,7 @@ from sae.objective.fast import fast_step
 from sae.objective.formula import L1, formula_step
 from sae.objective.rule import Linear, Rule
 from sae.objective.step import WHOLE, Goal, Own, Step, Terms, Weights, of
-from sae.objective.update import Adam, AdamState, clip
+from sae.objective.update import Adam, AdamState, clip, leave_across_
 from sae.objective.workspace import DECIDE_EVERY, Precision, Workspace
 
 Backend = Literal["auto", "dense", "sparse", "triton", "reference"]
@@ -98,8 +98,7 @@ def objective(
         parameters = optimizer.parameters
         gradients = [rows.sum_of_part(g, along) if is_split else g for g, is_split in zip(gradients, split)]
     if unit_rows:
-        W_dec_fd, dW_dec_fd = parameters[2], gradients[2]
-        dW_dec_fd.addcmul_(W_dec_fd, torch.linalg.vecdot(dW_dec_fd, W_dec_fd)[..., None], value=-1)
+        leave_across_(gradients[2], parameters[2])
     if largest_norm:
         clip([g[None] for g in gradients] if one else gradients, largest_norm, split, workspace.mesh)
     optimizer.require(parameters)

@@ -14,66 +14,87 @@ import torch
 from torch import Tensor
 
 from sae.encoding import Encoder
+from sae.encoding.guess import Line
 from sae.entries import Buffers, Entries, entries_above, largest, starts_of
 from sae.mesh import ALONE, Axis, Mesh
 
-SHORT = 0.05
-"""share of the rows whose k-th value is below the next batch's guess; these rows are tried again"""
 LOWER = (0.97, 0.85, 0.5, 0.2, 0.0)
 """guesses as shares of the last batch's threshold; the next one is used if too few entries pass"""
+LIST_BYTES = 64 << 20
+"""size of the lists in which the choice is made at a time: one row may list every feature"""
 SAMPLE = 64
 """number of rows for the first guess"""
 
 
 def top_of_rows(
-    above: Callable[[float, Tensor | None], Entries], rows: int, k: int, guess: float, features: Axis = ALONE.features
-) -> tuple[Entries, float]:
-    """The k largest entries above 0 of each row, and a guess for the next rows. `above` returns all entries above a number, of some rows or
-    all.
+    above: Callable[[Tensor, Tensor | None], Entries], length_b: Tensor, k: int, guess: Line, features: Axis = ALONE.features
+) -> tuple[Entries, Line]:
+    """The k largest entries above 0 of each row, and a guess for the next rows. `above` returns all entries of some rows, or of all, above
+    a number for each; `length_b`: the rows' lengths.
 
     If features are split, returns this process's entries among the k largest of all.
     """
-    feature_bk, value_bk, count_b = top_of_lists(above(guess, None), rows, k)
+    low_b = guess.at(length_b)
+    feature_bk, value_bk, count_b = top_of_lists(above(low_b, None), len(length_b), k)
     for lower in LOWER[1:]:
-        short_m = (count_b < k).nonzero().squeeze(1)  # host sync
-        if guess == 0 or not len(short_m):
+        short_m = ((count_b < k) & (low_b > 0)).nonzero().squeeze(1)  # host sync
+        if not len(short_m):
             break
-        again = top_of_lists(above(guess * lower, short_m), len(short_m), k)
+        low_b[short_m] = guess.at(length_b[short_m]) * lower
+        again = top_of_lists(above(low_b[short_m], short_m), len(short_m), k)
         feature_bk[short_m], value_bk[short_m], count_b[short_m] = again
-    return positive(feature_bk, kept_of_rows(value_bk, k, features)), low_of(value_bk.min(1).values)
+    return positive(feature_bk, kept_of_rows(value_bk, k, features)), Line.below(value_bk.min(1).values, length_b)
 
 
-def above_in(size_bf: Tensor, buffers: Buffers) -> Callable[[float, Tensor | None], Entries]:
+def some_of(rows: Tensor, rows_m: Tensor | None) -> Tensor:
+    return rows if rows_m is None else rows.index_select(0, rows_m)
+
+
+def above_in(size_bf: Tensor, buffers: Buffers) -> Callable[[Tensor, Tensor | None], Entries]:
     """`above` of `top_of_rows` for given values."""
-    return lambda low, rows_m: entries_above(size_bf if rows_m is None else size_bf[rows_m], low, 0, buffers)
+    return lambda low_b, rows_m: entries_above(some_of(size_bf, rows_m), low_b[:, None], 0, buffers)
 
 
-def above_of(encoder: Encoder, input_bd: Tensor, buffers: Buffers) -> Callable[[float, Tensor | None], Entries]:
+def above_of(encoder: Encoder, input_bd: Tensor, buffers: Buffers) -> Callable[[Tensor, Tensor | None], Entries]:
     """`above` of `top_of_rows` by an encoder. The float32 product may have other last digits for fewer rows, so it is computed only
     once."""
     if not encoder.screens(input_bd):
         return above_in(encoder.values(input_bd, buffers), buffers)
-    return lambda low, rows_m: encoder.entries(input_bd if rows_m is None else input_bd[rows_m], buffers, floor=low)
+    return lambda low_b, rows_m: encoder.entries(some_of(input_bd, rows_m), buffers, floor=low_b)
 
 
-def first_of_rows(sample_bf: Tensor, k: int) -> float:
+def first_of_rows(sample_bf: Tensor, k: int, length_b: Tensor) -> Line:
     """A first guess, from a sample of rows."""
-    return low_of(sample_bf.topk(min(k, sample_bf.shape[1])).values[:, -1])
+    return Line.below(sample_bf.topk(min(k, sample_bf.shape[1])).values[:, -1].clamp(min=0), length_b)
+
+
+def top_by(encoder: Encoder, input_bd: Tensor, k: int, buffers: Buffers) -> Entries:
+    """The k largest entries above 0 of each row, by an encoder."""
+    length_b, some = input_bd.norm(dim=1), slice(None, None, max(1, len(input_bd) // SAMPLE))
+    guess = first_of_rows(torch.addmm(encoder.b_f, input_bd[some], encoder.W_fd.T), k, length_b[some])
+    return top_of_rows(above_of(encoder, input_bd, buffers), length_b, k, guess)[0]
 
 
 def top_of_lists(entries: Entries, rows: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Features and values [rows, k] of the k largest listed entries of each row, 0 where there are fewer; how many are listed, [rows]."""
-    row_n, column_n, value_n = entries
-    starts = starts_of(row_n, rows).long()
-    count_b = starts.diff()
-    place_n = torch.arange(len(row_n), device=row_n.device) - starts[row_n.long()]
-    width = max(k + 1, int(count_b.max()))  # host sync
-    list_bn = value_n.new_zeros(rows, width)
-    list_bn[row_n.long(), place_n] = value_n
-    kept_bk = largest(list_bn, k)
-    feature_bn = column_n.new_zeros(rows, width)
-    feature_bn[row_n.long(), place_n] = column_n
-    return feature_bn.gather(1, kept_bk), list_bn.gather(1, kept_bk), count_b
+    starts = starts_of(entries.row_n, rows).long()
+    width = max(k + 1, int(starts.diff().max()))  # host sync
+    size = max(1, LIST_BYTES // (entries.value_n.element_size() * width))
+    cuts = [0, rows] if size >= rows else [*range(0, rows, size), rows]
+    ends = [0, len(entries.row_n)] if size >= rows else starts[cuts].tolist()
+    found = []
+    for first, end, low, high in zip(cuts, cuts[1:], ends, ends[1:]):
+        row_n, column_n, value_n = (one[low:high] for one in entries)
+        row_n = row_n.long()
+        place_n = torch.arange(low, high, device=row_n.device) - starts[row_n]
+        list_bn = value_n.new_zeros(end - first, width)
+        list_bn[row_n - first, place_n] = value_n
+        kept_bk = largest(list_bn, k)
+        feature_bn = column_n.new_zeros(end - first, width)
+        feature_bn[row_n - first, place_n] = column_n
+        found.append((feature_bn.gather(1, kept_bk), list_bn.gather(1, kept_bk)))
+    feature_bk, value_bk = found[0] if len(found) == 1 else map(torch.cat, zip(*found))
+    return feature_bk, value_bk, starts.diff()
 
 
 def kept_of_rows(value_bk: Tensor, k: int, features: Axis, width: int | None = None) -> Tensor:
@@ -99,11 +120,6 @@ def positive(feature_bk: Tensor, value_bk: Tensor) -> Entries:
     """Values above 0, and NaN, so that the loss shows it."""
     row_n, at_n = (~(value_bk <= 0)).nonzero(as_tuple=True)  # host sync
     return Entries(row_n.int(), feature_bk[row_n, at_n], value_bk[row_n, at_n])
-
-
-def low_of(kth_b: Tensor) -> float:
-    """The value that all but a share `SHORT` of the rows' k-th values reach."""
-    return max(0.0, float(kth_b.kthvalue(1 + int(SHORT * len(kth_b))).values))  # host sync
 
 
 def top_of_batch(above: Callable[[float], Entries], total: int, guess: float, rows: int, mesh: Mesh) -> tuple[Entries, float]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sae.encoding import Encoder
 from sae.entries import Entries, active_entries, entries_above, joined
-from sae.objective.choice import SAMPLE, above_in, above_of, first_guess, first_of_rows, top_of_batch, top_of_rows
+from sae.objective.choice import LOWER, SAMPLE, above_in, above_of, first_guess, first_of_rows, top_of_batch, top_of_rows
 from sae.objective.gated import add_dense_gated_rows, add_sparse_gated_rows
 from sae.objective.rule import Linear, Rule
 from sae.objective.sparse import Sums, add_dead_features, add_sparse_rows
@@ -42,6 +42,8 @@ SCREENED_BELOW = 1 / 32
 """share of active entries below which an encoder of sae/encoding is used: a single value costs about twenty times its share of a product"""
 SCREENED_SAMPLE = 256
 """that share is estimated from one row of this many"""
+SCREENED_FEATURES = 8
+"""and for the k largest of rows from one feature of this many"""
 
 
 def fast_step(
@@ -85,21 +87,23 @@ def pre_activations(sums: Sums, rows: slice) -> Tensor:
     return torch.addmm(weights.b_enc_f, input_bd, weights.W_enc_fd.T, out=z_bf)
 
 
-def encoder_of(sums: Sums) -> Encoder:
-    """The workspace's encoder for the weights of this step."""
+def encoder_of(sums: Sums, some: slice = slice(None)) -> Encoder:
+    """The workspace's encoder for the weights of this step, or for some features."""
     method, weights, rule = sums.workspace.encoder, sums.weights, sums.rule
     like_bd = sums.input_bd if method == "int8" else None  # bfloat16 loses less by huge dimensions than the frame costs at every step
     low = 0.0 if rule.jump is None else sums.low_f
-    return Encoder(method, weights.W_enc_fd, weights.b_enc_f, low, like_bd=like_bd, buffers=sums.workspace)
+    return Encoder(method, weights.W_enc_fd[some], weights.b_enc_f[some], low, like_bd=like_bd, buffers=sums.workspace)
 
 
 def add_chosen(sums: Sums, name: str) -> float:
     """A step that keeps the k largest entries of rows or of the batch; returns the smallest one of the batch."""
-    rule, guesses, workspace = sums.rule, sums.workspace.guesses, sums.workspace
+    rule, workspace = sums.rule, sums.workspace
     mesh, rows = workspace.mesh, len(sums.input_bd)
     share = rule.top / (len(sums.weights.b_enc_f) * mesh.features.size)
-    encoder = encoder_of(sums) if workspace.encoder != "product" and share < SCREENED_BELOW else None
+    screens = workspace.encoder != "product" and share < SCREENED_BELOW and (rule.over == "batch" or few_candidates(sums))
+    encoder = encoder_of(sums) if screens else None
     if rule.over == "batch":
+        guesses = workspace.guesses
         if name not in guesses:
             guess = first_guess(pre_activations(sums, slice(None, None, max(1, rows // SAMPLE))), share)
             guesses[name] = sum(mesh.every.numbers(guess)) / mesh.every.size
@@ -113,9 +117,11 @@ def add_chosen(sums: Sums, name: str) -> float:
         guesses[name] = threshold
         add_sparse_rows(sums, slice(0, rows), [entries])
         return threshold
-    if name not in guesses:
-        sample_bf = pre_activations(sums, slice(None, None, max(1, rows // SAMPLE)))
-        guesses[name] = first_of_rows(sample_bf.abs() if rule.signed else sample_bf, rule.top)
+    length_b, lines = sums.input_bd.norm(dim=1), workspace.lines
+    if name not in lines:
+        some = slice(None, None, max(1, rows // SAMPLE))
+        sample_bf = pre_activations(sums, some)
+        lines[name] = first_of_rows(sample_bf.abs() if rule.signed else sample_bf, rule.top, length_b[some])
     found: list[Entries] = []
     for part in chunks(sums):
         if encoder is not None:
@@ -123,7 +129,7 @@ def add_chosen(sums: Sums, name: str) -> float:
         else:
             z_bf = pre_activations(sums, part)
             above = above_in(z_bf.abs() if rule.signed else z_bf, workspace)
-        entries, guesses[name] = top_of_rows(above, part.stop - part.start, rule.top, guesses[name], mesh.features)
+        entries, lines[name] = top_of_rows(above, length_b[part], rule.top, lines[name], mesh.features)
         if rule.signed:
             entries = entries._replace(value_n=z_bf[entries.row_n.long(), entries.feature_n.long()])
         found.append(entries._replace(row_n=entries.row_n + part.start))
@@ -178,6 +184,17 @@ def few_active(sums: Sums, part: slice) -> bool:
     low = 0.0 if sums.rule.jump is None else sums.low_f
     axis = sums.workspace.mesh.features
     return axis.total(int(torch.count_nonzero(z_bf > low))) < SCREENED_BELOW * z_bf.numel() * axis.size  # host sync
+
+
+def few_candidates(sums: Sums) -> bool:
+    """Whether bounds leave few enough of this process's entries near the k largest of a row, by a sample of rows and features.
+
+    It depends only on weights and batch, not on guesses from earlier ones, so that a resumed run decides as an uninterrupted one.
+    """
+    encoder, some_bd = encoder_of(sums, slice(None, None, SCREENED_FEATURES)), sums.input_bd[::SCREENED_SAMPLE]
+    z_bf = torch.addmm(encoder.b_f, some_bd, encoder.W_fd.T)
+    floor_b = z_bf.topk(min(-(-sums.rule.top // SCREENED_FEATURES), z_bf.shape[1])).values[:, -1].clamp(min=0) * LOWER[1]
+    return encoder.candidates(some_bd, sums.workspace, floor_b) < SCREENED_BELOW * z_bf.numel()
 
 
 def add_dense_rows(sums: Sums, part: slice, acts: Tensor) -> None:

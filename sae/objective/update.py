@@ -13,6 +13,9 @@ from sae.errors import InputError
 from sae.mesh import Mesh
 from sae.objective.step import Weights
 
+ROWS = 256
+"""decoder rows for which products are computed at a time on a CPU, so that they stay in the processor's cache"""
+
 
 class Adam:
     """Adam (Kingma and Ba 2015) over some tensors, with the state and the bits of torch.optim.Adam(fused=True).
@@ -75,6 +78,13 @@ class AdamState(NamedTuple):
     def stacked(self) -> "AdamState":
         """Views of one dictionary's as those of a sweep of one."""
         return self._replace(exp_avg=self.exp_avg.stacked(), exp_avg_sq=self.exp_avg_sq.stacked())
+
+
+def leave_across_(gradient_fd: Tensor, rows_fd: Tensor) -> None:
+    """Subtracts from each row of the gradient its part along a row of length 1, in place."""
+    some = gradient_fd.shape[-2] if gradient_fd.is_cuda else ROWS
+    for g_pd, row_pd in zip(gradient_fd.split(some, -2), rows_fd.split(some, -2)):
+        g_pd.addcmul_(row_pd, torch.linalg.vecdot(g_pd, row_pd)[..., None], value=-1)
 
 
 def clip(gradients: Sequence[Tensor], largest: float, split: Sequence[bool], mesh: Mesh) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sae.encoding import METHODS, Method
+from sae.encoding.guess import Line
 from sae.entries import Buffers
 from sae.mesh import ALONE, Mesh
 
@@ -39,7 +40,9 @@ class Workspace(Buffers):
         self.encoder_number = torch.tensor(METHODS.index(encoder))
         """the encoder as a tensor, for a checkpoint: a run continues with its first encoder, since it affects the last digits"""
         self.guesses: dict[str, float] = {}
-        """by dictionary: guesses of the threshold that the next step's k largest exceed; they affect its time and not its result"""
+        """by dictionary: guesses of the threshold that the next batch's largest exceed; they affect its time and not its result"""
+        self.lines: dict[str, Line] = {}
+        """by dictionary: the same for the k largest of each row"""
         self.l0: Tensor | None = None
         """of the last call, [k]"""
         self.bad_steps: Tensor | None = None

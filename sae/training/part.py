@@ -85,7 +85,8 @@ class Part:
             rows = {site: self.source.first_rows(site)[:TRIED_ROWS].float() for site in self.ends.sites}
             x_bd, y_bo = self.ends.pair(rows, self.scales)
             input_bd = x_bd - weights.b_dec_d if y_bo is None else x_bd
-            found = fastest(input_bd, weights.W_enc_fd, weights.b_enc_f, rows=config.steps * config.batch_size)
+            k = rule.top if rule is not None and rule.over == "row" else 0
+            found = fastest(input_bd, weights.W_enc_fd, weights.b_enc_f, rows=config.steps * config.batch_size, k=k)
             found = METHODS[int(self.mesh.every.numbers(METHODS.index(found))[0])]  # all take the one that the first found
             if found != "product":
                 print(

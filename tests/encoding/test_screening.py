@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sae.encoding import METHODS, Encoder, choice, fastest
 from sae.encoding.bounds import Bfloat16Features, frame_of, norm_above, raised
 from sae.encoding.encoder import adds_exactly
+from sae.encoding.guess import Line
 from sae.encoding.int8 import Int8Features
 from sae.entries import Buffers
 from sae.errors import InputError
@@ -162,7 +163,8 @@ def test_rows_too_wide_for_sums_of_bytes_use_the_product():
 
 
 def candidates(features, x, floor=0.0):
-    return torch.cat([bound.T > 0 for _, bound in features.upper_bounds(x, floor, Buffers())], 1)
+    higher = features.above(floor, Buffers()) if floor else features
+    return torch.cat([bound.T > 0 for _, bound in higher.upper_bounds(x, None, Buffers())], 1)
 
 
 def realistic(b=64, d=96, f=1003, density=0.01):
@@ -174,12 +176,16 @@ def realistic(b=64, d=96, f=1003, density=0.01):
 
 @pytest.mark.parametrize("method", each(*METHODS))
 @settings(max_examples=60, deadline=None)
-@given(problem=problems(), k=st.integers(1, 12), guess=st.sampled_from([0.0, 0.1, 1.0, 30.0]))
+@given(
+    problem=problems(),
+    k=st.integers(1, 12),
+    guess=st.builds(Line, st.sampled_from([-1.0, 0.0, 0.1, 2.0]), st.sampled_from([-3.0, 0.0, 0.1, 1.0, 30.0])),
+)
 def test_the_largest_of_each_row(method, problem, k, guess):
     """As the k largest values of all that are above 0, computed by one and the same float32 way, whatever the guess."""
     x, W, b, _ = problem
     encoder = Encoder(method, W, b, like_bd=x)
-    every, (top, _) = encoder.entries(x, Buffers()), top_of_rows(above_of(encoder, x, Buffers()), len(x), k, guess)
+    every, (top, _) = encoder.entries(x, Buffers()), top_of_rows(above_of(encoder, x, Buffers()), x.norm(dim=1), k, guess)
     for row in range(len(x)):
         of_all, of_top = (dict(zip(e.feature_n[e.row_n == row].tolist(), e.value_n[e.row_n == row].tolist())) for e in (every, top))
         assert of_top.items() <= of_all.items()
@@ -191,7 +197,7 @@ def test_a_second_look_at_a_batch_too_large_for_bounds_goes_the_same_way(method)
     x, W, b = realistic()
     x[0] *= 1e25
     encoder = Encoder(method, W, b, like_bd=x)
-    every, (top, _) = encoder.entries(x, Buffers()), top_of_rows(above_of(encoder, x, Buffers()), len(x), 3, guess=1e9)
+    every, (top, _) = encoder.entries(x, Buffers()), top_of_rows(above_of(encoder, x, Buffers()), x.norm(dim=1), 3, Line(0.0, 1e9))
     assert set(zip(*(one.tolist() for one in top))) <= set(zip(*(one.tolist() for one in every)))
 
 
