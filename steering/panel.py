@@ -46,8 +46,7 @@ def make_steering(
         """
         vectors = []
         for j, strength in features:
-            highest = float(index.feature(j).columns["max"])
-            vectors.append((feature_direction(dictionary, j, highest, index.info["site"]), strength))
+            vectors.append((feature_direction(dictionary, j, index.feature(j).maximum, index.info["site"]), strength))
         ids_sp, mask_sp = lm.encode([prompt])
         if sampling.max_new_tokens >= lm.context:
             raise InputError(f"expected fewer than {lm.context} new tokens, the context of {lm.name!r}, got {sampling.max_new_tokens}")
@@ -77,7 +76,7 @@ def make_ranges(
         nonlocal finder
         if j not in known:
             try:
-                vector = feature_direction(dictionary, j, float(index.feature(j).columns["max"]), index.info["site"])
+                vector = feature_direction(dictionary, j, index.feature(j).maximum, index.info["site"])
                 if finder is None:
                     finder = RangeFinder(lm, vector.site)
                     yield None

@@ -79,7 +79,7 @@ def _of_index(config: PartsConfig, folder: Path) -> SteeringParts:
         raise InputError(f"expected the number of a feature of {folder}, got {config.feature!r}; leave out --index to use that dictionary")
     index.feature(feature)  # a wrong number is refused before the model is loaded
     lm, dictionary = parts_of(index, config.dictionary, config.model, config.device)
-    highest = float(index.feature(feature).columns["max"])
+    highest = index.feature(feature).maximum
     return SteeringParts(lm, feature, highest, feature_direction(dictionary, feature, highest, index.info["site"]))
 
 
@@ -105,6 +105,11 @@ def _without_index(config: PartsConfig, absolute: bool) -> SteeringParts:
     site = dictionary.require_site(config.site)
     if dictionary.d_in != lm.width(site):
         raise InputError(f"expected a dictionary {lm.width(site)} wide for {site} of {lm.name}, got one for {dictionary.d_in} in {source}")
+    if highest is not None and dictionary.gate.signed:
+        raise InputError(
+            "expected a dictionary without negative activations for --neuronpedia, whose export has the maximum without its sign, got "
+            f"{source}; leave it out, or give --text or --index"
+        )
     if highest is None and (config.text or not absolute):
         highest = found_maximum(lm, dictionary, feature, site, config.text)
     return SteeringParts(lm, feature, highest, feature_direction(dictionary, feature, 1.0 if highest is None else highest, site))
@@ -119,7 +124,8 @@ def _number(feature: str | int) -> int | None:
 
 @torch.no_grad()
 def found_maximum(lm: LanguageModel, dictionary: Dictionary, feature: int, site: str, text: tuple[str, ...] = ()) -> float:
-    """The feature's highest activation on a text, without beginning-of-text tokens and massive rows; a line on stderr describes the text.
+    """The feature's strongest activation on a text, with its sign; beginning-of-text tokens and massive rows are left out. A line on stderr
+    describes the text.
 
     Raises `InputError` if it does not fire.
     """
@@ -129,15 +135,15 @@ def found_maximum(lm: LanguageModel, dictionary: Dictionary, feature: int, site:
     x_nd = x_nd[~is_massive(x_nd.norm(dim=-1))]
     parts = [dictionary.activations(part_nd.to(lm.device), [feature])[:, 0] for part_nd in x_nd.split(1024)]
     activation_n = torch.cat(parts).float().cpu().numpy()  # host sync
-    highest, fires = float(np.abs(activation_n).max()), int((activation_n != 0).sum())
+    highest, fires = float(activation_n[np.abs(activation_n).argmax()]), int((activation_n != 0).sum())
     if not fires:
         raise InputError(
             f"expected feature {feature} to fire on {name}, but it does not on any of its {len(activation_n):,} tokens; give --text "
             "on which it does, --neuronpedia with its export, or --activation instead of --strength"
         )
     print(
-        f"feature {feature} reaches at most {highest:.4g} on {name}: it fires on {fires:,} of {len(activation_n):,} tokens; "
-        "a longer text can hold a higher one",
+        f"the strongest activation of feature {feature} on {name} is {highest:.4g}: it fires on {fires:,} of {len(activation_n):,} tokens; "
+        "a longer text can hold a stronger one",
         file=sys.stderr,
     )
     return highest

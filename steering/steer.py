@@ -28,9 +28,10 @@ class SteerConfig(PartsConfig):
     vector: Path | None = None
     """Instead of a feature: file of a steering vector, such as find-circuit --features writes; strength 1 adds it as it is."""
     strength: float | None = None
-    """Multiple of the feature's own maximum activation; negative steers away. Default: 1."""
+    """Multiple of the feature's own maximum activation, its strongest, which may be negative (AbsTopK); negative multiples steer away from
+    it. Default: 1."""
     activation: float | None = None
-    """Instead of --strength: the activation to add; negative steers away."""
+    """Instead of --strength: the activation to add, with its sign."""
     prompt: str = ""
     """Text to continue."""
     samples: int = 3

@@ -91,11 +91,11 @@ def select(index: FeatureIndex, config: ListConfig) -> tuple[list[int], dict[int
 
 def feature_facts(index: FeatureIndex, j: int, hit: Any, n: int) -> dict[str, Any]:
     """One feature as plain JSON values."""
-    columns = index.feature(j).columns
+    feature = index.feature(j)
     word = index.vocabulary.spelling
     return {
         "feature": j,
-        **{name: columns[name].item() for name in ("density", "count", "max", "mean", "decoder_norm")},
+        **{name: feature.columns[name].item() for name in ("density", "count", "max", "mean", "decoder_norm")} | {"max": feature.maximum},
         **({} if hit is None else {name: value for name, value in hit._asdict().items() if name != "feature"}),
         "fires_on": [{"token": word(token), "share": share} for token, share in index.top_tokens(j)],
         "promotes": [{"token": word(token), "value": value} for token, value in index.lens_tokens(j)],
@@ -123,8 +123,8 @@ def print_features(index: FeatureIndex, features: list[int], found: dict[int, An
         table.add_column(name, max_width=width, min_width=12, no_wrap=True)
     table.add_column("strongest context", no_wrap=True, ratio=1)
     for j in features:
-        columns = index.feature(j).columns
-        numbers = [str(j), f"{100 * columns['density']:.3g}%", f"{columns['max']:.3g}"]
+        feature = index.feature(j)
+        numbers = [str(j), f"{100 * feature.columns['density']:.3g}%", f"{feature.maximum:.3g}"]
         numbers += [f"{getattr(found[j], name):.3g}" for name in extra]
         words = [
             _plain(" ".join(_clean(index.vocabulary.spelling(t)).strip() for t, _ in tokens))
@@ -140,11 +140,12 @@ def print_feature(index: FeatureIndex, j: int, n: int, seed: int) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    columns = index.feature(j).columns
+    feature = index.feature(j)
+    columns = feature.columns
     console.print(f"Feature {j}", style="bold")
     console.print(
         f"fires on {int(columns['count']):,} of {index.info['tokens_scanned']:,} tokens ({100 * columns['density']:.3g}%), "
-        f"maximum {columns['max']:.3g}, mean when firing {columns['mean']:.3g}"
+        f"maximum {feature.maximum:.3g}, mean when firing {columns['mean']:.3g}"
     )
     word = index.vocabulary.spelling
     for name, tokens in (

@@ -95,18 +95,19 @@ class ArmInputs:
         return tuple(torch.stack([x_nd.mean(0) for x_nd in side]) for side in self.fit)  # type: ignore[return-value]
 
     @cached_property
-    def features(self) -> tuple[np.ndarray, Tensor]:
-        """AUROC of every feature's mean activation of a text, [f], and its maximum activation on the texts, [f]."""
+    def features(self) -> tuple[np.ndarray, Tensor, Tensor]:
+        """AUROC of every feature's mean activation of a text, [f], and its highest and lowest activation on the texts, [f] each."""
         if self.dictionary is None:
             raise InputError("no dictionary was given")
-        means, highest_f = [], torch.zeros(self.dictionary.d_sae)
+        means, highest_f, lowest_f = [], torch.zeros(self.dictionary.d_sae), torch.zeros(self.dictionary.d_sae)
         for x_nd in (*self.fit[0], *self.fit[1]):
             with torch.no_grad():
                 acts_nf = self.dictionary.encode(x_nd.to(self.dictionary.W_enc_fd.device)).float().cpu()  # host sync
             means.append(acts_nf.mean(0))
             highest_f = torch.maximum(highest_f, acts_nf.amax(0))
+            lowest_f = torch.minimum(lowest_f, acts_nf.amin(0))  # below 0 for AbsTopK
         mean_tf = torch.stack(means).numpy()
-        return auroc(mean_tf[: len(self.fit[0])], mean_tf[len(self.fit[0]) :]), highest_f
+        return auroc(mean_tf[: len(self.fit[0])], mean_tf[len(self.fit[0]) :]), highest_f, lowest_f
 
     @cached_property
     def output_feature(self) -> SteeringVector:
@@ -167,7 +168,7 @@ def _shuffled(m: ArmInputs) -> NewArm:
 
 
 def _best_features(m: ArmInputs) -> list[int]:
-    auroc_f, highest_f = m.features
+    auroc_f, highest_f, _ = m.features
     best = [int(j) for j in np.argsort(-auroc_f, kind="stable")[:CANDIDATES] if auroc_f[j] > 0.5 and highest_f[j] > 0]
     if not best:
         raise InputError("no feature fires more on the positive texts than on the negative ones")
@@ -177,8 +178,8 @@ def _best_features(m: ArmInputs) -> list[int]:
 def _feature_given(m: ArmInputs) -> NewArm:
     if m.feature is None:
         raise InputError("no feature was named")
-    auroc_f, highest_f = m.features
-    highest = float(highest_f[m.feature])
+    auroc_f, highest_f, lowest_f = m.features
+    highest = float(max(highest_f[m.feature], lowest_f[m.feature], key=abs))
     vector = feature_direction(m.dictionary, m.feature, highest or 1.0, m.site)  # type: ignore[arg-type]
     made = _feature(m, vector, f"AUROC {auroc_f[m.feature]:.2f}")
     return made if highest else NewArm(vector, note=f"feature {m.feature}: it never fires on the texts to fit")
@@ -186,7 +187,7 @@ def _feature_given(m: ArmInputs) -> NewArm:
 
 def _feature_auroc(m: ArmInputs) -> NewArm:
     j = _best_features(m)[0]
-    auroc_f, highest_f = m.features
+    auroc_f, highest_f, _ = m.features
     return _feature(m, feature_direction(m.dictionary, j, float(highest_f[j]), m.site), f"AUROC {auroc_f[j]:.2f}")  # type: ignore[arg-type]
 
 

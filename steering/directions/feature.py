@@ -20,14 +20,14 @@ PROMPT, FACTOR, TOKENS = "From my experience,", 10.0, 20
 
 
 def feature_direction(dictionary: Dictionary, feature: int, max_activation: float, site: str | None = None) -> SteeringVector:
-    """v = a_max · W_dec[feature], so that coefficient 1 adds what the feature adds to a reconstruction at its highest activation.
+    """v = a_max · W_dec[feature], so that coefficient 1 adds what the feature adds to a reconstruction at its strongest activation.
 
-    `max_activation` is in the dictionary's own units (activations times decoder rows), for any norm of its rows. `site` is needed
+    `max_activation` has that activation's sign and is in the dictionary's own units (activations times decoder rows). `site` is needed
     only if the dictionary does not say where it was trained. (Templeton et al. 2024 steer in the same unit, but clamp: they set the
     activation instead of adding to it.) Raises `InputError` for a feature that does not exist or never fires.
     """
     dictionary.require_feature(feature)
-    if not max_activation > 0:
+    if not abs(max_activation) > 0:
         raise InputError(f"feature {feature} never fires (maximum activation {max_activation}), so it has no strength to steer with")
     if dictionary.frame is not None and dictionary.frame.kind != "centred":
         raise InputError(
@@ -56,7 +56,7 @@ def first_found(index: FeatureIndex, word: str) -> int:
 def by_search_word(index: FeatureIndex, dictionary: Dictionary, word: str) -> SteeringVector:
     """`feature_direction` of `first_found` at its maximum activation in the index."""
     feature = first_found(index, word)
-    vector = feature_direction(dictionary, feature, float(index.feature(feature).columns["max"]), index.info["site"])
+    vector = feature_direction(dictionary, feature, index.feature(feature).maximum, index.info["site"])
     return SteeringVector.at(vector.site, vector.direction_d, vector.provenance | {"search": word})
 
 
@@ -81,7 +81,8 @@ def output_scores(
     if len(features) != len(max_activations) or not features:
         raise InputError(f"expected one maximum activation for each feature, got {len(max_activations)} for {len(features)} features")
     vectors = [feature_direction(dictionary, j, highest, site) for j, highest in zip(features, max_activations)]
-    written_fd = into_residual(lm, vectors[0].site, dictionary.rows(list(features)))
+    rows_fd = torch.stack([vector.direction_d for vector in vectors])  # with the sign of the strongest activation
+    written_fd = into_residual(lm, vectors[0].site, rows_fd)
     unembedding_vd, _ = folded_unembedding(lm)
     lens_fk = torch.from_numpy(logit_lens(written_fd, unembedding_vd, tokens)["top_token_ids"]).long()
     ids_sp, _ = lm.encode([prompt])

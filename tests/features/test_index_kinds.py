@@ -17,9 +17,11 @@ from sae.dictionaries.gates import AbsTopK, GroupMax, Threshold, TopK
 from sae.errors import InputError
 from sae.features.index import build
 from sae.features.index.build import IndexConfig, build_index
+from sae.features.index.lens import folded_unembedding
 from sae.features.index.merge import MergeConfig, merge_indexes
 from sae.features.index.reader import FeatureIndex
 from sae.features.pages.feature import FeatureView
+from sae.model.language_model import LanguageModel
 
 F = 24
 KINDS = {
@@ -129,6 +131,41 @@ def test_every_kind(world, tmp_path, kind):
     merge_indexes(MergeConfig(parts=tuple(parts), out=tmp_path / "merged"))
     for name in ("records", "columns", "details"):
         assert (tmp_path / "merged" / f"{name}.safetensors").read_bytes() == (tmp_path / "index" / f"{name}.safetensors").read_bytes()
+
+
+def test_a_feature_that_is_strongest_below_zero(world, tmp_path):
+    """Its maximum and what it promotes have that sign."""
+    dictionary = made(world, gate=AbsTopK(3))
+    dictionary.save(tmp_path / "sae")
+    index = FeatureIndex.open(build_index(IndexConfig(cache=world.cache, dictionary=tmp_path / "sae", out=tmp_path / "index")))
+    acts_nf = dictionary.encode(cached(world)[0]).numpy()
+    strongest_f = acts_nf[np.abs(acts_nf).argmax(0), np.arange(F)]
+    assert strongest_f.min() < 0 < strongest_f.max()
+    np.testing.assert_allclose([index.feature(j).maximum for j in range(F)], strongest_f, rtol=1e-3)
+
+    W_U_vd, _ = folded_unembedding(LanguageModel.load(str(world.model), device="cpu"))
+    W_U_vd = W_U_vd[: len(world.tokenizer)]
+    W_U_vd = W_U_vd - W_U_vd.mean(0)
+    lens_fv = (torch.from_numpy(np.sign(strongest_f))[:, None] * dictionary.W_dec_fo) @ W_U_vd.T
+    ranks = {}
+    for j in range(F):
+        for bottom in (False, True):
+            expected = lens_fv[j].topk(20, largest=not bottom)
+            tokens, values = zip(*index.lens_tokens(j, 20, bottom=bottom))
+            assert list(tokens) == expected.indices.tolist()
+            np.testing.assert_allclose(values, expected.values, rtol=1e-3, atol=1e-5)
+        edges, counts = index.lens_histogram(j)
+        low, high = lens_fv[j].min().item(), lens_fv[j].max().item()
+        np.testing.assert_allclose(edges[[0, -1]], [low, high], rtol=1e-3)
+        assert np.abs(counts - np.histogram(lens_fv[j].numpy(), 50, (low, high))[0]).sum() <= 4, "rounding at an edge"
+        ranks[j] = lens_fv[j].topk(20).indices.tolist()
+    j = int(strongest_f.argmin())
+    word = next(t for t in map(index.vocabulary.spelling, ranks[j]) if t.strip().isalpha())
+    same = [t for t in range(len(world.tokenizer)) if index.vocabulary.spelling(t).strip().casefold() == word.strip().casefold()]
+    expected = {k: 1 + min(rank.index(t) for t in same if t in rank) for k, rank in ranks.items() if set(same) & set(rank)}
+    assert {hit.feature: hit.lens_rank for hit in index.promotes(word.strip(), F)} == expected
+    for hit in index.promotes(word.strip(), F):
+        assert hit.value == pytest.approx(float(lens_fv[hit.feature, hit.token]), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

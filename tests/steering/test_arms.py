@@ -11,6 +11,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.gates import AbsTopK
 from steering.compare.arms import MAKERS, NONE, PROMPTING, RANDOM, SHUFFLED, ArmInputs, Method, build_arms
 from steering.compare.concepts import LabelledTexts, Texts
 from steering.concept import Concept
@@ -78,7 +79,7 @@ def test_diffmean_counts_every_text_once(byte_lm, arms):
 
 def test_the_feature_of_highest_auroc_on_the_texts_to_fit(byte_lm, dictionary, arms):
     m = material(byte_lm, dictionary=dictionary)
-    auroc_f, highest_f = m.features
+    auroc_f, highest_f, _ = m.features
     scores = np.array(
         [
             dictionary.encode(x).mean(0).detach().numpy()
@@ -101,6 +102,21 @@ def test_a_named_feature_is_its_decoder_row(byte_lm, dictionary, feature):
     named = {arm.method: arm for arm in build_arms(material(byte_lm, dictionary=dictionary, feature=feature))}["SAE feature named"]
     row_d = dictionary.W_dec_fo[feature]
     torch.testing.assert_close(named.vector.direction_d, row_d / row_d.norm())
+
+
+def test_a_named_feature_that_is_strongest_below_zero_points_there(byte_lm, dictionary):
+    signed = Dictionary(
+        dictionary.W_enc_fd, dictionary.b_enc_f, dictionary.W_dec_fo, dictionary.b_dec_o, metadata={"site": SITE}, gate=AbsTopK(9)
+    )
+    texts = [x for texts in (POSITIVE, NEGATIVE) for x in activations_of_texts(byte_lm, texts, SITE)]
+    acts_nf = signed.encode(torch.cat(texts)).detach()
+    low_f, high_f = acts_nf.min(0).values, acts_nf.max(0).values
+    for feature in (int((high_f + low_f).argmin()), int((high_f + low_f).argmax())):
+        named = {arm.method: arm for arm in build_arms(material(byte_lm, dictionary=signed, feature=feature))}["SAE feature named"]
+        strongest = max(low_f[feature].item(), high_f[feature].item(), key=abs)
+        row_d = strongest * signed.W_dec_fo[feature]
+        torch.testing.assert_close(named.vector.direction_d, row_d / row_d.norm())
+        assert named.strongest == pytest.approx(row_d.norm().item(), rel=1e-5)
 
 
 def test_the_targeted_direction_is_aimed_at_the_feature_by_output_score(byte_lm, dictionary, arms):

@@ -6,15 +6,19 @@ import pytest
 import torch
 from test_steer import SILENT, config_of, parts  # noqa: F401
 
+from sae.activations.cache import ActivationCache
 from sae.dictionaries.dictionary import Dictionary
+from sae.dictionaries.gates import AbsTopK
 from sae.dictionaries.neuronpedia import Posted
 from sae.errors import InputError
 from sae.features.exports.command import ExportConfig, export_features
+from sae.features.index.build import IndexConfig, build_index
 from sae.features.index.reader import FeatureIndex
 from sae.model.language_model import LanguageModel
 from steering.parts import load_steering_parts
-from steering.steer import steer
+from steering.steer import compare_texts, steer
 from steering.studies.strengths import strengths
+from steering.vector import SteeringVector
 
 
 def without(parts, **settings):  # noqa: F811
@@ -53,7 +57,7 @@ def test_the_maximum_is_found_on_a_text(parts, tmp_path, capsys):  # noqa: F811
         z_p = (x_pd.double() @ dictionary.W_enc_fd[3].double() + dictionary.b_enc_f[3]).relu()
         highest, fires = max(highest, float(z_p.max())), fires + int((z_p > 0).sum())
     assert found.max_activation == pytest.approx(highest, rel=1e-5)
-    assert f"reaches at most {highest:.4g}" in said
+    assert f"is {highest:.4g}: it fires" in said
     assert f"fires on {fires} of" in said
     assert torch.allclose(found.vector.direction_d, found.max_activation * dictionary.W_dec_fo[3])
 
@@ -67,6 +71,37 @@ def test_the_maximum_of_an_export_of_neuronpedia(parts, tmp_path):  # noqa: F811
         steer(without(parts, feature="9", neuronpedia=tmp_path / "export"))
     with pytest.raises(InputError, match=r"expected maxActApprox above 0 of feature \d+"):
         steer(without(parts, feature=str(SILENT), neuronpedia=tmp_path / "export"))
+
+
+def test_a_feature_that_is_strongest_below_zero(parts, tmp_path, capsys):  # noqa: F811
+    """Strength 1 adds its strongest activation, with its sign: from an index, and found on a text."""
+    plain = Dictionary.load(parts / "sae")
+    dictionary = Dictionary(plain.W_enc_fd, plain.b_enc_f, plain.W_dec_fo, plain.b_dec_o, metadata=plain.metadata, gate=AbsTopK(3))
+    dictionary.save(tmp_path / "sae")
+    build_index(IndexConfig(cache=parts / "cache", dictionary=tmp_path / "sae", out=tmp_path / "index", device="cpu"))
+    cache = ActivationCache.open(parts / "cache", "resid_post.0")
+    x_nd = torch.cat([cache.read(shard)[0] for split in ("train", "held_out") for shard in cache.shards(split)]).float()
+    acts_nf = dictionary.encode(x_nd).detach()
+    strongest_f = acts_nf.gather(0, acts_nf.abs().argmax(0, keepdim=True))[0]
+    assert strongest_f[:SILENT].min() < 0 < strongest_f[:SILENT].max()
+    for feature in (int(strongest_f[:SILENT].argmin()), int(strongest_f[:SILENT].argmax())):
+        strongest = strongest_f[feature].item()
+        config = config_of(parts, feature=str(feature))
+        config.index = tmp_path / "index"
+        report = steer(config)
+        assert report["max_activation"] == report["activation"] == pytest.approx(strongest, rel=1e-3)
+        printed = " ".join(capsys.readouterr().out.split())
+        assert f"1 x its maximum activation ({strongest:.3g}): an activation of {strongest:.3g}," in printed
+        lm = LanguageModel.load(str(parts / "model"), device="cpu")
+        by_hand = SteeringVector.at("resid_post.0", report["max_activation"] * dictionary.W_dec_fo[feature])
+        assert compare_texts(lm, by_hand, 1.0, config)["steered"] == report["steered"]
+        unindexed = without(parts, feature=str(feature), text=(str(parts / "text.jsonl"),))
+        unindexed.dictionary = str(tmp_path / "sae")
+        assert load_steering_parts(unindexed).max_activation * strongest > 0
+    export_features(ExportConfig(index=tmp_path / "index", out=tmp_path / "export", format="neuronpedia"))
+    unindexed.text, unindexed.neuronpedia = (), tmp_path / "export"
+    with pytest.raises(InputError, match="without negative activations for --neuronpedia"):
+        steer(unindexed)
 
 
 def test_strengths_are_measured_without_an_index(parts):  # noqa: F811

@@ -139,7 +139,7 @@ it would say.</p>"""
 
 
 def _strength(browser: "Browser", j: int, strength: float) -> str:
-    highest = number(browser.index.columns["max"][j])
+    highest = number(browser.index.feature(j).maximum)
     return f"""<p class="strength"><input type="hidden" name="feature" value="{j}"><a href="/f/{j}">{j}</a>
 <span class="soft">{name_html(browser, j)}</span>
 <input type="range" min="-{STRONGEST}" max="{STRONGEST}" step="0.1" value="{strength:g}" aria-label="strength of {j}">

@@ -68,6 +68,7 @@ def feature_row(browser: "Browser", j: int) -> dict[str, Any]:
     """A row of the table as plain values."""
     index, note = browser.index, browser.notes.get(j)
     values = {name: float(index.columns[name][j]) for name in ("density", "max", "mean", "fvu_contribution")}
+    values["max"] = index.feature(j).maximum
     return {
         "feature": j,
         "label": note.label,

@@ -73,14 +73,14 @@ def feature_json(index: "FeatureIndex", j: int, explanations: "Sequence[Explanat
 
 
 def feature_row(index: "FeatureIndex", j: int, names: Names, creator: str, created: str, W_dec_fd: np.ndarray | None) -> dict[str, Any]:
-    near, top = index.cosine_neighbours(j, NEIGHBOURS), float(index.columns["max"][j])
+    near, top = index.cosine_neighbours(j, NEIGHBOURS), index.feature(j).maximum
     return {
         "modelId": names.model,
         "layer": names.source,
         "index": str(j),
         "creatorId": creator,
         "createdAt": created,
-        "maxActApprox": top,
+        "maxActApprox": abs(top),
         "hasVector": W_dec_fd is not None,
         "vector": [] if W_dec_fd is None else W_dec_fd[j].tolist(),
         "vectorLabel": None,

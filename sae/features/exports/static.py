@@ -136,7 +136,7 @@ def _stats(
     word = index.vocabulary.spelling
     columns = {name: [_short(value) for value in index.columns[name][features].tolist()] for name in ("density", "count", "max", "mean")}
     columns["fvu"] = [_short(value) for value in index.columns["fvu_contribution"][features].tolist()]
-    lens = index.columns.get("top_token_ids")
+    lens = index.lens(features)[0] if index.has_lens else None
     return {
         "heading": heading,
         "site": index.place,
@@ -145,7 +145,7 @@ def _stats(
         "features": features,
         "columns": columns,
         "fires": [[word(token) for token, _ in index.top_tokens(j, 3)] for j in features],
-        "promotes": [[word(token) for token in lens[j, :4].tolist()] for j in features] if lens is not None else [],
+        "promotes": [[word(token) for token in ids] for ids in lens[:, :4].tolist()] if lens is not None else [],
         "labels": {j: note.label for j, note in notes.items() if note.label},
         "stars": [j for j, note in notes.items() if note.starred],
         "explanations": {j: found[0].text for j, found in explanations.items() if found},

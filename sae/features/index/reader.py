@@ -39,6 +39,8 @@ class Feature(NamedTuple):
     """activations there, float16, in the units of the dictionary; without their signs (see `FeatureIndex.signed_values`)"""
     columns: dict[str, Any]
     """its value (or row) of every column of the index: see docs/features.md"""
+    maximum: float
+    """its strongest activation, with its sign; 0 if it never fires"""
 
 
 class Context(NamedTuple):
@@ -138,7 +140,22 @@ class FeatureIndex:
     def feature(self, j: int) -> Feature:
         """Raises `InputError` if `j` is not a feature."""
         low, high = self._bounds(j)
-        return Feature(int(j), self.positions[low:high], self.values[low:high], {k: v[j] for k, v in self.columns.items()})
+        columns = {k: v[j] for k, v in self.columns.items()}
+        return Feature(int(j), self.positions[low:high], self.values[low:high], columns, float(columns["max"] * self.signs([j])[0]))
+
+    def signs(self, features: Sequence[int] | np.ndarray) -> np.ndarray:
+        """−1 for each of the features whose strongest activation is below 0, otherwise 1, int8 [n].
+
+        The decoder row times this sign is the direction in which the feature is strongest.
+        """
+        features = np.asarray(features, np.int64)
+        signs_n = np.ones(len(features), np.int8)
+        if self.negative is not None:
+            entries_n = self.details["top_entries"][features, 0]
+            fires_n = entries_n != NONE
+            with self._in_range():
+                signs_n[fires_n] -= 2 * self.negative[self.offsets[features[fires_n]] + entries_n[fires_n]].astype(np.int8)
+        return signs_n
 
     def signed_values(self, j: int) -> np.ndarray:
         """The feature's activations with their signs, float64, in the order of its positions."""
@@ -238,15 +255,32 @@ class FeatureIndex:
         if "top_token_values" not in self.columns:
             return np.zeros(0), np.zeros(0, np.int64)
         low, high = self.columns["bottom_token_values"][j, 0], self.columns["top_token_values"][j, 0]
-        return np.linspace(low, high, BINS + 1), counts.astype(np.int64)
+        edges, counts = np.linspace(low, high, BINS + 1), counts.astype(np.int64)
+        return (-edges[::-1], counts[::-1]) if self.signs([j])[0] < 0 else (edges, counts)
 
     def lens_tokens(self, j: int, n: int = 10, *, bottom: bool = False) -> list[tuple[int, float]]:
-        """The tokens whose logits the decoder row raises most (or, with `bottom`, lowers most): (id, value); [] without a lens."""
+        """The tokens whose logits the feature raises most (or, with `bottom`, lowers most) with the sign of its strongest activation:
+        (id, value); [] without a lens."""
         self._bounds(j)
-        side = "bottom" if bottom else "top"
-        if f"{side}_token_ids" not in self.columns:
+        if not self.has_lens:
             return []
-        return list(zip(*(self.columns[f"{side}_token_{what}"][j, :n].tolist() for what in ("ids", "values"))))
+        ids, values = self.lens([j], bottom=bottom)
+        return list(zip(ids[0, :n].tolist(), values[0, :n].tolist()))
+
+    @property
+    def has_lens(self) -> bool:
+        return "top_token_ids" in self.columns
+
+    def lens(self, features: Sequence[int] | np.ndarray, *, bottom: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """`lens_tokens` of several features: ids and values, [n, 20] each (fewer of a smaller vocabulary). Only where there is a lens."""
+        sides = ("bottom", "top") if bottom else ("top", "bottom")
+        ids_nk, values_nk = (self.columns[f"{sides[0]}_token_{what}"][features] for what in ("ids", "values"))
+        flipped_n = self.signs(features) < 0
+        if flipped_n.any():
+            others = np.asarray(features)[flipped_n]
+            ids_nk[flipped_n] = self.columns[f"{sides[1]}_token_ids"][others]
+            values_nk[flipped_n] = -self.columns[f"{sides[1]}_token_values"][others]
+        return ids_nk, values_nk
 
     def search(self, query: str | Sequence[str], n: int = 20) -> "list[FiresOn]":
         """Features that fire on a word: see `sae.features.index.search.search`."""

@@ -41,7 +41,7 @@ class Promotes(NamedTuple):
 
     feature: int
     value: float
-    """of the logit lens (see index.json), for one unit of activation"""
+    """of the logit lens (see index.json), for one unit of activation of the sign of the strongest one"""
     lens_rank: int
     token: int
 
@@ -101,7 +101,7 @@ def promotes(index: "FeatureIndex", query: str | Sequence[str], n: int = 20) -> 
     Tokens of a word are those of the vocabulary that spell it, in any case, with or without a space before; for a word of several
     tokens, the first pieces with which it occurs in the scanned text. Raises `InputError` when there is neither.
     """
-    if "top_token_ids" not in index.columns:
+    if not index.has_lens:
         raise InputError(
             f"{index.folder} has no logit lens ({index.info['logit_lens']}); search for features that fire on the word instead"
         )
@@ -116,12 +116,13 @@ def promotes(index: "FeatureIndex", query: str | Sequence[str], n: int = 20) -> 
         except InputError:
             if not tokens:
                 raise
-    feature, place = np.nonzero(np.isin(index.columns["top_token_ids"], tokens))
+    ids_fk, values_fk = index.lens(np.arange(index.d_sae))
+    feature, place = np.nonzero(np.isin(ids_fk, tokens))
     first = np.r_[True, feature[1:] != feature[:-1]] if len(feature) else np.zeros(0, bool)
     feature, place = feature[first], place[first]
-    value = index.columns["top_token_values"][feature, place]
+    value = values_fk[feature, place]
     best = np.lexsort((-value, place))[:n]
-    ids = index.columns["top_token_ids"][feature, place]
+    ids = ids_fk[feature, place]
     return [Promotes(int(feature[i]), float(value[i]), int(place[i]) + 1, int(ids[i])) for i in best]
 
 
@@ -148,7 +149,7 @@ def _pieces(found: Occurrences) -> tuple[np.ndarray, np.ndarray]:
 
 def _lens_ranks(index: "FeatureIndex", features: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     """Place of the first of the tokens in each feature's lens, from 1; 0 beyond the stored ones."""
-    if "top_token_ids" not in index.columns:
+    if not index.has_lens:
         return np.zeros(len(features), np.int64)
-    among = np.isin(index.columns["top_token_ids"][features], tokens)
+    among = np.isin(index.lens(features)[0], tokens)
     return np.where(among.any(1), among.argmax(1) + 1, 0)

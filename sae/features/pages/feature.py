@@ -19,7 +19,7 @@ from sae.statistics import wilson_interval
 
 if TYPE_CHECKING:
     from sae.features.explanations.explanation import Explanation
-    from sae.features.index.reader import Context, FeatureIndex
+    from sae.features.index.reader import Context, Feature, FeatureIndex
     from sae.features.notes import Note, Notes
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -72,12 +72,13 @@ def feature_html(
     page, or None; if `link` is None, other features are named but not linked.
     """
     index.prefetch(j)
-    columns, info = index.feature(j).columns, index.info
+    feature, info = index.feature(j), index.info
+    columns = feature.columns
     model = info["model"]["name"].rstrip("/").rsplit("/", 1)[-1]  # the folder or hub name, without the path of whoever made it
     top = float(columns["max"])
     shares = [(token, f"{100 * part:.0f}%" if part >= 0.005 else "&lt;1%") for token, part in index.top_tokens(j, 10)]
     cards = [
-        f"<section><h2>Statistics</h2>{_facts(columns, info)}</section>",
+        f"<section><h2>Statistics</h2>{_facts(feature, info)}</section>",
         f"<section><h2>Activations</h2>{activation_histogram(*index.histogram(j))}<h3>Fires on "
         f"<span class='soft'>share of its activation by token</span></h3>{_token_list(index, shares)}</section>",
         _lens_section(index, j),
@@ -114,7 +115,8 @@ def _note(notes: "Notes | Mapping[int, Note] | None", j: int) -> str:
     return f"{label}{star}</h1>" + (f"<p class='note'>{escape(note.note)}</p>" if note.note else "")
 
 
-def _facts(columns: dict[str, Any], info: dict[str, Any]) -> str:
+def _facts(feature: "Feature", info: dict[str, Any]) -> str:
+    columns = feature.columns
     count, scanned = int(columns["count"]), int(info["tokens_scanned"])
     low, high = wilson_interval(count, scanned)
     density = percent(count / scanned) + (f" (one token in {round(scanned / count):,})" if 0 < 2 * count <= scanned else "")
@@ -123,7 +125,7 @@ def _facts(columns: dict[str, Any], info: dict[str, Any]) -> str:
         f"95 % interval {percent(low)} to {percent(high)}</span>",
         "fires on": f"{count:,} of {scanned:,} tokens scanned",
         "sequences": f"{int(columns['sequences']):,} in {int(columns['documents']):,} documents",
-        "maximum": number(columns["max"]),
+        "maximum": number(feature.maximum),
         "mean when firing": f"{number(columns['mean'])} ± {number(columns['std'])}",
         "skewness": number(columns["skewness"]),
         "kurtosis": number(columns["kurtosis"]),
@@ -132,7 +134,7 @@ def _facts(columns: dict[str, Any], info: dict[str, Any]) -> str:
         f"{float(columns['fvu_contribution']):+.2g}</span>",
     }
     if "negative_share" in columns:
-        facts["below 0"] = f"{percent(columns['negative_share'])} of activations, in blue; the other numbers are of sizes without sign"
+        facts["below 0"] = f"{percent(columns['negative_share'])} of activations, in blue; only the maximum has its sign"
     return f"<dl>{''.join(f'<dt>{name}</dt><dd>{text}</dd>' for name, text in facts.items())}</dl>"
 
 
@@ -267,8 +269,9 @@ def table_html(index: "FeatureIndex", features: Sequence[int], heading: str) -> 
     )
     rows = []
     for j in features:
-        columns = index.feature(j).columns
-        texts = (percent(columns["density"]), f"{int(columns['count']):,}", number(columns["max"]), number(columns["mean"]))
+        feature = index.feature(j)
+        columns = feature.columns
+        texts = (percent(columns["density"]), f"{int(columns['count']):,}", number(feature.maximum), number(columns["mean"]))
         cells = [f'<td class="num" data-v="{j}"><a href="{j}.html">{j}</a></td>']
         cells += [f'<td class="num" data-v="{float(columns[name]):.6g}">{text}</td>' for name, text in zip(numbers, texts)]
         lists = (index.lens_tokens(j, 5), index.top_tokens(j, 3))

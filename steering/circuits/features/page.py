@@ -139,12 +139,11 @@ def _steering(circuit: FeatureCircuit, known: dict[str, Known], vector: Path) ->
         if one.index is None:
             continue
         chosen = [row for row in circuit.features(site) if row["weight"]][:MOST_STEERED]
-        maxima = one.index.columns["max"]
         fields = [("prompt", prompt)]
         for row in chosen:
             feature = row["node"].partition("/")[2]
-            highest = float(maxima[int(feature)])
-            if highest > 0:
+            highest = one.index.feature(int(feature)).maximum
+            if highest:
                 fields += [("feature", feature), ("strength", f"{row['weight'] / highest:.3g}")]
         commands.append("sae browse " + shlex.join(["--index", str(one.index.folder), "--port", str(one.port)]))
         url = f"http://127.0.0.1:{one.port}/steer?{urlencode(fields)}"

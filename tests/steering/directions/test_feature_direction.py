@@ -1,6 +1,7 @@
 """A feature's direction against the dictionary's own decoding; its choice by a word and by what it does to the output."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def test_a_word_finds_the_feature_that_fires_on_it(byte_lm, tmp_path):
 @pytest.mark.parametrize("site", ["resid_post.1", "head_out.1"])
 def test_output_score_against_the_formula_by_hand(byte_lm, site):
     sae = dictionary({"site": site})
-    highest = [1.5, 0.5, 2.0]
+    highest = [1.5, 0.5, -2.0]
     scores = output_scores(byte_lm, sae, [4, 0, 3], highest, prompt="Well,", factor=4.0, tokens=3)
     ids = torch.tensor([[0, *byte_lm.tokenizer("Well,")["input_ids"]]])
     transformer = byte_lm.model.transformer
@@ -87,7 +88,7 @@ def test_output_score_against_the_formula_by_hand(byte_lm, site):
             acts_spf[..., j] = 4 * most
             return sae.decode(acts_spf) + error_spd
 
-        block, row_d = transformer.h[1], sae.W_dec_fo[j]
+        block, row_d = transformer.h[1], math.copysign(1, most) * sae.W_dec_fo[j]
         with torch.no_grad():
             if site == "resid_post.1":
                 handle = block.register_forward_hook(
