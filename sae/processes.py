@@ -183,14 +183,18 @@ class Processes:
         return self._total + self._pending
 
     def wait_for_all(self) -> Iterator[int]:
-        """Ends when every process has called it; yields the count meanwhile, as `count` does. Only the leader waits."""
+        """Ends when every process has called it; yields the count meanwhile, as `count` does, and at the end that of all. Only the leader
+        waits."""
         self._look()
         key = f"done{self._stage}"
         self.store.add(key, 1)
-        while self.leads and self.store.add(key, 0) < self.world:
-            time.sleep(0.05)
-            self._look()
+        waiting = self.leads
+        while waiting:
+            waiting = self.store.add(key, 0) < self.world
+            self._look()  # after the check: by then the last process has counted its units
             yield self._total
+            if waiting:
+                time.sleep(0.05)
 
     def _look(self) -> None:
         self._total, self._pending = self.store.add(f"units{self._stage}", self._pending), 0

@@ -1,5 +1,6 @@
 """Several processes evaluate one dictionary: the file of one, whichever dies; what was finished is not done again."""
 
+import json
 import os
 import resource
 import sys
@@ -35,6 +36,9 @@ def test_any_number_of_processes_gives_the_same_bytes(config, whole, tmp_path, p
     assert several.out.read_bytes() == whole
     first, *others = said(tmp_path / "log")
     assert "loss recovered, against zero" in first
+    rows = json.loads(whole)["reconstruction"]["rows"]
+    for what in ("norms", "reconstruction"):
+        assert f"{what}: {rows:,} of {rows:,} tokens" in first
     assert set(others) == {""}
     assert not list(tmp_path.glob(".*"))
 

@@ -20,6 +20,9 @@ def test_any_number_of_processes_gives_the_same_bytes(world, tmp_path, processes
     assert files_of(tmp_path / "index") == files_of(world.index.folder)
     first, *others = said(tmp_path / "log")
     assert first.count("index: ") == first.count("indexed 40 features") == 1
+    rows = world.index.info["tokens_scanned"]
+    assert f"index: {rows:,} of {rows:,} rows" in first
+    assert f", {len(world.index.positions) / rows:.1f} active per token\n" in first
     assert set(others) == {""}
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["index"]
 

@@ -104,8 +104,10 @@ def build_index(config: IndexConfig) -> Path:
         model = LanguageModel.load(config.model or cache.model_name(), device="cpu")
         cache.require_model(model)
         with pieces(processes, config.out, decisive(config, cache, known)) as made, replacing_index(config.out) as folder:
-            write_index(folder, config, dictionary, cache, model, known, spool(made, config, dictionary, cache))
-    print(f"indexed {dictionary.d_sae:,} features in {config.out}")
+            spooled = spool(made, config, dictionary, cache)
+            write_index(folder, config, dictionary, cache, model, known, spooled)
+    active = spooled.entries / spooled.scanned.sum()
+    print(f"indexed {dictionary.d_sae:,} features in {config.out}, {active:.1f} active per token")
     return config.out
 
 

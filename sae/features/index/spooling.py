@@ -94,7 +94,7 @@ def spool_activations(
         for positions, *entries in in_order(partial(entries_of, sums), chunks(caches, shards[number], wanted, size), workers):
             spool.add(positions, *entries)
             rows += len(positions)
-            made.advance(len(positions), active=f"{spool.entries / rows:.1f} per token")
+            made.advance(len(positions))
         made.advance(shards[number][0].rows - rows)  # those that are not wanted
         if not checked and rows:  # once it is known how sparse the code is: runs, merged file and its transpose
             require_free_space(made.folder, int(16 * spool.entries * (total / rows)), "the index")

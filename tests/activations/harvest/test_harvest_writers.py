@@ -1,5 +1,6 @@
 """Several processes that harvest one cache: the same bytes whatever their number, whichever dies, and one sentence when one fails."""
 
+import json
 import os
 import signal
 import time
@@ -12,6 +13,7 @@ from live_world import make_world
 from safetensors.torch import load_file, save_file
 from several_processes import flags, forked, said, torchrun, worker
 from test_harvest import change, different, in_child
+from torch.distributed import HashStore
 
 from sae.activations.cache import ActivationCache
 from sae.activations.files.ledger import Ledger
@@ -49,6 +51,8 @@ def test_any_number_of_processes_gives_the_same_bytes(config, whole, tmp_path, p
     first, *others = said(tmp_path / "log")
     assert "training and" in first
     assert first.count("harvest: ") == 1
+    tokens = json.loads((config.out / "manifest.json").read_text())["counts"]["tokens"]
+    assert f"harvest: {tokens:,} of {tokens:,} tokens" in first
     assert set(others) == {""}
     assert forked(partial(harvest, config), processes, tmp_path / "again") == [0] * processes
     assert "already complete" in said(tmp_path / "again")[0]
@@ -145,6 +149,18 @@ def test_dry_run_and_verify_speak_once(config, whole, tmp_path):
     assert [text.count("would write") for text in said(tmp_path / "dry")] == [1, 0]
     assert forked(partial(harvest, HarvestConfig(out=whole, verify=True)), 2, tmp_path / "verify") == [0, 0]
     assert [text.count("as it was written") for text in said(tmp_path / "verify")] == [1, 0]
+
+
+def test_the_leader_counts_what_the_others_did(tmp_path):
+    """Also of one that ends before the leader waits."""
+    store = HashStore()
+    leader, other = (Processes(store, rank, 2, rank, 2) for rank in (0, 1))
+    assert next(other.deal("ab")) == "a"
+    assert next(leader.deal("ab")) == "b"
+    other.count(30)
+    assert leader.count(12) == 12, "it looks once a second"
+    assert list(other.wait_for_all()) == []
+    assert list(leader.wait_for_all()) == [42]
 
 
 def test_a_crowded_gpu_is_refused(config, monkeypatch):
