@@ -86,7 +86,7 @@ def evaluate_one(
     config: EvaluationConfig, dictionary: Dictionary, known: str, device: torch.device, made: Pieces
 ) -> tuple[dict[str, Any], Callable[[], None]]:
     """The content of the file, and a function that prints the table; `known`: the checksum of the weights."""
-    from sae.activations.joined import cache_of
+    from sae.activations.joined import cache_of, targets_of
 
     cache = cache_of(config.cache, dictionary, named=config.model is not None, verify=config.verify and made.processes.leads)
     refuse_training_tokens(Path(config.dictionary), cache)
@@ -122,7 +122,7 @@ def evaluate_one(
         "massive_rows": massive and massive._asdict() | {"without": reconstruction_facts(massive.without)},
         "language_model": loss._asdict() if loss else None,
     }
-    return result, partial(print_evaluation, config, cache, reconstruction, sites, massive, loss)
+    return result, partial(print_evaluation, config, cache, targets_of(cache, dictionary).site, reconstruction, sites, massive, loss)
 
 
 class MassiveRows(NamedTuple):
@@ -239,15 +239,18 @@ def reconstruction_facts(reconstruction: Reconstruction) -> dict[str, Any]:
 def print_evaluation(
     config: EvaluationConfig,
     cache: "ActivationCache",
+    written: str,
     r: Reconstruction,
     sites: dict[str, Reconstruction],
     massive: MassiveRows | None,
     loss: LanguageModelLoss | None,
 ) -> None:
+    """`written`: the site or sites that are reconstructed."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("measure", "value", title=f"{config.dictionary} at {cache.site}, held-out tokens of {config.cache}")
+    place, target = (cache.site, "x") if written == cache.site else (f"{cache.site} to {written}", "target")
+    table = Table("measure", "value", title=f"{config.dictionary} at {place}, held-out tokens of {config.cache}")
     table.columns[1].justify = "right"
     features = len(r.density_f)
     rows = {
@@ -258,8 +261,8 @@ def print_evaluation(
         "explained variance": f"{r.explained_variance:.4f}",
         "explained second moment (about 0, not the mean)": f"{r.explained_second_moment:.4f}",
         "squared error per token": f"{r.mse:.4g}",
-        "cosine of x and reconstruction": f"{r.cosine:.4f}",
-        "norm of reconstruction / norm of x": f"{r.norm_ratio:.4f}",
+        f"cosine of {target} and reconstruction": f"{r.cosine:.4f}",
+        f"norm of reconstruction / norm of {target}": f"{r.norm_ratio:.4f}",
         "relative reconstruction bias": f"{r.relative_bias:.4f}",
         "L0 (features per token)": f"{r.l0:.1f}",
         "L0, 5th / 50th / 95th percentile": " / ".join(str(r.l0_percentiles[q]) for q in ("5", "50", "95")),

@@ -243,7 +243,7 @@ def test_impossible_settings_are_refused(home, tmp_path, name, value):
         evaluate(EvaluationConfig(tmp_path, home / "cache", **{name: value}))
 
 
-def test_a_transcoder_is_measured_where_it_writes(home, tmp_path):
+def test_a_transcoder_is_measured_where_it_writes(home, tmp_path, capsys):
     make_cache(home, "two sites", sites=("resid_pre.1", "mlp_out.1"))
     made = json.loads((home / "two sites" / "manifest.json").read_text())["model"]
     g = torch.Generator().manual_seed(0)
@@ -252,6 +252,10 @@ def test_a_transcoder_is_measured_where_it_writes(home, tmp_path):
     dictionary = Dictionary(W_enc_fd, torch.zeros(24), W_dec_fd / 9, torch.zeros(D), metadata=metadata).requires_grad_(False)
     dictionary.save(tmp_path)
     result = evaluate(EvaluationConfig(tmp_path, home / "two sites", device="cpu", sequences=8))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert " at resid_pre.1 to mlp_out.1, held-out tokens of" in printed
+    assert "cosine of target and reconstruction" in printed
+    assert "norm of x" not in printed
     caches = [ActivationCache.open(home / "two sites", site) for site in ("resid_pre.1", "mlp_out.1")]
     x, y = (torch.cat([cache.read(shard)[0] for shard in cache.shards("held_out")]).double() for cache in caches)
     error = (y - (x @ W_enc_fd.double().T).relu() @ W_dec_fd.double() / 9).square().sum()
