@@ -58,6 +58,11 @@ class Processes:
         try:
             store, rank, _ = next(dist.rendezvous("env://"))
         except (ValueError, dist.DistError) as error:
+            if "EADDRINUSE" in str(error):
+                port = os.environ.get("MASTER_PORT")
+                raise InputError(
+                    f"another program uses port {port}, where the processes of this run should meet; set another MASTER_PORT in all of them"
+                ) from None
             raise InputError(
                 f"expected the environment that torchrun sets for its processes, but {error}; start them with torchrun"
             ) from None

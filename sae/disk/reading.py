@@ -70,12 +70,13 @@ class TensorLayout(NamedTuple):
     """bytes from the beginning of the file"""
 
 
-def read_json(path: Place, what: str, schema: Any = Any) -> Any:
+def read_json(path: Place, what: str, schema: Any = Any, *, unique: bool = False) -> Any:
     """The file's value, unchanged, if it fits `schema`, a type that pydantic knows. `what` names the kind of file in the error sentence.
 
-    Raises `InputError` for a file that is missing, cannot be read, is not JSON or does not fit.
+    Raises `InputError` for a file that is missing, cannot be read, is not JSON or does not fit; with `unique`, which is for files that
+    people write, also if a name is there twice in one object.
     """
-    return parse_json(read_bytes(path, what), f"{what} at {path}", schema)
+    return parse_json(read_bytes(path, what), f"{what} at {path}", schema, unique=unique)
 
 
 def read_bytes(path: Place, what: str) -> bytes:
@@ -103,10 +104,17 @@ def read_gzip(path: Path, what: str, then: str) -> bytes:
     return b"".join(parts)
 
 
-def parse_json(text: str | bytes, what: str, schema: Any = Any) -> Any:
+def parse_json(text: str | bytes, what: str, schema: Any = Any, *, unique: bool = False) -> Any:
     """Like `read_json`, for text; `what` also says where it is from."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise InputError(f"expected each name once in {what}, got {twice[0]!r} twice in one object; remove one")
+        return dict(pairs)
+
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=once if unique else None)
     except RecursionError:
         raise InputError(f"expected {what}, but it is nested too deeply to be meant") from None
     except ValueError as error:  # the syntax, the encoding, a number of thousands of digits

@@ -77,8 +77,8 @@ class Matryoshka(BatchTopK):
     """Train BatchTopK dictionaries whose first features also reconstruct alone, at several sizes (Bussmann et al. 2025)."""
 
     prefixes: tuple[int, ...] = ()
-    """Numbers of first features that must reconstruct the row alone, rising. Default: a sixteenth, an eighth, a quarter, half and all of
-    --d-sae."""
+    """Numbers of first features that must reconstruct the row alone, rising; all of --d-sae always do too. Default: a sixteenth, an eighth,
+    a quarter, half and all."""
 
     def check(self, d_sae: int) -> None:
         super().check(d_sae)

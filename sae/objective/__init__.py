@@ -19,8 +19,13 @@ from sae.objective.step import WHOLE, Goal, Own, Step, Terms, Weights, of
 from sae.objective.update import Adam, AdamState, clip, leave_across_
 from sae.objective.workspace import DECIDE_EVERY, Precision, Workspace
 
+
+class NotFinite(InputError):
+    """Rows of a batch are not finite."""
+
+
 Backend = Literal["auto", "dense", "sparse", "triton", "reference"]
-__all__ = ["Adam", "Backend", "Goal", "Own", "Precision", "Step", "Terms", "Weights", "Workspace", "objective"]
+__all__ = ["Adam", "Backend", "Goal", "NotFinite", "Own", "Precision", "Step", "Terms", "Weights", "Workspace", "objective"]
 
 TRITON_BELOW = 1 / 128
 """share of active entries below which `auto` chooses the Triton path on CUDA: an estimate from bytes and operations, not measured"""
@@ -176,12 +181,9 @@ def chosen(
             raise InputError("expected one process for the triton backend, got several that share a dictionary; use backend auto")
         if not relu:
             raise InputError("expected autoencoders with ReLU and an L1 penalty for the triton backend, got others; use backend auto")
-        if reason := why_no_triton(x_bd.device):
-            raise InputError(f"the triton backend cannot run: {reason}; use backend auto")
         if weights.W_dec_fd.dtype != torch.float32:
             raise InputError(f"expected float32 weights for the triton backend, got {weights.W_dec_fd.dtype}")
-    elif not x_bd.is_cuda and workspace.precision != "float32":
-        raise InputError(f"expected precision float32 on {x_bd.device}, got {workspace.precision}, which only CUDA has here")
+    refuse_device(backend, workspace.precision, x_bd.device)
     if backend != "auto" or not x_bd.is_cuda:
         return backend
     if not relu or why_no_triton(x_bd.device) or weights.W_dec_fd.dtype != torch.float32:
@@ -191,6 +193,14 @@ def chosen(
         workspace.decide(weights.b_enc_f.shape[-1], TRITON_BELOW)
     workspace.plan[0] += 1
     return "triton" if workspace.plan[1] else "dense"
+
+
+def refuse_device(backend: Backend, precision: Precision, device: torch.device) -> None:
+    """Raises `InputError` for a backend or a precision that a device lacks."""
+    if backend == "triton" and (reason := why_no_triton(device)):
+        raise InputError(f"the triton backend cannot run: {reason}; use backend auto")
+    if backend != "triton" and device.type != "cuda" and precision != "float32":
+        raise InputError(f"expected precision float32 on {device}, got {precision}, which only CUDA has here")
 
 
 @cache
@@ -243,7 +253,7 @@ def refuse_not_finite(x_bd: Tensor) -> None:
         return
     rows = (~x_bd.isfinite().all(-1)).nonzero().flatten().tolist()
     if rows:
-        raise InputError(
+        raise NotFinite(
             f"{len(rows)} of {len(x_bd):,} rows of the batch are not finite ({bad_rows_text(rows)}); the weights were left alone"
         )
 

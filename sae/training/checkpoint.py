@@ -108,7 +108,7 @@ class Checkpoint:
     def refuse_other(self, theirs: dict[str, Any]) -> None:
         """Raises `InputError` if the settings of the run in the folder, `theirs`, are other ones."""
         ours = json.loads(json.dumps(self.settings))
-        differing = [f"{key} {theirs.get(key)} there, {ours.get(key)} now" for key in ours | theirs if theirs.get(key) != ours.get(key)]
+        differing = list(differences(theirs, ours))
         if differing:
             raise InputError(
                 f"{self.folder} holds a run with other settings ({'; '.join(differing)}); "
@@ -121,6 +121,20 @@ class Checkpoint:
     def kept(self) -> str:
         """The part of an error message that says what is left after a failure."""
         return f"the last checkpoint in {self.folder} is untouched" if self.path.exists() else "no checkpoint was written yet"
+
+
+def differences(theirs: dict[str, Any], ours: dict[str, Any], of: str = "") -> Iterator[str]:
+    """What differs between settings. The cache is compared by its content, `cache_content`, wherever it lies."""
+    for key in ours | theirs:
+        there, now = theirs.get(key), ours.get(key)
+        if there == now or (key == "cache" and "cache_content" in theirs.keys() & ours.keys()):
+            continue
+        if isinstance(there, dict) and isinstance(now, dict):
+            yield from differences(there, now, f"{of}{key} ")
+        elif isinstance(there, dict) or isinstance(now, dict):
+            yield f"{of}{key} only {'now' if there is None else 'there'}"
+        else:
+            yield f"{of}{key} {there} there, {now} now"
 
 
 def states_of(sweeps: Sequence[Kept]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

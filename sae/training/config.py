@@ -1,6 +1,7 @@
 """Settings of a training run."""
 
 from dataclasses import dataclass, field, fields
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -117,6 +118,16 @@ class RunConfig:
         for name in ("lr_warmup", "lr_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{flag(name)} is a share of the steps between 0 and 1, got {getattr(self, name)}")
+        if self.lr_warmup + self.lr_decay > 1:
+            raise InputError(
+                f"expected --lr-warmup and --lr-decay of together at most 1, got {self.lr_warmup:g} and {self.lr_decay:g}: --lr would "
+                "never be reached; lower one of them"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"expected --betas of at least 0 and less than 1, got {' '.join(map(str, self.betas))}; 0.9 0.999 is usual")
+        for name, value in (vars(self) | vars(self.kind)).items():
+            if not all(isfinite(one) for one in (value if isinstance(value, tuple) else [value]) if isinstance(one, float)):
+                raise InputError(f"expected numbers that are finite for {flag(name)}, got {value}; give others")
         if self.decoder_norm is not None and not self.decoder_norm > 0:
             raise InputError(f"--decoder-norm must be greater than 0, got {self.decoder_norm}")
         if self.decoder_norm not in (None, 1.0) and self.kind.unit_rows:
@@ -145,7 +156,7 @@ class RunConfig:
 
     def settings(self) -> dict[str, Any]:
         """What decides the result: everything but how it is watched and where it runs."""
-        watching = ("out", "device", "wandb", "wandb_project", "restart", "dry_run", "checkpoint_every", "shard")
+        watching = ("out", "device", "wandb", "wandb_project", "restart", "dry_run", "log_every", "checkpoint_every", "shard")
         found = {one.name: getattr(self, one.name) for one in fields(RunConfig) if one.name not in watching}
         return found | {"init": self.init and str(self.init), "kind": name_of(self.kind), **vars(self.kind)}
 

@@ -17,17 +17,20 @@ from sae.device import device_named
 from sae.dictionaries.formats.saelens.files import BLOCK_BYTES
 from sae.kinds import Now
 from sae.mesh import Axis, Mesh
-from sae.objective import Weights
+from sae.objective import Adam, Weights
 from sae.objective.fast import CHUNK_BYTES
 from sae.objective.rule import Rule
 from sae.training.config import RunConfig, TrainingConfig
 from sae.training.ends import Ends
 from sae.training.shard import Split
 
-STEP = 1.5
-"""time of a whole step in units of the encoder product, once the code is sparse: 0.7 to 1.6 in benchmarks/README.md"""
-TRIED_ROWS, TRIED_FEATURES, TRIED_BYTES = 1024, 4096, 4 << 20
-"""sizes of the products and of the sum that are timed"""
+STEP = 1.3
+"""time of a step in units of the encoder product, once the code is sparse: 0.9 to 1.8 in benchmarks/README.md, passes over the weights
+included"""
+PASSES = 3
+"""and of the passes over weights, gradients and moments, in units of Adam's own: they matter where a batch has few rows for the features"""
+TRIED_ROWS, TRIED_FEATURES, TRIED_BYTES, TRIED_NUMBERS = 1024, 4096, 4 << 20, 1 << 22
+"""sizes of the products, of the sum and of the update that are timed"""
 
 
 class Shape(NamedTuple):
@@ -148,11 +151,16 @@ def report_run(config: RunConfig, ends: Ends, split: Split, mesh: Mesh, source_b
     if several:
         print(f"a step sends {size(sum(sent.values()))} from each process ({listed(sent)})")
     print(reads)
-    product, speed = product_seconds(shape, split, config), wire_speed(mesh.every)
+    product, update, speed = product_seconds(shape, split, config), adam_seconds(shape, split, config), wire_speed(mesh.every)
     wire = 0.0 if speed is None else sum(sent.values()) / speed
-    rate = config.batch_size / (STEP * product + wire)
+    rate = config.batch_size / (STEP * product + PASSES * update + wire)
     of_wire = f" and {wire:.3g} s for what is sent, at {size(int(speed))}/s" if speed else "; what is sent was not timed" * several
-    print(f"about {rate:,.0f} rows/s: {STEP} times the encoder product of {product:.3g} s, measured on a part{of_wire}")
+    print(
+        f"about {rate:,.0f} rows/s once the code is sparse: {STEP} times the encoder product of {product:.3g} s and {PASSES} times Adam's "
+        f"{update:.3g} s, measured on a part{of_wire}"
+    )
+    if not any(rule.top for rule in shape.rules):
+        print("the first steps of this kind, in which many features are active, take several times as long")
     return rate
 
 
@@ -164,6 +172,16 @@ def product_seconds(shape: Shape, split: Split, config: RunConfig) -> float:
     x_bd, W_fd = (torch.randn(n, shape.d, device=device) for n in tried)
     seconds = min(timed(lambda: x_bd @ W_fd.T, x_bd) for _ in range(3))
     return seconds * (rows / tried[0]) * (features / tried[1]) * shape.dictionaries
+
+
+def adam_seconds(shape: Shape, split: Split, config: RunConfig) -> float:
+    """Seconds of Adam's update of this process's weights, scaled up from the shortest of three smaller ones."""
+    numbers = shape.dictionaries * shape.features * shape.of_feature // split.processes
+    tried = torch.randn(min(numbers, TRIED_NUMBERS), device=device_named(config.device))
+    gradient = torch.zeros_like(tried)
+    adam, finite = Adam([tried]), torch.zeros((), dtype=torch.bool, device=tried.device)
+    seconds = min(timed(lambda: adam.step([gradient], finite), tried) for _ in range(3))
+    return seconds * numbers / len(tried)
 
 
 def wire_speed(every: Axis) -> float | None:

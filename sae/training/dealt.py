@@ -27,7 +27,7 @@ from sae.training.metrics import start_wandb
 from sae.training.part import Part, together
 from sae.training.status import Row, Status
 from sae.training.sweep import Sweep
-from sae.training.trainer import loop
+from sae.training.trainer import loop, require_own
 
 
 class Left(NamedTuple):
@@ -156,6 +156,8 @@ def what_is_left(runs: list[RunConfig], settings: dict[str, Any]) -> list[Left]:
             checkpoint.refuse_other(read_json(folders[0] / "training.json", "a run's training.json", Record)["settings"])
             checkpoint.remove()  # a kill may have come between the two last steps
         else:
+            if run.out.exists():
+                require_own(run)
             left.append(Left(number, *state_of(checkpoint.path)))
     return left
 

@@ -28,7 +28,7 @@ class Ends(NamedTuple):
             raise InputError(f"expected one site to train on, got {' '.join(there) or 'none'}; name one with --reads")
         reads = config.reads or tuple(site for site in there if site not in config.writes)
         writes = config.writes or reads
-        missing = [site for site in (*reads, *writes) if site not in source.widths]
+        missing = dict.fromkeys(site for site in (*reads, *writes) if site not in source.widths)
         if missing:
             raise InputError(f"expected sites among {' '.join(there)}, got {' '.join(missing)}; choose others, or harvest them")
         for sites in (reads, writes):

@@ -19,12 +19,14 @@ from sae.objective import Step
 from sae.progress import counted
 from sae.training.sweep import Sweep
 
+FILE = "metrics.jsonl"
+
 
 class MetricsLog:
     """Appends one line for each log interval of each dictionary."""
 
     def __init__(self, folder: Path, name: str, batch_size: int, first_step: int, wandb_run: Any = None):
-        self.path, self.batch_size, self.wandb, self.prefix = folder / "metrics.jsonl", batch_size, wandb_run, name
+        self.path, self.batch_size, self.wandb, self.prefix = folder / FILE, batch_size, wandb_run, name
         with writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             keep_until(self.path, first_step)

@@ -133,7 +133,8 @@ class Part:
         result = self._last[0]
         loss, d = float(result.loss.sum()), self.sweep.weights.W_dec_fd.shape[-1]  # host sync
         if loss - loss != 0 or float(result.squared_error.max()) > 100 * d:  # host sync
-            raise InputError(f"training diverged at step {step + 1} (loss {loss:.3g}); lower --lr or set --clip 1; {kept}")
+            clip = "" if self.config.clip else " or set --clip 1"
+            raise InputError(f"training diverged at step {step + 1} (loss {loss:.3g}); lower --lr{clip}; {kept}")
 
     def finish(self, settings: dict[str, Any]) -> None:
         """Saves the dictionaries and their training records; training.json, written last, marks each as complete."""

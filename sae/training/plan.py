@@ -13,6 +13,7 @@ from sae.errors import InputError
 from sae.kinds import KINDS, Kind, ReLU
 from sae.mesh import ALONE
 from sae.processes import Processes
+from sae.training import status
 from sae.training.config import RunConfig, TrainingConfig
 from sae.training.dealt import train_dealt
 from sae.training.shard import meshed, require_same, split_of_all
@@ -37,7 +38,7 @@ class PlanConfig(TrainingConfig):
 
     def runs(self) -> list[RunConfig]:
         """The configuration of each run. Raises `InputError` for a plan that makes no sense."""
-        found = read_json(self.plan, "a plan", list[dict[str, Any]])
+        found = read_json(self.plan, "a plan", list[dict[str, Any]], unique=True)
         if not found:
             raise InputError(f"expected runs in the plan {self.plan}, got an empty list; give at least one")
         runs = [self._run(entry, f"run {number} of {self.plan}") for number, entry in enumerate(found, 1)]
@@ -49,8 +50,8 @@ class PlanConfig(TrainingConfig):
 
     def _run(self, entry: dict[str, Any], where: str) -> RunConfig:
         name, kind = entry.get("name"), entry.get("kind")
-        if not isinstance(name, str) or not name or Path(name).name != name:
-            raise InputError(f"expected a name that can be a folder's in {where}, got {name!r}")
+        if not isinstance(name, str) or not name or Path(name).name != name or name.startswith(".") or name == status.FILE:
+            raise InputError(f"expected a name that can be a folder's in {where}, got {name!r}; choose another")
         if kind not in KINDS:
             raise InputError(f"expected a kind among {', '.join(KINDS)} in {where}, got {kind!r}")
         own = {one.name: one for one in fields(KINDS[kind])}
@@ -93,11 +94,11 @@ def train_plan(config: PlanConfig) -> list[Path]:
         device = device_named(processes.device(config.device))
         sites = dict.fromkeys(site for run in runs for site in run.sites)
         source = cached(config.cache, sites, config.verify and processes.leads)
-        settings = with_inits(source, runs, shared_settings(config, runs))
+        content = manifest_crc32(source.manifest)
+        settings = with_inits(source, runs, shared_settings(config, runs) | {"cache_content": content})
         each = {f"run {name}": own for name, own in settings["runs"].items()}
         shared = {name: value for name, value in settings.items() if name != "runs"}
-        content = manifest_crc32(source.manifest)
-        require_same(config, processes, one_result=config.shard is not None, cache_content=content, **shared, **each)
+        require_same(config, processes, one_result=config.shard is not None, **shared, **each)
         if processes.leads:
             announce(source, config, runs, device)
         sharing = meshed(split_of_all(config, processes), str(device), processes) if config.shard else nullcontext(ALONE)
@@ -110,6 +111,6 @@ def train_plan(config: PlanConfig) -> list[Path]:
 
 def shared_settings(config: PlanConfig, runs: list[RunConfig]) -> dict[str, Any]:
     shared = config.settings()
-    kept = {name: shared[name] for name in ("cache", "steps", "batch_size", "backend", "precision", "deterministic", "log_every", "seed")}
+    kept = {name: shared[name] for name in ("cache", "steps", "batch_size", "backend", "precision", "deterministic", "seed")}
     each = {run.out.name: {name: value for name, value in run.settings().items() if name not in kept or name == "seed"} for run in runs}
     return kept | {"runs": each}

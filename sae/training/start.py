@@ -79,8 +79,11 @@ def opened(init: Path, source: Source, ends: Ends, config: RunConfig) -> Diction
         )
     if (found.d_in, found.d_out) != (ends.d_in, ends.d_out):
         raise InputError(f"expected --init of the width of {ends}, got {found.d_in} in {init}; give another")
-    if found.frame is not None or (found.W_skip_od is not None) != config.skip:
-        raise InputError(f"expected --init without a frame, and with a skip only with --skip, got another in {init}; give another")
+    if found.frame is not None:
+        raise InputError(f"expected --init of a dictionary that takes activations as they are, but {init} normalises them; give another")
+    if (found.W_skip_od is not None) != config.skip:
+        has, do = ("no skip", "leave --skip out") if config.skip else ("a skip", "give --skip")
+        raise InputError(f"the dictionary of --init in {init} has {has}; {do}, or give another")
     if config.kind.taken_over(found.gate) is None:
         raise InputError(
             f"expected --init with a gate that {name_of(config.kind)} can continue with, got {found.gate} in {init}; train another kind, "

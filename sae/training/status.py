@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from sae.disk.writing import write_json
 from sae.processes import Processes
 
+FILE = "status.json"
 EVERY = 60.0
 """seconds between two tables"""
 AT_MOST_EVERY = 1.0
@@ -30,7 +31,7 @@ class Status:
 
     def __init__(self, processes: Processes, folder: Path, steps: int, rows: dict[str, Row]):
         """`rows`: the initial row of every run, by its name."""
-        self.processes, self.path, self.steps, self.rows = processes, folder / "status.json", steps, rows
+        self.processes, self.path, self.steps, self.rows = processes, folder / FILE, steps, rows
         self._printed = self._written = time.monotonic()
         self.show(print_now=True)
 

@@ -24,12 +24,14 @@ from sae.disk.remote import Place
 from sae.disk.writing import only_writer, remove_leftovers
 from sae.errors import InputError
 from sae.mesh import ALONE, Mesh
+from sae.objective import NotFinite, refuse_device
 from sae.processes import Processes
 from sae.progress import progress
-from sae.training.checkpoint import Checkpoint, Record
+from sae.training.checkpoint import FILE, Checkpoint, Record
 from sae.training.config import RunConfig, TrainingConfig
 from sae.training.cost import report
 from sae.training.ends import Ends
+from sae.training.metrics import FILE as METRICS
 from sae.training.metrics import start_wandb
 from sae.training.part import Part
 from sae.training.shard import meshed, require_same, split_of_all
@@ -54,7 +56,7 @@ def train(config: TrainingConfig) -> list[Path]:
         source = cached(config.cache, config.sites, config.verify)
         if not mesh.alone:
             require_same(config, processes, cache_content=manifest_crc32(source.manifest), **config.settings())
-        folders = train_on(source, config, config.settings(), mesh)
+        folders = train_on(source, config, config.settings() | {"cache_content": manifest_crc32(source.manifest)}, mesh)
         if config.dry_run:
             report(config, source, mesh)
         return folders
@@ -83,18 +85,30 @@ def with_inits(source: Source, configs: Sequence[RunConfig], settings: dict[str,
     """The settings with the checksums of the `--init` dictionaries."""
     for number, config in enumerate(configs):
         if config.init is not None:
-            crc32 = sampled_crc32(opened(config.init, source, Ends.of(source, config), config).parts())
+            with named(config, configs):
+                crc32 = sampled_crc32(opened(config.init, source, Ends.of(source, config), config).parts())
             settings = settings | {"init_crc32" if len(configs) == 1 else f"init_crc32_{number}": crc32}
     return settings
 
 
 def announce(source: Source, run: RunConfig, configs: Sequence[RunConfig], device: torch.device) -> None:
-    """Prints what will be trained. Raises `InputError` for sites that the source lacks."""
+    """Prints what will be trained. Raises `InputError` for sites that the source lacks and for what the device cannot compute."""
     for config in configs:
         count = len(config.kind.values)
-        print(f"{count} dictionar{'y' if count == 1 else 'ies'} of {config.d_sae:,} features for {Ends.of(source, config)}")
+        with named(config, configs):
+            print(f"{count} dictionar{'y' if count == 1 else 'ies'} of {config.d_sae:,} features for {Ends.of(source, config)}")
+            refuse_device(run.backend, run.operands(device), device)
     drawn = run.steps * run.batch_size
     print(f"{run.steps:,} steps of {run.batch_size:,} = {drawn / source.rows:.1f} times the {source.rows:,} training rows, on {device}")
+
+
+@contextmanager
+def named(config: RunConfig, configs: Sequence[RunConfig]) -> Iterator[None]:
+    """Errors inside say which of several runs they are about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"run {config.out.name}: {error}" if len(configs) > 1 else str(error)) from None
 
 
 def train_into(source: Source, config: RunConfig, settings: dict[str, Any], device: torch.device, mesh: Mesh) -> None:
@@ -141,7 +155,20 @@ def prepared(checkpoint: Checkpoint, config: RunConfig) -> bool:
     remove_leftovers(config.out)
     if complete:
         checkpoint.remove()  # a kill may have come between the two last steps
+    else:
+        require_own(config)
     return complete
+
+
+def require_own(config: RunConfig) -> None:
+    """Raises `InputError` if the folder holds a finished run of other values, or only what no training run writes."""
+    out, folders = config.out, config.folders()
+    others = [path.parent for path in (*out.glob("training.json"), *sorted(out.glob("*/training.json"))) if path.parent not in folders]
+    if others:
+        raise InputError(f"{out} holds another run in {', '.join(map(str, others))}; use another --out, or remove that run")
+    content = sorted(path.name for path in out.iterdir() if not path.name.startswith(".") and path.name != "wandb")
+    if content and not any((folder / name).exists() for folder in (out, *folders) for name in (FILE, METRICS, "training.json")):
+        raise InputError(f"expected a new or empty folder, or one with a run, for --out, got {out} with {content[0]}; choose another")
 
 
 class Saves(Protocol):
@@ -178,7 +205,7 @@ def loop(
             for part in parts:
                 try:
                     part.step(batch, step)
-                except InputError as error:
+                except NotFinite as error:
                     raise InputError(f"step {step + 1}: {error}; harvest these activations again; {checkpoint.kept()}") from None
             done = step + 1
             log_now = done % run.log_every == 0 or done == run.steps
