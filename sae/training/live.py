@@ -2,8 +2,10 @@
 
 import json
 import math
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from sae.activations.producers import FedSource, produce
 from sae.activations.source import Ended
 from sae.activations.text.documents import text_files
 from sae.disk.places import require_folder
+from sae.errors import InputError
 from sae.mesh import ALONE, Mesh
 from sae.pieces import one_voice
 from sae.processes import Processes
@@ -42,7 +45,7 @@ def train_live(config: LiveTrainingConfig) -> list[Path]:
     if not config.dry_run:
         require_folder(config.out)
     processes = Processes.from_environment()
-    with processes.together():
+    with processes.together(), flags_of_live():
         split = split_of_some(config, processes)
         live = {k: v for k, v in asdict(config.live).items() if k not in ("device", "device_map")}
         live["text_bytes"] = [path.stat().st_size for path in text_files(config.live)]
@@ -52,7 +55,8 @@ def train_live(config: LiveTrainingConfig) -> list[Path]:
             if config.dry_run:
                 report(config, rows, rows.production(), split, ALONE, producers=0)
             return folders
-        require_same(config, processes, live=live, **config.settings())
+        recorded = {f"--live.{name.replace('_', '-')}": value for name, value in live.items() if name != "text_bytes"}
+        require_same(config, processes, **recorded, text_bytes=live["text_bytes"], **config.settings())
         config = replace(config, device=processes.device(config.device))
         with meshed(split, config.device, processes) as mesh:
             if mesh is not None:
@@ -72,6 +76,16 @@ def train_live(config: LiveTrainingConfig) -> list[Path]:
                 produce(rows, processes, split.processes)
                 folders = []
         return folders
+
+
+@contextmanager
+def flags_of_live() -> Iterator[None]:
+    """Inside, errors name the flags of `RecordingConfig` as this command has them: --live.sites instead of --sites."""
+    names = "|".join(f.name.replace("_", "-") for f in fields(RecordingConfig))
+    try:
+        yield
+    except InputError as error:
+        raise InputError(re.sub(rf"--(?=({names})(?![\w-]))", "--live.", str(error))) from error
 
 
 def train_from(source: PoolSource, config: LiveTrainingConfig, live: dict[str, Any], mesh: Mesh = ALONE) -> list[Path]:

@@ -1,6 +1,7 @@
 """Live activations are a cache's, in another order, and the trainer cannot tell."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -112,6 +113,22 @@ def live(world, out, **changes) -> LiveTrainingConfig:
 def test_training_takes_one_site(world, tmp_path):
     with pytest.raises(InputError, match=r"one site to train on, got resid_post\.0 resid_post\.1"):
         train_live(live({**world, "sites": ("resid_post.0", "resid_post.1")}, tmp_path / "two"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags"),
+    [
+        ({"sites": ()}, ["--live.sites"]),
+        ({"text": ()}, ["--live.text", "--live.dataset"]),
+        ({"tokens": 1}, ["--live.tokens"]),
+        ({"dataset_split": "test"}, ["--live.dataset-split", "--live.dataset", "--live.text"]),
+        ({"seed": -1}, ["--live.seed"]),
+    ],
+)
+def test_errors_name_the_flags_that_training_has(world, tmp_path, changes, flags):
+    with pytest.raises(InputError) as refused:
+        train_live(live({**world, **changes}, tmp_path / "sae"))
+    assert re.findall(r"--[\w.-]+", str(refused.value)) == flags
 
 
 def test_a_stopped_live_run_continues_bit_for_bit(world, tmp_path, monkeypatch):

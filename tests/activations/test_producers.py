@@ -94,8 +94,8 @@ def test_processes_that_differ_are_one_sentence(world, tmp_path):
     (tmp_path / "other").mkdir()
     others = make_world(tmp_path / "other", 50)
     for change, rank, sentence in (
-        ({"seed": 4}, 1, "expected the same live in every process"),
-        ({"model": others["model"]}, 2, "expected the same live in every process"),
+        ({"seed": 4}, 1, "expected the same --live.seed in every process, but process 1 has 4 and process 0 0;"),
+        ({"model": others["model"]}, 2, "expected the same --live.model in every process"),
         ({"text": (str(tmp_path / "nowhere.txt"),)}, 1, "nowhere.txt"),
     ):
 
