@@ -66,7 +66,14 @@ def kinds(config: KindsConfig) -> None:
     d_in, sizes = (dictionary.d_in, (dictionary.d_sae,)) if dictionary else (config.d_in, config.d_sae)
     for d_sae in sizes:
         for kind in config.kinds:
-            case = {"d_in": d_in, "d_sae": d_sae, "k": config.k, "batch_size": config.batch_size, "kind": kind, "stream": config.stream}
+            case = {
+                "d_in": d_in,
+                "d_sae": d_sae,
+                "k": config.k,
+                "batch_size": config.batch_size,
+                "kind": kind,
+                "stream": Path(config.stream).name,
+            }
             if any(case.items() <= found.items() for found in record["cases"]):
                 continue
             print(f"{kind}, F {d_sae:,}", flush=True)

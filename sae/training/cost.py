@@ -25,7 +25,7 @@ from sae.training.ends import Ends
 from sae.training.shard import Split
 
 STEP = 1.3
-"""time of a step in units of the encoder product, once the code is sparse: 0.9 to 1.8 in benchmarks/README.md, passes over the weights
+"""time of a step in units of the encoder product, once the code is sparse: 1.0 to 1.7 for most kinds in benchmarks/README.md, passes over the weights
 included"""
 PASSES = 3
 """and of the passes over weights, gradients and moments, in units of Adam's own: they matter where a batch has few rows for the features"""
