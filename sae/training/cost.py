@@ -25,10 +25,9 @@ from sae.training.ends import Ends
 from sae.training.shard import Split
 
 STEP = 1.3
-"""time of a step in units of the encoder product, once the code is sparse: 1.0 to 1.7 for most kinds in benchmarks/README.md, passes over the weights
-included"""
+"""time of a step in units of the encoder product, once the code is sparse: 1.0 to 2.0 in benchmarks/README.md, by kind and activations"""
 PASSES = 3
-"""and of the passes over weights, gradients and moments, in units of Adam's own: they matter where a batch has few rows for the features"""
+"""time of the passes over weights, gradients and moments, in units of Adam's own: it matters where a batch has few rows for the features"""
 TRIED_ROWS, TRIED_FEATURES, TRIED_BYTES, TRIED_NUMBERS = 1024, 4096, 4 << 20, 1 << 22
 """sizes of the products, of the sum and of the update that are timed"""
 
