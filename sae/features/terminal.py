@@ -145,7 +145,7 @@ def print_feature(index: FeatureIndex, j: int, n: int, seed: int) -> None:
     console.print(f"Feature {j}", style="bold")
     console.print(
         f"fires on {int(columns['count']):,} of {index.info['tokens_scanned']:,} tokens ({100 * columns['density']:.3g}%), "
-        f"maximum {feature.maximum:.3g}, mean when firing {columns['mean']:.3g}"
+        f"maximum {feature.maximum:.3g}, mean {'size ' if index.negative is not None else ''}when firing {columns['mean']:.3g}"
     )
     word = index.vocabulary.spelling
     for name, tokens in (

@@ -64,7 +64,8 @@ def index_of(sequences: list[list[int]], activations: list[np.ndarray], document
         "values": np.concatenate([a[p] for a, p in zip(activations, positions)]).astype(np.float16),
     }
     info = {"dictionary_crc32": "00000000", "tokens_scanned": int(scanned.sum()), "label_names": []}
-    return FeatureIndex(Path("memory"), info, {"count": counts}, records, {}, {}, tokens)
+    columns = {"count": counts, "max": np.array([(a * scanned).max() for a in activations], np.float32)}
+    return FeatureIndex(Path("memory"), info, columns, records, {}, {}, tokens)
 
 
 def by_rules(sequences: list[list[int]], rules: list[Rule] = RULES) -> FeatureIndex:
