@@ -127,8 +127,10 @@ def add_chosen(sums: Sums, name: str) -> float:
         if encoder is not None:
             above = above_of(encoder, sums.input_bd[part], workspace)
         else:
-            z_bf = pre_activations(sums, part)
-            above = above_in(z_bf.abs() if rule.signed else z_bf, workspace)
+            size_bf = z_bf = pre_activations(sums, part)
+            if rule.signed:
+                size_bf = torch.abs(z_bf, out=workspace.take("sizes", tuple(z_bf.shape), z_bf.dtype, z_bf.device))
+            above = above_in(size_bf, workspace)
         entries, lines[name] = top_of_rows(above, length_b[part], rule.top, lines[name], mesh.features)
         if rule.signed:
             entries = entries._replace(value_n=z_bf[entries.row_n.long(), entries.feature_n.long()])
