@@ -157,6 +157,8 @@ class Bfloat16Features:
         one_b = torch.ones_like(error_b).bfloat16()
         operand_bk[:, d : d + 4] = torch.stack([raised(error_b), raised(length_b), one_b, one_b], 1)
         block = len(self.operand_fk) if x_bd.is_cuda else BLOCK
+        if more_b is not None:
+            more_b = more_b - 2.0**-20 * (self.floor + more_b.abs())  # the rounding of their sum
         low_b = None if more_b is None and not self.floor else below(self.floor + (x_bd.new_zeros(1) if more_b is None else more_b))
         for start in range(0, len(self.operand_fk), block):
             operand_pk = self.operand_fk[start : start + block]

@@ -19,7 +19,7 @@ class Line(NamedTuple):
     level: float
 
     def at(self, length_b: Tensor) -> Tensor:
-        return (self.slope * length_b + self.level).clamp_(min=0)
+        return (self.slope * length_b + self.level).nan_to_num_(0, 0, 0).clamp_(min=0)
 
     @classmethod
     def below(cls, kth_b: Tensor, length_b: Tensor) -> "Line":

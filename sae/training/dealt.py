@@ -137,7 +137,9 @@ def train_dealt(
 
 
 def clear(plan: RunConfig, runs: list[RunConfig], settings: dict[str, Any]) -> None:
-    """Removes outdated files."""
+    """Removes outdated files. Raises `InputError` for a run's folder that holds something else."""
+    for run in runs:
+        require_own(run)  # of every run, before anything is removed
     for run in runs:
         if run.out.exists():
             remove_leftovers(run.out)
@@ -156,8 +158,6 @@ def what_is_left(runs: list[RunConfig], settings: dict[str, Any]) -> list[Left]:
             checkpoint.refuse_other(read_json(folders[0] / "training.json", "a run's training.json", Record)["settings"])
             checkpoint.remove()  # a kill may have come between the two last steps
         else:
-            if run.out.exists():
-                require_own(run)
             left.append(Left(number, *state_of(checkpoint.path)))
     return left
 

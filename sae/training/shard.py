@@ -122,7 +122,7 @@ def require_same(config: RunConfig, processes: Processes, *, one_result: bool = 
     If they do not compute one result together, other machines only change last digits: a line names them.
     """
     machine = {"processor": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads()}
-    together = machine if one_result else {}
+    together = machine | {"log_every": config.log_every, "checkpoint_every": config.checkpoint_every} if one_result else {}
     processes.require_same(**settings, shard=config.shard, out=str(config.out), torch=torch.__version__, **together)
     if not one_result:
         say_other_machines(processes, ", ".join(f"{name} {value}" for name, value in machine.items()))

@@ -38,6 +38,9 @@ from sae.training.shard import meshed, require_same, split_of_all
 from sae.training.start import opened
 from sae.training.sweep import Sweep
 
+LOGS = ".log", ".out", ".err"
+"""ends of the names of files that launchers write"""
+
 
 def train(config: TrainingConfig) -> list[Path]:
     """Trains one dictionary for each value of the kind's swept option on the cache's train split and returns their folders.
@@ -145,6 +148,7 @@ def train_into(source: Source, config: RunConfig, settings: dict[str, Any], devi
 def prepared(checkpoint: Checkpoint, config: RunConfig) -> bool:
     """Removes outdated files; returns whether the run is already complete."""
     folders = config.folders()
+    require_own(config)  # before anything is removed
     if config.restart and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:  # torchrun's own restarts resume
         checkpoint.remove()
         for folder in folders:
@@ -155,20 +159,19 @@ def prepared(checkpoint: Checkpoint, config: RunConfig) -> bool:
     remove_leftovers(config.out)
     if complete:
         checkpoint.remove()  # a kill may have come between the two last steps
-    else:
-        require_own(config)
     return complete
 
 
 def require_own(config: RunConfig) -> None:
-    """Raises `InputError` if the folder holds a finished run of other values, or only what no training run writes."""
+    """Raises `InputError` if the folder holds a finished run of other values, or what no training run writes; logs may be there."""
     out, folders = config.out, config.folders()
     others = [path.parent for path in (*out.glob("training.json"), *sorted(out.glob("*/training.json"))) if path.parent not in folders]
-    if others:
+    if others and not all((folder / "training.json").exists() for folder in folders):
         raise InputError(f"{out} holds another run in {', '.join(map(str, others))}; use another --out, or remove that run")
-    content = sorted(path.name for path in out.iterdir() if not path.name.startswith(".") and path.name != "wandb")
-    if content and not any((folder / name).exists() for folder in (out, *folders) for name in (FILE, METRICS, "training.json")):
-        raise InputError(f"expected a new or empty folder, or one with a run, for --out, got {out} with {content[0]}; choose another")
+    names = sorted(path.name for path in out.glob("*") if not path.name.startswith(".") and path.suffix not in LOGS)
+    marked = any(any(out.glob(f"{inside}{name}")) for name in (FILE, METRICS, "training.json") for inside in ("", "*/"))
+    if set(names) - {"wandb"} and not marked:
+        raise InputError(f"expected a new or empty folder, or one with a run, for --out, got {out} with {names[0]}; choose another")
 
 
 class Saves(Protocol):

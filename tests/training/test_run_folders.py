@@ -48,13 +48,28 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(cache, tmp_path)
 @pytest.mark.parametrize("restart", [False, True])
 def test_a_folder_with_a_finished_run_of_other_values_is_refused(cache, tmp_path, restart):  # noqa: F811
     finished = train(config_of(TWO, cache, tmp_path / "out"))
-    before = [contents(folder) for folder in finished]
-    for kind in (replace(TWO, l1=(16.0, 32.0)), replace(TWO, l1=(1.0,)), TopK(k=(4, 8))):
-        with pytest.raises(InputError, match=r"out holds another run in .*l1_1, .*l1_4; use another --out, or remove that run"):
+    before = [(contents(folder), (folder / "training.json").read_bytes()) for folder in finished]
+    for kind in (replace(TWO, l1=(16.0, 32.0)), replace(TWO, l1=(1.0, 16.0)), replace(TWO, l1=(1.0,)), TopK(k=(4, 8))):
+        with pytest.raises(InputError, match=r"out holds another run in .*l1_4; use another --out, or remove that run"):
             train(config_of(kind, cache, tmp_path / "out", restart=restart))
     with pytest.raises(InputError, match=r"lr 0\.003 there, 0\.001 now"):
         train(config_of(TWO, cache, tmp_path / "out", lr=1e-3))
-    assert [contents(folder) for folder in finished] == before
+    assert [(contents(folder), (folder / "training.json").read_bytes()) for folder in finished] == before
+
+
+def test_restart_replaces_an_unfinished_run_of_other_values_and_logs_may_be_there(cache, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "slurm-7.out").write_text("a launcher's")
+    stopped(config_of(TWO, cache, tmp_path / "out"), monkeypatch)
+    other = config_of(replace(TWO, l1=(2.0, 8.0)), cache, tmp_path / "out")
+    with pytest.raises(InputError, match="or --restart to start over"):
+        train(other)
+    assert (tmp_path / "out" / "checkpoint.safetensors").exists()
+    train(replace(other, restart=True))
+    alone = train(replace(other, out=tmp_path / "alone"))
+    assert [contents(folder) for folder in other.folders()] == [contents(folder) for folder in alone]
+    stopped(config_of(TWO, cache, tmp_path / "early"), monkeypatch, at=3)  # before the first checkpoint
+    train(config_of(replace(TWO, l1=(2.0, 8.0)), cache, tmp_path / "early"))
 
 
 def test_a_run_continues_with_its_cache_under_another_name_and_other_log_lines(cache, tmp_path, monkeypatch):  # noqa: F811
@@ -106,6 +121,10 @@ def test_a_plans_difference_is_said_in_short(sites, tmp_path):  # noqa: F811
         train_plan(plan_of(sites, tmp_path, other))
     with pytest.raises(InputError, match=r"with other settings \(runs third only now\); "):
         train_plan(plan_of(sites, tmp_path, [*RUNS, {**RUNS[2], "name": "third"}]))
+    marks = sorted((tmp_path / "out").rglob("training.json"))
+    with pytest.raises(InputError, match=r"relu holds another run in .*l1_4"):
+        train_plan(plan_of(sites, tmp_path, [{**RUNS[0], "l1": [1.0, 9.0]}, *RUNS[1:]], restart=True))
+    assert sorted((tmp_path / "out").rglob("training.json")) == marks
 
 
 def test_errors_of_a_plan_name_the_run(sites, tmp_path):  # noqa: F811

@@ -135,6 +135,7 @@ def _stats(
     """The table: one value of each column for every feature."""
     word = index.vocabulary.spelling
     columns = {name: [_short(value) for value in index.columns[name][features].tolist()] for name in ("density", "count", "max", "mean")}
+    columns["max"] = [_short(value) for value in (index.columns["max"][features] * index.signs(features)).tolist()]
     columns["fvu"] = [_short(value) for value in index.columns["fvu_contribution"][features].tolist()]
     lens = index.lens(features)[0] if index.has_lens else None
     return {
