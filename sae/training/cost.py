@@ -25,7 +25,7 @@ from sae.training.ends import Ends
 from sae.training.shard import Split
 
 STEP = 1.3
-"""time of a step in units of the encoder product, once the code is sparse: 1.0 to 2.0 in benchmarks/README.md, by kind and activations"""
+"""time of a step in units of the encoder product, once the code is sparse: 1.0 to 1.8 in benchmarks/README.md, by kind and activations"""
 PASSES = 3
 """time of the passes over weights, gradients and moments, in units of Adam's own: it matters where a batch has few rows for the features"""
 TRIED_ROWS, TRIED_FEATURES, TRIED_BYTES, TRIED_NUMBERS = 1024, 4096, 4 << 20, 1 << 22
