@@ -1,12 +1,9 @@
 """What a run's folder may hold, which settings continue it, and settings that are refused before anything is written."""
 
 import json
-import os
-import socket
 from dataclasses import replace
 
 import pytest
-from several_processes import forked, said
 from test_plan import RUNS, plan_of
 from test_train_kinds import config_of, sites  # noqa: F401 (a fixture)
 from test_training import cache, contents  # noqa: F401 (a fixture)
@@ -146,19 +143,3 @@ def test_an_init_with_a_skip_needs_the_flag_and_one_without_must_not_have_it(sit
     for init, skip, sentence in ((with_skip, False, "has a skip; give --skip"), (without, True, "has no skip; leave --skip out")):
         with pytest.raises(InputError, match=sentence):
             train(config_of(TopK(k=(4,)), sites, tmp_path / "out", init=init, skip=skip, **ends))
-
-
-def test_a_port_in_use_is_one_sentence(cache, tmp_path):  # noqa: F811
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-
-        def work():
-            os.environ["MASTER_PORT"] = str(taken.getsockname()[1])
-            if os.environ["RANK"] == "1":
-                os._exit(0)  # it would wait for the first
-            train(config_of(ONE, cache, tmp_path / "out", shard="features"))
-
-        assert forked(work, 2, tmp_path / "log") == [2, 0]
-    assert "error: another program uses port" in said(tmp_path / "log")[0]
-    assert "set another MASTER_PORT" in said(tmp_path / "log")[0]
