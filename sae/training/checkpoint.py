@@ -82,10 +82,10 @@ class Checkpoint:
                     f"expected {self.path} in every process, but process {there.index(0)} does not see it; use a folder that all see"
                 )
             return 0
+        places, metadata = layout(self.path, "a checkpoint", THEN)
         if mesh.leads:
             require_intact(self.path, "a checkpoint", THEN)
         mesh.every.wait()
-        places, metadata = layout(self.path, "a checkpoint", THEN)
         if not {"crc32", "step", "settings"} <= metadata.keys():
             raise InputError(f"expected a checkpoint with a checksum at {self.path}, but an earlier version wrote this one; {THEN}")
         self.refuse_other(parse_json(metadata["settings"], f"the settings of the checkpoint {self.path}", dict[str, Any]))

@@ -199,6 +199,10 @@ def test_a_checkpoint_with_a_flipped_bit_or_without_a_checksum_is_refused(cache,
         path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         with pytest.raises(InputError, match=r"checksum is wrong, so it is damaged; start over with --restart"):
             train(config_for(cache, tmp_path / "d"))
+    path.write_bytes((2**63).to_bytes(8, "little") + content[8:])
+    with pytest.raises(InputError, match=r"damaged or no safetensors file \(its header is cut off\); start over with --restart"):
+        train(config_for(cache, tmp_path / "d"))
+    path.write_bytes(content)
     save_file(load_file(path), path)
     with pytest.raises(InputError, match="an earlier version wrote this one; start over with --restart"):
         train(config_for(cache, tmp_path / "d"))

@@ -74,7 +74,6 @@ def test_one_killed_process_costs_nothing_but_its_pool(config, whole, tmp_path, 
         with pytest.raises(InputError, match="not finished"):
             ActivationCache.open(config.out)
     finished = [shard["name"] for rank in range(2) for entry in Ledger(config.out, rank).of("pool") for shard in entry["shards"]]
-    assert kill[0] == 0 or not finished or len(finished) > 25  # all but those that the dead process held
     written = {path: path.stat().st_mtime_ns for path in config.out.glob("resid*/*.safetensors") if path.stem in finished}
     assert forked(partial(harvest, config), then, tmp_path / "then") == [0] * then
     assert all(path.stat().st_mtime_ns == at for path, at in written.items())  # whoever wrote them, they are not made again
