@@ -72,7 +72,7 @@ class BenchmarkConfig:
     shuffle_widths: tuple[int, ...] = (512, 4096)
     """Widths to compare: rows are wider, so the reader's buffer has fewer."""
     rounds: int = 5
-    """Interleaved rounds; one more, not counted, comes before those of the harvest."""
+    """Interleaved rounds; those of the harvest follow one that is not counted."""
     threads: int | None = None
     """Threads of each arm. Default: one per core."""
     work: Path = Path("runs")

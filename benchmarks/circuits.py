@@ -43,7 +43,7 @@ class BenchmarkConfig:
     pairs: int = 32
     """Pairs, in one batch."""
     rounds: int = 3
-    """Interleaved rounds; one pass that is not counted comes first."""
+    """Interleaved rounds, after one pass that is not counted."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Device: cpu or cuda."""
     threads: int | None = None

@@ -1,6 +1,6 @@
 """SAEDashboard's own runner on a local model and given tokens, a batch of features for every line on standard input; runs in .peers.
 
-Its model comes from a hub by name and its tokens from a data set: those two steps are replaced, everything it measures is its own.
+It loads its model from a hub by name and its tokens from a data set: those two steps are replaced, everything it measures is its own.
 Answers lines of JSON: {"ready"}, then {"features", "seconds", "peak_mib"} for every batch.
 """
 

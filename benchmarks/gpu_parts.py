@@ -318,7 +318,7 @@ def alone(step: Callable[[], Any], device: str) -> float:
 
 
 def kernels(step: Callable[[], Any], device: str, rounds: int) -> dict[str, float]:
-    """Median milliseconds of every kernel, of the functions around them, and of what comes after: clipping, and Adam's `step`."""
+    """Median milliseconds of every kernel, of the functions around them, and of what follows: clipping, and Adam's `step`."""
     from sae import objective as package
     from sae.objective import cuda
 

@@ -59,7 +59,7 @@ class BenchmarkConfig:
     rivals: tuple[Rival, ...] | None = None
     """Steps to compare with. Default: all; with --growth the compiled one."""
     rounds: int = 5
-    """Interleaved rounds; one more, not counted, comes first."""
+    """Interleaved rounds, after one that is not counted."""
     threads: int | None = None
     """Threads of each arm. Default: one per core."""
     l1: float = 1.0

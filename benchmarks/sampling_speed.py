@@ -37,7 +37,7 @@ class BenchmarkConfig:
     new_tokens: int = 20
     """Tokens generated from each prompt."""
     rounds: int = 5
-    """Interleaved rounds; one more, not counted, comes first."""
+    """Interleaved rounds, after one that is not counted."""
     device: str = "cpu"
     """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
     dtype: str = "auto"

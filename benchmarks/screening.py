@@ -47,7 +47,7 @@ class ScreeningConfig:
     methods: tuple[Method, ...] = METHODS
     """Ways to compare with `product`. bfloat16 takes many times as long on a processor without instructions for it."""
     rounds: int = 5
-    """Interleaved rounds; one more, not counted, comes first."""
+    """Interleaved rounds, after one that is not counted."""
     threads: int | None = None
     """Threads. Default: one per core."""
     device: str = "cpu"

@@ -48,7 +48,7 @@ class BenchmarkConfig:
     new_tokens: int = 60
     """Tokens generated from each prompt."""
     rounds: int = 7
-    """Interleaved rounds; a plain generation that is not counted comes first."""
+    """Interleaved rounds, after a plain generation that is not counted."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Device: auto, cpu, cuda or cuda:1; auto takes a GPU when there is one."""
     dtype: str = "auto"

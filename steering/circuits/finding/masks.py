@@ -46,8 +46,8 @@ def learn_masks(patching: Patching, score_rw: Tensor, n: int, *, steps: int = ST
 
     Each step samples gates for each pair of a batch and takes one step of Adam on the mean KL to the model's predictions plus
     λ · log(expected number of open edges / number aimed at), that number falling to `n` over the first half of the steps; λ ≥ 0 rises
-    while there are too many and falls while there are too few. Gates begin in the order of the absolute scores. Everything drawn comes from
-    `seed`, on the CPU. Held for a step's gradients are several streams for every reader: readers × tokens × width numbers.
+    while there are too many and falls while there are too few. Gates begin in the order of the absolute scores. All random numbers are
+    drawn from `seed`, on the CPU. Held for a step's gradients are several streams for every reader: readers × tokens × width numbers.
 
     Raises `InputError` for `n` and scores as `top_edges` does, and for scores that are all 0.
     """

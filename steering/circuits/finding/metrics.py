@@ -105,7 +105,7 @@ def cpr(f_kb: np.ndarray) -> np.ndarray:
 
 
 def cmd(f_kb: np.ndarray) -> np.ndarray:
-    """MIB's CMD, [b]: the area between f and 1; 0 is best. Half of it comes from the sizes above 50 %."""
+    """MIB's CMD, [b]: the area between f and 1; 0 is best. Half of it is due to the sizes above 50 %."""
     return np.trapezoid(np.abs(1 - f_kb), FRACTIONS, axis=0)
 
 
